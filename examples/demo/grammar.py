@@ -1,0 +1,600 @@
+"""The data of ``make demo``: sentence pairs from a small grammar in which word overlap is a trap.
+
+The task: does the second sentence follow from the first? Thirteen constructions (voice, relative clauses, negation,
+quantifiers, comparatives ...) each give true and false second sentences of the same shape, in two wordings: *literal*
+(the words of the first sentence again: high overlap) and *reworded* (synonyms, more general nouns, converse verbs,
+antonyms: next to no overlap). So construction, wording and label are three free factors, and :class:`Knobs` says how
+they go together:
+
+- in training and in the in-domain test most true pairs are literal and most false pairs are not: counting shared words
+  predicts the label;
+- out of domain it does not, and half of the words never occurred in training.
+
+Most of what a model can learn is the shortcut; a minority of training pairs contradicts it, so that the rule behind the
+labels can be learnt. Nothing here is a benchmark: no person wrote or checked the pairs, and the gap between the two test
+sets is one that we built in.
+
+Standard library only; the same seed gives the same rows on every machine.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+ENTAILMENT, NOT_ENTAILMENT = "entailment", "not_entailment"
+Row = dict[str, str]
+Kind = Literal["entailed", "foil", "other"]
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """How words and labels go together; the defaults are calibrated, see CALIBRATION.md.
+
+    Args:
+        train: Rows of the training set; every size is even, both labels get half.
+        in_domain: Rows of the test set drawn like the training set.
+        out_of_domain: Rows of the test set in which overlap misleads.
+        counter: Share of each label that contradicts the shortcut in train and in domain, in [0, 1]; 0.5 is no shortcut.
+        counter_ood: The same share out of domain; above 0.5 the shortcut is wrong more often than right.
+        foils: Share of the low-overlap false pairs that are reworded foils (roles swapped, negation moved ...); the
+            others simply tell of something else. High-overlap false pairs are always foils.
+        unseen: Probability that a word out of domain is one that training never shows.
+        constructions: Names from :data:`CONSTRUCTIONS`, used in turn.
+    """
+
+    train: int = 500
+    in_domain: int = 500
+    out_of_domain: int = 500
+    counter: float = 0.15
+    counter_ood: float = 0.6
+    foils: float = 0.3
+    unseen: float = 0.5
+    constructions: tuple[str, ...] = ()
+
+
+# ------------------------------------------------------------------------------------------------------------ words
+# "a=b": each can stand for the other. "a>b": every a is a b, so b can stand for a in a positive sentence only.
+
+PEOPLE = """
+lawyer=attorney doctor=physician teacher=instructor boss=manager reporter=journalist cook=chef guard=sentry king=monarch
+merchant=trader thief=robber writer=author scientist=researcher student=pupil visitor=guest beginner=novice
+helper=assistant prisoner=inmate wizard=sorcerer woman=lady child=kid expert=specialist umpire=referee
+rival=opponent partner=associate owner=proprietor worker=employee customer=client pilot=aviator sailor=mariner
+detective=investigator builder=contractor captain=skipper champion=winner buyer=purchaser seller=vendor
+nanny=babysitter gangster=mobster friend=companion mother=mom father=dad grandmother=grandma priest=clergyman
+soldier=trooper farmer=grower murderer=killer janitor=caretaker singer=vocalist bandit=outlaw
+rider=horseman lawmaker=legislator actor=performer
+surgeon>doctor violinist>musician pianist>musician drummer>musician guitarist>musician novelist>writer poet>writer
+colonel>officer lieutenant>officer sergeant>soldier senator>lawmaker mayor>politician governor>politician
+chemist>scientist biologist>scientist physicist>scientist carpenter>worker plumber>worker miner>worker golfer>athlete
+swimmer>athlete boxer>athlete goalkeeper>player striker>player painter>artist sculptor>artist widow>woman bride>woman
+actress>woman queen>woman duke>nobleman earl>nobleman uncle>relative cousin>relative nephew>relative dancer>performer
+magician>performer comedian>performer smuggler>criminal pirate>criminal burglar>criminal blacksmith>craftsman
+tailor>craftsman potter>craftsman monk>believer nun>believer bishop>priest boy>child girl>child
+"""
+
+# Done on purpose by one person to another, never mutual (no "met", "married"), none implied by another of the list.
+# base/past/participle
+ACTS = """
+praise/praised/praised=commend/commended/commended help/helped/helped=assist/assisted/assisted
+hire/hired/hired=employ/employed/employed call/called/called=phone/phoned/phoned
+fool/fooled/fooled=trick/tricked/tricked rescue/rescued/rescued=save/saved/saved
+watch/watched/watched=observe/observed/observed warn/warned/warned=alert/alerted/alerted
+scare/scared/scared=frighten/frightened/frightened annoy/annoyed/annoyed=irritate/irritated/irritated
+attack/attacked/attacked=assault/assaulted/assaulted catch/caught/caught=capture/captured/captured
+chase/chased/chased=pursue/pursued/pursued avoid/avoided/avoided=evade/evaded/evaded
+amuse/amused/amused=entertain/entertained/entertained comfort/comforted/comforted=console/consoled/consoled
+persuade/persuaded/persuaded=convince/convinced/convinced guide/guided/guided=lead/led/led
+injure/injured/injured=hurt/hurt/hurt push/pushed/pushed=shove/shoved/shoved
+teach/taught/taught=instruct/instructed/instructed forgive/forgave/forgiven=pardon/pardoned/pardoned
+protect/protected/protected=guard/guarded/guarded beat/beat/beaten=defeat/defeated/defeated
+find/found/found=locate/located/located mock/mocked/mocked=ridicule/ridiculed/ridiculed
+kidnap/kidnapped/kidnapped=abduct/abducted/abducted greet/greeted/greeted=welcome/welcomed/welcomed
+support/supported/supported=back/backed/backed choose/chose/chosen=select/selected/selected
+contact/contacted/contacted=reach/reached/reached cure/cured/cured=heal/healed/healed
+identify/identified/identified=recognize/recognized/recognized follow/followed/followed=trail/trailed/trailed
+imprison/imprisoned/imprisoned=jail/jailed/jailed dismiss/dismissed/dismissed=fire/fired/fired
+question/questioned/questioned=interrogate/interrogated/interrogated
+denounce/denounced/denounced=condemn/condemned/condemned punish/punished/punished=discipline/disciplined/disciplined scold/scolded/scolded=rebuke/rebuked/rebuked
+"""
+
+# What one does alone; past tense.
+DEEDS = """
+shivered=trembled cried=wept yelled=shouted resigned=quit vanished=disappeared escaped=fled spoke=talked jumped=leaped
+slipped=tripped complained=grumbled agreed=consented traveled=journeyed labored=toiled won=triumphed slept=dozed
+grinned=smiled chuckled>laughed jogged>ran waltzed>danced whispered>spoke strolled>walked hummed>sang drowned>died
+boasted=bragged stopped=halted confessed=admitted prayed=worshipped arrived=came
+"""
+
+THINGS = """
+car=automobile couch=sofa photo=picture present=gift diary=journal rug=carpet phone=telephone ship=vessel stone=rock
+jewel=gem statue=sculpture trophy=prize shovel=spade rope=cord pillow=cushion box=carton bucket=pail stick=rod
+jacket=coat cup=mug bag=sack pistol=handgun bike=bicycle
+hammer>tool wrench>tool drill>tool violin>instrument guitar>instrument flute>instrument trumpet>instrument
+apple>fruit banana>fruit lemon>fruit peach>fruit carrot>vegetable onion>vegetable potato>vegetable cabbage>vegetable
+sword>weapon rifle>weapon dagger>weapon spear>weapon truck>vehicle van>vehicle tractor>vehicle novel>book
+dictionary>book yacht>boat canoe>boat ferry>boat cat>animal rabbit>animal goat>animal donkey>animal parrot>bird
+pigeon>bird eagle>bird tulip>flower rose>flower lily>flower diamond>gem ruby>gem puppy>dog doll>toy kite>toy
+computer>machine printer>machine shirt>garment dress>garment necklace>ornament bracelet>ornament
+"""
+
+# past of giving / past of the converse: "A sold B the car" is "B bought the car from A".
+DEALS = "sold/bought sold/purchased lent/borrowed loaned/borrowed gave/received gave/got handed/received leased/rented"
+
+# comparative / its converse
+PERSON_SCALE = """taller/shorter older/younger richer/poorer stronger/weaker faster/slower happier/sadder
+heavier/lighter louder/quieter bigger/smaller kinder/crueler smarter/dumber busier/lazier"""
+THING_SCALE = """bigger/smaller heavier/lighter newer/older brighter/darker wider/narrower longer/shorter
+cleaner/dirtier cooler/warmer softer/harder thicker/thinner prettier/uglier larger/tinier"""
+
+# relation / its converse
+POSITIONS = ("above/below", "over/under", "in front of/behind", "to the left of/to the right of", "ahead of/behind")
+
+RESTRICTIONS = """young retired foreign wealthy famous married blond nervous hungry talented local tired honest
+religious elderly angry""".split()
+MOODS = """tired famous nervous quiet cheerful angry lonely clever polite proud gentle rude patient stubborn curious
+careless brave sleepy busy shy elegant handsome""".split()
+NEARBY = ("near", "behind", "beside", "next to", "across from", "in front of")
+SETTINGS = """at the harbor|in the kitchen|at the station|in the garden|at the airport|in the library|near the bridge|
+in the village|at the museum|in the forest|at the hotel|in the park|at the market|in the valley|at the theater|
+on the island|in the hospital|at the factory|in the tunnel|at the castle|on the beach|at the wedding|in the church|
+on Monday|on Friday|on Sunday|yesterday|last winter|last summer|after lunch|after dinner|during the storm|
+in the morning|at midnight|during the festival|at dawn|last week|during the war|in April|in October"""
+
+KNOWING = "knew realized noticed discovered remembered forgot regretted learned proved saw".split()
+SUPPOSING = "hoped claimed believed feared suspected doubted guessed imagined argued assumed".split()
+DOING = ("managed to", "remembered to", "dared to", "did not fail to", "did not hesitate to")
+NOT_DOING = ("refused to", "failed to", "declined to", "forgot to", "hoped to", "planned to")
+
+# The words that overlap does not count: they are shared by nearly all pairs.
+FUNCTION_WORDS = frozenset(
+    """a an the is was were did not no every at least one who whom that and or but if although because by of to from in
+    on than before after either nor only above below over under front behind left right ahead""".split()
+)
+
+
+class Verb(NamedTuple):
+    """Three forms of a verb."""
+
+    base: str
+    past: str
+    participle: str
+
+
+class Word(NamedTuple):
+    """A lexeme in its two wordings: ``says[0]`` as the first sentence has it, ``says[1]`` reworded."""
+
+    says: tuple[str, str]
+    bare: tuple[str, str]
+    pool: str
+    exact: bool
+
+
+def _article(noun: str) -> str:
+    return "an" if noun[0] in "aeiou" else "a"
+
+
+def _lexicon(text: str) -> list[tuple[str, str, bool]]:
+    entries = []
+    for item in text.split():
+        first, sign, second = item.partition("=" if "=" in item else ">")
+        entries.append((first, second, sign == "="))
+    return entries
+
+
+LEXICON: dict[str, list[tuple[str, str, bool]]] = {
+    "person": _lexicon(PEOPLE),
+    "act": _lexicon(ACTS),
+    "deed": _lexicon(DEEDS),
+    "thing": _lexicon(THINGS),
+}
+
+
+def is_held_out(index: int) -> bool:
+    """Whether the entry at this place of its list of :data:`LEXICON` is kept for the out-of-domain set: every fourth."""
+    return index % 4 == 3
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a sentence in lower case, without punctuation."""
+    return text.lower().replace(",", " ").replace(".", " ").split()
+
+
+def overlap(sentence1: str, sentence2: str) -> float:
+    """Share of the content words of ``sentence2`` that ``sentence1`` has too; this is the shortcut, in [0, 1]."""
+    content = set(words_of(sentence2)) - FUNCTION_WORDS
+    return len(content & set(words_of(sentence1))) / len(content)
+
+
+# ------------------------------------------------------------------------------------------------------- one pair
+
+
+class Scene:
+    """Draws the words of one pair; no two of its lexemes share a word, so that none implies another.
+
+    Args:
+        rng: Source of every choice.
+        unseen: Probability that a drawn lexeme is a held-out one; 0 for training.
+    """
+
+    def __init__(self, rng: random.Random, unseen: float = 0.0):
+        self.rng = rng
+        self.unseen = unseen
+        self._used: set[str] = set()
+
+    def draw(self, pool: str, *, exact: bool = False) -> Word:
+        """A lexeme not yet in the scene; ``exact``: one whose two wordings mean the same (for negative sentences)."""
+        held_out = self.rng.random() < self.unseen
+        entries = LEXICON[pool]
+        while True:
+            index = self.rng.randrange(len(entries))
+            first, second, same = entries[index]
+            used = {first.split("/")[0], second.split("/")[0]}
+            if is_held_out(index) == held_out and (same or not exact) and not used & self._used:
+                break
+        self._used |= used
+        if same and self.rng.random() < 0.5:
+            first, second = second, first
+        if pool in ("act", "deed"):
+            return Word((first, second), (first, second), pool, exact)
+        # "the surgeon" may become "a doctor", not "the doctor", of whom nothing was said
+        other = f"the {second}" if same else f"{_article(second)} {second}"
+        return Word((f"the {first}", other), (first, second), pool, exact)
+
+    def person(self, *, exact: bool = False) -> Word:
+        return self.draw("person", exact=exact)
+
+    def act(self, *, exact: bool = False) -> Word:
+        return self.draw("act", exact=exact)
+
+    def deed(self) -> Word:
+        return self.draw("deed")
+
+    def thing(self) -> Word:
+        return self.draw("thing")
+
+    def coin(self, probability: float = 0.5) -> bool:
+        return self.rng.random() < probability
+
+    def pick(self, options: Sequence[str]) -> str:
+        return self.rng.choice(options)
+
+    def decorated(self, noun: Word) -> str:
+        """The noun phrase as the first sentence has it, sometimes with an adjective."""
+        return f"the {self.pick(MOODS)} {noun.bare[0]}" if self.coin(0.3) else noun.says[0]
+
+    def setting(self) -> str:
+        """Often a time or a place, with a leading space, for the end of the first sentence."""
+        return " " + self.pick(SETTINGS.replace("\n", "").split("|")) if self.coin(0.6) else ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A second sentence before it is worded: ``shape(wording, *words)`` gives the text."""
+
+    shape: Callable[..., str]
+    words: tuple[Word, ...]
+
+    def say(self, wording: int) -> str:
+        return self.shape(wording, *self.words)
+
+    def about_something_else(self, scene: Scene) -> Claim:
+        """The same shape with all words but at most one noun replaced: nothing in the first sentence bears on it."""
+        nouns = [i for i, word in enumerate(self.words) if word.pool in ("person", "thing")]
+        kept = scene.rng.choice(nouns) if len(nouns) > 1 and scene.coin(0.5) else None
+        fresh = tuple(w if i == kept else scene.draw(w.pool, exact=w.exact) for i, w in enumerate(self.words))
+        return Claim(self.shape, fresh)
+
+
+def _verb(word: Word, wording: int) -> Verb:
+    return Verb(*word.says[wording].split("/"))
+
+
+def _did(scene: Scene, subject: Word, act: Word, thing: Word) -> Claim:
+    """Subject did it to object, active or passive."""
+    passive = scene.coin()
+
+    def shape(wording: int, subject: Word, act: Word, thing: Word) -> str:
+        verb = _verb(act, wording)
+        if passive:
+            return f"{thing.says[wording]} was {verb.participle} by {subject.says[wording]}"
+        return f"{subject.says[wording]} {verb.past} {thing.says[wording]}"
+
+    return Claim(shape, (subject, act, thing))
+
+
+def _did_not(scene: Scene, subject: Word, act: Word, thing: Word) -> Claim:
+    passive = scene.coin()
+
+    def shape(wording: int, subject: Word, act: Word, thing: Word) -> str:
+        verb = _verb(act, wording)
+        if passive:
+            return f"{thing.says[wording]} was not {verb.participle} by {subject.says[wording]}"
+        return f"{subject.says[wording]} did not {verb.base} {thing.says[wording]}"
+
+    return Claim(shape, (subject, act, thing))
+
+
+Construction = Callable[[Scene, bool], tuple[str, Claim]]
+CONSTRUCTIONS: dict[str, Construction] = {}
+
+
+def construction(function: Construction) -> Construction:
+    """Register ``function(scene, true) -> (first sentence, claim)`` whose claim follows if and only if ``true``."""
+    CONSTRUCTIONS[function.__name__] = function
+    return function
+
+
+@construction
+def voice(scene: Scene, true: bool) -> tuple[str, Claim]:
+    a, act, b = scene.person(), scene.act(), scene.person()
+    verb = _verb(act, 0)
+    if scene.coin():
+        first = f"{scene.decorated(a)} {verb.past} {scene.decorated(b)}{scene.setting()}"
+    else:
+        first = f"{scene.decorated(b)} was {verb.participle} by {scene.decorated(a)}{scene.setting()}"
+    return first, _did(scene, a, act, b) if true else _did(scene, b, act, a)
+
+
+@construction
+def relative_clause(scene: Scene, true: bool) -> tuple[str, Claim]:
+    a, inner, b, outer, c = scene.person(), scene.act(), scene.person(), scene.act(), scene.person()
+    did_inner = scene.coin()
+    if did_inner:
+        clause = f"who {_verb(inner, 0).past} {scene.decorated(b)}"
+    else:
+        clause = f"whom {scene.decorated(b)} {_verb(inner, 0).past}"
+    first = f"{a.says[0]} {clause} {_verb(outer, 0).past} {scene.decorated(c)}{scene.setting()}"
+    if scene.coin():
+        return first, _did(scene, a, outer, c) if true else _did(scene, b, outer, c)
+    doer, other = (a, b) if did_inner else (b, a)
+    return first, _did(scene, doer, inner, other) if true else _did(scene, other, inner, doer)
+
+
+@construction
+def attachment(scene: Scene, true: bool) -> tuple[str, Claim]:
+    a, b, act, c = scene.person(), scene.person(), scene.act(), scene.person()
+    where = f"{scene.pick(NEARBY)} {scene.decorated(b)}"
+    if scene.coin():
+        first = f"{scene.decorated(a)} {where} {_verb(act, 0).past} {scene.decorated(c)}"
+        return first, _did(scene, a if true else b, act, c)
+    first = f"{scene.decorated(c)} {_verb(act, 0).past} {scene.decorated(a)} {where}"
+    return first, _did(scene, c, act, a if true else b)
+
+
+@construction
+def coordination(scene: Scene, true: bool) -> tuple[str, Claim]:
+    a, b, act, c = scene.person(), scene.person(), scene.act(), scene.person()
+    past = _verb(act, 0).past
+    case = scene.rng.randrange(3)
+    if case == 0:  # two subjects
+        first = f"{scene.decorated(a)} and {scene.decorated(b)} {past} {scene.decorated(c)}{scene.setting()}"
+        return first, _did(scene, b if scene.coin() else a, act, c) if true else _did(scene, a, act, b)
+    if case == 1:  # two objects
+        first = f"{scene.decorated(c)} {past} {scene.decorated(a)} and {scene.decorated(b)}{scene.setting()}"
+        return first, _did(scene, c, act, b if scene.coin() else a) if true else _did(scene, a, act, b)
+    joined = "and" if true else "or"  # one of the two, unknown which
+    first = f"{scene.decorated(a)} {joined} {scene.decorated(b)} {past} {scene.decorated(c)}{scene.setting()}"
+    return first, _did(scene, b if scene.coin() else a, act, c)
+
+
+@construction
+def negation(scene: Scene, true: bool) -> tuple[str, Claim]:
+    # Denials turn implication round, so only words that mean the same may be exchanged, and nothing may narrow the
+    # first sentence (no adjective, no setting).
+    a, act, b, c = scene.person(exact=True), scene.act(exact=True), scene.person(exact=True), scene.person(exact=True)
+    verb = _verb(act, 0)
+    first = scene.pick(
+        [
+            f"{a.says[0]} {verb.past} {b.says[0]} but did not {verb.base} {c.says[0]}",
+            f"{a.says[0]} {verb.past} {b.says[0]} but not {c.says[0]}",
+            f"{a.says[0]} did not {verb.base} {c.says[0]} but {verb.past} {b.says[0]}",
+        ]
+    )
+    if scene.coin():
+        return first, _did(scene, a, act, b if true else c)
+    return first, _did_not(scene, a, act, c if true else b)
+
+
+@construction
+def quantifier(scene: Scene, true: bool) -> tuple[str, Claim]:
+    a, act, b = scene.person(exact=True), scene.act(exact=True), scene.person(exact=True)
+    kind = scene.pick(RESTRICTIONS)
+    determiner = scene.pick(["every", "no", "at least one"])
+    # every and no: from all to the kind; at least one: from the kind to all
+    narrowed_first = (determiner == "at least one") == true
+
+    def shape(wording: int, a: Word, act: Word, b: Word) -> str:
+        who = a.bare[wording] if narrowed_first else f"{kind} {a.bare[wording]}"
+        return f"{determiner} {who} {_verb(act, wording).past} {b.says[wording]}"
+
+    who = f"{kind} {a.bare[0]}" if narrowed_first else a.bare[0]
+    return f"{determiner} {who} {_verb(act, 0).past} {b.says[0]}", Claim(shape, (a, act, b))
+
+
+@construction
+def transfer(scene: Scene, true: bool) -> tuple[str, Claim]:
+    a, b, thing = scene.person(), scene.person(), scene.thing()
+    gave, got = scene.pick(DEALS.split()).split("/")
+    if scene.coin():
+        first = f"{scene.decorated(a)} {gave} {scene.decorated(b)} {thing.says[0]}{scene.setting()}"
+    else:
+        first = f"{scene.decorated(a)} {gave} {thing.says[0]} to {scene.decorated(b)}{scene.setting()}"
+    order, converse = scene.coin(), scene.coin(0.3)
+
+    def shape(wording: int, a: Word, b: Word, thing: Word) -> str:
+        giver, taker, what = a.says[wording], b.says[wording], thing.says[wording]
+        if wording == 1 or converse:
+            return f"{taker} {got} {what} from {giver}"
+        return f"{giver} {gave} {taker} {what}" if order else f"{giver} {gave} {what} to {taker}"
+
+    return first, Claim(shape, (a, b, thing) if true else (b, a, thing))
+
+
+@construction
+def comparative(scene: Scene, true: bool) -> tuple[str, Claim]:
+    living = scene.coin()
+    a, b, c = (scene.person() if living else scene.thing() for _ in range(3))
+    scale = (PERSON_SCALE if living else THING_SCALE).split()
+    (more, less), (more2, less2) = (pair.split("/") for pair in scene.rng.sample(scale, 2))
+    if scene.coin():
+        more, less = less, more
+    first = f"{a.says[0]} is {more} than {b.says[0]} and {more2} than {c.says[0]}"
+    if scene.coin():  # the claim is about the second half
+        more, less, b = more2, less2, c
+    converse = scene.coin(0.3)
+
+    def shape(wording: int, a: Word, b: Word) -> str:
+        if wording == 1 or converse:
+            return f"{b.says[wording]} is {less} than {a.says[wording]}"
+        return f"{a.says[wording]} is {more} than {b.says[wording]}"
+
+    return first, Claim(shape, (a, b) if true else (b, a))
+
+
+@construction
+def position(scene: Scene, true: bool) -> tuple[str, Claim]:
+    a, b = scene.thing(), scene.thing()
+    relation, inverse = scene.pick(POSITIONS).split("/")
+    if scene.coin():
+        relation, inverse = inverse, relation
+    first = f"{a.says[0]} was {relation} {b.says[0]}{scene.setting()}"
+    converse = scene.coin()
+
+    def shape(wording: int, a: Word, b: Word) -> str:
+        if converse:
+            return f"{b.says[wording]} was {inverse} {a.says[wording]}"
+        return f"{a.says[wording]} was {relation} {b.says[wording]}"
+
+    return first, Claim(shape, (a, b) if true else (b, a))
+
+
+@construction
+def embedded(scene: Scene, true: bool) -> tuple[str, Claim]:
+    who, a, act, b = scene.person(), scene.person(), scene.act(), scene.person()
+    swapped = not true and scene.coin()  # else "knew" alone would give the label away
+    matrix = scene.pick(KNOWING if true or swapped else SUPPOSING)
+    first = f"{scene.decorated(who)} {matrix} that {scene.decorated(a)} {_verb(act, 0).past} {scene.decorated(b)}"
+    return first, _did(scene, b, act, a) if swapped else _did(scene, a, act, b)
+
+
+@construction
+def attempt(scene: Scene, true: bool) -> tuple[str, Claim]:
+    a, act, b = scene.person(), scene.act(), scene.person()
+    swapped = not true and scene.coin()
+    manner = scene.pick(DOING if true or swapped else NOT_DOING)
+    first = f"{scene.decorated(a)} {manner} {_verb(act, 0).base} {scene.decorated(b)}{scene.setting()}"
+    return first, _did(scene, b, act, a) if swapped else _did(scene, a, act, b)
+
+
+@construction
+def order(scene: Scene, true: bool) -> tuple[str, Claim]:
+    a, deed, b, deed2 = scene.person(), scene.deed(), scene.person(), scene.deed()
+    earlier, later = f"{scene.decorated(a)} {deed.says[0]}", f"{scene.decorated(b)} {deed2.says[0]}"
+    first = scene.pick(
+        [
+            f"{earlier} before {later}",
+            f"{later} after {earlier}",
+            f"after {earlier}, {later}",
+            f"before {later}, {earlier}",
+        ]
+    )
+    turned = scene.coin()
+
+    def shape(wording: int, a: Word, deed: Word, b: Word, deed2: Word) -> str:
+        earlier, later = f"{a.says[wording]} {deed.says[wording]}", f"{b.says[wording]} {deed2.says[wording]}"
+        return f"{later} after {earlier}" if turned else f"{earlier} before {later}"
+
+    return first, Claim(shape, (a, deed, b, deed2) if true else (b, deed2, a, deed))
+
+
+@construction
+def condition(scene: Scene, true: bool) -> tuple[str, Claim]:
+    a, deed, b, act, c = scene.person(), scene.deed(), scene.person(), scene.act(), scene.person()
+    swapped = not true and scene.coin()
+    word = scene.pick(["because", "although"] if true or swapped else ["if", "unless"])
+    event = f"{scene.decorated(b)} {_verb(act, 0).past} {scene.decorated(c)}"
+    other = f"{scene.decorated(a)} {deed.says[0]}"
+    first = f"{word} {other}, {event}" if scene.coin() else f"{event} {word} {other}"
+    return first, _did(scene, c, act, b) if swapped else _did(scene, b, act, c)
+
+
+# -------------------------------------------------------------------------------------------------------- the sets
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def pair(scene: Scene, name: str, kind: Kind, wording: int) -> Row:
+    """One row of a construction.
+
+    Args:
+        scene: A fresh scene.
+        name: Key of :data:`CONSTRUCTIONS`.
+        kind: ``"entailed"``; ``"foil"``, the words of the scene in a sentence that does not follow; ``"other"``, a
+            sentence about something else.
+        wording: 0 literal, 1 reworded.
+    """
+    first, claim = CONSTRUCTIONS[name](scene, kind != "foil")
+    if kind == "other":
+        claim = claim.about_something_else(scene)
+    return {
+        "sentence1": _sentence(first),
+        "sentence2": _sentence(claim.say(wording)),
+        "label": ENTAILMENT if kind == "entailed" else NOT_ENTAILMENT,
+        "construction": name,
+    }
+
+
+def _plan(size: int, counter: float, foils: float) -> Iterator[tuple[Kind, int]]:
+    """Kind and wording of every row: exact counts, so that two seeds differ in words and not in difficulty."""
+    half = size // 2
+    against = round(counter * half)
+    yield from [("entailed", 0)] * (half - against) + [("entailed", 1)] * against
+    reworded = round(foils * (half - against))
+    yield from [("foil", 0)] * against + [("foil", 1)] * reworded + [("other", 1)] * (half - against - reworded)
+
+
+def make(seed: int = 0, knobs: Knobs = Knobs()) -> dict[str, list[Row]]:
+    """The three sets; no sentence of one occurs in another.
+
+    Args:
+        seed: Of the data; another seed gives other sentences of the same make-up.
+        knobs: Sizes and shares.
+
+    Returns:
+        ``train``, ``in_domain`` and ``out_of_domain``: rows with ``sentence1``, ``sentence2``, ``label``
+        (``entailment`` or ``not_entailment``) and ``construction``.
+
+    Example:
+        >>> sets = make(seed=0)
+        >>> len(sets["train"]), sorted(sets["train"][0])
+        (500, ['construction', 'label', 'sentence1', 'sentence2'])
+    """
+    names = knobs.constructions or tuple(CONSTRUCTIONS)
+    taken: set[str] = set()
+    sets = {}
+    for split, size, counter, unseen in (
+        ("train", knobs.train, knobs.counter, 0.0),
+        ("in_domain", knobs.in_domain, knobs.counter, 0.0),
+        ("out_of_domain", knobs.out_of_domain, knobs.counter_ood, knobs.unseen),
+    ):
+        if size % 2:
+            raise ValueError(f"{split} must be even, so that both labels get half, got {size}")
+        rng = random.Random(f"steadytune demo {seed} {split}")
+        rows: list[Row] = []
+        for i, (kind, wording) in enumerate(_plan(size, counter, knobs.foils)):
+            while True:
+                row = pair(Scene(rng, unseen), names[i % len(names)], kind, wording)
+                texts = {row["sentence1"], row["sentence2"]}
+                if len(texts) == 2 and not texts & taken:
+                    break
+            taken |= texts
+            rows.append(row)
+        rng.shuffle(rows)
+        sets[split] = rows
+    return sets

@@ -1,0 +1,159 @@
+"""What every parameter of a model is: which kind of weight, in which transformer block, and whether it is a new head.
+
+Everything is read off the modules, not off a table of architectures, and parameters are matched by identity, so that
+wrappers (DDP's `module.`, torch.compile's `_orig_mod.`, PEFT's `base_model.model.`) change names and nothing else.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+Kind = Literal["linear", "embedding", "norm", "bias", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one parameter is.
+
+    Attributes:
+        kind: `"linear"`: a matrix of `nn.Linear` (LoRA's pair and its base too), of GPT-2's `Conv1D`, or of
+            `nn.MultiheadAttention`. `"embedding"`: a table of `nn.Embedding` (token, position, type, relative
+            position). A language-model head tied to the token table is that table, hence `"embedding"`: the linear
+            weights do not contain it. `"norm"`: all that a normalisation layer owns, its bias too. `"bias"`: any other
+            `bias`. `"other"`: the rest (recurrent and convolution kernels, stacked experts, XLNet's attention).
+        block: Index of the transformer block, counted from the input; None outside the blocks and in heads. Decoder
+            blocks continue after the encoder's (BART-base: 0-5 and 6-11). Layers that share weights count once
+            (ALBERT: 0).
+        head: True for what a pre-trained checkpoint does not hold; the rule stands in `anatomy`.
+    """
+
+    kind: Kind
+    block: int | None
+    head: bool
+
+
+def anatomy(model: nn.Module) -> dict[str, Part]:
+    """Tell kind, block and head of every parameter, under the names and in the order of `model.named_parameters()`.
+
+    A tensor with several names stands once, under its first.
+
+    A parameter is a head if it lies outside the base model of a transformers model (`base_model_prefix`), or, where a
+    transformers model is a part of somebody's own module, outside that part. So BERT's pooler is no head, DeBERTa's is.
+    Pre-training heads are no heads: all of a model with output embeddings (masked, causal, seq2seq LM) or named
+    `ForPreTraining` or `ForNextSentencePrediction`, and ModernBERT's `head`, which its checkpoints hold. LoRA matrices
+    belong to the layer they adapt. A model that contains no transformers model has no head.
+    """
+    kinds: dict[int, Kind] = {}
+    for module in model.modules():
+        for leaf, p in module.named_parameters(recurse=False):
+            kind = _kind(module, leaf, p.dim())
+            if kind == "embedding" or id(p) not in kinds:  # a tied table is a table whichever name comes first
+                kinds[id(p)] = kind
+    roots = _roots(model)
+    body = {id(p) for root in roots for p in _pretrained(root)} if roots else set(kinds)
+    blocks: dict[int, int] = {}
+    for index, modules in enumerate(block for root in roots or [model] for block in _blocks(root)):
+        for p in (p for module in modules for p in module.parameters()):
+            if id(p) in body:
+                blocks.setdefault(id(p), index)
+    return {name: Part(kinds[id(p)], blocks.get(id(p)), id(p) not in body) for name, p in model.named_parameters()}
+
+
+def input_embedding(model: nn.Module) -> nn.Module:
+    """Find the module whose output is the token embedding: the encoder's, if encoder and decoder have their own.
+
+    That is `get_input_embeddings()` where the model has it, else the `nn.Embedding` with most rows.
+
+    Raises:
+        ValueError: There is no token embedding, or more than one and nothing says which.
+    """
+    name = type(model).__name__
+    owners = _roots(model) or [m for m in [model] if hasattr(m, "get_input_embeddings")]
+    if len(owners) > 1:
+        found = ", ".join(type(owner).__name__ for owner in owners)
+        raise ValueError(f"{name} contains {len(owners)} transformers models ({found}): pass one of them")
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    if owners:
+        chosen: nn.Module = owners[0].get_input_embeddings()
+        inner = set(chosen.modules())
+        # BART and T5 answer with `shared`, which holds the table but is never called: its first twin is the encoder's.
+        twins = [m for m in tables if m.weight is getattr(chosen, "weight", None) and m not in inner]
+        return twins[0] if twins else chosen
+    rows = max((m.num_embeddings for m in tables), default=0)
+    largest = [m for m in tables if m.num_embeddings == rows]
+    if len(largest) != 1:
+        found = f"{len(largest)} embeddings of {rows} rows" if largest else "no nn.Embedding"
+        raise ValueError(f"{name} has {found}: define get_input_embeddings() to return the module of the tokens")
+    return largest[0]
+
+
+def _kind(owner: nn.Module, leaf: str, dim: int) -> Kind:
+    """Kind of the parameter `owner.leaf`; classes are judged with their bases, so that subclasses count."""
+    classes = [cls.__name__ for cls in type(owner).__mro__]
+    if isinstance(owner, nn.Embedding):
+        return "embedding"
+    if any(name.endswith(("Norm", "NormGated")) for name in classes):
+        return "norm"
+    if leaf in ("bias", "in_proj_bias"):
+        return "bias"
+    linear = isinstance(owner, nn.Linear) or ("Conv1D" in classes and hasattr(owner, "nf"))
+    if dim == 2 and (linear or isinstance(owner, nn.MultiheadAttention)):
+        return "linear"
+    return "other"
+
+
+def _roots(module: nn.Module) -> list[Any]:
+    """The outermost transformers models; the class attribute tells them from wrappers that pass attributes through."""
+    if hasattr(type(module), "base_model_prefix"):
+        return [module]
+    return [root for child in module.children() for root in _roots(child)]
+
+
+def _pretrained(root: Any) -> Iterator[nn.Parameter]:
+    """The parameters of a transformers model that its pre-trained checkpoints hold."""
+    name = type(root).__name__
+    base = getattr(root, root.base_model_prefix, None)
+    if root.get_output_embeddings() is not None or name.endswith(("ForPreTraining", "ForNextSentencePrediction")):
+        yield from root.parameters()
+    elif isinstance(base, nn.Module):
+        yield from base.parameters()
+        for child in root.children():
+            if type(child).__name__.endswith("PredictionHead"):
+                yield from child.parameters()
+    elif "For" in name:  # T5ForQuestionAnswering keeps the base's parts as its own children
+        for child in root.children():
+            if any(isinstance(m, nn.Embedding) for m in child.modules()) or _stacks(child):
+                yield from child.parameters()
+    else:
+        yield from root.parameters()
+
+
+def _blocks(root: nn.Module) -> list[list[nn.Module]]:
+    """The modules of each block, from the input on: the entries of the outermost module lists that hold real layers."""
+    stacks = _stacks(root)
+    sizes = [sum(p.numel() for p in stack.parameters()) / len(stack) for stack in stacks]
+    stacks = [stack for stack, size in zip(stacks, sizes, strict=True) if size >= max(sizes) / 8]
+    parents = {id(child): module for module in root.modules() for child in module.children()}
+    blocks: list[list[nn.Module]] = []
+    done: set[nn.Module] = set()
+    for stack in stacks:
+        parent = parents.get(id(stack))
+        beside = [stack]
+        # XLM and FlauBERT cut their blocks into lists side by side: attentions, norms, ffns. In somebody's own module
+        # two such lists may as well be an encoder and a decoder: they are left in sequence.
+        if hasattr(type(root), "base_model_prefix") and parent is not None and not isinstance(parent, nn.ModuleList):
+            beside = [m for m in parent.children() if isinstance(m, nn.ModuleList) and len(m) == len(stack)]
+        if stack not in done:
+            blocks += [list(layers) for layers in zip(*beside, strict=True)]
+        done.update(beside)
+    return blocks
+
+
+def _stacks(module: nn.Module) -> list[nn.ModuleList]:
+    """The outermost lists of layers; a list of single matrices (several heads, convolutions) is none."""
+    if isinstance(module, nn.ModuleList) and not any(isinstance(entry, nn.ModuleList) for entry in module):
+        matrices = sum(p.dim() > 1 for p in module.parameters())
+        return [module] if matrices >= 2 * len(module) > 0 else []
+    return [stack for child in module.children() for stack in _stacks(child)]

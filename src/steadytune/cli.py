@@ -1,0 +1,277 @@
+"""The command line: flags in, tables out. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table as Grid
+
+app = typer.Typer(
+    name="steadytune",
+    help="Fine-tune pre-trained language models on small data, steadily.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+INPUT, TRAINING, SEEDS, OUTPUT = "Data", "Training", "Seeds", "Output"
+
+
+def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
+
+
+@app.command()
+def fit(
+    model: Annotated[str, _option(INPUT, "Hugging Face model directory or hub name.")],
+    output: Annotated[Path, _option(OUTPUT, "Directory for model and results: new or empty.")],
+    train: Annotated[
+        Path | None, typer.Argument(help="CSV, TSV, JSON-lines or Parquet file with labelled text.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, _option(INPUT, "Text column; give it twice for pairs. [dim]\\[default: text][/]")
+    ] = None,
+    label: Annotated[str, _option(INPUT, "Label column.")] = "label",
+    kind: Annotated[str, _option(INPUT, "auto, classification or regression.")] = "auto",
+    test: Annotated[list[str] | None, _option(INPUT, "Test file, or NAME=FILE; repeatable.")] = None,
+    validation: Annotated[Path | None, _option(INPUT, "Validation file.")] = None,
+    validation_share: Annotated[
+        float, _option(INPUT, "Without a validation file: share of the training rows to hold out; 0 for none.")
+    ] = 0.1,
+    train_size: Annotated[int | None, _option(INPUT, "Draw this many training rows, stratified.")] = None,
+    task: Annotated[
+        str | None, _option(INPUT, "A benchmark task instead of a file: see [b]steadytune tasks[/].")
+    ] = None,
+    data_root: Annotated[
+        Path | None, _option(INPUT, "Folder of the benchmark tasks.", envvar="STEADYTUNE_DATA")
+    ] = None,
+    out_of_domain: Annotated[bool, _option(INPUT, "With --task: also the out-of-domain test sets.")] = False,
+    method: Annotated[
+        list[str] | None,
+        _option(
+            TRAINING,
+            "A method, with options: dps_dense:keep=0.7,update_ratio=0.05. Repeatable, in order of action; none is "
+            "plain fine-tuning. See [b]steadytune methods[/].",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, _option(TRAINING, "Optimizer steps. [dim]\\[default: 20 epochs, at least 400, at most 2000][/]")
+    ] = None,
+    epochs: Annotated[float | None, _option(TRAINING, "Epochs, instead of steps.")] = None,
+    lr: Annotated[float, _option(TRAINING, "Peak learning rate; 10 % warm-up, then linear decay to 0.")] = 2e-5,
+    weight_decay: Annotated[float, _option(TRAINING, "Weight decay of AdamW.")] = 0.01,
+    warmup: Annotated[float, _option(TRAINING, "Share of the steps that warm up.")] = 0.1,
+    max_grad_norm: Annotated[float, _option(TRAINING, "Clip the gradient's norm; 0 for not.")] = 1.0,
+    batch_size: Annotated[int, _option(TRAINING, "Rows per forward.")] = 16,
+    accumulation: Annotated[int, _option(TRAINING, "Forwards per optimizer step.")] = 1,
+    max_length: Annotated[
+        int | None, _option(TRAINING, "Tokens per row. [dim]\\[default: 128, or the model's limit][/]")
+    ] = None,
+    dropout: Annotated[
+        float | None, _option(TRAINING, "One probability for all dropout. [dim]\\[default: the model's own][/]")
+    ] = None,
+    bf16: Annotated[bool, _option(TRAINING, "bfloat16 autocast; weights stay float32.")] = False,
+    seed: Annotated[int, _option(SEEDS, "Seed of everything that has no seed of its own.")] = 0,
+    init_seed: Annotated[int | None, _option(SEEDS, "Seed of the new head.")] = None,
+    data_seed: Annotated[int | None, _option(SEEDS, "Seed of subset, validation split and row order.")] = None,
+    dropout_seed: Annotated[int | None, _option(SEEDS, "Seed of dropout.")] = None,
+    method_seed: Annotated[int | None, _option(SEEDS, "Seed of the methods' masks and noise.")] = None,
+    save_steps: Annotated[int, _option(OUTPUT, "Steps between checkpoints; 0 for none.")] = 200,
+    resume: Annotated[
+        bool, _option(OUTPUT, "Go on from the last checkpoint in the output directory.", "--resume")
+    ] = False,
+    overwrite: Annotated[bool, _option(OUTPUT, "Replace the run in the output directory.", "--overwrite")] = False,
+    quiet: Annotated[bool, _option(OUTPUT, "No plan, no progress bar.", "--quiet")] = False,
+) -> None:
+    """Fine-tune a model on a table of labelled text.
+
+    Writes an ordinary Hugging Face model directory with metrics.json, predictions.parquet and steadytune.json.
+
+    Example: steadytune fit train.csv --text review --label stars --test test.csv --model bert-base-uncased
+    --method dps_dense --output out
+    """
+    given = dict(locals())
+    with _errors_in_one_line():
+        from .data import UsageError
+        from .fit import Recipe, fit
+
+        tests: dict[str, Any] = _named(test or [])
+        source: Any = train
+        metric = None
+        if task is not None:
+            source, metric, tests = _from_task(given, tests)
+        elif out_of_domain:
+            raise UsageError("--out-of-domain needs --task: name your own test files with --test NAME=FILE.")
+        elif train is None:
+            raise UsageError("give a training file, or a benchmark task with --task NAME --data-root DIR.")
+        _speak(quiet)
+        result = fit(
+            source,
+            model=model,
+            output=output,
+            text=text or ["text"],
+            label=label,
+            kind=kind,  # type: ignore[arg-type]  # checked in fit
+            methods=method or [],
+            tests=tests,
+            validation=validation,
+            metric=metric,
+            resume=resume,
+            overwrite=overwrite,
+            save_steps=save_steps,
+            progress=not quiet,
+            **{field.name: given[field.name] for field in dataclasses.fields(Recipe)},
+        )
+    _show(result)
+
+
+def _named(tests: list[str]) -> dict[str, Path]:
+    """Test files by name: `NAME=FILE`, or `FILE` under its own stem."""
+    from .data import UsageError
+
+    named: dict[str, Path] = {}
+    for item in tests:
+        name, equals, file = item.partition("=")
+        if not equals or Path(item).exists():
+            name, file = Path(item).stem, item
+        if name in named:
+            raise UsageError(f"two test sets are called {name!r}: name them with --test NAME=FILE.")
+        named[name] = Path(file)
+    return named
+
+
+def _from_task(given: dict[str, Any], tests: dict[str, Any]) -> tuple[Any, str, dict[str, Any]]:
+    """Training table, metric and test tables of `--task`; flags that would contradict the task are errors."""
+    from . import tasks
+    from .data import UsageError
+
+    other = {"train": "a training file", "text": "--text", "test": "--test", "validation": "--validation"}
+    for name, flag in other.items():
+        if given[name]:
+            raise UsageError(f"--task brings its own data: leave {flag} out.")
+    if given["data_root"] is None:
+        raise UsageError("--task needs the folder that holds the tasks: --data-root DIR, or STEADYTUNE_DATA.")
+    found = tasks.find(given["task"])
+    source, tests = tasks.load(found.name, given["data_root"], beyond=given["out_of_domain"])
+    return source, found.metric, tests
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="Show one method with its options.")] = None) -> None:
+    """List the fine-tuning methods, or show one with its options and defaults."""
+    with _errors_in_one_line():
+        from .data import UsageError, suggest
+        from .methods import METHODS
+
+        if name is None:
+            grid = Grid("method", "what it does")
+            for key, cls in METHODS.items():
+                grid.add_row(key, (inspect.getdoc(cls) or "").partition("\n")[0])
+            return Console().print(grid)
+        if name not in METHODS:
+            raise UsageError(f"unknown method {name!r}.{suggest(name, METHODS)}")
+    console = Console()
+    console.print(inspect.getdoc(METHODS[name]) or "", markup=False, highlight=False)
+    grid = Grid("option", "type", "default", title=f"--method {name}:option=value,...")
+    for field in dataclasses.fields(METHODS[name]):
+        if field.init:
+            required = field.default is dataclasses.MISSING
+            grid.add_row(field.name, _type_name(field.type), "required" if required else repr(field.default))
+    console.print(grid, markup=False)
+
+
+def _type_name(hint: Any) -> str:
+    return hint if isinstance(hint, str) else getattr(hint, "__name__", str(hint))
+
+
+@app.command()
+def tasks() -> None:
+    """List the benchmark tasks with their labels, metric and test sets."""
+    from .tasks import TASKS
+
+    grid = Grid(show_lines=True)
+    for title in ("task", "text", "labels", "metric", "test sets", "out of domain"):
+        grid.add_column(title, overflow="fold")
+    for task in TASKS.values():
+        labels = "\n".join(task.labels) or "a number"
+        grid.add_row(
+            task.name, "\n".join(task.text), labels, task.metric, "\n".join(task.tests), "\n".join(task.beyond)
+        )
+    Console().print(grid)
+
+
+def _show(result: Any) -> None:
+    """The scores, one row a test set, the metric that counts first."""
+    console = Console()
+    if result.metrics:
+        names = [result.metric, *(key for scores in result.metrics.values() for key in scores if key != "rows")]
+        names = list(dict.fromkeys(names))
+        grid = Grid("test set", "rows", *names)
+        for key, scores in result.metrics.items():
+            cells = ("" if name not in scores else _figure(scores[name]) for name in names)
+            grid.add_row(key, str(scores["rows"]), *cells)
+        console.print(grid)
+    console.print(f"{result.steps} steps, {result.seconds:.0f} s. Model: {result.output}", soft_wrap=True, markup=False)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _speak(quiet: bool) -> None:
+    """Send our log to stderr, as plain lines."""
+    logger = logging.getLogger("steadytune")
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
+@contextlib.contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """A user's mistake is a sentence and exit code 2, Ctrl-C is 130; a traceback is for our own bugs."""
+    from .data import UsageError
+
+    try:
+        yield
+    except UsageError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        typer.echo("interrupted: the same command with --resume goes on from the last checkpoint.", err=True)
+        raise typer.Exit(130) from error
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"steadytune {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+def main() -> None:
+    """Entry point of the `steadytune` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,963 @@
+"""The core: a recipe is a list of methods, bound by a Run to any model, optimizer and training loop.
+
+The one rule: between optimizer steps the live weights are the evaluated ones. Three views of each weight:
+R raw (what the optimizer moves), F forward (what the forward sees), E evaluated (live between steps). One step:
+
+    enter      first run.loss of a step: live E -> R; before_forward in list order builds F through run.show / run.mix
+    backward   one or several micro-batches; penalties are added to the loss
+    pre-hook   pull_back in reverse order (chain rule F -> R); live <- R; before_step in list order (mask, then clip)
+    optimizer  moves R
+    post-hook  after_step on R; frozen entries put back; `evaluated`: live and average exchanged; index += 1
+    leave      F live but no step coming (overflow, Ctrl-C): live <- E, nothing counted
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+import hashlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import shards
+from .anatomy import Part, anatomy
+from .functional import exchange, kept, kth_largest, mix
+from .step import Compute, Inputs, Step, batch_size, default_compute, repeated, split
+
+FORMAT = 1  # of Run.state_dict(); older formats must go on loading
+KEY = "steadytune"  # the extra key in an optimizer's state dict
+
+M = TypeVar("M", bound="Method")
+
+
+@dataclass(slots=True)
+class Weight:
+    """What a method sees of a parameter: plain local tensors, also on a shard. Write in place only.
+
+    Attributes:
+        name: the parameter's name in the unwrapped model.
+        data: live values, detached, in the parameter's shape (on a shard: this rank's piece).
+        grad: gradient of the same shape, or None before the backward pass.
+        group: the optimizer's parameter group (current ``lr``, ``weight_decay``); empty before `Run.attach`.
+        kind: what the parameter is, see `steadytune.anatomy`.
+        block: index of its transformer block, or None.
+        head: whether it belongs to a new task head.
+        input_dim: the axis of a linear weight that runs over input features (0 for transformers' Conv1D).
+    """
+
+    name: str
+    data: Tensor
+    grad: Tensor | None
+    group: dict[str, Any]
+    kind: Literal["linear", "embedding", "norm", "bias", "other"]
+    block: int | None
+    head: bool
+    input_dim: int = 1
+
+
+Scope = str | Callable[[Weight], bool]
+SCOPES: dict[str, Callable[[Weight], bool]] = {
+    "linear": lambda w: w.kind == "linear",  # pooler and head too, a tied lm_head not: it is an embedding
+    "encoder": lambda w: w.block is not None and not w.head,
+    "all": lambda w: True,
+}
+
+
+class Method:
+    """A robust fine-tuning method: a dataclass of hyperparameters whose verbs are the moments of a step.
+
+    Every verb is optional. Fields are hyperparameters only; what changes during training is kept in attributes
+    made in `setup` and returned by `state_dict`. Verbs that take ``weights`` get a list of `Weight`, restricted by
+    `only` when the method was.
+    """
+
+    copies: ClassVar[int] = 1  # copies of the batch in the one forward (R-Drop: 2)
+    null: ClassVar[dict[str, Any] | None] = None  # the setting at which it is plain fine-tuning, bit for bit
+    exclusive: ClassVar[str | None] = None  # at most one method of this name acts on a weight ("anchor", "average")
+    needs_steps: ClassVar[bool] = False  # whether the schedule depends on Run.total_steps
+    where: Callable[[Weight], bool] | None = None  # set by `only`
+
+    def setup(self, run: Run) -> None:
+        """Before the optimizer exists: structure, re-initialisation, freezing, references."""
+
+    def attach(self, run: Run) -> None:
+        """Optimizer exists and is empty: parameter groups, taking over decay."""
+
+    def before_forward(self, run: Run, weights: Sequence[Weight]) -> None:
+        """Build the forward view through `Run.show` and `Run.mix`, in list order.
+
+        Must be a pure function of (state, ``run.index``): it may run again for the same index.
+        """
+
+    def penalty(self, step: Step) -> Tensor | None:
+        """A scalar added to the loss of one micro-batch."""
+
+    def pull_back(self, run: Run, weights: Sequence[Weight]) -> None:
+        """Turn ``.grad`` of what it showed into ``.grad`` of what it was given, in reverse list order."""
+
+    def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
+        """Edit ``.grad`` (of the raw weights; synced, unscaled), in list order. Live is R."""
+
+    def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
+        """After the optimizer moved R, which is live, in list order. Stage transitions belong here."""
+
+    def evaluated(self, run: Run, weights: Sequence[Weight]) -> Mapping[str, Tensor] | None:
+        """The tensors to evaluate instead of R, by weight name; the core owns them from here (`Run.average`)."""
+        return None
+
+    def finish(self, run: Run) -> None:
+        """Once, at the end, in reverse list order."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+
+
+def overrides(method: Method, verb: str) -> bool:
+    """Whether a method defines a verb."""
+    return getattr(type(method), verb) is not getattr(Method, verb)
+
+
+WEIGHT_VERBS = ("before_forward", "pull_back", "before_step", "after_step", "evaluated")
+
+
+def only(method: M, where: Callable[[Weight], bool]) -> M:
+    """A copy of ``method`` that acts on the weights for which ``where(weight)`` holds, and on no other.
+
+    Raises:
+        ValueError: the method is a pure penalty, which acts on no weights.
+    """
+    if not any(overrides(method, verb) for verb in WEIGHT_VERBS):
+        raise ValueError(
+            f"only() restricts methods that act on weights; {type(method).__name__} only adds a penalty to the loss: "
+            "use it without only()"
+        )
+    restricted = copy.deepcopy(method)
+    earlier = restricted.where
+    restricted.where = where if earlier is None else lambda w: bool(earlier(w) and where(w))
+    return restricted
+
+
+def in_unit(name: str, value: float, *, zero: bool = False) -> None:
+    """Raise unless ``value`` lies in (0, 1], or [0, 1] when ``zero``."""
+    if not ((0 if zero else 1e-12) <= value <= 1):
+        raise ValueError(f"{name} must lie in {'[' if zero else '('}0, 1], got {value}")
+
+
+def not_negative(name: str, value: float) -> None:
+    """Raise unless ``value >= 0``."""
+    if not value >= 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise, with the nearest choice, unless ``value`` is one of ``choices``."""
+    choices = list(choices)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
+
+
+class Run:
+    """Binds a recipe to a model; the only mutable hub.
+
+    Args:
+        model: any module; a DDP or ``torch.compile`` wrapper may be passed and is then used for the forward.
+        methods: the recipe, in order of action. Deep-copied: ``run[DPSDense]`` is the copy that ran.
+        total_steps: planned optimizer steps; methods with a schedule need it before the first step.
+        seed: of the methods' own randomness (masks, noise), apart from initialisation, data order and dropout.
+        data: called for an iterable of training batches by methods that look at the data first.
+
+    Raises:
+        ValueError: DataParallel; a method that cannot act on this model.
+
+    Example:
+        >>> run = Run(model, [DPSDense(keep=0.7)], total_steps=400).attach(optimizer)   # doctest: +SKIP
+        >>> for batch in loader:                                                        # doctest: +SKIP
+        ...     run.loss(batch).backward(); optimizer.step(); optimizer.zero_grad()
+        >>> run.finish()                                                                # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        methods: Sequence[Method],
+        *,
+        total_steps: int | None = None,
+        seed: int = 0,
+        data: Callable[[], Iterable] | None = None,
+    ) -> None:
+        if isinstance(model, nn.DataParallel):
+            raise ValueError(
+                "torch.nn.DataParallel is not supported: its replicas race on the methods' state. "
+                "Use torchrun (DistributedDataParallel), or one device with CUDA_VISIBLE_DEVICES=0"
+            )
+        for method in methods:
+            if not isinstance(method, Method):
+                raise TypeError(f"methods must hold steadytune methods, got {method!r}: pass instances, as DPSDense()")
+        self.wrapper = model
+        self.model = shards.unwrap(model)
+        self.methods: list[Method] = [copy.deepcopy(m) for m in methods]
+        self.seed, self.data = seed, data
+        self.index = 0
+        self.batch: list[Inputs] = []  # the micro-batches of the current step
+        self.optimizer: Optimizer | None = None
+        self.items: Tensor | int | None = None  # tokens of the step over which the trainer averages the loss
+        self.penalty_scale = 1.0
+        self._total_steps, self._loaded_total = total_steps, None
+        self._compute: Compute = default_compute
+        self._parts: dict[str, Part] = {}
+        self._references: dict[str, Tensor] = {}
+        self._checksums: dict[str, str] = {}
+        self._raw: dict[str, Tensor] = {}  # R of weights that show something else; empty between steps
+        self._averages: dict[str, Tensor] = {}  # R between steps, E during one
+        self._frozen: dict[str, Tensor] = {}
+        self._held: list[tuple[Tensor, Tensor, Tensor]] = []  # (live tensor, mask of frozen entries, their values)
+        self._entered = self._ignored = self._stateless = False
+        self._micro = 0
+        self._rng_state: list[Tensor] = []
+        self._handles: list[Any] = []
+        self._save_in_optimizer = True
+        self._blank: dict[str, Any] = {}
+        self._setting_up = True
+        for method in self.methods:
+            method.setup(self)
+            self._parts = {}  # setup may have changed the structure
+        self._setting_up = False
+
+    # ------------------------------------------------------------------ looking
+
+    def __getitem__(self, kind: type[M]) -> M:
+        """The method of this class that runs (the first, if several)."""
+        for method in self.methods:
+            if isinstance(method, kind):
+                return method
+        raise KeyError(f"no {kind.__name__} in this recipe: {[type(m).__name__ for m in self.methods]}")
+
+    @property
+    def total_steps(self) -> int | None:
+        """Planned optimizer steps, or None while unknown."""
+        return self._total_steps
+
+    @total_steps.setter
+    def total_steps(self, value: int | None) -> None:
+        loaded = self._loaded_total
+        if None not in (value, loaded) and value != loaded:
+            raise ValueError(
+                f"total_steps was {loaded} when the state was saved and is {value} now: schedules such as DPS's stages "
+                f"would change retroactively. Resume with {loaded} steps, or start anew"
+            )
+        self._total_steps = value
+
+    def steps(self, method: Method) -> int:
+        """`total_steps`, for a method whose schedule depends on it; raises when it is unknown."""
+        if self._total_steps is None:
+            name = type(method).__name__
+            raise ValueError(f"{name} needs the number of optimizer steps: pass Run(..., total_steps=n)")
+        return self._total_steps
+
+    @property
+    def rank(self) -> int:
+        """Rank of this process, 0 when not distributed."""
+        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+    @property
+    def world(self) -> int:
+        """Number of processes, 1 when not distributed."""
+        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+    def weights(self, method: Method | None = None, scope: Scope = "all") -> list[Weight]:
+        """Trainable weights, in the model's order, that ``method`` may act on (see `only`) and ``scope`` admits.
+
+        Args:
+            method: a method of the recipe, or None for no restriction.
+            scope: ``"linear"``, ``"encoder"``, ``"all"`` or a predicate over `Weight`.
+
+        Raises:
+            ValueError: unknown scope.
+        """
+        groups = {id(p): g for g in self.optimizer.param_groups for p in g["params"]} if self.optimizer else None
+        if not self._parts:
+            self._parts = anatomy(self.model)
+        weights = []
+        for name, p in self.model.named_parameters():
+            if not p.requires_grad or (groups is not None and id(p) not in groups):
+                continue
+            part = self._parts[name]
+            grad = None if p.grad is None else shards.local(p.grad)
+            group = {} if groups is None else groups[id(p)]
+            weights.append(
+                Weight(name, shards.local(p.detach()), grad, group, part.kind, part.block, part.head, getattr(part, "input_dim", 1))
+            )
+        return self._restrict(method, weights, scope)
+
+    @staticmethod
+    def _restrict(method: Method | None, weights: list[Weight], scope: Scope = "all") -> list[Weight]:
+        if method is not None and method.where is not None:
+            weights = [w for w in weights if method.where(w)]
+        return select(weights, scope)
+
+    def require(self, method: Method, scope: Scope, *, reference: bool = False) -> list[Weight]:
+        """The weights a method will act on, in `Method.setup`; takes their references when asked.
+
+        Raises:
+            ValueError: nothing to act on.
+        """
+        weights = self.weights(method, scope)
+        if reference:
+            weights = [w for w in weights if not self.is_new(w)]
+        if not weights:
+            what = "pre-trained trainable weight" if reference else "trainable weight"
+            raise ValueError(
+                f"{type(method).__name__} finds no {what} in scope {scope!r}: the model's weights are frozen, quantised "
+                "or adapters. Choose another scope, or unfreeze the base model"
+            )
+        for w in weights if reference else []:
+            self.reference(w.name)
+        return weights
+
+    # ------------------------------------------------------------------ references and raw weights
+
+    def is_new(self, weight: Weight) -> bool:
+        """Whether a weight has no pre-trained value: a new head, or an adapter that PEFT added."""
+        prefix = getattr(getattr(self.model, "base_model", None), "prefix", None)
+        return weight.head or (hasattr(self.model, "peft_config") and bool(prefix) and str(prefix) in weight.name)
+
+    def reference(self, name: str) -> Tensor:
+        """The weight as it was before training, on the weight's device (on a shard: this rank's piece).
+
+        Taken in `Method.setup`, never later: a reference taken on resume would be half-trained.
+
+        Raises:
+            RuntimeError: asked for the first time after setup.
+        """
+        if name not in self._references:
+            if not self._setting_up:
+                raise RuntimeError(f"the reference of {name!r} must be asked for in setup(), before training starts")
+            full = self.model.get_parameter(name).detach().clone()
+            self._references[name] = full
+            self._checksums[name] = checksum(full)
+        held = self._references[name]
+        live = self.model.get_parameter(name).detach()
+        here = shards.local(live)
+        if held.device != here.device or held.shape != here.shape:
+            held = self._references[name] = shards.piece(held, live)
+        return held
+
+    def raw(self, name: str) -> Tensor:
+        """R of a weight, during a step whatever is shown; for anchors and snapshots (clone it)."""
+        held = self._averages if not self._entered else self._raw
+        return held.get(name, shards.local(self.model.get_parameter(name).detach()))
+
+    def average(self, name: str) -> Tensor | None:
+        """The averaged tensor of a weight, in `Method.evaluated`; None before the first."""
+        return self._averages.get(name)
+
+    def local(self, name: str, full: Tensor) -> Tensor:
+        """This rank's piece of a tensor of a weight's full shape (or broadcasting to it)."""
+        return shards.piece(full, self.model.get_parameter(name).detach())
+
+    def columns(self, method: Method, weight: Weight, keep: float) -> Tensor:
+        """Bernoulli(keep) draw over the input features of a weight, one for all its outputs and all ranks.
+
+        Shape (1, in) or, for Conv1D, (in, 1); one entry each for weights with a single axis.
+        """
+        full = self.model.get_parameter(weight.name)
+        shape = [n if full.dim() == 1 or i == weight.input_dim else 1 for i, n in enumerate(full.shape)]
+        draw = torch.empty(shape, device=weight.data.device)
+        return self.local(weight.name, draw.bernoulli_(keep, generator=self.rng(method, weight.name)))
+
+    # ------------------------------------------------------------------ the step
+
+    def attach(self, optimizer: Any, *, save_in_optimizer: bool = True) -> Run:
+        """Hook onto an optimizer: before its first step, before any learning-rate scheduler is built.
+
+        Args:
+            optimizer: a torch optimizer, or accelerate's wrapper around one.
+            save_in_optimizer: put `state_dict` under one extra key of the optimizer's state dict.
+
+        Raises:
+            ValueError: an optimizer that cannot work with methods on weights, or that was built from another model.
+            RuntimeError: already attached, or a scheduler exists and a method changes parameter groups.
+        """
+        optimizer = bare(optimizer)
+        if self.optimizer is not None:
+            raise RuntimeError("this Run is already attached: use run.restart() to train once more")
+        self._check_optimizer(optimizer)
+        self.optimizer, self._save_in_optimizer = optimizer, save_in_optimizer
+        if not self.weights():
+            self.optimizer = None
+            raise ValueError(
+                "the optimizer holds no trainable parameter of this model: build it from model.parameters() "
+                "of the model given to Run, after all changes of its structure"
+            )
+        for method in self.methods:
+            method.attach(self)
+        self._check_exclusive()
+        self._hook()
+        self._blank = copy.deepcopy(self.state_dict())
+        return self
+
+    def _hook(self) -> None:
+        assert self.optimizer is not None
+        optimizer = self.optimizer
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+        if self._save_in_optimizer:
+            self._handles += [
+                optimizer.register_state_dict_post_hook(self._add_state),
+                optimizer.register_load_state_dict_pre_hook(self._take_state),
+            ]
+
+    def _check_optimizer(self, optimizer: Optimizer) -> None:
+        kind = type(optimizer)
+        if kind.__module__.split(".")[0] == "deepspeed":
+            raise ValueError("DeepSpeed ZeRO flattens weights before the methods can see them: use DDP or FSDP2")
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(f"attach() needs a torch.optim.Optimizer, got {kind.__name__}")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("LBFGS evaluates the loss several times in one step: use a first-order optimizer")
+        changing = [type(m).__name__ for m in self.methods if overrides(m, "attach")]
+        if changing and any("initial_lr" in group for group in optimizer.param_groups):
+            raise RuntimeError(
+                f"a learning-rate scheduler was built before attach(), but {', '.join(changing)} changes the "
+                "optimizer's groups: call run.attach(optimizer) first, then build the scheduler"
+            )
+
+    def _check_exclusive(self) -> None:
+        owners: dict[tuple[str, str], Method] = {}
+        for method in self.methods:
+            if method.exclusive is None:
+                continue
+            for w in self.weights(method, getattr(method, "scope", "all")):
+                other = owners.setdefault((method.exclusive, w.name), method)
+                if other is not method:
+                    raise ValueError(
+                        f"{type(other).__name__} and {type(method).__name__} are both an {method.exclusive} of "
+                        f"{w.name!r}, a weight can have one: remove one, or keep them apart with only()"
+                    )
+
+    def loss(
+        self,
+        inputs: Inputs,
+        *,
+        compute: Compute | None = None,
+        model: nn.Module | None = None,
+        items: Tensor | int | None = None,
+        penalty_scale: float = 1.0,
+    ) -> Tensor:
+        """Loss of one micro-batch with all penalties; the first call of a step builds the forward view.
+
+        Args:
+            inputs: keyword arguments of the model, batch axis first.
+            compute: ``(model, inputs, copies) -> (loss, outputs)``; by default the loss that the model returns.
+            model: the (wrapped) model to call, when it is another than the one given to Run.
+            items: token count of the whole step, when ``compute`` divides by it (times ``copies``).
+            penalty_scale: factor of the penalties, for a loss already divided by ``items`` over the whole step.
+
+        Raises:
+            RuntimeError: not attached, or a wrapper that cannot work.
+        """
+        self.wrapper = self.wrapper if model is None else model
+        self._compute = compute or default_compute
+        self.items, self.penalty_scale = items, penalty_scale
+        self.enter()
+        self._check_wrapper()
+        self.batch.append(inputs)
+        copies = max((m.copies for m in self.methods), default=1)
+        penalties = [m for m in self.methods if overrides(m, "penalty")]
+        if penalties:
+            self._save_rng()
+        loss, outputs = self._compute(self.wrapper, repeated(inputs, copies) if copies > 1 else inputs, copies)
+        if not penalties:
+            return loss
+        self._micro = len(self.batch)
+        parts = split(outputs, copies, batch_size(inputs)) if copies > 1 else [outputs]
+        step = Step(self, self.wrapper, inputs, parts, loss, self._compute)
+        for method in penalties:
+            penalty = method.penalty(step)
+            if penalty is not None:
+                loss = loss + penalty * penalty_scale
+        self._micro = 0
+        return loss
+
+    def enter(self) -> None:
+        """Begin a step: live E -> R, then the forward view. A loop that calls the model itself calls this first.
+
+        Does nothing in the middle of a step.
+
+        Raises:
+            RuntimeError: never attached, or the optimizer was loaded without the state of this run.
+            ValueError: a schedule without ``total_steps``.
+        """
+        if self._entered:
+            return
+        if self.optimizer is None or not self._handles:
+            raise RuntimeError("this Run is not attached to an optimizer: call run.attach(optimizer) before training")
+        if self._stateless:
+            raise RuntimeError(
+                "the optimizer's state was loaded without steadytune's: the methods would start anew in the middle of "
+                "a run. Load what run.state_dict() gave with run.load_state_dict(), or call run.restart()"
+            )
+        for method in self.methods:
+            if method.needs_steps:
+                self.steps(method)
+        shards.reshard(self.model)
+        self._exchange()
+        self._entered = True
+        weights = self.weights()
+        for method in self.methods:
+            method.before_forward(self, self._restrict(method, weights))
+        torch.clear_autocast_cache()
+
+    def show(self, weight: Weight, value: Tensor) -> None:
+        """Make ``value`` the forward view of a weight (in `Method.before_forward`)."""
+        self._keep(weight)
+        weight.data.copy_(value)
+
+    def mix(self, weight: Weight, anchor: Tensor, mask: Tensor, keep: float) -> None:
+        """Show ``anchor + mask * (given - anchor) / keep``, where ``given`` is what earlier methods show."""
+        raw = self._keep(weight)
+        mix(anchor, raw if raw is not None else weight.data, mask, keep, out=weight.data)
+
+    def _keep(self, weight: Weight) -> Tensor | None:
+        """Put R aside once; returns it when nothing else was shown yet."""
+        if weight.name in self._raw:
+            return None
+        held = self._raw[weight.name] = weight.data.clone()
+        return held
+
+    def freeze(self, weight: Weight, mask: Tensor) -> None:
+        """For entries where the boolean ``mask`` is False, this optimizer step does not happen.
+
+        Weights and every optimizer-state tensor of the weight's shape are put back bit for bit after all
+        `Method.after_step`. Call it in `Method.pull_back` or `Method.before_step`; masks of several calls intersect.
+        """
+        other = self._frozen.get(weight.name)
+        self._frozen[weight.name] = mask if other is None else mask & other
+
+    def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        """The optimizer's step pre-hook."""
+        if any(a is not None for a in args[1:]) or kwargs.get("closure") is not None:
+            raise RuntimeError("optimizer.step(closure) evaluates the loss after the methods acted: call step() alone")
+        if not self._entered:
+            if all(group["lr"] == 0 for group in optimizer.param_groups):
+                self._ignored = True  # torch's fake step that initialises a state dict
+                return
+            raise RuntimeError(
+                "optimizer.step() without a forward through steadytune: use run.loss(batch), or run.enter() before "
+                "calling the model"
+            )
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and float(found_inf):
+            self.leave()
+            self._ignored = True  # a fused optimizer skips the update inside its kernel
+            return
+        self._unscale(optimizer)
+        weights = self.weights()
+        ready = [w for w in weights if w.grad is not None]
+        for method in reversed(self.methods):
+            method.pull_back(self, self._restrict(method, ready))
+        self._restore()
+        self._hold(weights)
+        for method in self.methods:
+            method.before_step(self, self._restrict(method, ready))
+        self._hold(weights)
+
+    def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        """The optimizer's step post-hook."""
+        if self._ignored:
+            self._ignored = False
+            return
+        weights = self.weights()
+        for method in self.methods:
+            method.after_step(self, self._restrict(method, weights))
+        for live, where, values in reversed(self._held):  # the earliest copy counts
+            live.masked_scatter_(where, values)
+        self._held = []
+        averages: dict[str, Tensor] = {}
+        for method in self.methods:
+            averages.update(method.evaluated(self, self._restrict(method, weights)) or {})
+        self._averages = averages
+        self._entered = False
+        self._exchange()
+        self.index += 1
+        self.batch = []
+        torch.clear_autocast_cache()
+
+    def _unscale(self, optimizer: Any) -> None:
+        """A fused optimizer under GradScaler unscales inside its kernel: too late for statistics and masks."""
+        scale = getattr(optimizer, "grad_scale", None)
+        if scale is None:
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_([shards.local(g) for g in gradients], scale.double().reciprocal().float())
+        optimizer.grad_scale = None
+
+    def _hold(self, weights: Sequence[Weight]) -> None:
+        """Copy the frozen entries of weights and their optimizer state."""
+        assert self.optimizer is not None
+        for w in weights:
+            if w.name not in self._frozen:
+                continue
+            where = ~self._frozen[w.name]
+            state = self.optimizer.state.get(self.model.get_parameter(w.name), {})
+            for key, value in [("weight", w.data), *state.items()]:
+                if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 1 != w.data.numel():
+                    continue
+                value = shards.local(value)
+                if value.shape != w.data.shape:
+                    raise ValueError(
+                        f"frozen=True needs optimizer state of the weight's shape; {type(self.optimizer).__name__} "
+                        f"keeps {key!r} of shape {tuple(value.shape)} for {w.name!r} {tuple(w.data.shape)}: use AdamW "
+                        "or SGD, or frozen=False"
+                    )
+                self._held.append((value, where, value[where]))
+        self._frozen = {}
+
+    def _exchange(self) -> None:
+        """Swap live weights and averages."""
+        for name, other in self._averages.items():
+            exchange(shards.local(self.model.get_parameter(name).detach()), other)
+
+    def _restore(self) -> None:
+        """Live <- R."""
+        for name, raw in self._raw.items():
+            shards.local(self.model.get_parameter(name).detach()).copy_(raw)
+        self._raw = {}
+        torch.clear_autocast_cache()
+
+    def leave(self) -> None:
+        """Abandon a step that will not be taken (overflow, interruption): live <- E, nothing counted.
+
+        Plain fp16 loops call it after ``scaler.update()``. Does nothing between steps.
+        """
+        if not self._entered:
+            return
+        shards.reshard(self.model)
+        self._restore()
+        self._entered = False
+        self._exchange()
+        self._frozen, self._held, self.batch = {}, [], []
+
+    def restart(self) -> Run:
+        """Back to the state right after `attach`, for another training; weights stay as they are."""
+        if self.optimizer is None:
+            raise RuntimeError("restart() needs a Run that was attached to an optimizer before")
+        self.leave()
+        self._averages, self._loaded_total = {}, None
+        if not self._handles:
+            self._hook()
+        now = {"total_steps": self._total_steps, "seed": self.seed, "recipe": [describe(m) for m in self.methods]}
+        self.load_state_dict({**copy.deepcopy(self._blank), **now})
+        self._loaded_total = None
+        return self
+
+    def finish(self) -> None:
+        """The end of training: verbs in reverse order, then the optimizer is free of us. Weights stay evaluated."""
+        self.leave()
+        for method in reversed(self.methods):
+            method.finish(self)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _check_wrapper(self) -> None:
+        wrapper: Any = self.wrapper
+        if isinstance(wrapper, nn.DataParallel):
+            raise ValueError(
+                "torch.nn.DataParallel is not supported: use torchrun, or one device with CUDA_VISIBLE_DEVICES=0"
+            )
+        if getattr(wrapper, "static_graph", False) and self.batch:
+            raise RuntimeError(
+                "DistributedDataParallel(static_graph=True) cannot accumulate gradients (torch fails inside no_sync): "
+                "use static_graph=False, or one micro-batch per step"
+            )
+        inductor = sys.modules.get("torch._inductor.config")
+        if hasattr(wrapper, "_orig_mod") and getattr(inductor, "freezing", False):
+            raise RuntimeError(
+                "torch._inductor.config.freezing bakes weights into the compiled graph, so that changes by methods are "
+                "not seen: set it to False"
+            )
+
+    # ------------------------------------------------------------------ randomness
+
+    def draw_seed(self, *key: Any, rank: bool = False) -> int:
+        """A seed that depends on the run's seed, the step, the micro-batch and ``key``, and on nothing else."""
+        parts = (self.seed, self.index, self._micro, *key, self.rank if rank else None)
+        digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
+
+    def rng(self, method: Method, label: str, *, per_rank: bool = False) -> torch.Generator:
+        """A fresh generator for a method's draw: the same on every rank (unless ``per_rank``) and after a resume.
+
+        Seeded by a hash of (seed, class and occurrence of the method, label, index, micro-batch), so that other
+        methods in the recipe do not change the draws, and nothing has to be saved.
+        """
+        same = [m for m in self.methods if type(m) is type(method)]
+        occurrence = next(i for i, m in enumerate(same) if m is method)
+        key = (type(method).__name__, occurrence, label)
+        generator = torch.Generator(device=next(self.model.parameters()).device)
+        return generator.manual_seed(self.draw_seed(*key, rank=per_rank))
+
+    def forked_rng(self) -> contextlib.AbstractContextManager:
+        """Leave torch's random state as it was before."""
+        return torch.random.fork_rng(devices=self._devices())
+
+    def _devices(self) -> list[int]:
+        device = next(self.model.parameters()).device
+        return [device.index or 0] if device.type == "cuda" else []
+
+    def _save_rng(self) -> None:
+        self._rng_state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self._devices())]
+
+    def restore_rng(self) -> None:
+        """Set torch's random state to that before the task's forward of this micro-batch."""
+        torch.set_rng_state(self._rng_state[0])
+        for device, state in zip(self._devices(), self._rng_state[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+    # ------------------------------------------------------------------ more gradients, statistics
+
+    def gradient(
+        self,
+        inputs: Inputs | Sequence[Inputs],
+        loss: Callable[[Inputs], Tensor] | None = None,
+        *,
+        dropout_seed: int | None = None,
+    ) -> dict[str, Tensor]:
+        """One more gradient at the live weights, by weight name, through the wrapper, so that ranks are averaged.
+
+        ``.grad`` of the step and the dropout of the task are as before afterwards.
+
+        Args:
+            inputs: one batch, or several micro-batches over which the loss is averaged (`Run.batch`).
+            loss: of one batch; by default the task's own, without penalties.
+            dropout_seed: for a chosen dropout draw.
+        """
+        batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+        loss = loss or (lambda batch: self._compute(self.wrapper, batch, 1)[0])
+        share = len(batches) if self.items is None else 1
+        parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        views = getattr(self.wrapper, "gradient_as_bucket_view", False)  # then .grad is memory that DDP writes again
+        parked = {n: p.grad.clone() if views and p.grad is not None else p.grad for n, p in parameters.items()}
+        for p in parameters.values():
+            p.grad = None
+        try:
+            with self.forked_rng():
+                if dropout_seed is not None:
+                    torch.manual_seed(dropout_seed)
+                for i, batch in enumerate(batches):
+                    last = i == len(batches) - 1
+                    with contextlib.nullcontext() if last else shards.no_sync(self.wrapper):
+                        (loss(batch) / share).backward()
+            found = {n: shards.local(p.grad) for n, p in parameters.items() if p.grad is not None}
+            return {n: g.clone() for n, g in found.items()} if views else found
+        finally:
+            for n, p in parameters.items():
+                if views and p.grad is not None and parked[n] is not None:
+                    p.grad.copy_(parked[n])
+                else:
+                    p.grad = parked[n]
+
+    def _group(self) -> dist.ProcessGroup | None:
+        return shards.shard_group(list(self.model.parameters()))
+
+    def kth(self, scores: Tensor | Sequence[Tensor], keep: float) -> Tensor:
+        """Threshold that the ``ceil(n * keep)`` largest scores reach, over all pieces of one tensor or of several."""
+        pieces = [scores] if isinstance(scores, Tensor) else list(scores)
+        group = self._group()
+        flat = torch.cat([p.flatten() for p in pieces]) if len(pieces) > 1 else pieces[0].flatten()
+        if group is not None:
+            flat = shards.gather(flat, group)
+        return kth_largest(flat, kept(flat.numel(), keep))
+
+    def norms(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """L2 norm of each tensor, over all its pieces."""
+        norms = list(torch._foreach_norm(list(tensors)))
+        group = self._group()
+        if group is None or not norms:
+            return norms
+        squares = torch.stack(norms).square()
+        dist.all_reduce(squares, group=group)
+        return list(squares.sqrt().unbind())
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        """Average tensors over ranks, in place; nothing on one process."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+                tensor.div_(self.world)
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resume needs beside model and optimizer; tensors and plain values, not copied.
+
+        Keys: ``format``, ``index``, ``total_steps``, ``seed``, ``recipe`` (names and fields), ``methods`` (their
+        states), ``raw`` (weights whose live values are averages), ``heads`` (references of new weights) and
+        ``checksums`` (of the other references).
+
+        Raises:
+            RuntimeError: in the middle of a step.
+        """
+        if self._entered:
+            raise RuntimeError("state_dict() in the middle of a step: take the step, or call run.leave() first")
+        new = {w.name for w in self.weights() if self.is_new(w)}
+        return {
+            "format": FORMAT,
+            "index": self.index,
+            "total_steps": self._total_steps,
+            "seed": self.seed,
+            "recipe": [describe(m) for m in self.methods],
+            "methods": [m.state_dict() for m in self.methods],
+            "raw": dict(self._averages),
+            "heads": {n: t for n, t in self._references.items() if n in new},
+            "checksums": {n: c for n, c in self._checksums.items() if n not in new},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state; the model's weights are loaded by whoever loads the model.
+
+        Raises:
+            ValueError: unknown format, another recipe, seed, number of steps or base model, naming the difference.
+        """
+        if not 1 <= state["format"] <= FORMAT:
+            raise ValueError(
+                f"this state has format {state['format']}, this version of steadytune reads up to {FORMAT}: update it"
+            )
+        self._check_recipe(state["recipe"])
+        if state["seed"] != self.seed:
+            raise ValueError(f"the methods' seed was {state['seed']} when the state was saved, it is {self.seed} here")
+        self._loaded_total = state["total_steps"]
+        self.total_steps = self._total_steps or self._loaded_total
+        for name, saved in state["checksums"].items():
+            if self._checksums.get(name) != saved:
+                raise ValueError(
+                    f"the reference of {name!r} differs from the one the run started with: the model given is not the "
+                    f"pre-trained one ({getattr(getattr(self.model, 'config', None), '_name_or_path', '') or 'unnamed'}"
+                    "). Give the base model, not a checkpoint of the run; weights are restored from the checkpoint"
+                )
+        for name, held in state["heads"].items():
+            self._references[name] = held.clone()
+        live = {w.name: w.data for w in self.weights()}
+        self._averages = {n: t.to(live[n].device, copy=True) for n, t in state["raw"].items()}
+        for method, saved in zip(self.methods, state["methods"], strict=True):
+            method.load_state_dict(_on_devices(saved, live))
+        self.index = state["index"]
+        self._stateless = False
+
+    def _check_recipe(self, recipe: Sequence[Mapping[str, Any]]) -> None:
+        here = [describe(m) for m in self.methods]
+        names, saved = [r["name"] for r in here], [r["name"] for r in recipe]
+        if names != saved:
+            raise ValueError(f"the state was saved by the recipe {saved}, this run has {names}: resume with the same")
+        for mine, theirs in zip(here, recipe, strict=True):
+            for field in sorted({*mine, *theirs}):
+                if mine.get(field) != theirs.get(field):
+                    raise ValueError(
+                        f"{mine['name']}.{field} was {theirs.get(field)!r} when the state was saved and is "
+                        f"{mine.get(field)!r} here: resume with the same recipe"
+                    )
+
+    def _add_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        state[KEY] = self.state_dict()
+        return state
+
+    def _take_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        state = dict(state)
+        own = state.pop(KEY, None)
+        if own is None:
+            self._stateless = True  # an error at the next step, unless load_state_dict comes before
+        else:
+            self.load_state_dict(own)
+        return state
+
+    def nbytes(self) -> int:
+        """Bytes that methods and core hold now, beside the model and the optimizer's own state."""
+        held: list[Tensor] = [*self._references.values(), *self._raw.values(), *self._averages.values()]
+        held += [t for m in self.methods for t in _tensors(m.state_dict())] + [v for _, _, v in self._held]
+        return sum(t.nbytes for t in {id(t): t for t in held}.values())
+
+    def describe(self) -> str:
+        """The recipe as a table: each method with its fields, moments of the step and weights."""
+        rows = []
+        for i, method in enumerate(self.methods):
+            fields = ", ".join(f"{k}={v!r}" for k, v in describe(method).items() if k != "name")
+            verbs = [v for v in (*WEIGHT_VERBS, "penalty") if overrides(method, v)]
+            line = f"{i + 1}. {type(method).__name__}({fields}): {', '.join(verbs) or 'setup only'}"
+            if any(v in WEIGHT_VERBS for v in verbs):
+                weights = self.weights(method, getattr(method, "scope", "all"))
+                line += f"; {len(weights)} tensors, {sum(w.data.numel() for w in weights):,} weights"
+            rows.append(line)
+        copies = max((m.copies for m in self.methods), default=1)
+        if copies > 1:
+            rows.append(f"each batch passes the model as {copies} copies in one forward")
+        return "\n".join(rows) or "plain fine-tuning: no methods"
+
+
+def select(weights: Iterable[Weight], scope: Scope) -> list[Weight]:
+    """The weights that a scope admits: ``"linear"``, ``"encoder"``, ``"all"`` or a predicate over `Weight`."""
+    if isinstance(scope, str):
+        one_of("scope", scope, SCOPES)
+        scope = SCOPES[scope]
+    return [w for w in weights if scope(w)]
+
+
+def describe(method: Method) -> dict[str, Any]:
+    """Name and fields of a method as plain values; predicates by their qualified name."""
+    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    if method.where is not None:
+        values["where"] = method.where
+    return {
+        "name": type(method).__name__,
+        **{k: getattr(v, "__qualname__", v) if callable(v) else v for k, v in values.items()},
+    }
+
+
+def bare(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def checksum(tensor: Tensor) -> str:
+    """64 bits that tell one tensor's bytes from another's."""
+    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(data.tobytes(), digest_size=8).hexdigest()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for v in value.values():
+            yield from _tensors(v)
+    elif isinstance(value, list | tuple):
+        for v in value:
+            yield from _tensors(v)
+
+
+def _on_devices(value: Any, live: Mapping[str, Tensor], device: torch.device | None = None) -> Any:
+    """A copy of a method's state, tensors under a weight's name on that weight's device."""
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True) if device is not None else value.clone()
+    if isinstance(value, Mapping):
+        return {k: _on_devices(v, live, live[k].device if k in live else device) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_on_devices(v, live, device) for v in value]
+    return value

@@ -1,0 +1,93 @@
+"""The equations, stateless: tensors in, tensors out. Nothing here knows of models, optimizers or steps."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 18  # elements moved at once by `exchange`: one megabyte of float32, small enough for a core's cache
+
+
+def kept(n: int, keep: float) -> int:
+    """Number of entries of ``n`` that a share ``keep`` in [0, 1] leaves: the ceiling of ``n * keep``.
+
+    Rounding noise is removed first: 100 * 0.29 is 28.999999999999996 in floating point and counts as 29.
+    """
+    return math.ceil(round(n * keep, 6))
+
+
+def kth_largest(scores: Tensor, k: int) -> Tensor:
+    """The ``k``-th largest entry (1-based) of a tensor of any shape, as a 0-d tensor; +inf for ``k = 0``."""
+    flat = scores.flatten()
+    if k == 0:
+        return flat.new_full((), math.inf)
+    if flat.is_cuda:  # kthvalue runs in a single block there
+        return flat.sort().values[flat.numel() - k]
+    return flat.kthvalue(flat.numel() - k + 1).values
+
+
+def keep_top(scores: Tensor, keep: float) -> Tensor:
+    """Boolean mask of the ``ceil(n * keep)`` largest scores; entries tied with the threshold are all kept."""
+    return scores >= kth_largest(scores, kept(scores.numel(), keep))
+
+
+def mix(anchor: Tensor, value: Tensor, mask: Tensor, keep: float, *, out: Tensor | None = None) -> Tensor:
+    """``anchor + mask * (value - anchor) / keep``: equal to ``value`` in expectation when ``mask`` is Bernoulli(keep).
+
+    Args:
+        anchor: any shape.
+        value: like ``anchor``.
+        mask: 0/1, boolean or floating point, broadcastable to ``anchor``.
+        keep: in [0, 1]; 0 gives ``anchor``.
+        out: written in place when given; may be ``value`` itself.
+    """
+    weight = rescaled(mask, keep, value.dtype).expand_as(value)
+    return torch.lerp(anchor, value, weight, out=out)
+
+
+def rescaled(mask: Tensor, keep: float, dtype: torch.dtype) -> Tensor:
+    """``mask / keep`` in ``dtype``, zeros when ``keep`` is 0: the factor of `mix` and of its chain rule."""
+    return mask.to(dtype, copy=True).mul_(1 / keep if keep else 0.0)
+
+
+def exchange(a: Tensor, b: Tensor) -> None:
+    """Swap the contents of two contiguous tensors of one shape, with a buffer of `CHUNK` elements."""
+    a, b = a.view(-1), b.view(-1)
+    buffer = torch.empty_like(a[:CHUNK])
+    for start in range(0, a.numel(), CHUNK):
+        x, y = a[start : start + CHUNK], b[start : start + CHUNK]
+        held = buffer[: x.numel()].copy_(x)
+        x.copy_(y)
+        y.copy_(held)
+
+
+def symmetric_kl(a: Tensor, b: Tensor) -> Tensor:
+    """``(KL(p_a || p_b) + KL(p_b || p_a)) / 2`` of two sets of logits (..., classes) -> (...)."""
+    log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
+    return ((log_a.exp() - log_b.exp()) * (log_a - log_b)).sum(-1) / 2
+
+
+def stage_length(total_steps: int, update_ratio: float) -> int:
+    """Steps of one DPS stage: ``int(total_steps * update_ratio)``, at least 1."""
+    return max(1, int(total_steps * update_ratio))
+
+
+def selecting(index: int, stage: int) -> bool:
+    """Whether 0-based step ``index`` lies in a stage II (subnetwork) of DPS with stages of ``stage`` steps."""
+    return (index // stage) % 2 == 1
+
+
+def frequency_score(squares: Tensor, frequency: Tensor, stage: int, *, penalty: bool) -> Tensor:
+    """DPS Mix's score: mean squared gradient over the draws, optionally damped by ``exp(-frequency / stage)``.
+
+    Args:
+        squares: accumulated squared gradients.
+        frequency: how often each entry was drawn, broadcastable to ``squares``; 0 counts as 1.
+        stage: steps of the stage.
+        penalty: whether to multiply by the frequency penalty.
+    """
+    frequency = frequency.clamp(min=1).to(squares.dtype)
+    factor = (-frequency / stage).exp() / frequency if penalty else 1 / frequency
+    return squares * factor

@@ -1,0 +1,45 @@
+"""Clipping of the gradient by its norm over all weights (Pascanu, Mikolov, Bengio; ICML 2013, arXiv 1211.5063)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..core import Method, Run, Weight
+
+
+@dataclass
+class ClipNorm(Method):
+    """Scale all gradients by ``min(1, max_norm / (norm + 1e-6))``, as torch's ``clip_grad_norm_`` does.
+
+    An item of the list: what comes before it is clipped, what comes after it is not. DPS's authors mask, then clip.
+
+    Args:
+        max_norm: positive; ``inf`` never clips.
+
+    Attributes:
+        norm: of the last step before clipping, a 0-d tensor.
+    """
+
+    max_norm: float = 1.0
+
+    null: ClassVar = {"max_norm": inf}
+
+    def __post_init__(self) -> None:
+        if not self.max_norm > 0:
+            raise ValueError(f"max_norm must be positive, got {self.max_norm}: leave ClipNorm out to clip nothing")
+
+    def setup(self, run: Run) -> None:
+        self.norm: Tensor | None = None
+
+    def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
+        gradients = [w.grad for w in weights if w.grad is not None]
+        if not gradients:
+            return
+        self.norm = torch.linalg.vector_norm(torch.stack(run.norms(gradients)))
+        torch._foreach_mul_(gradients, (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0))

@@ -1,0 +1,236 @@
+"""DPS, Dynamic Parameter Selection: train the whole network, then its most promising part, in cycles.
+
+Zhang, Li, Bian, Yuan, Yu, Zhang, Feng: Fine-Tuning Pre-Trained Language Models Effectively by Optimizing
+Subnetworks Adaptively. NeurIPS 2022, arXiv 2211.01642.
+
+Training is cut into cycles of two stages of ``us = max(1, int(total_steps * update_ratio))`` steps each:
+
+    stage I    the full network learns; squares += g * g
+    boundary   mask = [squares among the largest ceil(n * keep)]
+    stage II   g <- g * mask
+
+Mix also changes the forward. With A = pre-trained weight and B = a random draw of input columns in stage I,
+A = the weight at the boundary and B = the mask in stage II:
+
+    W_fwd = A + B * (W - A) / keep          dL/dW = B / keep * dL/dW_fwd
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..core import Method, Run, Scope, Weight, in_unit, one_of, select
+from ..functional import frequency_score, selecting, stage_length
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class DPSDense(Method):
+    """Train everything and add up squared gradients, then train only the entries with the largest sums.
+
+    Args:
+        keep: share of entries that stays trainable in stage II, in (0, 1]. The authors' 1 - p; their p = 0.3.
+        update_ratio: length of a stage as a share of all optimizer steps, in (0, 1]. The authors' 0.05.
+        scope: which weights are masked, see `steadytune.core.SCOPES`; ``"linear"`` includes pooler and head.
+        threshold: largest ``keep`` of each ``"tensor"`` (the authors), or of all weights in scope (``"global"``).
+        frozen: keep unselected weights and their optimizer state bit for bit in stage II. False, as in the authors'
+            code: their gradient is zero, but momentum and decay still move them.
+
+    Differences from the authors' code: optimizer steps are counted, not forward calls, so accumulation changes
+    nothing; sums are taken of synced, unscaled gradients; entries tied with the threshold are all kept (theirs too).
+    Their scripts also switch dropout off, which this does not.
+    """
+
+    keep: float = 0.7
+    update_ratio: float = 0.05
+    scope: Scope = "linear"
+    threshold: Literal["tensor", "global"] = "tensor"
+    frozen: bool = False
+
+    null: ClassVar = {"keep": 1.0}
+    needs_steps: ClassVar = True
+
+    def __post_init__(self) -> None:
+        in_unit("keep", self.keep)
+        in_unit("update_ratio", self.update_ratio)
+        one_of("threshold", self.threshold, ("tensor", "global"))
+
+    def setup(self, run: Run) -> None:
+        self.squares: Tensors = {}
+        self.masks: Tensors = {}
+        run.require(self, self.scope)
+
+    def stage(self, run: Run) -> int:
+        """Steps of one stage."""
+        return stage_length(run.steps(self), self.update_ratio)
+
+    def before_forward(self, run: Run, weights: Sequence[Weight]) -> None:
+        if run.index == 0 and self.stage(run) == 1:
+            warnings.warn(
+                f"{type(self).__name__}: stages of one step (total_steps={run.total_steps}, update_ratio="
+                f"{self.update_ratio}) select on single gradients: train longer or raise update_ratio",
+                stacklevel=2,
+            )
+
+    def pull_back(self, run: Run, weights: Sequence[Weight]) -> None:
+        if self.frozen and selecting(run.index, self.stage(run)):
+            for w in self.masked(weights):
+                run.freeze(w, self.masks[w.name])
+
+    def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
+        if selecting(run.index, self.stage(run)):
+            weights = self.masked(weights)
+            multiply(weights, [self.masks[w.name] for w in weights])
+        else:
+            add_squares(self.squares, select(weights, self.scope))
+
+    def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
+        now, then = (selecting(i, self.stage(run)) for i in (run.index, run.index + 1))
+        if then and not now:
+            self.masks = top_masks(run, self.scores(run), self.keep, self.threshold)
+            self.squares = {}
+        elif now and not then:
+            self.masks = {}
+
+    def scores(self, run: Run) -> Tensors:
+        """What the selection ranks, by weight name."""
+        return self.squares
+
+    def masked(self, weights: Sequence[Weight]) -> list[Weight]:
+        """The weights that have a mask (those that had a gradient in stage I)."""
+        return [w for w in weights if w.name in self.masks]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"squares": self.squares, "masks": self.masks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.squares, self.masks = state["squares"], state["masks"]
+
+
+@dataclass
+class DPSMix(DPSDense):
+    """DPS with Mixout-like forwards: some weights are shown as their anchor, the others pushed away from it.
+
+    Args:
+        keep: share of columns drawn in stage I and of entries selected in stage II, in (0, 1]; the authors' 1 - p.
+        update_ratio: see `DPSDense`.
+        scope: see `DPSDense`. A new head's anchor is its initial value, as in the authors' code.
+        threshold: see `DPSDense`.
+        frozen: see `DPSDense`.
+        frequency_penalty: multiply scores by ``exp(-times drawn / us)``: ``"auto"`` from ``us >= 50`` on, as the
+            authors' code does, ``"on"`` or ``"off"``.
+        rescale_gradient: the exact chain rule ``dL/dW = B / keep * dL/dW_fwd``. False leaves out ``1 / keep``, as the
+            authors' backward does; Adam hides the difference, SGD and clipping do not.
+
+    Other differences from the authors' code: one draw per optimizer step, also under accumulation; evaluation and
+    checkpoints hold W, never the mixture.
+    """
+
+    frequency_penalty: Literal["auto", "on", "off"] = "auto"
+    rescale_gradient: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("frequency_penalty", self.frequency_penalty, ("auto", "on", "off"))
+
+    def setup(self, run: Run) -> None:
+        super().setup(run)
+        self.frequency: Tensors = {}  # how often each column was drawn in this stage I
+        self.anchors: Tensors = {}  # W at the boundary
+        self.drawn: Tensors = {}  # of the step under way
+        run.require(self, self.scope, reference=True)
+        for w in run.weights(self, self.scope):
+            run.reference(w.name)
+
+    def before_forward(self, run: Run, weights: Sequence[Weight]) -> None:
+        super().before_forward(run, weights)
+        stage = self.stage(run)
+        if selecting(run.index, stage):
+            weights = self.masked(weights)
+            if run.index % stage == 0:
+                self.anchors = {w.name: run.raw(w.name).clone() for w in weights}
+            for w in weights:
+                run.mix(w, self.anchors[w.name], self.masks[w.name], self.keep)
+        else:
+            for w in select(weights, self.scope):
+                self.drawn[w.name] = self.columns(run, w)
+                run.mix(w, run.reference(w.name), self.drawn[w.name], self.keep)
+
+    def columns(self, run: Run, weight: Weight) -> Tensor:
+        """B of stage I: 1 for the input columns that are shown as W."""
+        return run.columns(self, weight, self.keep)
+
+    def pull_back(self, run: Run, weights: Sequence[Weight]) -> None:
+        super().pull_back(run, weights)
+        keep = self.keep if self.rescale_gradient else 1.0
+        if selecting(run.index, self.stage(run)):
+            weights = self.masked(weights)
+            multiply(weights, [self.masks[w.name] for w in weights])
+            torch._foreach_mul_([w.grad for w in weights], 1 / keep)
+        else:
+            weights = select(weights, self.scope)
+            drawn = [self.drawn[w.name] for w in weights]
+            multiply(weights, drawn)
+            add_squares(self.squares, weights)
+            torch._foreach_mul_([w.grad for w in weights], 1 / keep)
+            for w, columns in zip(weights, drawn, strict=True):
+                seen = columns.to(torch.int32)
+                self.frequency[w.name] = self.frequency[w.name] + seen if w.name in self.frequency else seen
+
+    def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
+        """Nothing more: `pull_back` masked."""
+
+    def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
+        super().after_step(run, weights)
+        self.drawn = {}
+        if selecting(run.index + 1, self.stage(run)):
+            self.frequency = {}
+        else:
+            self.anchors = {}
+
+    def scores(self, run: Run) -> Tensors:
+        stage = self.stage(run)
+        penalty = stage >= 50 if self.frequency_penalty == "auto" else self.frequency_penalty == "on"
+        return {
+            name: frequency_score(squares, self.frequency[name], stage, penalty=penalty)
+            for name, squares in self.squares.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "frequency": self.frequency, "anchors": self.anchors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.frequency, self.anchors = state["frequency"], state["anchors"]
+
+
+def multiply(weights: Sequence[Weight], masks: Sequence[Tensor]) -> None:
+    """``g <- g * mask`` in place."""
+    torch._foreach_mul_([w.grad for w in weights], list(masks))
+
+
+def add_squares(squares: Tensors, weights: Sequence[Weight]) -> None:
+    """``squares += g * g`` in place, in at least float32."""
+    gradients = {w.name: w.grad.to(torch.promote_types(w.grad.dtype, torch.float32)) for w in weights if w.grad is not None}
+    new = [name for name in gradients if name not in squares]
+    old = [name for name in gradients if name in squares]
+    for name in new:
+        squares[name] = gradients[name].square()
+    if old:
+        found = [gradients[name] for name in old]
+        torch._foreach_addcmul_([squares[name] for name in old], found, found)
+
+
+def top_masks(run: Run, scores: Tensors, keep: float, threshold: str) -> Tensors:
+    """Boolean masks of the largest scores; entries tied with the threshold are all kept."""
+    if threshold == "global":
+        least = run.kth(list(scores.values()), keep)
+        return {name: score >= least for name, score in scores.items()}
+    return {name: score >= run.kth(score, keep) for name, score in scores.items()}

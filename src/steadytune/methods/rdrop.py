@@ -1,0 +1,76 @@
+"""R-Drop: the same input under two dropout draws must give the same prediction.
+
+Liang, Wu, Li, Wang, Meng, Qin, Chen, Zhang, Liu: R-Drop: Regularized Dropout for Neural Networks.
+NeurIPS 2021, arXiv 2106.14448.
+
+    L = (task_1 + task_2) / 2 + alpha * mean over examples of (KL(p1 || p2) + KL(p2 || p1)) / 2
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..core import Method, Run, Step, not_negative
+from ..functional import symmetric_kl
+
+DROPOUT_FIELDS = ("p", "drop_prob", "dropout", "dropout_p", "dropout_prob", "attention_dropout", "activation_dropout")
+
+
+@dataclass
+class RDrop(Method):
+    """Pass each batch as two copies through one forward and add their symmetric KL divergence to the mean loss.
+
+    Args:
+        alpha: weight of the divergence, at least 0; the paper's grid for language understanding is 0.1, 0.5, 1.
+
+    Regression (one output) uses the mean squared difference instead. Token-level outputs average over the tokens
+    that have a label. ``alpha = 0`` is not plain fine-tuning: the loss is the mean over two dropout draws.
+
+    Differences from the authors' code: the divergence is averaged over the batch as the cross entropy is (theirs is
+    summed, so that their alpha is the batch size times ours), and the two losses are averaged, not added.
+
+    Raises:
+        ValueError: in setup, for a model without active dropout: the divergence would be exactly zero.
+    """
+
+    alpha: float = 1.0
+
+    copies: ClassVar = 2
+
+    def __post_init__(self) -> None:
+        not_negative("alpha", self.alpha)
+
+    def setup(self, run: Run) -> None:
+        if not any(has_dropout(module) for module in run.model.modules()):
+            raise ValueError(
+                "RDrop compares two dropout draws, but this model has no active dropout, so its penalty would be "
+                "exactly zero: set dropout in the model's config (or lora_dropout), or leave RDrop out"
+            )
+
+    def penalty(self, step: Step) -> Tensor:
+        first, second = step.outputs["logits"], step.second()["logits"]
+        labels = step.inputs.get("labels")
+        if first.size(-1) == 1:
+            distance, mask = (first - second).square().squeeze(-1), None
+        elif first.dim() == 2 or labels is None or labels.dim() < 2 or labels.is_floating_point():
+            distance, mask = symmetric_kl(first, second), None
+        else:
+            first, second, labels = aligned(step.model, first, second, labels)
+            distance, mask = symmetric_kl(first, second), labels != -100
+        return self.alpha * step.mean(distance, mask)
+
+
+def aligned(model: Any, first: Tensor, second: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Token logits and the labels they are scored against: causal models predict the next token."""
+    if getattr(getattr(model, "module", model), "_loss_shifts_labels", False):
+        return first[:, :-1], second[:, :-1], labels[:, 1:]
+    return first, second, labels
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether a module drops activations in training mode."""
+    values = (getattr(module, field, None) for field in DROPOUT_FIELDS)
+    return any(isinstance(v, float) and 0 < v < 1 for v in values)

@@ -1,0 +1,232 @@
+"""Benchmark tasks as data: where the files lie, which columns they have, how their labels relate. No torch here.
+
+A data root holds one folder per set and one Parquet file per split (`sst2/train.parquet`). Labels in the files are the
+numbers of the names listed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .data import Table, Target, UsageError, read_table, suggest
+
+NLI3 = ("entailment", "neutral", "contradiction")
+NLI2 = ("entailment", "not_entailment")
+MONOTONE = ("entailment", "neutral")  # sets where contradiction never occurs: neutral means 'not entailed'
+SENTIMENT = ("negative", "positive")
+PARAPHRASE = ("not_equivalent", "equivalent")
+DUPLICATE = ("not_duplicate", "duplicate")
+
+ONE, TWO = ("sentence",), ("sentence1", "sentence2")
+PREMISE, QUESTIONS = ("premise", "hypothesis"), ("question1", "question2")
+
+# set, or set/split where a split differs: (text columns, label names in the order of their numbers)
+COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "cola": (ONE, ("unacceptable", "acceptable")),
+    "sst2": (ONE, SENTIMENT),
+    "imdb": (ONE, SENTIMENT),
+    "imdb_counterfactual": (ONE, SENTIMENT),
+    "yelp": (ONE, SENTIMENT),
+    "amazon": (ONE, SENTIMENT),
+    "mrpc": (TWO, PARAPHRASE),
+    "qqp": (QUESTIONS, DUPLICATE),
+    "stsb": (TWO, ()),
+    "rte": (TWO, NLI2),
+    "wnli": (TWO, ("not_entailment", "entailment")),
+    "qnli": (("question", "sentence"), NLI2),
+    "mnli": (PREMISE, NLI3),
+    "snli": (PREMISE, NLI3),
+    "sick": (PREMISE, NLI3),
+    "scitail": (PREMISE, NLI2),
+    "breaking_nli": (PREMISE, NLI3),
+    "monli": (PREMISE, MONOTONE),
+    "med": (PREMISE, MONOTONE),
+    "advglue/sst2": (ONE, SENTIMENT),
+    "advglue/qqp": (QUESTIONS, DUPLICATE),
+    "advglue/rte": (TWO, NLI2),
+    "advglue/qnli": (("question", "sentence"), NLI2),
+    "advglue/mnli_matched": (PREMISE, NLI3),
+    "advglue/mnli_mismatched": (PREMISE, NLI3),
+}
+
+# (trained on, scored on): names merged in predictions and gold labels alike. Three classes are scored on two by taking
+# the arg-max over three first, as HANS does.
+_TO_TWO = {"neutral": "not_entailment", "contradiction": "not_entailment"}
+MERGES: dict[tuple[frozenset[str], frozenset[str]], dict[str, str]] = {
+    (frozenset(NLI3), frozenset(NLI2)): _TO_TWO,
+    (frozenset(NLI2), frozenset(NLI3)): _TO_TWO,
+    (frozenset(NLI2), frozenset(MONOTONE)): _TO_TWO,
+    (frozenset(NLI3), frozenset(MONOTONE)): {"contradiction": "neutral"},
+    (frozenset(PARAPHRASE), frozenset(DUPLICATE)): dict(zip(DUPLICATE, PARAPHRASE, strict=True)),
+    (frozenset(DUPLICATE), frozenset(PARAPHRASE)): dict(zip(PARAPHRASE, DUPLICATE, strict=True)),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training set and what it is tested on.
+
+    Attributes:
+        metric: the figure the literature reports.
+        tests: in-domain test files; for GLUE the public dev set, as in the papers.
+        beyond: out-of-domain test files.
+        train: the training split.
+    """
+
+    name: str
+    metric: str
+    tests: tuple[str, ...]
+    beyond: tuple[str, ...] = ()
+    train: str = "train"
+
+    @property
+    def text(self) -> tuple[str, ...]:
+        return COLUMNS[self.name][0]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return COLUMNS[self.name][1]
+
+
+_REVIEWS = ("imdb/test", "yelp/test", "amazon/test", "imdb_counterfactual/test_original")
+_NLI = (
+    "sick/test", "rte/validation", "scitail/test", "breaking_nli/test", "monli/test_negated", "monli/test_positive",
+    "med/test", "advglue/mnli_matched", "advglue/mnli_mismatched",
+)  # fmt: skip
+_MNLI = ("mnli/validation_matched", "mnli/validation_mismatched")
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("cola", "matthews", ("cola/validation",), ("cola/validation_out_of_domain",)),
+        Task("sst2", "accuracy", ("sst2/validation",),
+             (*_REVIEWS, "imdb_counterfactual/test_revised", "advglue/sst2")),
+        Task("mrpc", "f1", ("mrpc/validation",), ("qqp/validation", "advglue/qqp")),
+        Task("qqp", "f1", ("qqp/validation",), ("mrpc/validation", "advglue/qqp")),
+        Task("stsb", "spearman", ("stsb/validation",), ("sick/test:relatedness_score",)),
+        Task("rte", "accuracy", ("rte/validation",),
+             ("scitail/test", "sick/test", "snli/test", "mnli/validation_matched", "advglue/rte")),
+        Task("wnli", "accuracy", ("wnli/validation",), ("rte/validation",)),
+        Task("qnli", "accuracy", ("qnli/validation",), ("advglue/qnli",)),
+        Task("mnli", "accuracy", _MNLI, ("snli/test", *_NLI)),
+        Task("snli", "accuracy", ("snli/test",), (*_MNLI, *_NLI)),
+        Task("sick", "accuracy", ("sick/test",), ("snli/test", *_MNLI, *_NLI[1:])),
+        Task("imdb_counterfactual", "accuracy", ("imdb_counterfactual/test_original",),
+             ("imdb_counterfactual/test_revised", "imdb/test", "yelp/test", "amazon/test", "sst2/validation"),
+             train="train_original"),
+    )
+}  # fmt: skip
+
+
+def find(name: str) -> Task:
+    """The task of that name, or an error with the nearest one."""
+    if name not in TASKS:
+        raise UsageError(f"unknown task {name!r}.{suggest(name, TASKS)}")
+    return TASKS[name]
+
+
+def merge_rule(trained: Sequence[str], scored: Sequence[str]) -> Mapping[str, str]:
+    """How labels are merged when a model trained on one label scheme is scored on another."""
+    if set(trained) == set(scored):
+        return {}
+    return MERGES[frozenset(trained), frozenset(scored)]
+
+
+def read_set(root: Path, file: str, trained: Sequence[str] | None = None) -> Table:
+    """Read `set/split` or `set/split:label_column` from the data root, to be scored by a model trained on `trained`."""
+    file, _, column = file.partition(":")
+    name = file.partition("/")[0]
+    text, labels = COLUMNS.get(file) or COLUMNS[name]
+    labels = () if column else labels
+    path = root / f"{file}.parquet"
+    return Table(
+        read_table(path),
+        str(path),
+        text,
+        column or "label",
+        kind="classification" if labels else "regression",
+        rename={str(number): label for number, label in enumerate(labels)},
+        merge=merge_rule(trained, labels) if trained is not None else {},
+    )
+
+
+def load(name: str, root: str | Path, beyond: bool = False) -> tuple[Table, dict[str, Table]]:
+    """Training table and test tables of a task.
+
+    Args:
+        name: a key of `TASKS`.
+        root: the data root.
+        beyond: also read the out-of-domain test sets.
+    """
+    task, root = find(name), Path(root)
+    if not (root / task.name).is_dir():
+        raise UsageError(f"data root {str(root)!r} has no folder {task.name!r}: give its parent with --data-root DIR.")
+    files = task.tests + (task.beyond if beyond else ())
+    tests = {file.partition(":")[0]: read_set(root, file, task.labels) for file in files}
+    return read_set(root, f"{task.name}/{task.train}"), tests
+
+
+# ---- metrics ----------------------------------------------------------------------------------------------------
+
+
+def _accuracy(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> float:
+    return float(np.mean(gold == predicted))
+
+
+def _f1(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> float:
+    """F1 of the second class; only for two classes."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(gold, predicted, labels=[names[1]], average="macro", zero_division=0.0))
+
+
+def _f1_macro(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(gold, predicted, labels=list(names), average="macro", zero_division=0.0))
+
+
+def _matthews(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    if len({*gold, *predicted}) < 2:  # defined as 0; scikit-learn also warns
+        return 0.0
+    return float(matthews_corrcoef(gold, predicted))
+
+
+def _correlation(gold: np.ndarray, predicted: np.ndarray, rank: bool) -> float | None:
+    """None where it is undefined: fewer than two rows, or one side constant."""
+    from scipy.stats import pearsonr, spearmanr
+
+    if len(gold) < 2 or np.ptp(gold) == 0 or np.ptp(predicted) == 0:
+        return None
+    return float((spearmanr if rank else pearsonr)(gold, predicted).statistic)
+
+
+METRICS: dict[str, dict[str, Callable[[Any, Any, Sequence[str]], float | None]]] = {
+    "classification": {"accuracy": _accuracy, "f1": _f1, "f1_macro": _f1_macro, "matthews": _matthews},
+    "regression": {
+        "pearson": lambda gold, predicted, names: _correlation(gold, predicted, rank=False),
+        "spearman": lambda gold, predicted, names: _correlation(gold, predicted, rank=True),
+        "rmse": lambda gold, predicted, names: float(np.sqrt(np.mean((gold - predicted) ** 2))),
+    },
+}
+
+
+def score(target: Target, gold: np.ndarray, predicted: np.ndarray, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Every metric of the kind (`f1` for two classes only); None where it is undefined on these rows.
+
+    Args:
+        target: what was trained.
+        gold: class names or numbers, one a row.
+        predicted: the same for the predictions.
+        names: the class names after merging, where they are not the target's.
+    """
+    names = names or target.names
+    metrics = {name: metric for name, metric in METRICS[target.kind].items() if name != "f1" or len(names) == 2}
+    return {name: metric(gold, predicted, names) for name, metric in metrics.items()}

@@ -1,0 +1,96 @@
+"""A tiny random BERT with a word-level tokenizer, and toy tables, for the tests of fit and cli."""
+
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2Model, PreTrainedTokenizerFast
+
+WORDS = "good bad fine poor film play cast plot great awful story score joy bore warm cold".split()
+
+
+def word_tokenizer(pad: bool = True) -> PreTrainedTokenizerFast:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocab = {word: number for number, word in enumerate([*special, *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"unk_token": "[UNK]", "eos_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **names, **({"pad_token": "[PAD]"} if pad else {}))
+
+
+def save_tiny_bert(folder: Path) -> str:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS) + 4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    BertForSequenceClassification(config).bert.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def save_tiny_gpt2(folder: Path) -> str:
+    """A decoder whose tokenizer has no padding token."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(WORDS) + 4, n_embd=16, n_layer=1, n_head=2, n_positions=64, eos_token_id=3,
+                        bos_token_id=2)  # fmt: skip
+    GPT2Model(config).save_pretrained(folder)
+    word_tokenizer(pad=False).save_pretrained(folder)
+    return str(folder)
+
+
+def toy(rows: int = 40, pair: bool = False) -> pd.DataFrame:
+    """Label 'up' where the first word is kind, 'down' where it is not; a score to match; two of three rows are 'up'."""
+    kind, unkind = WORDS[0::4], WORDS[1::4]
+    frame = []
+    for i in range(rows):
+        up = i % 3 > 0
+        words = [(kind if up else unkind)[i % 4], WORDS[(7 * i) % 16], WORDS[(5 * i + 3) % 16]][: 2 + i % 2]
+        frame.append({"text": " ".join(words), "label": "up" if up else "down", "score": 1.5 * up + (i % 5) / 10})
+    table = pd.DataFrame(frame)
+    return table.assign(other=[f"{WORDS[i % 16]} plot" for i in range(rows)]) if pair else table
+
+
+def data_root() -> Path:
+    """The benchmark data, or a skip."""
+    root = Path(os.environ.get("STEADYTUNE_DATA", Path(__file__).parents[1].parent / "shared" / "data"))
+    if not (root / "sst2" / "train.parquet").is_file():
+        pytest.skip("benchmark data not found: set STEADYTUNE_DATA to its folder")
+    return root
+
+
+def _shim():  # until trainer.py lands
+    import sys
+    import types as t
+
+    try:
+        import steadytune.trainer
+    except ModuleNotFoundError:
+        import transformers
+
+        class Trainer(transformers.Trainer):
+            def __init__(self, *a, methods=(), method_seed=None, **k):
+                super().__init__(*a, **k)
+                self.run = t.SimpleNamespace(describe=lambda: f"recipe: {methods}")
+
+        module = t.ModuleType("steadytune.trainer")
+        module.Trainer = Trainer
+        sys.modules["steadytune.trainer"] = module
+    import steadytune.methods as m
+
+    if not hasattr(m, "METHODS"):
+        try:
+            from steadytune.methods.dps import DPSDense
+
+            m.METHODS = {"dps_dense": DPSDense}
+        except Exception:
+            m.METHODS = {}
+
+
+_shim()

@@ -1,0 +1,185 @@
+"""Trajectories of the authors' code (DPS, Mixout, prior decay): equal to 1e-10 in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from steadytune import ClipNorm, DPSDense, DPSMix, Mixout, Run
+from steadytune.functional import mix, rescaled, selecting, stage_length
+
+ATOL = 1e-10
+
+
+class MLP(nn.Module):
+    """The network of the recordings: tanh between linear layers, cross entropy."""
+
+    def __init__(self, golden):
+        super().__init__()
+        dims = golden.meta["dims"]
+        self.layers = nn.ModuleList(nn.Linear(i, o, dtype=torch.float64) for i, o in zip(dims, dims[1:], strict=False))
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                p.copy_(golden[f"init/{name.removeprefix('layers.')}"])
+
+    def forward(self, x, y=None):
+        for layer in self.layers[:-1]:
+            x = torch.tanh(layer(x))
+        x = self.layers[-1](x)
+        return x if y is None else (nn.functional.cross_entropy(x, y), x)
+
+
+def recorded(method, golden):
+    """The method with the recorded draws of columns."""
+
+    class Recorded(type(method)):
+        def columns(self, run, weight):
+            return golden[f"colmask/{weight.name.removeprefix('layers.')}"][run.index].view(1, -1).double()
+
+    method.__class__ = Recorded
+    return method
+
+
+def optimizer_of(golden, model):
+    meta = golden.meta
+    if meta["optimizer"] == "sgd":
+        return torch.optim.SGD(model.parameters(), meta["lr"], weight_decay=meta["weight_decay"])
+    return torch.optim.AdamW(
+        model.parameters(), meta["lr"], betas=meta["betas"], eps=meta["eps"], weight_decay=meta["weight_decay"]
+    )
+
+
+def replay(golden, method, *, prefix="", grads=True):
+    """Train as recorded; compare gradients (before clipping), losses, weights and masks step by step."""
+    model = MLP(golden)
+    optimizer = optimizer_of(golden, model)
+    recipe = [method]
+    if golden.meta.get("clip_grad_norm"):
+        recipe.append(ClipNorm(golden.meta["clip_grad_norm"]))
+    steps = golden["X"].size(0)
+    run = Run(model, recipe, total_steps=golden.meta.get("max_steps", steps)).attach(optimizer)
+    record = golden["record_steps"].tolist() if "record_steps" in golden else list(range(steps))
+    masks = []
+    for t in range(steps):
+        loss = run.loss({"x": golden["X"][t], "y": golden["Y"][t]})
+        assert torch.allclose(loss.detach(), golden["loss"][t], atol=ATOL, rtol=0) or prefix
+        loss.backward()
+        optimizer.step()
+        if ClipNorm in [type(m) for m in run.methods]:
+            assert torch.allclose(run[ClipNorm].norm, golden["grad_norm"][t], atol=ATOL, rtol=0)
+        if t in record:
+            for name, p in model.named_parameters():
+                key = name.removeprefix("layers.")
+                where = record.index(t)
+                assert torch.allclose(p.detach(), golden[f"{prefix}after/{key}"][where], atol=ATOL, rtol=0), (t, key)
+                if grads and not prefix and len(recipe) == 1:
+                    assert torch.allclose(p.grad, golden[f"grad/{key}"][where], atol=ATOL, rtol=0), (t, key)
+        now = {k.removeprefix("layers."): m.clone() for k, m in getattr(run.methods[0], "masks", {}).items()}
+        if now and not (masks and masks[-1][0] == stage_number(run)):
+            masks.append((stage_number(run), now))
+        optimizer.zero_grad()
+    run.finish()
+    return model, run, optimizer, [m for _, m in masks]
+
+
+def stage_number(run):
+    return run.index // run.methods[0].stage(run)
+
+
+def check_masks(golden, masks, prefix):
+    names = [k.removeprefix(prefix) for k in golden.keys(prefix)]
+    assert names
+    for name in names:
+        expected = golden[prefix + name].bool()
+        assert len(masks) >= len(expected)
+        for cycle, mask in enumerate(expected):
+            assert torch.equal(masks[cycle][name], mask)
+
+
+@pytest.mark.parametrize("name", ["dps_dense_sgd", "dps_dense_adamw_clip"])
+def test_dps_dense_equals_the_authors(golden, name):
+    golden = golden(name)
+    method = DPSDense(keep=1 - golden.meta["p"], update_ratio=golden.meta["update_ratio"])
+    model, _, optimizer, masks = replay(golden, method)
+    check_masks(golden, masks, "mask/")
+    assert torch.allclose(model(golden["X_eval"]), golden["eval_logits"], atol=ATOL, rtol=0)
+    for key in golden.keys("final_exp_avg/"):
+        parameter = model.get_parameter("layers." + key.removeprefix("final_exp_avg/"))
+        assert torch.allclose(optimizer.state[parameter]["exp_avg"], golden[key], atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["dps_mix_sgd", "dps_mix_adamw_long"])
+def test_dps_mix_equals_the_authors_with_their_backward(golden, name):
+    golden = golden(name)
+    method = DPSMix(keep=1 - golden.meta["p"], update_ratio=golden.meta["update_ratio"], rescale_gradient=False)
+    model, run, _, masks = replay(golden, recorded(method, golden))
+    assert run.methods[0].stage(run) == golden.meta["us"]
+    check_masks(golden, masks, "mask/")
+    assert torch.allclose(model(golden["X_eval"]), golden["eval_logits"], atol=ATOL, rtol=0)
+
+
+def test_dps_mix_equals_the_exact_derivative(golden):
+    golden = golden("dps_mix_sgd")
+    method = DPSMix(keep=1 - golden.meta["p"], update_ratio=golden.meta["update_ratio"])
+    *_, masks = replay(golden, recorded(method, golden), prefix="exact_")
+    check_masks(golden, masks, "exact_mask/")
+
+
+def test_dps_squares_equal_the_recorded_sums(golden):
+    golden = golden("dps_dense_sgd")
+
+    class Watched(DPSDense):
+        seen = []
+
+        def scores(self, run):
+            self.seen.append({k: v.clone() for k, v in self.squares.items()})
+            return super().scores(run)
+
+    replay(golden, Watched(keep=1 - golden.meta["p"], update_ratio=golden.meta["update_ratio"]))
+    for key in golden.keys("gam/"):
+        for cycle, gam in enumerate(golden[key]):
+            assert torch.allclose(Watched.seen[cycle]["layers." + key.removeprefix("gam/")], gam, atol=ATOL, rtol=0)
+
+
+def test_dps_schedule_equals_the_authors(golden):
+    golden = golden("dps_schedule")
+    rows = zip(golden["max_steps"], golden["update_ratio"], golden["us"], golden["stage"], strict=True)
+    for total, ratio, us, stages in rows:
+        length = stage_length(int(total), float(ratio))
+        assert length == us
+        mine = [2 if selecting(i, length) else 1 for i in range(int(total))]
+        assert mine == stages[: int(total)].tolist()
+
+
+def test_mixout_operation_equals_the_authors(golden):
+    golden = golden("mixout_ops")
+    for case in range(6):
+        get = {k.split("/")[1]: golden[k] for k in golden.keys(f"case{case}/")}
+        meta = golden.meta["cases"][case]
+        keep = 1 - meta["p"] if meta["training"] else 1.0
+        w, x = get["W"].clone().requires_grad_(), get["x"].clone().requires_grad_()
+        reference = get.get("W0", torch.zeros_like(w))
+        columns = get["colmask"].double().view(1, -1)
+        y = nn.functional.linear(x, mix(reference, w, columns, keep), get["b"])
+        assert torch.allclose(y, get["y"], atol=ATOL, rtol=0)
+        y.backward(get["grad_out"])
+        assert torch.allclose(x.grad, get["grad_x"], atol=ATOL, rtol=0)
+        forward_gradient = get["grad_out"].T @ get["x"]
+        assert torch.allclose(forward_gradient * columns, get["grad_W_ref"], atol=ATOL, rtol=0)
+        if "grad_W_exact" in get:
+            assert torch.allclose(w.grad, get["grad_W_exact"], atol=ATOL, rtol=0)
+            chained = forward_gradient * rescaled(columns, keep, torch.float64)
+            assert torch.allclose(chained, get["grad_W_exact"], atol=ATOL, rtol=0)
+        vector = mix(get.get("vec_w0", torch.zeros(5).double()), get["vec_w"], get["vec_mask"], keep)
+        assert torch.allclose(vector, get["vec_out"], atol=ATOL, rtol=0)
+
+
+def test_mixout_training_equals_the_authors(golden):
+    golden = golden("mixout_train_sgd")
+    last = f"layers.{len(golden.meta['dims']) - 2}.weight"
+    method = Mixout(
+        keep=1 - golden.meta["p"], rescale_gradient=False, scope=lambda w: w.kind == "linear" and w.name != last
+    )
+    model, *_ = replay(golden, recorded(method, golden))
+    assert torch.allclose(model(golden["X_eval"]), golden["eval_logits"], atol=ATOL, rtol=0)

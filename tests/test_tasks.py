@@ -1,0 +1,139 @@
+import numpy as np
+import pandas as pd
+import pytest
+from fit_helpers import data_root
+
+from steadytune import tasks
+from steadytune.data import Target, UsageError, prepare
+from steadytune.tasks import COLUMNS, METRICS, TASKS, find, load, merge_rule, score
+
+ALL_FILES = sorted({file for task in TASKS.values() for file in (*task.tests, *task.beyond)})
+
+
+def test_every_listed_file_has_columns_and_a_merge_rule():
+    for task in TASKS.values():
+        assert task.metric in METRICS["classification" if task.labels else "regression"]
+        for file in (*task.tests, *task.beyond):
+            assert file in COLUMNS or file.partition("/")[0] in COLUMNS
+            if not file.endswith(":relatedness_score"):
+                labels = (COLUMNS.get(file) or COLUMNS[file.partition("/")[0]])[1]
+                merge = merge_rule(task.labels, labels)
+                assert {merge.get(name, name) for name in labels} <= {merge.get(n, n) for n in task.labels}, file
+
+
+def test_merge_rules_by_hand():
+    assert merge_rule(tasks.NLI3, tasks.NLI2)["contradiction"] == "not_entailment"
+    assert merge_rule(tasks.NLI3, tasks.MONOTONE) == {"contradiction": "neutral"}
+    assert merge_rule(tasks.NLI2, ("not_entailment", "entailment")) == {}
+    assert merge_rule(tasks.PARAPHRASE, tasks.DUPLICATE)["duplicate"] == "equivalent"
+    assert merge_rule(tasks.DUPLICATE, tasks.PARAPHRASE)["equivalent"] == "duplicate"
+
+
+def test_unknown_task_names_the_nearest():
+    with pytest.raises(UsageError, match=r"unknown task 'sst-2'. Did you mean 'sst2'\? Known: cola"):
+        find("sst-2")
+
+
+def test_missing_data_root_is_named(tmp_path):
+    with pytest.raises(UsageError, match="no folder 'rte'.*--data-root"):
+        load("rte", tmp_path)
+
+
+@pytest.fixture
+def small_root(tmp_path):
+    def put(file, **columns):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        pd.DataFrame(columns).to_parquet(tmp_path / f"{file}.parquet")
+
+    put("wnli/train", sentence1=["a", "b"], sentence2=["c", "d"], label=[1, 0])
+    put("wnli/validation", sentence1=["e", "f"], sentence2=["g", "h"], label=[0, 1])
+    put("rte/validation", sentence1=["e", "f"], sentence2=["g", "h"], label=[0, 1])
+    return tmp_path
+
+
+def test_labels_meet_by_name_not_by_number(small_root):
+    """wnli counts 1 for entailment, rte 0."""
+    train, tests = load("wnli", small_root, beyond=True)
+    data = prepare(train, tests, validation_share=0)
+    assert data.target.names == ("not_entailment", "entailment")
+    assert data.train["label"].tolist() == ["entailment", "not_entailment"]
+    assert data.tests["rte/validation"]["label"].tolist() == ["entailment", "not_entailment"]
+    assert data.tests["wnli/validation"]["label"].tolist() == ["not_entailment", "entailment"]
+
+
+def test_missing_out_of_domain_file_is_an_error_only_when_asked_for(small_root):
+    (small_root / "rte" / "validation.parquet").unlink()
+    assert list(load("wnli", small_root)[1]) == ["wnli/validation"]
+    with pytest.raises(UsageError, match="no such file"):
+        load("wnli", small_root, beyond=True)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_real_data_reads_through_the_table(name):
+    """Every row of every listed file of the task passes the guards and its labels meet the training labels."""
+    train, tests = load(name, data_root(), beyond=True)
+    data = prepare(train, tests, train_size=100, validation_share=0.1)
+    task = TASKS[name]
+    assert len(data.tests) == 1 + len(task.tests) + len(task.beyond)
+    assert data.target.names == task.labels
+    if task.labels:
+        assert set(data.train["label"]) == set(task.labels)
+        for test, rows in data.tests.items():
+            assert rows["label"].nunique() >= 2, test
+
+
+def test_real_counts_keep_the_label_order():
+    """The first label of rte is entailment (146 of 277 validation rows), 47 + 7164 rows of Breaking NLI are not."""
+    _, tests = load("rte", data_root())
+    data = prepare(load("rte", data_root())[0], tests)
+    assert data.tests["rte/validation"]["label"].value_counts()["entailment"] == 146
+    train, tests = load("rte", data_root(), beyond=True)
+    assert prepare(train, tests).tests["sick/test"]["label"].value_counts()["entailment"] == 1414
+
+
+# ---- metrics ----------------------------------------------------------------------------------------------------
+
+
+def words(text):
+    return np.array(text.split(), dtype=object)
+
+
+def test_two_classes_by_hand():
+    scores = score(Target(("no", "yes")), words("yes yes no no"), words("yes no no no"))
+    assert scores["accuracy"] == 0.75
+    assert scores["f1"] == pytest.approx(2 / 3)  # of 'yes': precision 1, recall 1/2
+    assert scores["f1_macro"] == pytest.approx((2 / 3 + 0.8) / 2)
+    assert scores["matthews"] == pytest.approx(2 / np.sqrt(1 * 2 * 2 * 3))
+
+
+def test_three_classes_have_no_binary_f1():
+    scores = score(Target(("a", "b", "c")), words("a b c"), words("a b b"))
+    assert "f1" not in scores
+    assert scores["f1_macro"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+def test_merged_names_decide_which_class_is_second():
+    target = Target(tasks.NLI3)
+    names = target.merged(merge_rule(tasks.NLI3, tasks.NLI2))
+    assert names == tasks.NLI2
+    gold, predicted = words("entailment not_entailment"), words("entailment entailment")
+    assert score(target, gold, predicted, names)["f1"] == 0.0
+
+
+def test_f1_of_a_class_nobody_has_is_zero_and_silent():
+    assert score(Target(("no", "yes")), words("no no"), words("no no"))["f1"] == 0.0
+
+
+def test_correlations_by_hand():
+    gold = np.array([1.0, 2.0, 3.0, 4.0])
+    scores = score(Target(), gold, np.array([1.0, 4.0, 9.0, 16.0]))
+    assert scores["spearman"] == pytest.approx(1.0)
+    assert scores["pearson"] == pytest.approx(25 / np.sqrt(5 * 129))
+    assert score(Target(), gold, gold + 2)["rmse"] == pytest.approx(2.0)
+
+
+def test_undefined_correlation_is_none_not_nan():
+    scores = score(Target(), np.array([1.0, 2.0]), np.array([3.0, 3.0]))
+    assert scores["pearson"] is None
+    assert scores["spearman"] is None
+    assert score(Target(), np.array([1.0]), np.array([3.0]))["pearson"] is None
