@@ -9,7 +9,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
-WORDS = "good bad fine poor film play cast plot great awful story score joy bore warm cold".split()
+WORDS = [
+    "good", "bad", "fine", "poor", "film", "play", "cast", "plot",
+    "great", "awful", "story", "score", "joy", "bore", "warm", "cold",
+]  # fmt: skip
 
 
 def word_tokenizer(pad: bool = True) -> PreTrainedTokenizerFast:
@@ -20,7 +23,8 @@ def word_tokenizer(pad: bool = True) -> PreTrainedTokenizerFast:
     inner.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    names = {"unk_token": "[UNK]", "eos_token": "[SEP]"}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    names = {"model_input_names": inputs, "unk_token": "[UNK]", "eos_token": "[SEP]"}
     return PreTrainedTokenizerFast(tokenizer_object=inner, **names, **({"pad_token": "[PAD]"} if pad else {}))
 
 
@@ -63,34 +67,3 @@ def data_root() -> Path:
     if not (root / "sst2" / "train.parquet").is_file():
         pytest.skip("benchmark data not found: set STEADYTUNE_DATA to its folder")
     return root
-
-
-def _shim():  # until trainer.py lands
-    import sys
-    import types as t
-
-    try:
-        import steadytune.trainer
-    except ModuleNotFoundError:
-        import transformers
-
-        class Trainer(transformers.Trainer):
-            def __init__(self, *a, methods=(), method_seed=None, **k):
-                super().__init__(*a, **k)
-                self.run = t.SimpleNamespace(describe=lambda: f"recipe: {methods}")
-
-        module = t.ModuleType("steadytune.trainer")
-        module.Trainer = Trainer
-        sys.modules["steadytune.trainer"] = module
-    import steadytune.methods as m
-
-    if not hasattr(m, "METHODS"):
-        try:
-            from steadytune.methods.dps import DPSDense
-
-            m.METHODS = {"dps_dense": DPSDense}
-        except Exception:
-            m.METHODS = {}
-
-
-_shim()

@@ -3,12 +3,25 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from fit_helpers import toy
 
+from fit_helpers import toy
 from steadytune.data import (
-    Data, Table, Target, UsageError, allot, draw, encode, examples, find_target, fingerprint, label_name, prepare,
-    read_table, split, subset,
-)  # fmt: skip
+    Data,
+    Table,
+    Target,
+    UsageError,
+    allot,
+    draw,
+    encode,
+    examples,
+    find_target,
+    fingerprint,
+    label_name,
+    prepare,
+    read_table,
+    split,
+    subset,
+)
 
 LINES = {
     ".csv": 'text,label\n"one, two",a\nNA,01\n',
@@ -178,7 +191,7 @@ def test_bad_file_is_one_clear_error(tmp_path, name, content, parts):
 
 
 def test_test_labels_must_occur_in_training():
-    with pytest.raises(UsageError, match=r"'Q' \(in 2 of 3 rows\) does not occur.*mean|'Q' .* Known: p, q"):
+    with pytest.raises(UsageError, match=r"t.csv: label 'Q' \(in 2 of 3 rows\) does not occur .* Known: p, q"):
         prepare(Table(GOOD, "train"), {"t": Table(bad(label=["Q", "p", "Q"]), "t.csv")}, validation_share=0)
 
 

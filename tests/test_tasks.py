@@ -1,13 +1,11 @@
 import numpy as np
 import pandas as pd
 import pytest
-from fit_helpers import data_root
 
+from fit_helpers import data_root
 from steadytune import tasks
 from steadytune.data import Target, UsageError, prepare
 from steadytune.tasks import COLUMNS, METRICS, TASKS, find, load, merge_rule, score
-
-ALL_FILES = sorted({file for task in TASKS.values() for file in (*task.tests, *task.beyond)})
 
 
 def test_every_listed_file_has_columns_and_a_merge_rule():
@@ -35,7 +33,7 @@ def test_unknown_task_names_the_nearest():
 
 
 def test_missing_data_root_is_named(tmp_path):
-    with pytest.raises(UsageError, match="no folder 'rte'.*--data-root"):
+    with pytest.raises(UsageError, match=r"no folder 'rte'.*--data-root"):
         load("rte", tmp_path)
 
 

@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 
 ENTAILMENT, NOT_ENTAILMENT = "entailment", "not_entailment"
 Row = dict[str, str]
-Kind = Literal["entailed", "foil", "other"]
+Kind = Literal["entailed", "foil", "twist", "other"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Knobs:
     counter: float = 0.15
     counter_ood: float = 0.6
     foils: float = 0.3
+    twists: float = 0.7
     unseen: float = 0.5
     constructions: tuple[str, ...] = ()
 
@@ -287,6 +288,12 @@ class Claim:
         kept = scene.rng.choice(nouns) if len(nouns) > 1 and scene.coin(0.5) else None
         fresh = tuple(w if i == kept else scene.draw(w.pool, exact=w.exact) for i, w in enumerate(self.words))
         return Claim(self.shape, fresh)
+
+
+def _twist(scene: Scene, claim: Claim) -> Claim:
+    i = scene.rng.randrange(len(claim.words))
+    fresh = tuple(scene.draw(w.pool, exact=w.exact) if i == k else w for k, w in enumerate(claim.words))
+    return Claim(claim.shape, fresh)
 
 
 def _verb(word: Word, wording: int) -> Verb:
@@ -540,6 +547,8 @@ def pair(scene: Scene, name: str, kind: Kind, wording: int) -> Row:
         wording: 0 literal, 1 reworded.
     """
     first, claim = CONSTRUCTIONS[name](scene, kind != "foil")
+    if kind == "twist":
+        claim = _twist(scene, claim)
     if kind == "other":
         claim = claim.about_something_else(scene)
     return {
@@ -550,13 +559,15 @@ def pair(scene: Scene, name: str, kind: Kind, wording: int) -> Row:
     }
 
 
-def _plan(size: int, counter: float, foils: float) -> Iterator[tuple[Kind, int]]:
+def _plan(size: int, counter: float, foils: float, twists: float) -> Iterator[tuple[Kind, int]]:
     """Kind and wording of every row: exact counts, so that two seeds differ in words and not in difficulty."""
     half = size // 2
     against = round(counter * half)
     yield from [("entailed", 0)] * (half - against) + [("entailed", 1)] * against
     reworded = round(foils * (half - against))
-    yield from [("foil", 0)] * against + [("foil", 1)] * reworded + [("other", 1)] * (half - against - reworded)
+    twisted = round(twists * against)
+    yield from [("foil", 0)] * (against - twisted) + [("twist", 0)] * twisted
+    yield from [("foil", 1)] * reworded + [("other", 1)] * (half - against - reworded)
 
 
 def make(seed: int = 0, knobs: Knobs = Knobs()) -> dict[str, list[Row]]:
@@ -587,7 +598,7 @@ def make(seed: int = 0, knobs: Knobs = Knobs()) -> dict[str, list[Row]]:
             raise ValueError(f"{split} must be even, so that both labels get half, got {size}")
         rng = random.Random(f"steadytune demo {seed} {split}")
         rows: list[Row] = []
-        for i, (kind, wording) in enumerate(_plan(size, counter, knobs.foils)):
+        for i, (kind, wording) in enumerate(_plan(size, counter, knobs.foils, knobs.twists)):
             while True:
                 row = pair(Scene(rng, unseen), names[i % len(names)], kind, wording)
                 texts = {row["sentence1"], row["sentence2"]}

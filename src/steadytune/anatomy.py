@@ -64,7 +64,8 @@ def anatomy(model: nn.Module) -> dict[str, Part]:
 def input_embedding(model: nn.Module) -> nn.Module:
     """Find the module whose output is the token embedding: the encoder's, if encoder and decoder have their own.
 
-    That is `get_input_embeddings()` where the model has it, else the `nn.Embedding` with most rows.
+    That is `get_input_embeddings()` where the model has it, else the `nn.Embedding` with most rows. Its output has the
+    shape (batch, length, width), but (length, batch, width) in XLNet.
 
     Raises:
         ValueError: There is no token embedding, or more than one and nothing says which.
@@ -113,8 +114,9 @@ def _roots(module: nn.Module) -> list[Any]:
 
 def _pretrained(root: Any) -> Iterator[nn.Parameter]:
     """The parameters of a transformers model that its pre-trained checkpoints hold."""
-    name = type(root).__name__
+    name, library = type(root).__name__, type(root).__module__.startswith("transformers.")
     base = getattr(root, root.base_model_prefix, None)
+    inner = [model for child in root.children() for model in _roots(child)]
     if root.get_output_embeddings() is not None or name.endswith(("ForPreTraining", "ForNextSentencePrediction")):
         yield from root.parameters()
     elif isinstance(base, nn.Module):
@@ -122,10 +124,11 @@ def _pretrained(root: Any) -> Iterator[nn.Parameter]:
         for child in root.children():
             if type(child).__name__.endswith("PredictionHead"):
                 yield from child.parameters()
-    elif "For" in name:  # T5ForQuestionAnswering keeps the base's parts as its own children
-        for child in root.children():
-            if any(isinstance(m, nn.Embedding) for m in child.modules()) or _stacks(child):
-                yield from child.parameters()
+    elif inner and (
+        "For" in name or not library
+    ):  # T5ForQuestionAnswering; a PreTrainedModel of the user around a base
+        for model in inner:
+            yield from _pretrained(model)
     else:
         yield from root.parameters()
 

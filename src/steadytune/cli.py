@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -112,24 +113,24 @@ def fit(
             raise UsageError("--out-of-domain needs --task: name your own test files with --test NAME=FILE.")
         elif train is None:
             raise UsageError("give a training file, or a benchmark task with --task NAME --data-root DIR.")
-        _speak(quiet)
-        result = fit(
-            source,
-            model=model,
-            output=output,
-            text=text or ["text"],
-            label=label,
-            kind=kind,  # type: ignore[arg-type]  # checked in fit
-            methods=method or [],
-            tests=tests,
-            validation=validation,
-            metric=metric,
-            resume=resume,
-            overwrite=overwrite,
-            save_steps=save_steps,
-            progress=not quiet,
-            **{field.name: given[field.name] for field in dataclasses.fields(Recipe)},
-        )
+        with _speaking(quiet):
+            result = fit(
+                source,
+                model=model,
+                output=output,
+                text=text or ["text"],
+                label=label,
+                kind=kind,  # type: ignore[arg-type]  # checked in fit
+                methods=method or [],
+                tests=tests,
+                validation=validation,
+                metric=metric,
+                resume=resume,
+                overwrite=overwrite,
+                save_steps=save_steps,
+                progress=not quiet,
+                **{field.name: given[field.name] for field in dataclasses.fields(Recipe)},
+            )
     _show(result)
 
 
@@ -181,7 +182,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show one method wit
     console = Console()
     console.print(inspect.getdoc(METHODS[name]) or "", markup=False, highlight=False)
     grid = Grid("option", "type", "default", title=f"--method {name}:option=value,...")
-    for field in dataclasses.fields(METHODS[name]):
+    for field in dataclasses.fields(METHODS[name]):  # type: ignore[arg-type]  # every registered method is one
         if field.init:
             required = field.default is dataclasses.MISSING
             grid.add_row(field.name, _type_name(field.type), "required" if required else repr(field.default))
@@ -226,15 +227,22 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _speak(quiet: bool) -> None:
-    """Send our log to stderr, as plain lines."""
-    logger = logging.getLogger("steadytune")
+@contextlib.contextmanager
+def _speaking(quiet: bool) -> Iterator[None]:
+    """Send our log and all warnings to stderr, as plain lines."""
+    logger, handler = logging.getLogger("steadytune"), logging.StreamHandler()
+    level, propagate = logger.level, logger.propagate
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-        logger.propagate = False
+    logger.propagate = False
+    logger.addHandler(handler)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *where: logger.warning("%s", message)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
 
 
 @contextlib.contextmanager

@@ -15,13 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-import difflib
 import hashlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,145 +26,20 @@ from torch.optim import Optimizer
 
 from . import shards
 from .anatomy import Part, anatomy
-from .functional import exchange, kept, kth_largest, mix
+from .checks import check_model, check_optimizer, check_recipe, check_wrapper
+from .checks import in_unit as in_unit
+from .checks import not_negative as not_negative
+from .checks import one_of as one_of
+from .functional import kept, kth_largest
+from .method import SCOPES as SCOPES
+from .method import WEIGHT_VERBS, M, Method, Scope, Weight, entry, overrides, select
+from .method import gradients as gradients
+from .method import only as only
 from .step import Compute, Inputs, Step, batch_size, default_compute, repeated, split
+from .views import References, Views
 
 FORMAT = 1  # of Run.state_dict(); older formats must go on loading
 KEY = "steadytune"  # the extra key in an optimizer's state dict
-
-M = TypeVar("M", bound="Method")
-
-
-@dataclass(slots=True)
-class Weight:
-    """What a method sees of a parameter: plain local tensors, also on a shard. Write in place only.
-
-    Attributes:
-        name: the parameter's name in the unwrapped model.
-        data: live values, detached, in the parameter's shape (on a shard: this rank's piece).
-        grad: gradient of the same shape, or None before the backward pass.
-        group: the optimizer's parameter group (current ``lr``, ``weight_decay``); empty before `Run.attach`.
-        kind: what the parameter is, see `steadytune.anatomy`.
-        block: index of its transformer block, or None.
-        head: whether it belongs to a new task head.
-        input_dim: the axis of a linear weight that runs over input features (0 for transformers' Conv1D).
-    """
-
-    name: str
-    data: Tensor
-    grad: Tensor | None
-    group: dict[str, Any]
-    kind: Literal["linear", "embedding", "norm", "bias", "other"]
-    block: int | None
-    head: bool
-    input_dim: int = 1
-
-
-Scope = str | Callable[[Weight], bool]
-SCOPES: dict[str, Callable[[Weight], bool]] = {
-    "linear": lambda w: w.kind == "linear",  # pooler and head too, a tied lm_head not: it is an embedding
-    "encoder": lambda w: w.block is not None and not w.head,
-    "all": lambda w: True,
-}
-
-
-class Method:
-    """A robust fine-tuning method: a dataclass of hyperparameters whose verbs are the moments of a step.
-
-    Every verb is optional. Fields are hyperparameters only; what changes during training is kept in attributes
-    made in `setup` and returned by `state_dict`. Verbs that take ``weights`` get a list of `Weight`, restricted by
-    `only` when the method was.
-    """
-
-    copies: ClassVar[int] = 1  # copies of the batch in the one forward (R-Drop: 2)
-    null: ClassVar[dict[str, Any] | None] = None  # the setting at which it is plain fine-tuning, bit for bit
-    exclusive: ClassVar[str | None] = None  # at most one method of this name acts on a weight ("anchor", "average")
-    needs_steps: ClassVar[bool] = False  # whether the schedule depends on Run.total_steps
-    where: Callable[[Weight], bool] | None = None  # set by `only`
-
-    def setup(self, run: Run) -> None:
-        """Before the optimizer exists: structure, re-initialisation, freezing, references."""
-
-    def attach(self, run: Run) -> None:
-        """Optimizer exists and is empty: parameter groups, taking over decay."""
-
-    def before_forward(self, run: Run, weights: Sequence[Weight]) -> None:
-        """Build the forward view through `Run.show` and `Run.mix`, in list order.
-
-        Must be a pure function of (state, ``run.index``): it may run again for the same index.
-        """
-
-    def penalty(self, step: Step) -> Tensor | None:
-        """A scalar added to the loss of one micro-batch."""
-
-    def pull_back(self, run: Run, weights: Sequence[Weight]) -> None:
-        """Turn ``.grad`` of what it showed into ``.grad`` of what it was given, in reverse list order."""
-
-    def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
-        """Edit ``.grad`` (of the raw weights; synced, unscaled), in list order. Live is R."""
-
-    def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
-        """After the optimizer moved R, which is live, in list order. Stage transitions belong here."""
-
-    def evaluated(self, run: Run, weights: Sequence[Weight]) -> Mapping[str, Tensor] | None:
-        """The tensors to evaluate instead of R, by weight name; the core owns them from here (`Run.average`)."""
-        return None
-
-    def finish(self, run: Run) -> None:
-        """Once, at the end, in reverse list order."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-
-
-def overrides(method: Method, verb: str) -> bool:
-    """Whether a method defines a verb."""
-    return getattr(type(method), verb) is not getattr(Method, verb)
-
-
-WEIGHT_VERBS = ("before_forward", "pull_back", "before_step", "after_step", "evaluated")
-
-
-def only(method: M, where: Callable[[Weight], bool]) -> M:
-    """A copy of ``method`` that acts on the weights for which ``where(weight)`` holds, and on no other.
-
-    Raises:
-        ValueError: the method is a pure penalty, which acts on no weights.
-    """
-    if not any(overrides(method, verb) for verb in WEIGHT_VERBS):
-        raise ValueError(
-            f"only() restricts methods that act on weights; {type(method).__name__} only adds a penalty to the loss: "
-            "use it without only()"
-        )
-    restricted = copy.deepcopy(method)
-    earlier = restricted.where
-    restricted.where = where if earlier is None else lambda w: bool(earlier(w) and where(w))
-    return restricted
-
-
-def in_unit(name: str, value: float, *, zero: bool = False) -> None:
-    """Raise unless ``value`` lies in (0, 1], or [0, 1] when ``zero``."""
-    if not ((0 if zero else 1e-12) <= value <= 1):
-        raise ValueError(f"{name} must lie in {'[' if zero else '('}0, 1], got {value}")
-
-
-def not_negative(name: str, value: float) -> None:
-    """Raise unless ``value >= 0``."""
-    if not value >= 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
-
-
-def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
-    """Raise, with the nearest choice, unless ``value`` is one of ``choices``."""
-    choices = list(choices)
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
 
 
 class Run:
@@ -200,11 +71,7 @@ class Run:
         seed: int = 0,
         data: Callable[[], Iterable] | None = None,
     ) -> None:
-        if isinstance(model, nn.DataParallel):
-            raise ValueError(
-                "torch.nn.DataParallel is not supported: its replicas race on the methods' state. "
-                "Use torchrun (DistributedDataParallel), or one device with CUDA_VISIBLE_DEVICES=0"
-            )
+        check_model(model)
         for method in methods:
             if not isinstance(method, Method):
                 raise TypeError(f"methods must hold steadytune methods, got {method!r}: pass instances, as DPSDense()")
@@ -220,23 +87,29 @@ class Run:
         self._total_steps, self._loaded_total = total_steps, None
         self._compute: Compute = default_compute
         self._parts: dict[str, Part] = {}
-        self._references: dict[str, Tensor] = {}
-        self._checksums: dict[str, str] = {}
-        self._raw: dict[str, Tensor] = {}  # R of weights that show something else; empty between steps
-        self._averages: dict[str, Tensor] = {}  # R between steps, E during one
-        self._frozen: dict[str, Tensor] = {}
-        self._held: list[tuple[Tensor, Tensor, Tensor]] = []  # (live tensor, mask of frozen entries, their values)
+        self._views = Views(self.model)
+        self._references = References(self.model)
         self._entered = self._ignored = self._stateless = False
         self._micro = 0
         self._rng_state: list[Tensor] = []
         self._handles: list[Any] = []
         self._save_in_optimizer = True
         self._blank: dict[str, Any] = {}
-        self._setting_up = True
         for method in self.methods:
-            method.setup(self)
-            self._parts = {}  # setup may have changed the structure
-        self._setting_up = False
+            self._set_up(method)
+
+    def append(self, method: M) -> M:
+        """Add a method to the end of the list, before `attach`; returns the copy that will run."""
+        added = copy.deepcopy(method)
+        self.methods.append(added)
+        self._set_up(added)
+        return added
+
+    def _set_up(self, method: Method) -> None:
+        self._references.open = True
+        method.setup(self)
+        self._references.open = False
+        self._parts = {}  # setup may have changed the structure
 
     # ------------------------------------------------------------------ looking
 
@@ -300,7 +173,16 @@ class Run:
             grad = None if p.grad is None else shards.local(p.grad)
             group = {} if groups is None else groups[id(p)]
             weights.append(
-                Weight(name, shards.local(p.detach()), grad, group, part.kind, part.block, part.head, getattr(part, "input_dim", 1))
+                Weight(
+                    name,
+                    shards.local(p.detach()),
+                    grad,
+                    group,
+                    part.kind,
+                    part.block,
+                    part.head,
+                    getattr(part, "input_dim", 1),
+                )
             )
         return self._restrict(method, weights, scope)
 
@@ -322,7 +204,7 @@ class Run:
         if not weights:
             what = "pre-trained trainable weight" if reference else "trainable weight"
             raise ValueError(
-                f"{type(method).__name__} finds no {what} in scope {scope!r}: the model's weights are frozen, quantised "
+                f"{type(method).__name__} finds no {what} in scope {scope!r}: its weights are frozen, quantised "
                 "or adapters. Choose another scope, or unfreeze the base model"
             )
         for w in weights if reference else []:
@@ -344,27 +226,15 @@ class Run:
         Raises:
             RuntimeError: asked for the first time after setup.
         """
-        if name not in self._references:
-            if not self._setting_up:
-                raise RuntimeError(f"the reference of {name!r} must be asked for in setup(), before training starts")
-            full = self.model.get_parameter(name).detach().clone()
-            self._references[name] = full
-            self._checksums[name] = checksum(full)
-        held = self._references[name]
-        live = self.model.get_parameter(name).detach()
-        here = shards.local(live)
-        if held.device != here.device or held.shape != here.shape:
-            held = self._references[name] = shards.piece(held, live)
-        return held
+        return self._references[name]
 
     def raw(self, name: str) -> Tensor:
         """R of a weight, during a step whatever is shown; for anchors and snapshots (clone it)."""
-        held = self._averages if not self._entered else self._raw
-        return held.get(name, shards.local(self.model.get_parameter(name).detach()))
+        return self._views.raw(name, stepping=self._entered)
 
     def average(self, name: str) -> Tensor | None:
         """The averaged tensor of a weight, in `Method.evaluated`; None before the first."""
-        return self._averages.get(name)
+        return self._views.averages.get(name)
 
     def local(self, name: str, full: Tensor) -> Tensor:
         """This rank's piece of a tensor of a weight's full shape (or broadcasting to it)."""
@@ -396,7 +266,7 @@ class Run:
         optimizer = bare(optimizer)
         if self.optimizer is not None:
             raise RuntimeError("this Run is already attached: use run.restart() to train once more")
-        self._check_optimizer(optimizer)
+        check_optimizer(optimizer, [type(m).__name__ for m in self.methods if overrides(m, "attach")])
         self.optimizer, self._save_in_optimizer = optimizer, save_in_optimizer
         if not self.weights():
             self.optimizer = None
@@ -423,21 +293,6 @@ class Run:
                 optimizer.register_state_dict_post_hook(self._add_state),
                 optimizer.register_load_state_dict_pre_hook(self._take_state),
             ]
-
-    def _check_optimizer(self, optimizer: Optimizer) -> None:
-        kind = type(optimizer)
-        if kind.__module__.split(".")[0] == "deepspeed":
-            raise ValueError("DeepSpeed ZeRO flattens weights before the methods can see them: use DDP or FSDP2")
-        if not isinstance(optimizer, Optimizer):
-            raise ValueError(f"attach() needs a torch.optim.Optimizer, got {kind.__name__}")
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError("LBFGS evaluates the loss several times in one step: use a first-order optimizer")
-        changing = [type(m).__name__ for m in self.methods if overrides(m, "attach")]
-        if changing and any("initial_lr" in group for group in optimizer.param_groups):
-            raise RuntimeError(
-                f"a learning-rate scheduler was built before attach(), but {', '.join(changing)} changes the "
-                "optimizer's groups: call run.attach(optimizer) first, then build the scheduler"
-            )
 
     def _check_exclusive(self) -> None:
         owners: dict[tuple[str, str], Method] = {}
@@ -477,7 +332,7 @@ class Run:
         self._compute = compute or default_compute
         self.items, self.penalty_scale = items, penalty_scale
         self.enter()
-        self._check_wrapper()
+        check_wrapper(self.wrapper, accumulating=bool(self.batch))
         self.batch.append(inputs)
         copies = max((m.copies for m in self.methods), default=1)
         penalties = [m for m in self.methods if overrides(m, "penalty")]
@@ -518,7 +373,7 @@ class Run:
             if method.needs_steps:
                 self.steps(method)
         shards.reshard(self.model)
-        self._exchange()
+        self._views.exchange()
         self._entered = True
         weights = self.weights()
         for method in self.methods:
@@ -527,20 +382,11 @@ class Run:
 
     def show(self, weight: Weight, value: Tensor) -> None:
         """Make ``value`` the forward view of a weight (in `Method.before_forward`)."""
-        self._keep(weight)
-        weight.data.copy_(value)
+        self._views.show(weight, value)
 
     def mix(self, weight: Weight, anchor: Tensor, mask: Tensor, keep: float) -> None:
         """Show ``anchor + mask * (given - anchor) / keep``, where ``given`` is what earlier methods show."""
-        raw = self._keep(weight)
-        mix(anchor, raw if raw is not None else weight.data, mask, keep, out=weight.data)
-
-    def _keep(self, weight: Weight) -> Tensor | None:
-        """Put R aside once; returns it when nothing else was shown yet."""
-        if weight.name in self._raw:
-            return None
-        held = self._raw[weight.name] = weight.data.clone()
-        return held
+        self._views.mix(weight, anchor, mask, keep)
 
     def freeze(self, weight: Weight, mask: Tensor) -> None:
         """For entries where the boolean ``mask`` is False, this optimizer step does not happen.
@@ -548,8 +394,7 @@ class Run:
         Weights and every optimizer-state tensor of the weight's shape are put back bit for bit after all
         `Method.after_step`. Call it in `Method.pull_back` or `Method.before_step`; masks of several calls intersect.
         """
-        other = self._frozen.get(weight.name)
-        self._frozen[weight.name] = mask if other is None else mask & other
+        self._views.freeze(weight, mask)
 
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         """The optimizer's step pre-hook."""
@@ -573,11 +418,11 @@ class Run:
         ready = [w for w in weights if w.grad is not None]
         for method in reversed(self.methods):
             method.pull_back(self, self._restrict(method, ready))
-        self._restore()
-        self._hold(weights)
+        self._views.restore()
+        self._views.hold(weights, optimizer)
         for method in self.methods:
             method.before_step(self, self._restrict(method, ready))
-        self._hold(weights)
+        self._views.hold(weights, optimizer)
 
     def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         """The optimizer's step post-hook."""
@@ -587,18 +432,15 @@ class Run:
         weights = self.weights()
         for method in self.methods:
             method.after_step(self, self._restrict(method, weights))
-        for live, where, values in reversed(self._held):  # the earliest copy counts
-            live.masked_scatter_(where, values)
-        self._held = []
+        self._views.put_back()
         averages: dict[str, Tensor] = {}
         for method in self.methods:
             averages.update(method.evaluated(self, self._restrict(method, weights)) or {})
-        self._averages = averages
+        self._views.averages = averages
         self._entered = False
-        self._exchange()
+        self._views.exchange()
         self.index += 1
         self.batch = []
-        torch.clear_autocast_cache()
 
     def _unscale(self, optimizer: Any) -> None:
         """A fused optimizer under GradScaler unscales inside its kernel: too late for statistics and masks."""
@@ -609,39 +451,6 @@ class Run:
         torch._foreach_mul_([shards.local(g) for g in gradients], scale.double().reciprocal().float())
         optimizer.grad_scale = None
 
-    def _hold(self, weights: Sequence[Weight]) -> None:
-        """Copy the frozen entries of weights and their optimizer state."""
-        assert self.optimizer is not None
-        for w in weights:
-            if w.name not in self._frozen:
-                continue
-            where = ~self._frozen[w.name]
-            state = self.optimizer.state.get(self.model.get_parameter(w.name), {})
-            for key, value in [("weight", w.data), *state.items()]:
-                if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 1 != w.data.numel():
-                    continue
-                value = shards.local(value)
-                if value.shape != w.data.shape:
-                    raise ValueError(
-                        f"frozen=True needs optimizer state of the weight's shape; {type(self.optimizer).__name__} "
-                        f"keeps {key!r} of shape {tuple(value.shape)} for {w.name!r} {tuple(w.data.shape)}: use AdamW "
-                        "or SGD, or frozen=False"
-                    )
-                self._held.append((value, where, value[where]))
-        self._frozen = {}
-
-    def _exchange(self) -> None:
-        """Swap live weights and averages."""
-        for name, other in self._averages.items():
-            exchange(shards.local(self.model.get_parameter(name).detach()), other)
-
-    def _restore(self) -> None:
-        """Live <- R."""
-        for name, raw in self._raw.items():
-            shards.local(self.model.get_parameter(name).detach()).copy_(raw)
-        self._raw = {}
-        torch.clear_autocast_cache()
-
     def leave(self) -> None:
         """Abandon a step that will not be taken (overflow, interruption): live <- E, nothing counted.
 
@@ -650,20 +459,19 @@ class Run:
         if not self._entered:
             return
         shards.reshard(self.model)
-        self._restore()
+        self._views.abandon()
         self._entered = False
-        self._exchange()
-        self._frozen, self._held, self.batch = {}, [], []
+        self.batch = []
 
     def restart(self) -> Run:
         """Back to the state right after `attach`, for another training; weights stay as they are."""
         if self.optimizer is None:
             raise RuntimeError("restart() needs a Run that was attached to an optimizer before")
         self.leave()
-        self._averages, self._loaded_total = {}, None
+        self._loaded_total = None
         if not self._handles:
             self._hook()
-        now = {"total_steps": self._total_steps, "seed": self.seed, "recipe": [describe(m) for m in self.methods]}
+        now = {"total_steps": self._total_steps, "seed": self.seed, "recipe": [entry(m) for m in self.methods]}
         self.load_state_dict({**copy.deepcopy(self._blank), **now})
         self._loaded_total = None
         return self
@@ -676,24 +484,6 @@ class Run:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-    def _check_wrapper(self) -> None:
-        wrapper: Any = self.wrapper
-        if isinstance(wrapper, nn.DataParallel):
-            raise ValueError(
-                "torch.nn.DataParallel is not supported: use torchrun, or one device with CUDA_VISIBLE_DEVICES=0"
-            )
-        if getattr(wrapper, "static_graph", False) and self.batch:
-            raise RuntimeError(
-                "DistributedDataParallel(static_graph=True) cannot accumulate gradients (torch fails inside no_sync): "
-                "use static_graph=False, or one micro-batch per step"
-            )
-        inductor = sys.modules.get("torch._inductor.config")
-        if hasattr(wrapper, "_orig_mod") and getattr(inductor, "freezing", False):
-            raise RuntimeError(
-                "torch._inductor.config.freezing bakes weights into the compiled graph, so that changes by methods are "
-                "not seen: set it to False"
-            )
 
     # ------------------------------------------------------------------ randomness
 
@@ -770,10 +560,16 @@ class Run:
             return {n: g.clone() for n, g in found.items()} if views else found
         finally:
             for n, p in parameters.items():
-                if views and p.grad is not None and parked[n] is not None:
-                    p.grad.copy_(parked[n])
+                before = parked[n]
+                if views and p.grad is not None and before is not None:
+                    p.grad.copy_(before)
                 else:
-                    p.grad = parked[n]
+                    p.grad = before
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights live in pieces on several ranks."""
+        return self._group() is not None
 
     def _group(self) -> dist.ProcessGroup | None:
         return shards.shard_group(list(self.model.parameters()))
@@ -824,11 +620,11 @@ class Run:
             "index": self.index,
             "total_steps": self._total_steps,
             "seed": self.seed,
-            "recipe": [describe(m) for m in self.methods],
+            "recipe": [entry(m) for m in self.methods],
             "methods": [m.state_dict() for m in self.methods],
-            "raw": dict(self._averages),
-            "heads": {n: t for n, t in self._references.items() if n in new},
-            "checksums": {n: c for n, c in self._checksums.items() if n not in new},
+            "raw": dict(self._views.averages),
+            "heads": {n: t for n, t in self._references.tensors.items() if n in new},
+            "checksums": {n: c for n, c in self._references.checksums.items() if n not in new},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -841,39 +637,20 @@ class Run:
             raise ValueError(
                 f"this state has format {state['format']}, this version of steadytune reads up to {FORMAT}: update it"
             )
-        self._check_recipe(state["recipe"])
+        check_recipe([entry(m) for m in self.methods], state["recipe"])
         if state["seed"] != self.seed:
             raise ValueError(f"the methods' seed was {state['seed']} when the state was saved, it is {self.seed} here")
         self._loaded_total = state["total_steps"]
         self.total_steps = self._total_steps or self._loaded_total
-        for name, saved in state["checksums"].items():
-            if self._checksums.get(name) != saved:
-                raise ValueError(
-                    f"the reference of {name!r} differs from the one the run started with: the model given is not the "
-                    f"pre-trained one ({getattr(getattr(self.model, 'config', None), '_name_or_path', '') or 'unnamed'}"
-                    "). Give the base model, not a checkpoint of the run; weights are restored from the checkpoint"
-                )
+        self._references.check(state["checksums"])
         for name, held in state["heads"].items():
-            self._references[name] = held.clone()
+            self._references.tensors[name] = held.clone()
         live = {w.name: w.data for w in self.weights()}
-        self._averages = {n: t.to(live[n].device, copy=True) for n, t in state["raw"].items()}
+        self._views.averages = {n: t.to(live[n].device, copy=True) for n, t in state["raw"].items()}
         for method, saved in zip(self.methods, state["methods"], strict=True):
             method.load_state_dict(_on_devices(saved, live))
         self.index = state["index"]
         self._stateless = False
-
-    def _check_recipe(self, recipe: Sequence[Mapping[str, Any]]) -> None:
-        here = [describe(m) for m in self.methods]
-        names, saved = [r["name"] for r in here], [r["name"] for r in recipe]
-        if names != saved:
-            raise ValueError(f"the state was saved by the recipe {saved}, this run has {names}: resume with the same")
-        for mine, theirs in zip(here, recipe, strict=True):
-            for field in sorted({*mine, *theirs}):
-                if mine.get(field) != theirs.get(field):
-                    raise ValueError(
-                        f"{mine['name']}.{field} was {theirs.get(field)!r} when the state was saved and is "
-                        f"{mine.get(field)!r} here: resume with the same recipe"
-                    )
 
     def _add_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         state[KEY] = self.state_dict()
@@ -890,15 +667,15 @@ class Run:
 
     def nbytes(self) -> int:
         """Bytes that methods and core hold now, beside the model and the optimizer's own state."""
-        held: list[Tensor] = [*self._references.values(), *self._raw.values(), *self._averages.values()]
-        held += [t for m in self.methods for t in _tensors(m.state_dict())] + [v for _, _, v in self._held]
+        held = [*self._references.tensors.values(), *self._views.tensors()]
+        held += [t for m in self.methods for t in _tensors(m.state_dict())]
         return sum(t.nbytes for t in {id(t): t for t in held}.values())
 
     def describe(self) -> str:
         """The recipe as a table: each method with its fields, moments of the step and weights."""
         rows = []
         for i, method in enumerate(self.methods):
-            fields = ", ".join(f"{k}={v!r}" for k, v in describe(method).items() if k != "name")
+            fields = ", ".join(f"{k}={v!r}" for k, v in entry(method).items() if k != "name")
             verbs = [v for v in (*WEIGHT_VERBS, "penalty") if overrides(method, v)]
             line = f"{i + 1}. {type(method).__name__}({fields}): {', '.join(verbs) or 'setup only'}"
             if any(v in WEIGHT_VERBS for v in verbs):
@@ -911,34 +688,9 @@ class Run:
         return "\n".join(rows) or "plain fine-tuning: no methods"
 
 
-def select(weights: Iterable[Weight], scope: Scope) -> list[Weight]:
-    """The weights that a scope admits: ``"linear"``, ``"encoder"``, ``"all"`` or a predicate over `Weight`."""
-    if isinstance(scope, str):
-        one_of("scope", scope, SCOPES)
-        scope = SCOPES[scope]
-    return [w for w in weights if scope(w)]
-
-
-def describe(method: Method) -> dict[str, Any]:
-    """Name and fields of a method as plain values; predicates by their qualified name."""
-    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
-    if method.where is not None:
-        values["where"] = method.where
-    return {
-        "name": type(method).__name__,
-        **{k: getattr(v, "__qualname__", v) if callable(v) else v for k, v in values.items()},
-    }
-
-
 def bare(optimizer: Any) -> Optimizer:
     """The torch optimizer inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def checksum(tensor: Tensor) -> str:
-    """64 bits that tell one tensor's bytes from another's."""
-    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(data.tobytes(), digest_size=8).hexdigest()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -199,24 +199,23 @@ def _spell(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def method_record(method: Any) -> dict[str, Any]:
+def method_record(method: Method) -> dict[str, Any]:
     """Name and every option of a method, ready for JSON."""
+    from .method import entry as describe
     from .methods import METHODS
 
     names = {cls: name for name, cls in METHODS.items()}
-    options = {field.name: _plain(getattr(method, field.name)) for field in dataclasses.fields(method)}
-    record = {"name": names.get(type(method), type(method).__name__), "options": options}
-    where = getattr(method, "where", None)  # set by `only`
-    return record if where is None else {**record, "only": _plain(where)}
+    options = {name: _plain(value) for name, value in describe(method).items() if name != "name"}
+    return {"name": names.get(type(method), type(method).__name__), "options": options}
 
 
 def _plain(value: Any) -> Any:
-    """The value itself where JSON has it, a function by its name, anything else as it prints."""
+    """The value itself where JSON has it, anything else (infinity too) as it prints."""
     try:
-        json.dumps(value)
-        return value
+        json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):
-        return getattr(value, "__qualname__", repr(value))
+        return repr(value)
+    return value
 
 
 def _methods(methods: str | Method | Sequence[str | Method]) -> list[Method]:
@@ -291,6 +290,12 @@ class Output:
             (self.path / Path(name).name).unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
+
+    def forget_empty(self) -> None:
+        """Take back folders that were made for nothing."""
+        for folder in (self.checkpoints, self.path):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def write(self, name: str, writer: Callable[[Path], Any]) -> None:
         """Let `writer` fill a file beside the final place, then rename it."""
@@ -545,7 +550,8 @@ def _only_logits(logits: Any, labels: Any) -> Any:
 def predict(trainer: Trainer, features: list[dict[str, Any]]) -> np.ndarray:
     """Logits (rows, outputs); rows of like length go together, which spares padding."""
     order = np.argsort([-len(feature["input_ids"]) for feature in features], kind="stable")
-    logits = np.asarray(trainer.predict([features[i] for i in order]).predictions, dtype=np.float64)
+    ordered: Any = [features[i] for i in order]  # to torch a list is a dataset, to its type hints it is not
+    logits = np.asarray(trainer.predict(ordered).predictions, dtype=np.float64)
     if not np.isfinite(logits).all():
         raise UsageError("the model's outputs are not numbers: training diverged. Lower lr or raise warmup.")
     return logits[np.argsort(order)]
@@ -683,20 +689,27 @@ def _run(
     max_length = token_limit(recipe.max_length, model.config, tokenizer)
     record = _record(name, methods, recipe, data, steps, max_length, dropout)
     checkpoint = None
-    if previous is None:
+    if previous is not None:
+        _same_run(previous, record, folder.path)
+        checkpoint = folder.last_checkpoint()
+    features = tokenise(data.train, tokenizer, max_length)
+    args = arguments(recipe, steps, folder, save_steps)
+    try:
+        trainer = make_trainer(
+            model, tokenizer, _labelled(features, data.train, data.target), args, methods, recipe.seeds["method"],
+            progress,
+        )  # fmt: skip
+    except ValueError as error:  # a method that cannot act on this model, or two that exclude each other
+        folder.forget_empty()
+        raise UsageError(str(error)) from error
+    _announce(data, recipe, steps, max_length, features)
+    assert trainer.run is not None
+    logger.info("%s", trainer.run.describe())
+    if checkpoint is None:
         folder.clear()
         folder.write_json(RECORD, record)
     else:
-        _same_run(previous, record, folder.path)
-        checkpoint = folder.last_checkpoint()
         logger.info("resuming from %s", checkpoint)
-    features = tokenise(data.train, tokenizer, max_length)
-    _announce(data, recipe, steps, max_length, features)
-    args = arguments(recipe, steps, folder, save_steps)
-    trainer = make_trainer(
-        model, tokenizer, _labelled(features, data.train, data.target), args, methods, recipe.seeds["method"], progress
-    )
-    logger.info("%s", trainer.run.describe())
     started = time.perf_counter()
     with _quiet(warnings=True):  # every checkpoint has a bar
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -708,7 +721,7 @@ def _run(
         tables.append(table)
     predictions = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     with _quiet():
-        files = folder.save_model(trainer.model, tokenizer)
+        files = folder.save_model(model, tokenizer)
     folder.write("predictions.parquet", predictions.to_parquet)
     folder.write_json("metrics.json", {"metric": metric, "steps": steps, "seconds": seconds, "sets": scores})
     files += ["predictions.parquet", "metrics.json"]

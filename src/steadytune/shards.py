@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ except ImportError:  # a build of torch without distributed
     FSDPModule = DTensor = Shard = ()  # type: ignore[assignment,misc]
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> nn.Module:
     """The model inside DistributedDataParallel and ``torch.compile`` wrappers."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):

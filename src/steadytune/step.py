@@ -110,7 +110,7 @@ class _Given(nn.Module):
 
     def __init__(self, model: Any, outputs: Any) -> None:
         super().__init__()
-        inner = shards.unwrap(model)
+        inner: Any = shards.unwrap(model)
         if hasattr(inner, "peft_config"):
             inner = inner.base_model.model
         self._name, self._outputs = inner._get_name(), outputs

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Weight
+from ..core import Method, Run, Weight, gradients
 
 
 @dataclass
@@ -38,8 +38,8 @@ class ClipNorm(Method):
         self.norm: Tensor | None = None
 
     def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
-        gradients = [w.grad for w in weights if w.grad is not None]
-        if not gradients:
+        found = gradients(weights)
+        if not found:
             return
-        self.norm = torch.linalg.vector_norm(torch.stack(run.norms(gradients)))
-        torch._foreach_mul_(gradients, (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0))
+        self.norm = torch.linalg.vector_norm(torch.stack(run.norms(found)))
+        torch._foreach_mul_(found, (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
+from torch import Tensor
 
 from ..core import Method, Run, Scope, Weight, not_negative, select
 
@@ -56,18 +56,19 @@ class L2SP(Method):
                 w.group["weight_decay"] = 0.0
 
     def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
-        if self.alpha:
-            anchored = [w for w in select(weights, self.scope) if w.name in self.pulled]
-            self.pull(anchored, [run.reference(w.name) for w in anchored], [self.alpha] * len(anchored))
-        others = [w for w in weights if self.decay.get(w.name)]
-        self.pull(others, None, [self.decay[w.name] for w in others])
+        for w in select(weights, self.scope) if self.alpha else []:
+            if w.name in self.pulled:
+                self.pull(w, self.alpha, run.reference(w.name))
+        for w in weights:
+            if self.decay.get(w.name):
+                self.pull(w, self.decay[w.name])
 
-    def pull(self, weights: Sequence[Weight], anchors: Sequence[torch.Tensor] | None, rates: Sequence[float]) -> None:
-        """Toward the anchors, or toward zero."""
-        for i, (w, rate) in enumerate(zip(weights, rates, strict=True)):
-            if not self.decoupled:
-                w.grad.add_(w.data if anchors is None else w.data - anchors[i], alpha=rate)
-            elif anchors is None:
-                w.data.mul_(1 - w.group["lr"] * rate)
-            else:
-                w.data.lerp_(anchors[i], w.group["lr"] * rate)
+    def pull(self, weight: Weight, rate: float, anchor: Tensor | None = None) -> None:
+        """Toward the anchor, or toward zero."""
+        if not self.decoupled:
+            assert weight.grad is not None
+            weight.grad.add_(weight.data if anchor is None else weight.data - anchor, alpha=rate)
+        elif anchor is None:
+            weight.data.mul_(1 - weight.group["lr"] * rate)
+        else:
+            weight.data.lerp_(anchor, weight.group["lr"] * rate)

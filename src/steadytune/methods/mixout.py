@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Scope, Weight, in_unit, select
+from ..core import Method, Run, Scope, Weight, gradients, in_unit, select
 
 
 @dataclass
@@ -63,4 +63,4 @@ class Mixout(Method):
         keep = self.keep if self.rescale_gradient and self.keep else 1.0
         weights = [w for w in weights if w.name in self.drawn]
         factors = [(self.drawn[w.name] / keep).to(w.data.dtype) for w in weights]
-        torch._foreach_mul_([w.grad for w in weights], factors)
+        torch._foreach_mul_(gradients(weights), factors)

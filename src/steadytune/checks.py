@@ -1,0 +1,88 @@
+"""Set-ups that cannot work, each with one error that names the thing, the rule, the value and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+
+def in_unit(name: str, value: float, *, zero: bool = False) -> None:
+    """Raise unless ``value`` lies in (0, 1], or [0, 1] when ``zero``."""
+    if not ((0 if zero else 1e-12) <= value <= 1):
+        raise ValueError(f"{name} must lie in {'[' if zero else '('}0, 1], got {value}")
+
+
+def not_negative(name: str, value: float) -> None:
+    """Raise unless ``value >= 0``."""
+    if not value >= 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise, with the nearest choice, unless ``value`` is one of ``choices``."""
+    choices = list(choices)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise for DataParallel."""
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "torch.nn.DataParallel is not supported: its replicas race on the methods' state. "
+            "Use torchrun (DistributedDataParallel), or one device with CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def check_wrapper(wrapper: Any, *, accumulating: bool) -> None:
+    """Raise for a wrapper that would not see what methods write, or cannot accumulate."""
+    check_model(wrapper)
+    if accumulating and getattr(wrapper, "static_graph", False):
+        raise RuntimeError(
+            "DistributedDataParallel(static_graph=True) cannot accumulate gradients (torch fails inside no_sync): "
+            "use static_graph=False, or one micro-batch per step"
+        )
+    inductor = sys.modules.get("torch._inductor.config")
+    if hasattr(wrapper, "_orig_mod") and getattr(inductor, "freezing", False):
+        raise RuntimeError(
+            "torch._inductor.config.freezing bakes weights into the compiled graph, so that changes by methods are "
+            "not seen: set it to False"
+        )
+
+
+def check_optimizer(optimizer: Any, changing: Sequence[str]) -> None:
+    """Raise for an optimizer that methods cannot work with; ``changing`` names methods that edit its groups."""
+    kind = type(optimizer)
+    if kind.__module__.split(".")[0] == "deepspeed":
+        raise ValueError("DeepSpeed ZeRO flattens weights before the methods can see them: use DDP or FSDP2")
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"attach() needs a torch.optim.Optimizer, got {kind.__name__}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS evaluates the loss several times in one step: use a first-order optimizer")
+    if changing and any("initial_lr" in group for group in optimizer.param_groups):
+        raise RuntimeError(
+            f"a learning-rate scheduler was built before attach(), but {', '.join(changing)} changes the "
+            "optimizer's groups: call run.attach(optimizer) first, then build the scheduler"
+        )
+
+
+def check_recipe(here: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Raise, naming the difference, unless a state was saved by this recipe (see `steadytune.method.entry`)."""
+    names, theirs = [r["name"] for r in here], [r["name"] for r in saved]
+    if names != theirs:
+        raise ValueError(f"the state was saved by the recipe {theirs}, this run has {names}: resume with the same")
+    for mine, other in zip(here, saved, strict=True):
+        for field in sorted({*mine, *other}):
+            if mine.get(field) != other.get(field):
+                raise ValueError(
+                    f"{mine['name']}.{field} was {other.get(field)!r} when the state was saved and is "
+                    f"{mine.get(field)!r} here: resume with the same recipe"
+                )

@@ -1,0 +1,155 @@
+"""What a method is: the moments of a step it may act at, and the weights it sees there."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from .anatomy import Kind
+from .checks import one_of
+
+if TYPE_CHECKING:
+    from .core import Run
+    from .step import Step
+
+M = TypeVar("M", bound="Method")
+
+
+@dataclass(slots=True)
+class Weight:
+    """What a method sees of a parameter: plain local tensors, also on a shard. Write in place only.
+
+    Attributes:
+        name: the parameter's name in the unwrapped model.
+        data: live values, detached, in the parameter's shape (on a shard: this rank's piece).
+        grad: gradient of the same shape, or None before the backward pass.
+        group: the optimizer's parameter group (current ``lr``, ``weight_decay``); empty before `Run.attach`.
+        kind: what the parameter is, see `steadytune.anatomy`.
+        block: index of its transformer block, or None.
+        head: whether it belongs to a new task head.
+        input_dim: the axis of a linear weight that runs over input features (0 for transformers' Conv1D).
+    """
+
+    name: str
+    data: Tensor
+    grad: Tensor | None
+    group: dict[str, Any]
+    kind: Kind
+    block: int | None
+    head: bool
+    input_dim: int = 1
+
+
+Scope = str | Callable[[Weight], bool]
+SCOPES: dict[str, Callable[[Weight], bool]] = {
+    "linear": lambda w: w.kind == "linear",  # pooler and head too, a tied lm_head not: it is an embedding
+    "encoder": lambda w: w.block is not None and not w.head,
+    "all": lambda w: True,
+}
+
+
+class Method:
+    """A robust fine-tuning method: a dataclass of hyperparameters whose verbs are the moments of a step.
+
+    Every verb is optional. Fields are hyperparameters only; what changes during training is kept in attributes
+    made in `setup` and returned by `state_dict`. Verbs that take ``weights`` get a list of `Weight`, restricted by
+    `only` when the method was.
+    """
+
+    copies: ClassVar[int] = 1  # copies of the batch in the one forward (R-Drop: 2)
+    null: ClassVar[dict[str, Any] | None] = None  # the setting at which it is plain fine-tuning, bit for bit
+    exclusive: ClassVar[str | None] = None  # at most one method of this name acts on a weight ("anchor", "average")
+    needs_steps: ClassVar[bool] = False  # whether the schedule depends on Run.total_steps
+    where: Callable[[Weight], bool] | None = None  # set by `only`
+
+    def setup(self, run: Run) -> None:
+        """Before the optimizer exists: structure, re-initialisation, freezing, references."""
+
+    def attach(self, run: Run) -> None:
+        """Optimizer exists and is empty: parameter groups, taking over decay."""
+
+    def before_forward(self, run: Run, weights: Sequence[Weight]) -> None:
+        """Build the forward view through `Run.show` and `Run.mix`, in list order.
+
+        Must be a pure function of (state, ``run.index``): it may run again for the same index.
+        """
+
+    def penalty(self, step: Step) -> Tensor | None:
+        """A scalar added to the loss of one micro-batch."""
+
+    def pull_back(self, run: Run, weights: Sequence[Weight]) -> None:
+        """Turn ``.grad`` of what it showed into ``.grad`` of what it was given, in reverse list order."""
+
+    def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
+        """Edit ``.grad`` (of the raw weights; synced, unscaled), in list order. Live is R."""
+
+    def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
+        """After the optimizer moved R, which is live, in list order. Stage transitions belong here."""
+
+    def evaluated(self, run: Run, weights: Sequence[Weight]) -> Mapping[str, Tensor] | None:
+        """The tensors to evaluate instead of R, by weight name; the core owns them from here (`Run.average`)."""
+        return None
+
+    def finish(self, run: Run) -> None:
+        """Once, at the end, in reverse list order."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+
+
+def overrides(method: Method, verb: str) -> bool:
+    """Whether a method defines a verb."""
+    return getattr(type(method), verb) is not getattr(Method, verb)
+
+
+WEIGHT_VERBS = ("before_forward", "pull_back", "before_step", "after_step", "evaluated")
+
+
+def only(method: M, where: Callable[[Weight], bool]) -> M:
+    """A copy of ``method`` that acts on the weights for which ``where(weight)`` holds, and on no other.
+
+    Raises:
+        ValueError: the method is a pure penalty, which acts on no weights.
+    """
+    if not any(overrides(method, verb) for verb in WEIGHT_VERBS):
+        raise ValueError(
+            f"only() restricts methods that act on weights; {type(method).__name__} only adds a penalty to the loss: "
+            "use it without only()"
+        )
+    restricted = copy.deepcopy(method)
+    earlier = restricted.where
+    restricted.where = where if earlier is None else lambda w: bool(earlier(w) and where(w))
+    return restricted
+
+
+def gradients(weights: Iterable[Weight]) -> list[Tensor]:
+    """The gradients of weights that have one."""
+    return [w.grad for w in weights if w.grad is not None]
+
+
+def select(weights: Iterable[Weight], scope: Scope) -> list[Weight]:
+    """The weights that a scope admits: ``"linear"``, ``"encoder"``, ``"all"`` or a predicate over `Weight`."""
+    if isinstance(scope, str):
+        one_of("scope", scope, SCOPES)
+        scope = SCOPES[scope]
+    return [w for w in weights if scope(w)]
+
+
+def entry(method: Method) -> dict[str, Any]:
+    """Name and fields of a method as plain values; predicates by their qualified name."""
+    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    if method.where is not None:
+        values["where"] = method.where
+    return {
+        "name": type(method).__name__,
+        **{k: getattr(v, "__qualname__", v) if callable(v) else v for k, v in values.items()},
+    }

@@ -1,0 +1,76 @@
+"""A tree of tensors and plain values in one safetensors file, written atomically, read without pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+KEY = "steadytune"
+MARK = "tensor:"  # a string of the tree that stands for a tensor of the file
+
+
+def save(tree: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Write ``tree`` (nested dicts with string keys, lists, tensors, JSON values) to ``path``, whole or not at all."""
+    tensors: dict[str, Tensor] = {}
+    plain = json.dumps(_pack(tree, "", tensors))
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    os.close(handle)
+    try:
+        save_file(tensors, name, metadata={KEY: plain})
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def load(path: str | os.PathLike) -> dict[str, Any]:
+    """Read what `save` wrote, tensors on the CPU.
+
+    Raises:
+        ValueError: the file is damaged or another program's.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            plain = (file.metadata() or {})[KEY]
+            return _unpack(json.loads(plain), file)
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is not a readable steadytune state ({error}): resume from another checkpoint, or start anew"
+        ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().contiguous()
+        return MARK + path
+    if isinstance(value, Mapping):
+        return {k: _pack(v, f"{path}/{k}", tensors) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_pack(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
+    return value
+
+
+def _unpack(value: Any, file: Any) -> Any:
+    if isinstance(value, str) and value.startswith(MARK):
+        return file.get_tensor(value.removeprefix(MARK))
+    if isinstance(value, dict):
+        return {k: _unpack(v, file) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_unpack(v, file) for v in value]
+    return value

@@ -1,0 +1,265 @@
+"""The Hugging Face Trainer with a recipe: few overrides, everything else stock."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from . import state
+from .core import WEIGHT_VERBS, Method, Run, bare, overrides
+from .methods import ClipNorm
+
+logger = logging.getLogger(__name__)
+SIDE_FILE = "steadytune.safetensors"
+
+
+class Trainer(transformers.Trainer):
+    """`transformers.Trainer` that trains with a list of methods.
+
+    Args:
+        *args: as of `transformers.Trainer`.
+        methods: the recipe, in order of action; deep-copied, ``trainer.run[DPSDense]`` is the copy that ran.
+        clip: ``"list"`` moves ``args.max_grad_norm`` to the end of the list as `ClipNorm` while training, if a method
+            edits gradients or forward weights (mask, then clip; `Run.describe` shows it); ``"trainer"`` keeps
+            Hugging Face's order (clip, then mask).
+        method_seed: seed of the methods' own draws; by default ``args.seed``.
+        **kwargs: as of `transformers.Trainer`.
+
+    Checkpoints gain one file, ``steadytune.safetensors``; their model files are plain and hold the evaluated weights.
+    The loss is scaled right under gradient accumulation for every model, also where the stock Trainer multiplies
+    gradients by the number of accumulation steps or of devices (a model that takes ``num_items_in_batch`` and ignores
+    it): the first batch tells.
+
+    Raises:
+        ValueError: a set-up in which methods cannot act on weights (DataParallel, DeepSpeed, FSDP1).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        methods: Sequence[Method] = (),
+        clip: Literal["list", "trainer"] = "list",
+        method_seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if clip not in ("list", "trainer"):
+            raise ValueError(f"clip must be 'list' or 'trainer', got {clip!r}")
+        self.methods, self.clip, self.method_seed = list(methods), clip, method_seed
+        self.run: Run | None = None
+        self._taken_norm: float | None = None  # args.max_grad_norm while ClipNorm does its work
+        self._own_clip: ClipNorm | None = None
+        self._counts: bool | None = None  # whether the loss uses num_items_in_batch
+        super().__init__(*args, **kwargs)
+        if self.run is None:
+            assert self.model is not None  # the stock Trainer refused
+            self._bind(self.model)
+        self.callback_handler.callbacks.insert(0, _Leave(self))  # before users' callbacks look at the weights
+
+    # ------------------------------------------------------------------ binding
+
+    def _bind(self, model: nn.Module) -> None:
+        """Make the Run for the model that will be trained."""
+        self._check_setup()
+        self.run = Run(model, self.methods, seed=self._method_seed())
+        self._own_clip = self._counts = None
+        if self.methods and any(
+            p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()
+        ):
+            logger.warning(
+                "The model's weights are in half precision: small updates round to nothing. Load it with "
+                "dtype=torch.float32 and set bf16=True in the arguments instead."
+            )
+
+    def _check_setup(self) -> None:
+        if not any(overrides(m, verb) for m in self.methods for verb in WEIGHT_VERBS):
+            return
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} devices in one process mean torch.nn.DataParallel, which is not supported: use "
+                "torchrun, or one device with CUDA_VISIBLE_DEVICES=0"
+            )
+        if self.is_deepspeed_enabled:
+            raise ValueError("DeepSpeed flattens weights before the methods can see them: use DDP or FSDP2")
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
+            raise ValueError("FSDP1 flattens weights before the methods can see them: set fsdp_version to 2")
+
+    def _method_seed(self) -> int:
+        return self.args.seed if self.method_seed is None else self.method_seed
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Bind the recipe to each model that ``model_init`` makes."""
+        model = super().call_model_init(trial)
+        self._bind(model)
+        return model
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Attach to the optimizer, whoever made it; start again if this is another training of one Trainer."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        assert self.run is not None
+        self.run.seed = self._method_seed()  # a hyperparameter search fills args only now
+        self._take_clip()
+        if self.run.optimizer is bare(optimizer):
+            self.run.restart()
+        else:
+            self.run.attach(optimizer, save_in_optimizer=False)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Tell the methods how many steps there will be."""
+        assert self.run is not None
+        self.run.total_steps = num_training_steps
+        return super().create_scheduler(num_training_steps, *args, **kwargs)
+
+    # ------------------------------------------------------------------ clipping
+
+    def _take_clip(self) -> None:
+        """Move ``max_grad_norm`` to the end of the list."""
+        assert self.run is not None
+        given = [m for m in self.run.methods if isinstance(m, ClipNorm) and m is not self._own_clip]
+        edits = any(overrides(m, v) for m in self.run.methods for v in ("before_forward", "pull_back", "before_step"))
+        if self.clip == "trainer" or not edits or self._taken_norm is not None:
+            return
+        norm = self._taken_norm = self.args.max_grad_norm or 0.0
+        self.args.max_grad_norm = 0.0
+        if self._own_clip is not None:
+            self._own_clip.max_norm = norm or float("inf")
+        elif norm and not given:
+            self._own_clip = self.run.append(ClipNorm(norm))
+
+    def _give_clip_back(self) -> None:
+        if self._taken_norm is not None:
+            self.args.max_grad_norm, self._taken_norm = self._taken_norm, None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the norm that was clipped: the stock one is taken before the chain rule and the masks."""
+        if "grad_norm" in logs and self._own_clip is not None and self._own_clip.norm is not None:
+            logs["grad_norm"] = float(self._own_clip.norm)
+        super().log(logs, *args, **kwargs)
+
+    # ------------------------------------------------------------------ training
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`; an interruption leaves the evaluated weights live."""
+        try:
+            result = super().train(*args, **kwargs)
+            assert self.run is not None
+            self.run.finish()
+            return result
+        finally:
+            if self.run is not None:
+                self.run.leave()
+            self._give_clip_back()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor | int | None]:
+        """Pass on the token count only to losses that use it."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if items is not None and batches:
+            if self._counts is None:
+                self._counts = self._uses_count(batches[0], items)
+                if not self._counts:
+                    self.loss_is_scaled_for_ga = False  # heeded from transformers 5.19 on
+            if not self._counts:
+                items = None
+        return batches, items
+
+    def _uses_count(self, batch: dict[str, Any], items: Any) -> bool:
+        """Whether the loss of a batch halves when the count doubles."""
+        assert self.run is not None
+        model: Any = self.model
+        inputs: Any = self._prepare_inputs(batch)
+        stock: Any = super().compute_loss
+        model.eval()
+        with torch.no_grad(), self.run.forked_rng():
+            once, twice = (float(stock(model, dict(inputs), num_items_in_batch=n)) for n in (items, 2 * items))
+        model.train()
+        return once == 0 or abs(twice / once - 1) > 0.25
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss with all penalties in training mode, the stock one otherwise."""
+        stock = super().compute_loss
+        if not model.training or self.run is None:
+            return stock(model, inputs, return_outputs, num_items_in_batch)
+        outputs = []
+
+        def compute(model: Any, inputs: Any, copies: int) -> tuple[Tensor, Any]:
+            items = None if num_items_in_batch is None else num_items_in_batch * copies
+            loss, out = stock(model, dict(inputs), True, items)  # stock pops labels: a copy
+            outputs.append(out)
+            return loss, out
+
+        micro = self.current_gradient_accumulation_steps
+        items, scale = None, 1.0
+        if num_items_in_batch is not None:  # the loss is divided over the whole step already
+            spread = self.args.average_tokens_across_devices and self.args.world_size > 1
+            items = num_items_in_batch / self.args.world_size if spread else num_items_in_batch
+            scale = 1 / micro
+        loss = self.run.loss(inputs, compute=compute, model=model, items=items, penalty_scale=scale)
+        if self.compute_loss_func is not None and num_items_in_batch is None and not _heeds_flag():
+            loss = loss / micro
+        return (loss, outputs[0]) if return_outputs else loss
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _side_file(self, folder: str) -> Path:
+        assert self.run is not None
+        rank = f"-{self.run.rank}-of-{self.run.world}" if self.run.sharded else ""
+        return Path(folder, SIDE_FILE.replace(".", f"{rank}.", 1))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Checkpoints gain the methods' state; a model saved by the user is plain."""
+        super().save_model(output_dir, _internal_call)
+        if output_dir is None or not os.path.basename(output_dir).startswith(PREFIX_CHECKPOINT_DIR):
+            return
+        run = self.run
+        if _internal_call and run is not None and run.methods and (self.args.should_save or run.sharded):
+            tree = {**run.state_dict(), "global_step": self.state.global_step}
+            state.save(tree, self._side_file(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        run = self.run
+        if checkpoint is None or run is None or not run.methods:
+            return
+        path = self._side_file(checkpoint)
+        if not path.exists():
+            raise ValueError(
+                f"{checkpoint} holds no {path.name}: it was not saved by this recipe, or the file was lost. The "
+                "methods would start anew in the middle of a run: resume from another checkpoint, or start anew"
+            )
+        tree = state.load(path)
+        if tree["global_step"] != self.state.global_step:
+            raise ValueError(
+                f"{path} belongs to step {tree['global_step']}, the checkpoint's trainer_state.json to "
+                f"{self.state.global_step}: files of two checkpoints were mixed"
+            )
+        run.load_state_dict(tree)
+
+
+class _Leave(transformers.TrainerCallback):
+    """A step that GradScaler skipped fires no hook: the evaluated weights come back here."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.run is not None:
+            self.trainer.run.leave()
+
+
+def _heeds_flag() -> bool:
+    """Whether this transformers divides by the accumulation steps as ``loss_is_scaled_for_ga`` says (5.19)."""
+    return hasattr(transformers.Trainer, "loss_is_scaled_for_ga")

@@ -1,0 +1,154 @@
+"""The three views of each weight: which values are live, and where the others are kept.
+
+R raw (what the optimizer moves), F forward (what the forward sees), E evaluated (live between steps).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import shards
+from .functional import exchange, mix
+from .method import Weight
+
+
+class Views:
+    """Keeps R while something else is live, averages while they are not, and entries that an update must not touch.
+
+    Attributes:
+        averages: tensors of the averaging method by weight name: R between steps, E during one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.averages: dict[str, Tensor] = {}
+        self._raw: dict[str, Tensor] = {}  # of weights that show something else; empty between steps
+        self._frozen: dict[str, Tensor] = {}
+        self._held: list[tuple[Tensor, Tensor, Tensor]] = []  # (live tensor, mask of frozen entries, their values)
+
+    def live(self, name: str) -> Tensor:
+        """The live values of a weight."""
+        return shards.local(self.model.get_parameter(name).detach())
+
+    def raw(self, name: str, *, stepping: bool) -> Tensor:
+        """R of a weight, during a step or between steps."""
+        held = (self._raw if stepping else self.averages).get(name)
+        return self.live(name) if held is None else held
+
+    def show(self, weight: Weight, value: Tensor) -> None:
+        """Make ``value`` live, R kept."""
+        self._keep(weight)
+        weight.data.copy_(value)
+
+    def mix(self, weight: Weight, anchor: Tensor, mask: Tensor, keep: float) -> None:
+        """Make a mixture of ``anchor`` and the live values live, R kept."""
+        mix(anchor, self._keep(weight), mask, keep, out=weight.data)
+
+    def _keep(self, weight: Weight) -> Tensor:
+        """Put R aside once; returns what is live."""
+        if weight.name in self._raw:
+            return weight.data
+        held = self._raw[weight.name] = weight.data.clone()
+        return held
+
+    def restore(self) -> None:
+        """Live <- R."""
+        for name, raw in self._raw.items():
+            self.live(name).copy_(raw)
+        self._raw = {}
+        torch.clear_autocast_cache()
+
+    def exchange(self) -> None:
+        """Swap live weights and averages: E -> R at the start of a step, R -> E at its end."""
+        for name, other in self.averages.items():
+            exchange(self.live(name), other)
+        torch.clear_autocast_cache()
+
+    def freeze(self, weight: Weight, mask: Tensor) -> None:
+        """Ask for the entries where ``mask`` is False to stay; masks of several calls intersect."""
+        other = self._frozen.get(weight.name)
+        self._frozen[weight.name] = mask if other is None else mask & other
+
+    def hold(self, weights: Sequence[Weight], optimizer: Optimizer) -> None:
+        """Copy the entries asked for, of weights and of their optimizer state.
+
+        Raises:
+            ValueError: packed or factored optimizer state.
+        """
+        for w in weights:
+            if w.name not in self._frozen:
+                continue
+            where = ~self._frozen[w.name]
+            state = optimizer.state.get(self.model.get_parameter(w.name), {})
+            for key, value in {"weight": w.data, **state}.items():
+                if not isinstance(value, Tensor) or value.dim() == 0:
+                    continue
+                value = shards.local(value)
+                if value.shape != w.data.shape:
+                    raise ValueError(
+                        f"frozen=True needs optimizer state of the weight's shape; {type(optimizer).__name__} "
+                        f"keeps {key!r} of shape {tuple(value.shape)} for {w.name!r} {tuple(w.data.shape)}: use AdamW "
+                        "or SGD, or frozen=False"
+                    )
+                self._held.append((value, where, value[where]))
+        self._frozen = {}
+
+    def put_back(self) -> None:
+        """Restore the entries held; the earliest copy counts."""
+        for live, where, values in reversed(self._held):
+            live.masked_scatter_(where, values)
+        self._held = []
+
+    def abandon(self) -> None:
+        """Live <- E, in the middle of a step that will not be taken."""
+        self.restore()
+        self.exchange()
+        self._frozen, self._held = {}, []
+
+    def tensors(self) -> list[Tensor]:
+        """All that is kept now."""
+        return [*self.averages.values(), *self._raw.values(), *(values for _, _, values in self._held)]
+
+
+class References:
+    """Pre-trained weights, taken in setup and never later: taken on resume they would be half-trained."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.open = False  # whether new ones may be taken
+        self.tensors: dict[str, Tensor] = {}
+        self.checksums: dict[str, str] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        live = self.model.get_parameter(name).detach()
+        if name not in self.tensors:
+            if not self.open:
+                raise RuntimeError(f"the reference of {name!r} must be asked for in setup(), before training starts")
+            self.tensors[name] = live.clone()
+            self.checksums[name] = checksum(live)
+        held, here = self.tensors[name], shards.local(live)
+        if held.device != here.device or held.shape != here.shape:  # moved or sharded since
+            held = self.tensors[name] = shards.piece(held, live)
+        return held
+
+    def check(self, saved: Mapping[str, str]) -> None:
+        """Raise unless the references taken here have the checksums saved."""
+        for name, value in saved.items():
+            if self.checksums.get(name) != value:
+                path = getattr(getattr(self.model, "config", None), "_name_or_path", "") or "unnamed"
+                raise ValueError(
+                    f"the reference of {name!r} differs from the one the run started with: the model given ({path}) "
+                    "is not the pre-trained one. Give the base model, not a checkpoint of the run; trained weights "
+                    "come from the checkpoint"
+                )
+
+
+def checksum(tensor: Tensor) -> str:
+    """64 bits that tell one tensor's bytes from another's."""
+    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(data.tobytes(), digest_size=8).hexdigest()

@@ -1,0 +1,179 @@
+import dataclasses
+import inspect
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from fit_helpers import data_root, save_tiny_bert, toy
+from steadytune import __version__
+from steadytune import cli as cli_module
+from steadytune.cli import app
+from steadytune.fit import Recipe
+from steadytune.methods import METHODS
+from steadytune.tasks import TASKS
+
+QUICK = ["--steps", "4", "--batch-size", "4", "--quiet"]
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    return save_tiny_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture
+def shell(monkeypatch, tmp_path):
+    """Run the command in a scratch directory that holds train.csv and test.csv; wide, so that tables do not wrap."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("STEADYTUNE_DATA", raising=False)
+    toy(30).to_csv("train.csv", index=False)
+    toy(9).to_csv("test.csv", index=False)
+    return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from typer.testing import CliRunner; from steadytune.cli import app\n"
+        "for words in ([], ['fit'], ['methods'], ['tasks']):\n"
+        "    assert CliRunner().invoke(app, [*words, '--help']).exit_code == 0\n"
+        "print([name for name in ('torch', 'transformers', 'pandas', 'sklearn') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_flags_and_recipe_agree_on_every_default():
+    flags = inspect.signature(cli_module.fit).parameters
+    for field in dataclasses.fields(Recipe):
+        assert flags[field.name].default == field.default, field.name
+
+
+def test_fit_writes_a_model_and_prints_the_scores(shell, tmp_path, bert):
+    done = shell(
+        "fit", "train.csv", "--model", bert, "--output", "out", "--test", "test.csv", "--test", "again=test.csv",
+        "--method", "dps_dense:keep=0.6,update_ratio=0.5", "--method", "l2sp", "--seed", 5, *QUICK,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert list(metrics["sets"]) == ["validation", "test", "again"]
+    assert metrics["sets"]["test"] == metrics["sets"]["again"]
+    assert f"{metrics['sets']['test']['accuracy']:.4f}" in done.stdout
+    assert "Model: out" in done.stdout
+    recipe = json.loads((tmp_path / "out" / "steadytune.json").read_text())["recipe"]
+    assert [method["name"] for method in recipe["methods"]] == ["dps_dense", "l2sp"]
+    assert recipe["methods"][0]["options"]["keep"] == 0.6
+    assert set(recipe["seeds"].values()) == {5}
+
+
+def test_plan_goes_to_stderr_and_quiet_is_quiet(shell, bert):
+    words = ["fit", "train.csv", "--model", bert, "--steps", "2", "--validation-share", "0"]
+    spoken = shell(*words, "--output", "a")
+    assert "30 training rows" in spoken.stderr
+    assert "2 steps of 16 rows" in spoken.stderr
+    assert "training rows" not in spoken.stdout
+    assert "training rows" not in shell(*words, "--output", "b", "--quiet").stderr
+
+
+def test_pairs_regression_and_validation_file(shell, tmp_path, bert):
+    toy(30, pair=True).to_parquet("pairs.parquet")
+    toy(6, pair=True).to_parquet("v.parquet")
+    done = shell(
+        "fit", "pairs.parquet", "--text", "text", "--text", "other", "--label", "score", "--validation", "v.parquet",
+        "--model", bert, "--output", "out", *QUICK,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["sets"]["validation"]["rows"] == 6
+    assert metrics["metric"] == "pearson"
+
+
+def test_real_task(shell, tmp_path, bert):
+    done = shell(
+        "fit", "--task", "mrpc", "--data-root", data_root(), "--train-size", 40, "--model", bert, "--output", "out",
+        "--max-length", 16, *QUICK,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["metric"] == "f1"
+    assert metrics["sets"]["mrpc/validation"]["rows"] == 408
+    predictions = pd.read_parquet(tmp_path / "out" / "predictions.parquet")
+    assert set(predictions["label"]) == {"equivalent", "not_equivalent"}
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ([], ["give a training file", "--task"]),
+        (["absent.csv"], ["absent.csv: no such file"]),
+        (["train.csv", "--label", "lable"], ["no column 'lable'", "mean 'label'"]),
+        (["train.csv", "--method", "dsp_dense"], ["unknown method 'dsp_dense'", "dps_dense"]),
+        (["train.csv", "--lr", "-1"], ["lr must be above 0, got -1.0"]),
+        (["train.csv", "--test", "test.csv", "--test", "test.csv"], ["two test sets are called 'test'"]),
+        (["train.csv", "--out-of-domain"], ["--out-of-domain needs --task"]),
+        (["train.csv", "--task", "sst2"], ["leave a training file out"]),
+        (["--task", "sst2", "--test", "test.csv"], ["leave --test out"]),
+        (["--task", "sst2"], ["--data-root"]),
+        (["--task", "sst2", "--data-root", "."], ["no folder 'sst2'"]),
+        (["--task", "sst", "--data-root", "."], ["unknown task 'sst'", "mean 'sst2'"]),
+        (["train.csv", "--resume"], ["no run in out"]),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line_and_exit_code_2(shell, bert, words, parts):
+    done = shell("fit", *words, "--model", bert, "--output", "out")
+    assert done.exit_code == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+    for part in parts:
+        assert part in done.stderr
+    assert done.stdout == ""
+
+
+def test_ctrl_c_says_how_to_go_on(shell, bert, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("steadytune.fit._run", interrupted)
+    done = shell("fit", "train.csv", "--model", bert, "--output", "out")
+    assert done.exit_code == 130
+    assert "--resume" in done.stderr
+
+
+def test_methods_lists_the_registry(shell):
+    done = shell("methods")
+    assert done.exit_code == 0
+    for name in METHODS:
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_shows_every_option_and_default(shell, name):
+    done = shell("methods", name)
+    assert done.exit_code == 0
+    for field in dataclasses.fields(METHODS[name]):
+        assert field.name in done.stdout
+        if field.default is not dataclasses.MISSING:
+            assert repr(field.default) in done.stdout
+
+
+def test_unknown_method_suggests(shell):
+    done = shell("methods", "mixuot")
+    assert done.exit_code == 2
+    assert "Did you mean 'mixout'?" in done.stderr
+
+
+def test_tasks_lists_the_table(shell):
+    done = shell("tasks")
+    assert done.exit_code == 0
+    for task in TASKS.values():
+        assert task.name in done.stdout
+        for file in task.tests + task.beyond:
+            assert file in done.stdout
+
+
+def test_version(shell):
+    assert shell("--version").stdout.strip() == f"steadytune {__version__}"

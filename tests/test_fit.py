@@ -1,0 +1,528 @@
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+
+from fit_helpers import WORDS, save_tiny_bert, save_tiny_gpt2, toy, word_tokenizer
+from steadytune import fit as fit_module
+from steadytune.data import Target, UsageError
+from steadytune.fit import Output, Recipe, arguments, convert, fit, load, parse_method, set_dropout, tokenise
+from steadytune.methods import METHODS
+
+QUICK = {"steps": 12, "batch_size": 4, "lr": 1e-3, "save_steps": 5, "progress": False}
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    return save_tiny_bert(tmp_path_factory.mktemp("bert"))
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---- recipe -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "steps"),
+    [
+        (100, {}, 400),  # 20 epochs would be 140
+        (500, {}, 640),  # 32 steps an epoch
+        (67_349, {}, 2000),
+        (100, {"steps": 7}, 7),
+        (100, {"epochs": 3}, 21),
+        (100, {"epochs": 0.5}, 4),
+        (100, {"epochs": 3, "accumulation": 4}, 6),  # 7 forwards are 2 steps
+        (500, {"batch_size": 8}, 1260),
+    ],
+)
+def test_number_of_steps(rows, options, steps):
+    assert Recipe(**options).total_steps(rows) == steps
+
+
+def test_seeds_default_to_the_one_seed():
+    assert Recipe(seed=7, data_seed=0).seeds == {"init": 7, "data": 0, "dropout": 7, "method": 7}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0}, "lr must be above 0, got 0"),
+        ({"lr": float("nan")}, "lr must be above 0, got nan"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"warmup": 1}, "warmup must be .* got 1"),
+        ({"seed": -1}, "seed must be between 0 and"),
+        ({"steps": 3, "epochs": 2}, "steps .3. or epochs .2., not both"),
+        ({"batchsize": 3}, "unknown option 'batchsize'. Did you mean 'batch_size'"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        Recipe.of(options)
+
+
+def test_recipe_in_transformers_words(tmp_path):
+    recipe = Recipe(seed=3, method_seed=9, accumulation=2, bf16=True)
+    args = arguments(recipe, 400, Output(tmp_path), 200)
+    assert (args.get_warmup_steps(400), args.max_steps, args.optim) == (40, 400, "adamw_torch_fused")
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.bf16) == (16, 2, True)
+    assert args.seed == 3
+    assert args.n_gpu <= 1
+
+
+def test_neighbouring_data_seeds_share_no_epoch_order(tmp_path):
+    """accelerate orders epoch e by data_seed + e: seed 0 in its second epoch must not be seed 1 in its first."""
+    seeds = [arguments(Recipe(data_seed=s), 10, Output(tmp_path), 0).data_seed for s in range(10)]
+    assert min(abs(a - b) for i, a in enumerate(seeds) for b in seeds[:i]) > 2000
+
+
+# ---- methods by name --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Fake:
+    """Fields of every type that options may have."""
+
+    keep: float = 0.5
+    times: int = 1
+    frozen: bool = False
+    where: str = "all"
+    form: Literal["tensor", "global"] = "tensor"
+    limit: int | float | None = None
+    scope: str | type = "linear"
+
+    def __post_init__(self):
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep must lie in (0, 1], got {self.keep}")
+
+
+REGISTRY = {"fake": Fake, "other": Fake}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("fake", Fake()),
+        ("fake:", Fake()),
+        ("fake:keep=0.7,times=3", Fake(keep=0.7, times=3)),
+        ("fake: keep = 1 , frozen = True", Fake(keep=1.0, frozen=True)),
+        ("fake:form=global,where=2", Fake(form="global", where="2")),
+        ("fake:limit=none", Fake(limit=None)),
+        ("fake:limit=3", Fake(limit=3)),
+        ("fake:limit=0.5", Fake(limit=0.5)),
+        ("fake:scope=encoder", Fake(scope="encoder")),
+    ],
+)
+def test_method_options(text, expected):
+    method = parse_method(text, REGISTRY)
+    assert method == expected
+    pairs = zip(dataclasses.astuple(method), dataclasses.astuple(expected), strict=True)
+    assert all(type(a) is type(b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("fak", ["unknown method 'fak'", "mean 'fake'", "Known: fake, other"]),
+        ("fake:kep=1", ["unknown option 'kep'", "mean 'keep'", "keep, times"]),
+        ("fake:keep", ["option=value", "got 'keep'"]),
+        ("fake:keep=a", ["keep must be float, got 'a'"]),
+        ("fake:times=1.5", ["times must be int, got '1.5'"]),
+        ("fake:frozen=yes", ["frozen must be bool, got 'yes'"]),
+        ("fake:form=row", ["form must be 'tensor' or 'global', got 'row'"]),
+        ("fake:limit=x", ["limit must be int or float or NoneType, got 'x'"]),
+        ("fake:keep=1,keep=1", ["keep is given twice"]),
+        ("fake:keep=2", ["method 'fake': keep must lie in (0, 1], got 2.0"]),
+    ],
+)
+def test_bad_method_is_one_clear_error(text, parts):
+    with pytest.raises(UsageError) as caught:
+        parse_method(text, REGISTRY)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_convert_refuses_what_the_shell_cannot_say():
+    with pytest.raises(ValueError):  # noqa: PT011  (its caller words the message)
+        convert("x", list)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_registered_method_parses_with_its_own_defaults(name):
+    plain = parse_method(name, METHODS)
+    spelled = ",".join(
+        f"{field.name}={value}"
+        for field in dataclasses.fields(plain)
+        if isinstance(value := getattr(plain, field.name), (str, int, float))
+    )
+    assert parse_method(f"{name}:{spelled}", METHODS) == plain
+    json.dumps(fit_module.method_record(plain), allow_nan=False)
+
+
+# ---- model and tokens -------------------------------------------------------------------------------------------
+
+
+def test_half_precision_checkpoints_are_trained_in_float32(tmp_path, bert):
+    AutoModelForSequenceClassification.from_pretrained(bert, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    model, _, _ = load(str(tmp_path), Target(("a", "b")), Recipe())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_init_seed_decides_the_head_only(bert):
+    first, again, other = (
+        load(bert, Target(("a", "b")), Recipe(init_seed=seed, seed=more))[0].state_dict()
+        for seed, more in ((0, 1), (0, 2), (1, 1))
+    )
+    assert same(first, again)
+    assert [name for name in first if not torch.equal(first[name], other[name])] == ["classifier.weight"]
+
+
+def test_another_head_is_replaced_and_the_body_kept(tmp_path, bert):
+    two, tokenizer, _ = load(bert, Target(("a", "b")), Recipe())
+    two.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    three = load(str(tmp_path), Target(("x", "y", "z")), Recipe())[0]
+    assert three.config.id2label == {0: "x", 1: "y", 2: "z"}
+    assert three.classifier.weight.shape == (3, 16)
+    assert torch.equal(three.bert.embeddings.word_embeddings.weight, two.bert.embeddings.word_embeddings.weight)
+
+
+def test_dropout_reaches_every_module_of_the_model(bert):
+    model, _, settings = load(bert, Target(("a", "b")), Recipe(dropout=0.0))
+    assert set(settings.values()) == {0.0}
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+
+
+def test_model_without_dropout_refuses_the_option():
+    class Bare:
+        model_type = "bare"
+
+        def to_dict(self):
+            return {"layer_dropout_schedule": None, "dropout_on": True}
+
+    with pytest.raises(UsageError, match="bare model has no dropout"):
+        set_dropout(Bare(), 0.1)
+
+
+def test_length_is_cut_at_the_limit_and_pairs_share_it(bert):
+    model, tokenizer, _ = load(bert, Target(("a", "b")), Recipe())
+    rows = pd.DataFrame({"text": ["good " * 30], "text_pair": ["bad"]})
+    feature = tokenise(rows, tokenizer, 8)[0]
+    assert len(feature["input_ids"]) == 8
+    assert feature["input_ids"].count(WORDS.index("bad") + 4) == 1
+    assert feature["token_type_ids"] == [0] * 6 + [1] * 2
+    assert fit_module.token_limit(None, model.config, tokenizer) == 64
+    with pytest.raises(UsageError, match="at most 64, the model's limit, got 65"):
+        fit_module.token_limit(65, model.config, tokenizer)
+
+
+# ---- the whole run ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, bert):
+    """One run on a CSV file with two test sets, one of them scored under merged names."""
+    folder = tmp_path_factory.mktemp("run")
+    toy(48).to_csv(folder / "train.csv", index=False)
+    test = toy(20)
+    test.to_json(folder / "test.jsonl", orient="records", lines=True)
+    options = {**QUICK, "steps": 60, "lr": 1e-2}
+    result = fit(
+        folder / "train.csv", model=bert, output=folder / "out", methods=["dps_dense:update_ratio=0.2"],
+        tests={"test": folder / "test.jsonl"}, validation_share=0.25, **options,
+    )  # fmt: skip
+    return folder / "out", result, test
+
+
+def test_model_learns_and_scores_match_the_predictions(run):
+    _, result, _ = run
+    for name, scores in result.metrics.items():
+        rows = result.predictions[result.predictions["set"] == name]
+        assert scores["accuracy"] == (rows["label"] == rows["prediction"]).mean()
+        assert scores["rows"] == len(rows)
+    assert result.metrics["test"]["accuracy"] == 1.0
+    assert list(result.metrics) == ["validation", "test"]
+    assert result.metrics["validation"]["rows"] == 12
+
+
+def test_output_is_a_plain_model_that_gives_the_same_predictions(run):
+    output, result, test = run
+    model = AutoModelForSequenceClassification.from_pretrained(output).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    with torch.no_grad():
+        logits = model(**tokenizer(test["text"].tolist(), padding=True, return_tensors="pt")).logits
+    rows = result.predictions.query("set == 'test'")
+    assert rows["row"].tolist() == list(range(20))
+    assert [model.config.id2label[i] for i in logits.argmax(-1).tolist()] == rows["prediction"].tolist()
+    np.testing.assert_allclose(logits.softmax(-1).numpy(), rows[["probability_down", "probability_up"]], atol=1e-6)
+
+
+def test_files_agree_with_the_result_and_nothing_is_left_over(run):
+    output, result, _ = run
+    model = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    ours = ["metrics.json", "predictions.parquet", "steadytune.json"]
+    assert {path.name for path in output.iterdir()} == {*model, *ours}
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert (metrics["sets"], metrics["metric"], metrics["steps"]) == (result.metrics, "accuracy", 60)
+    pd.testing.assert_frame_equal(pd.read_parquet(output / "predictions.parquet"), result.predictions)
+
+
+def test_record_says_what_was_run(run):
+    output, _, _ = run
+    record = json.loads((output / "steadytune.json").read_text())
+    assert record["status"] == "finished"
+    method = record["recipe"]["methods"][0]
+    assert (method["name"], method["options"]["update_ratio"], method["options"]["keep"]) == ("dps_dense", 0.2, 0.7)
+    assert record["recipe"]["seeds"] == {"init": 0, "data": 0, "dropout": 0, "method": 0}
+    assert record["recipe"]["dropout"]["hidden_dropout_prob"] == 0.1
+    assert (record["recipe"]["steps"], record["recipe"]["max_length"]) == (60, 64)
+    assert [record["data"][name]["rows"] for name in ("train", "validation", "test")] == [36, 12, 20]
+    assert record["versions"]["torch"] == torch.__version__
+
+
+def test_the_method_reached_the_trainer(tmp_path, run, bert):
+    """Without the method, everything else equal, other weights come out."""
+    output, _, _ = run
+    plain = fit(toy(48), model=bert, output=tmp_path / "o", validation_share=0.25, **{**QUICK, "steps": 60, "lr": 1e-2})
+    assert not same(weights(output), weights(plain.output))
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+RESUMED = {**QUICK, "progress": True, "methods": ["dps_mix:update_ratio=0.2"], "tests": {"t": toy(7)}}
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    return lambda step: monkeypatch.setattr(fit_module, "_progress", lambda: StopAt(step))
+
+
+@pytest.mark.parametrize("kept", ["whole checkpoint", "newest one torn"])
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, bert, stop_at, kept):
+    """Dropout is on and the method is in the middle of a stage: step 5 or 10 of 12."""
+    stop_at(None)
+    straight = fit(toy(30), model=bert, output=tmp_path / "straight", **RESUMED)
+    stop_at(11)
+    with pytest.raises(KeyboardInterrupt):
+        fit(toy(30), model=bert, output=tmp_path / "cut", **RESUMED)
+    record = json.loads((tmp_path / "cut" / "steadytune.json").read_text())
+    assert record["status"] == "training"
+    assert Output(tmp_path / "cut").last_checkpoint().name == "checkpoint-10"
+    if kept == "newest one torn":
+        (tmp_path / "cut" / "checkpoints" / "checkpoint-11").mkdir()
+        (tmp_path / "cut" / "checkpoints" / "checkpoint-11" / "trainer_state.json").write_text('{"global')
+    stop_at(None)
+    resumed = fit(toy(30), model=bert, output=tmp_path / "cut", resume=True, **RESUMED)
+    assert same(weights(straight.output), weights(resumed.output))
+    pd.testing.assert_frame_equal(straight.predictions, resumed.predictions)
+    assert not (tmp_path / "cut" / "checkpoints").exists()
+
+
+def test_a_crash_after_training_costs_no_training(tmp_path, bert, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module, "judge", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit(toy(30), model=bert, output=tmp_path / "o", **QUICK)
+    assert Output(tmp_path / "o").last_checkpoint().name == "checkpoint-12"
+    resumed = fit(toy(30), model=bert, output=tmp_path / "o", resume=True, **QUICK)
+    straight = fit(toy(30), model=bert, output=tmp_path / "s", **QUICK)
+    assert same(weights(straight.output), weights(resumed.output))
+
+
+def test_four_seeds_are_four_separate_things(tmp_path, bert):
+    def trained(**seeds):
+        name = "-".join(f"{key}{value}" for key, value in seeds.items()) or "none"
+        result = fit(toy(30), model=bert, output=tmp_path / name, methods="mixout", **{**QUICK, "steps": 3}, **seeds)
+        return weights(result.output), result.predictions["row"].tolist()
+
+    base, rows = trained()
+    assert same(base, trained(seed=0, init_seed=0)[0])
+    for seed in ("init_seed", "dropout_seed", "method_seed"):
+        changed, changed_rows = trained(**{seed: 1})
+        assert not same(base, changed), seed
+        assert changed_rows == rows, seed
+    changed, changed_rows = trained(data_seed=1)
+    assert changed_rows != rows
+
+
+def test_regression_with_pairs_on_a_decoder_without_padding_token(tmp_path):
+    model = save_tiny_gpt2(tmp_path / "gpt2")
+    result = fit(
+        toy(60, pair=True), model=model, output=tmp_path / "out", text=("text", "other"), label="score",
+        tests={"t": toy(20, pair=True)}, **{**QUICK, "steps": 80, "lr": 1e-2},
+    )  # fmt: skip
+    assert result.metric == "pearson"
+    assert result.metrics["t"]["pearson"] > 0.8
+    assert list(result.predictions.columns) == ["set", "row", "label", "prediction"]
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert (loaded.config.problem_type, loaded.config.num_labels) == ("regression", 1)
+    assert loaded.config.pad_token_id == 3
+
+
+def test_bf16_keeps_float32_weights(tmp_path, bert):
+    result = fit(toy(20), model=bert, output=tmp_path / "out", bf16=True, **QUICK)
+    assert {tensor.dtype for tensor in weights(result.output).values()} == {torch.float32}
+    plain = fit(toy(20), model=bert, output=tmp_path / "plain", **QUICK)
+    assert not same(weights(result.output), weights(plain.output))
+
+
+def test_no_validation_no_tests_still_gives_a_model(tmp_path, bert):
+    result = fit(toy(20), model=bert, output=tmp_path / "out", validation_share=0, **QUICK)
+    assert result.metrics == {}
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.id2label == {0: "down", 1: "up"}
+
+
+# ---- what is refused, and that nothing is touched ---------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A folder as a finished run leaves it, with a file of the user's beside."""
+    record = {"format": 1, "status": "finished", "files": ["config.json", "../outside"], "recipe": {}, "data": {}}
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "steadytune.json").write_text(json.dumps(record))
+    for name in ("config.json", "notes.txt"):
+        (tmp_path / "done" / name).write_text("{}")
+    (tmp_path / "outside").write_text("precious")
+    return tmp_path / "done"
+
+
+def refused(bert, output, *parts, **options):
+    with pytest.raises(UsageError) as caught:
+        fit(toy(20), **{"model": bert, "output": output, **QUICK, **options})
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_output_that_is_not_ours_is_refused(tmp_path, bert):
+    (tmp_path / "thesis.tex").write_text("")
+    for options in ({}, {"overwrite": True}):
+        refused(bert, tmp_path, "not empty and holds no run", "--output DIR", **options)
+    refused(bert, tmp_path / "thesis.tex", "must be a directory")
+
+
+def test_output_of_an_earlier_run_needs_a_word(bert, finished):
+    refused(bert, finished, "already holds a run (finished)", "--resume", "--overwrite")
+    refused(bert, finished, "is finished", "--overwrite", resume=True)
+    refused(bert, finished, "not both", resume=True, overwrite=True)
+
+
+def test_overwrite_replaces_the_run_and_nothing_else(bert, finished):
+    fit(toy(20), model=bert, output=finished, overwrite=True, **QUICK)
+    assert "model_type" in json.loads((finished / "config.json").read_text())
+    assert (finished / "notes.txt").read_text() == "{}"
+    assert (finished.parent / "outside").read_text() == "precious"
+
+
+def test_bad_input_leaves_the_earlier_run_alone(bert, finished):
+    refused(bert, finished, "no column", overwrite=True, label="stars")
+    refused(bert, finished, "at most 64", overwrite=True, max_length=65)
+    assert (finished / "config.json").read_text() == "{}"
+
+
+def test_resume_needs_a_run_with_a_checkpoint(tmp_path, bert, finished):
+    refused(bert, tmp_path / "new", "no run in", resume=True)
+    record = json.loads((finished / "steadytune.json").read_text())
+    (finished / "steadytune.json").write_text(json.dumps({**record, "status": "training"}))
+    refused(bert, finished, "no checkpoint yet", resume=True)
+    (finished / "steadytune.json").write_text(json.dumps({**record, "format": 99}))
+    refused(bert, finished, "not a record of this version", resume=True)
+    (finished / "steadytune.json").write_text("{")
+    refused(bert, finished, "not JSON", overwrite=True)
+
+
+def test_resume_names_every_difference(tmp_path, bert, stop_at):
+    stop_at(6)
+    options = {**QUICK, "methods": "dps_dense:update_ratio=0.3", "progress": True}
+    with pytest.raises(KeyboardInterrupt):
+        fit(toy(30), model=bert, output=tmp_path / "o", **options)
+    refused(
+        bert, tmp_path / "o", "lr was 0.001, is 0.002", "seeds.data was 0, is 4", "training data.rows was 27, is 18",
+        resume=True, **{**options, "lr": 2e-3, "data_seed": 4},
+    )  # fmt: skip
+    refused(
+        bert, tmp_path / "o", "methods was", "0.7", "0.4", resume=True, **{**options, "methods": "dps_dense:keep=0.4"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"model": "no-such-org/no-such-model"}, ["no-such-org/no-such-model", "cannot be loaded"]),
+        ({"methods": ["dps_dens"]}, ["unknown method 'dps_dens'", "mean 'dps_dense'"]),
+        ({"methods": ["dps_dense:keep=3"]}, ["dps_dense", "keep"]),
+        ({"methods": ["rdrop"], "dropout": 0.0}, ["dropout"]),
+        ({"metric": "bleu"}, ["unknown metric 'bleu'", "accuracy"]),
+        ({"save_steps": -1}, ["save_steps"]),
+        ({"train_size": 1}, ["train size must lie between 2"]),
+        ({"momentum": 1}, ["unknown option 'momentum'"]),
+    ],
+    ids=str,
+)
+def test_bad_requests_fail_before_anything_is_written(tmp_path, bert, options, parts):
+    refused(bert, tmp_path / "out", *parts, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_directory_without_a_model_is_named(tmp_path, bert):
+    refused(bert, tmp_path / "out", "without config.json", model=str(tmp_path))
+
+
+def test_several_processes_are_refused(tmp_path, bert, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(bert, tmp_path / "out", "one process")
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path):
+    output = Output(tmp_path)
+    output.write_json("a.json", {"x": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        output.write_json("a.json", {"x": float("nan")})
+
+    def torn(path):
+        path.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        output.write("a.json", torn)
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_diverged_outputs_are_an_error():
+    class Broken:
+        def predict(self, features):
+            return type("Output", (), {"predictions": np.array([[np.nan, 1.0]])})
+
+    with pytest.raises(UsageError, match="diverged"):
+        fit_module.predict(Broken(), [{"input_ids": [1]}])
+
+
+def test_predictions_come_back_in_row_order():
+    class Echo:
+        def predict(self, features):
+            lengths = [len(feature["input_ids"]) for feature in features]
+            assert lengths == sorted(lengths, reverse=True)
+            return type("Output", (), {"predictions": np.array([[length, 0.0] for length in lengths])})
+
+    features = [{"input_ids": [0] * length} for length in (2, 5, 1, 5, 3)]
+    assert fit_module.predict(Echo(), features)[:, 0].tolist() == [2, 5, 1, 5, 3]
