@@ -1,15 +1,33 @@
 # make demo, make test, make check: each installs what is missing into .venv first
 PYTHON ?= python3
+BIN = .venv/bin
+PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
-BIN = .venv/bin
 
-.PHONY: install demo test lint types check
+.PHONY: install demo test lint types check clean
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt requirements-demo.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-demo.txt
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install --no-deps --require-hashes -r requirements-demo.txt
 	touch $@
+
+demo: install  ## a real model, plain and with DPS, in and out of domain: under 5 minutes on 2 cores
+	$(BIN)/python examples/demo/run.py
+
+test: install  ## the whole suite: two processes, one thread each (two threads each would fight for the cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+
+lint: install
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf .venv demo-out

@@ -26,7 +26,7 @@ def bert(tmp_path_factory):
 
 @pytest.fixture
 def shell(monkeypatch, tmp_path):
-    """Run the command in a scratch directory that holds train.csv and test.csv; wide, so that tables do not wrap."""
+    """Runs the command in a scratch directory with train.csv and test.csv; wide, so that tables do not wrap."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv("STEADYTUNE_DATA", raising=False)
@@ -74,8 +74,9 @@ def test_plan_goes_to_stderr_and_quiet_is_quiet(shell, bert):
     spoken = shell(*words, "--output", "a")
     assert "30 training rows" in spoken.stderr
     assert "2 steps of 16 rows" in spoken.stderr
+    assert "training: 100%" in spoken.stderr
     assert "training rows" not in spoken.stdout
-    assert "training rows" not in shell(*words, "--output", "b", "--quiet").stderr
+    assert shell(*words, "--output", "b", "--quiet").stderr == ""
 
 
 def test_pairs_regression_and_validation_file(shell, tmp_path, bert):

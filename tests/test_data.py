@@ -175,7 +175,9 @@ def test_first_bad_rows_are_listed_and_the_rest_counted():
         ("empty.csv", b"", ["has no rows"]),
         ("t.parquet", b"not parquet", ["not a readable .parquet file"]),
         ("t.csv", b"text,label\n\xff\xfe,1\n", ["must be UTF-8"]),
-        ("ragged.csv", b"text,label\na,1\nb,2,3\n", ["not a readable .csv file", "line 3"]),
+        ("ragged.csv", b"text,label\na,1\nb,2,3\n", ["not a readable .csv file"]),
+        ("short.csv", b"text,label\na\nb\n", ["'label' is empty in 2 of 2 rows"]),
+        ("longer.csv", b"text,label\na,p,\nb,q,\n", ["not a readable .csv file", "header"]),
         ("t.jsonl", b'{"text": "a"}\n{"text": \n', ["line 2", "not JSON"]),
         ("list.jsonl", b"[1, 2]\n", ["JSON object"]),
     ],
@@ -186,6 +188,7 @@ def test_bad_file_is_one_clear_error(tmp_path, name, content, parts):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError) as caught:
         prepare(Table.of(tmp_path / name, ("text",), "label", "train"), {})
+    assert "\n" not in str(caught.value)
     for part in [name, *parts]:
         assert part in str(caught.value)
 
@@ -303,6 +306,13 @@ def test_fingerprint_sees_text_label_and_row():
     others = [rows.assign(text=["a", "c"]), rows.assign(label=["q", "p"]), rows.set_axis([0, 2])]
     assert fingerprint(rows) == fingerprint(rows.copy())
     assert len({fingerprint(rows), *map(fingerprint, others)}) == 4
+
+
+@pytest.mark.parametrize("kind", ["category", "string[pyarrow]", "object"])
+def test_column_types_of_pandas_make_no_difference(kind):
+    frame = toy(6)
+    table = Table(frame.assign(text=frame["text"].astype(kind), label=frame["label"].astype(kind)), "t")
+    pd.testing.assert_frame_equal(examples(table), examples(Table(frame, "t")))
 
 
 def test_two_text_columns_become_a_pair():

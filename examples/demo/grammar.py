@@ -27,6 +27,7 @@ from typing import Literal, NamedTuple
 ENTAILMENT, NOT_ENTAILMENT = "entailment", "not_entailment"
 Row = dict[str, str]
 Kind = Literal["entailed", "foil", "twist", "other"]
+Wording = Literal["literal", "reworded"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class Knobs:
         out_of_domain: Rows of the test set in which overlap misleads.
         counter: Share of each label that contradicts the shortcut in train and in domain, in [0, 1]; 0.5 is no shortcut.
         counter_ood: The same share out of domain; above 0.5 the shortcut is wrong more often than right.
-        foils: Share of the low-overlap false pairs that are reworded foils (roles swapped, negation moved ...); the
-            others simply tell of something else. High-overlap false pairs are always foils.
+        foils: Share of the literal false pairs that turn on the construction alone (roles swapped, "not" moved ...); in
+            the others one word has changed.
+        foils_reworded: The same share among the reworded false pairs; the others simply tell of something else.
         unseen: Probability that a word out of domain is one that training never shows.
         constructions: Names from :data:`CONSTRUCTIONS`, used in turn.
     """
@@ -50,8 +52,8 @@ class Knobs:
     out_of_domain: int = 500
     counter: float = 0.15
     counter_ood: float = 0.6
-    foils: float = 0.3
-    twists: float = 0.7
+    foils: float = 0.4
+    foils_reworded: float = 0.0
     unseen: float = 0.5
     constructions: tuple[str, ...] = ()
 
@@ -62,12 +64,11 @@ class Knobs:
 PEOPLE = """
 lawyer=attorney doctor=physician teacher=instructor boss=manager reporter=journalist cook=chef guard=sentry king=monarch
 merchant=trader thief=robber writer=author scientist=researcher student=pupil visitor=guest beginner=novice
-helper=assistant prisoner=inmate wizard=sorcerer woman=lady child=kid expert=specialist umpire=referee
-rival=opponent partner=associate owner=proprietor worker=employee customer=client pilot=aviator sailor=mariner
-detective=investigator builder=contractor captain=skipper champion=winner buyer=purchaser seller=vendor
-nanny=babysitter gangster=mobster friend=companion mother=mom father=dad grandmother=grandma priest=clergyman
-soldier=trooper farmer=grower murderer=killer janitor=caretaker singer=vocalist bandit=outlaw
-rider=horseman lawmaker=legislator actor=performer
+helper=assistant prisoner=inmate wizard=sorcerer woman=lady child=kid umpire=referee rival=opponent partner=associate
+owner=proprietor customer=client pilot=aviator sailor=mariner detective=investigator builder=contractor captain=skipper
+champion=winner buyer=purchaser seller=vendor nanny=babysitter gangster=mobster friend=companion mother=mom father=dad
+grandmother=grandma priest=clergyman soldier=trooper farmer=grower janitor=caretaker singer=vocalist
+bandit=outlaw rider=horseman lawmaker=legislator actor=performer
 surgeon>doctor violinist>musician pianist>musician drummer>musician guitarist>musician novelist>writer poet>writer
 colonel>officer lieutenant>officer sergeant>soldier senator>lawmaker mayor>politician governor>politician
 chemist>scientist biologist>scientist physicist>scientist carpenter>worker plumber>worker miner>worker golfer>athlete
@@ -77,36 +78,23 @@ magician>performer comedian>performer smuggler>criminal pirate>criminal burglar>
 tailor>craftsman potter>craftsman monk>believer nun>believer bishop>priest boy>child girl>child
 """
 
-# Done on purpose by one person to another, never mutual (no "met", "married"), none implied by another of the list.
-# base/past/participle
+# Done by one person to another and never mutual (no "met", no "married"); past and participle are the same word.
 ACTS = """
-praise/praised/praised=commend/commended/commended help/helped/helped=assist/assisted/assisted
-hire/hired/hired=employ/employed/employed call/called/called=phone/phoned/phoned
-fool/fooled/fooled=trick/tricked/tricked rescue/rescued/rescued=save/saved/saved
-watch/watched/watched=observe/observed/observed warn/warned/warned=alert/alerted/alerted
-scare/scared/scared=frighten/frightened/frightened annoy/annoyed/annoyed=irritate/irritated/irritated
-attack/attacked/attacked=assault/assaulted/assaulted catch/caught/caught=capture/captured/captured
-chase/chased/chased=pursue/pursued/pursued avoid/avoided/avoided=evade/evaded/evaded
-amuse/amused/amused=entertain/entertained/entertained comfort/comforted/comforted=console/consoled/consoled
-persuade/persuaded/persuaded=convince/convinced/convinced guide/guided/guided=lead/led/led
-injure/injured/injured=hurt/hurt/hurt push/pushed/pushed=shove/shoved/shoved
-teach/taught/taught=instruct/instructed/instructed forgive/forgave/forgiven=pardon/pardoned/pardoned
-protect/protected/protected=guard/guarded/guarded beat/beat/beaten=defeat/defeated/defeated
-find/found/found=locate/located/located mock/mocked/mocked=ridicule/ridiculed/ridiculed
-kidnap/kidnapped/kidnapped=abduct/abducted/abducted greet/greeted/greeted=welcome/welcomed/welcomed
-support/supported/supported=back/backed/backed choose/chose/chosen=select/selected/selected
-contact/contacted/contacted=reach/reached/reached cure/cured/cured=heal/healed/healed
-identify/identified/identified=recognize/recognized/recognized follow/followed/followed=trail/trailed/trailed
-imprison/imprisoned/imprisoned=jail/jailed/jailed dismiss/dismissed/dismissed=fire/fired/fired
-question/questioned/questioned=interrogate/interrogated/interrogated
-denounce/denounced/denounced=condemn/condemned/condemned punish/punished/punished=discipline/disciplined/disciplined scold/scolded/scolded=rebuke/rebuked/rebuked
+praised=commended helped=assisted hired=employed called=phoned fooled=tricked rescued=saved watched=observed
+warned=alerted scared=frightened annoyed=irritated attacked=assaulted caught=captured chased=pursued avoided=evaded
+amused=entertained comforted=consoled persuaded=convinced guided=led injured=hurt pushed=shoved taught=instructed
+protected=guarded excused=pardoned found=located mocked=ridiculed kidnapped=abducted
+greeted=welcomed supported=backed picked=selected contacted=reached cured=healed identified=recognized
+followed=trailed imprisoned=jailed dismissed=fired questioned=interrogated denounced=condemned punished=disciplined
+scolded=rebuked paid=compensated adored>loved detested>hated painted>portrayed
+overheard>heard promoted>rewarded robbed>harmed
 """
 
-# What one does alone; past tense.
+# What one does alone.
 DEEDS = """
 shivered=trembled cried=wept yelled=shouted resigned=quit vanished=disappeared escaped=fled spoke=talked jumped=leaped
 slipped=tripped complained=grumbled agreed=consented traveled=journeyed labored=toiled won=triumphed slept=dozed
-grinned=smiled chuckled>laughed jogged>ran waltzed>danced whispered>spoke strolled>walked hummed>sang drowned>died
+grinned=smiled chuckled>laughed jogged>ran waltzed>danced whispered>spoke strolled>walked hummed>sang raged>shouted
 boasted=bragged stopped=halted confessed=admitted prayed=worshipped arrived=came
 """
 
@@ -120,6 +108,38 @@ sword>weapon rifle>weapon dagger>weapon spear>weapon truck>vehicle van>vehicle t
 dictionary>book yacht>boat canoe>boat ferry>boat cat>animal rabbit>animal goat>animal donkey>animal parrot>bird
 pigeon>bird eagle>bird tulip>flower rose>flower lily>flower diamond>gem ruby>gem puppy>dog doll>toy kite>toy
 computer>machine printer>machine shirt>garment dress>garment necklace>ornament bracelet>ornament
+"""
+
+# Words too close for one pair: what is true of one may be true of the other, or a reader may think so.
+RELATED = """
+woman lady mother grandmother queen bride widow actress nun girl nanny
+thief robber bandit gangster smuggler pirate burglar prisoner
+actor dancer magician comedian singer musician actress
+soldier officer guard captain sailor pirate pilot
+king queen duke earl
+priest believer
+writer reporter
+customer buyer visitor
+seller merchant owner
+lawmaker politician
+father uncle cousin nephew mother grandmother
+child student beginner
+athlete player champion rival
+helper friend partner
+helped rescued cured comforted protected supported guided taught promoted
+kidnapped caught imprisoned
+chased followed
+called contacted
+denounced scolded punished mocked
+attacked injured robbed pushed scared
+watched found identified overheard
+praised greeted promoted adored paid hired
+annoyed scared mocked detested
+spoke yelled complained agreed boasted confessed prayed hummed cried raged
+jogged strolled traveled escaped waltzed jumped slipped vanished arrived
+ship boat
+statue present trophy
+jewel ornament
 """
 
 # past of giving / past of the converse: "A sold B the car" is "B bought the car from A".
@@ -147,29 +167,20 @@ in the morning|at midnight|during the festival|at dawn|last week|during the war|
 
 KNOWING = "knew realized noticed discovered remembered forgot regretted learned proved saw".split()
 SUPPOSING = "hoped claimed believed feared suspected doubted guessed imagined argued assumed".split()
-DOING = ("managed to", "remembered to", "dared to", "did not fail to", "did not hesitate to")
-NOT_DOING = ("refused to", "failed to", "declined to", "forgot to", "hoped to", "planned to")
+REALLY = "finally secretly quickly openly suddenly gladly repeatedly eventually quietly certainly".split()
+NOT_REALLY = "never almost nearly perhaps probably allegedly supposedly possibly apparently".split()
 
 # The words that overlap does not count: they are shared by nearly all pairs.
 FUNCTION_WORDS = frozenset(
-    """a an the is was were did not no every at least one who whom that and or but if although because by of to from in
-    on than before after either nor only above below over under front behind left right ahead""".split()
+    """a an the is was were did not no every at least one who whom that and or but if unless although because by of to
+    from in on than before after only above below over under front behind left right ahead""".split()
 )
-
-
-class Verb(NamedTuple):
-    """Three forms of a verb."""
-
-    base: str
-    past: str
-    participle: str
 
 
 class Word(NamedTuple):
     """A lexeme in its two wordings: ``says[0]`` as the first sentence has it, ``says[1]`` reworded."""
 
     says: tuple[str, str]
-    bare: tuple[str, str]
     pool: str
     exact: bool
 
@@ -192,6 +203,7 @@ LEXICON: dict[str, list[tuple[str, str, bool]]] = {
     "deed": _lexicon(DEEDS),
     "thing": _lexicon(THINGS),
 }
+_GROUPS = [frozenset(line.split()) for line in RELATED.strip().splitlines()]
 
 
 def is_held_out(index: int) -> bool:
@@ -214,7 +226,7 @@ def overlap(sentence1: str, sentence2: str) -> float:
 
 
 class Scene:
-    """Draws the words of one pair; no two of its lexemes share a word, so that none implies another.
+    """Draws the words of one pair; no two of its lexemes share or imply a word, so that none gives another away.
 
     Args:
         rng: Source of every choice.
@@ -233,17 +245,16 @@ class Scene:
         while True:
             index = self.rng.randrange(len(entries))
             first, second, same = entries[index]
-            used = {first.split("/")[0], second.split("/")[0]}
-            if is_held_out(index) == held_out and (same or not exact) and not used & self._used:
+            forms = {first, second}
+            if is_held_out(index) == held_out and (same or not exact) and not forms & self._used:
                 break
-        self._used |= used
+        self._used |= forms.union(*(group for group in _GROUPS if group & forms))
         if same and self.rng.random() < 0.5:
             first, second = second, first
-        if pool in ("act", "deed"):
-            return Word((first, second), (first, second), pool, exact)
-        # "the surgeon" may become "a doctor", not "the doctor", of whom nothing was said
-        other = f"the {second}" if same else f"{_article(second)} {second}"
-        return Word((f"the {first}", other), (first, second), pool, exact)
+        if pool in ("person", "thing"):
+            # "the surgeon" may become "a doctor", not "the doctor", of whom nothing was said
+            first, second = f"the {first}", f"the {second}" if same else f"{_article(second)} {second}"
+        return Word((first, second), pool, exact)
 
     def person(self, *, exact: bool = False) -> Word:
         return self.draw("person", exact=exact)
@@ -265,64 +276,68 @@ class Scene:
 
     def decorated(self, noun: Word) -> str:
         """The noun phrase as the first sentence has it, sometimes with an adjective."""
-        return f"the {self.pick(MOODS)} {noun.bare[0]}" if self.coin(0.3) else noun.says[0]
+        return f"the {self.pick(MOODS)} {_bare(noun.says[0])}" if self.coin(0.2) else noun.says[0]
 
     def setting(self) -> str:
         """Often a time or a place, with a leading space, for the end of the first sentence."""
-        return " " + self.pick(SETTINGS.replace("\n", "").split("|")) if self.coin(0.6) else ""
+        return " " + self.pick(SETTINGS.replace("\n", "").split("|")) if self.coin() else ""
+
+
+def _bare(noun: str) -> str:
+    return noun.partition(" ")[2]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A second sentence before it is worded: ``shape(wording, *words)`` gives the text."""
+    """A second sentence before it is worded: ``shape(far, *texts)`` puts the words together.
+
+    ``far`` asks for the converse where there is one ("bought from" for "sold to", "shorter" for "taller").
+    """
 
     shape: Callable[..., str]
     words: tuple[Word, ...]
 
-    def say(self, wording: int) -> str:
-        return self.shape(wording, *self.words)
 
-    def about_something_else(self, scene: Scene) -> Claim:
-        """The same shape with all words but at most one noun replaced: nothing in the first sentence bears on it."""
-        nouns = [i for i, word in enumerate(self.words) if word.pool in ("person", "thing")]
-        kept = scene.rng.choice(nouns) if len(nouns) > 1 and scene.coin(0.5) else None
-        fresh = tuple(w if i == kept else scene.draw(w.pool, exact=w.exact) for i, w in enumerate(self.words))
-        return Claim(self.shape, fresh)
+def word_claim(claim: Claim, kind: Kind, wording: Wording, scene: Scene) -> str:
+    """The sentence: literal or reworded, now and then with one word out of line, so that counts are not all or none.
+
+    Args:
+        claim: What a sentence that follows, or a foil, says.
+        kind: ``"entailed"`` and ``"foil"`` say it; ``"twist"`` says it with one fresh word, ``"other"`` with none but
+            fresh words save the one out of line: the first sentence says neither.
+        wording: ``"literal"`` or ``"reworded"``.
+        scene: Where fresh words come from.
+    """
+    far = wording == "reworded"
+    odd = scene.rng.randrange(len(claim.words)) if kind == "twist" or scene.coin() else None
+    if far and len(claim.words) == 2:
+        odd = None  # one of two would lie half-way between the wordings
+    says = []
+    for i, word in enumerate(claim.words):
+        if kind in ("twist", "other") and (i == odd) == (kind == "twist"):
+            says.append(scene.draw(word.pool, exact=word.exact).says[far])
+        else:
+            says.append(word.says[far != (i == odd)])
+    return claim.shape(far, *says)
 
 
-def _twist(scene: Scene, claim: Claim) -> Claim:
-    i = scene.rng.randrange(len(claim.words))
-    fresh = tuple(scene.draw(w.pool, exact=w.exact) if i == k else w for k, w in enumerate(claim.words))
-    return Claim(claim.shape, fresh)
-
-
-def _verb(word: Word, wording: int) -> Verb:
-    return Verb(*word.says[wording].split("/"))
-
-
-def _did(scene: Scene, subject: Word, act: Word, thing: Word) -> Claim:
-    """Subject did it to object, active or passive."""
+def _did(scene: Scene, subject: Word, act: Word, target: Word) -> Claim:
+    """Subject did it to target, active or passive."""
     passive = scene.coin()
 
-    def shape(wording: int, subject: Word, act: Word, thing: Word) -> str:
-        verb = _verb(act, wording)
+    def shape(far: bool, subject: str, act: str, target: str) -> str:
         if passive:
-            return f"{thing.says[wording]} was {verb.participle} by {subject.says[wording]}"
-        return f"{subject.says[wording]} {verb.past} {thing.says[wording]}"
+            return f"{target} was {act} by {subject}"
+        return f"{subject} {act} {target}"
 
-    return Claim(shape, (subject, act, thing))
+    return Claim(shape, (subject, act, target))
 
 
-def _did_not(scene: Scene, subject: Word, act: Word, thing: Word) -> Claim:
-    passive = scene.coin()
+def _did_not(subject: Word, act: Word, target: Word) -> Claim:
+    def shape(far: bool, subject: str, act: str, target: str) -> str:
+        return f"{target} was not {act} by {subject}"
 
-    def shape(wording: int, subject: Word, act: Word, thing: Word) -> str:
-        verb = _verb(act, wording)
-        if passive:
-            return f"{thing.says[wording]} was not {verb.participle} by {subject.says[wording]}"
-        return f"{subject.says[wording]} did not {verb.base} {thing.says[wording]}"
-
-    return Claim(shape, (subject, act, thing))
+    return Claim(shape, (subject, act, target))
 
 
 Construction = Callable[[Scene, bool], tuple[str, Claim]]
@@ -338,11 +353,10 @@ def construction(function: Construction) -> Construction:
 @construction
 def voice(scene: Scene, true: bool) -> tuple[str, Claim]:
     a, act, b = scene.person(), scene.act(), scene.person()
-    verb = _verb(act, 0)
     if scene.coin():
-        first = f"{scene.decorated(a)} {verb.past} {scene.decorated(b)}{scene.setting()}"
+        first = f"{scene.decorated(a)} {act.says[0]} {scene.decorated(b)}{scene.setting()}"
     else:
-        first = f"{scene.decorated(b)} was {verb.participle} by {scene.decorated(a)}{scene.setting()}"
+        first = f"{scene.decorated(b)} was {act.says[0]} by {scene.decorated(a)}{scene.setting()}"
     return first, _did(scene, a, act, b) if true else _did(scene, b, act, a)
 
 
@@ -350,11 +364,8 @@ def voice(scene: Scene, true: bool) -> tuple[str, Claim]:
 def relative_clause(scene: Scene, true: bool) -> tuple[str, Claim]:
     a, inner, b, outer, c = scene.person(), scene.act(), scene.person(), scene.act(), scene.person()
     did_inner = scene.coin()
-    if did_inner:
-        clause = f"who {_verb(inner, 0).past} {scene.decorated(b)}"
-    else:
-        clause = f"whom {scene.decorated(b)} {_verb(inner, 0).past}"
-    first = f"{a.says[0]} {clause} {_verb(outer, 0).past} {scene.decorated(c)}{scene.setting()}"
+    clause = f"who {inner.says[0]} {scene.decorated(b)}" if did_inner else f"whom {scene.decorated(b)} {inner.says[0]}"
+    first = f"{a.says[0]} {clause} {outer.says[0]} {scene.decorated(c)}"
     if scene.coin():
         return first, _did(scene, a, outer, c) if true else _did(scene, b, outer, c)
     doer, other = (a, b) if did_inner else (b, a)
@@ -366,26 +377,24 @@ def attachment(scene: Scene, true: bool) -> tuple[str, Claim]:
     a, b, act, c = scene.person(), scene.person(), scene.act(), scene.person()
     where = f"{scene.pick(NEARBY)} {scene.decorated(b)}"
     if scene.coin():
-        first = f"{scene.decorated(a)} {where} {_verb(act, 0).past} {scene.decorated(c)}"
+        first = f"{scene.decorated(a)} {where} {act.says[0]} {scene.decorated(c)}"
         return first, _did(scene, a if true else b, act, c)
-    first = f"{scene.decorated(c)} {_verb(act, 0).past} {scene.decorated(a)} {where}"
+    first = f"{scene.decorated(c)} {act.says[0]} {scene.decorated(a)} {where}"
     return first, _did(scene, c, act, a if true else b)
 
 
 @construction
 def coordination(scene: Scene, true: bool) -> tuple[str, Claim]:
     a, b, act, c = scene.person(), scene.person(), scene.act(), scene.person()
-    past = _verb(act, 0).past
-    case = scene.rng.randrange(3)
-    if case == 0:  # two subjects
-        first = f"{scene.decorated(a)} and {scene.decorated(b)} {past} {scene.decorated(c)}{scene.setting()}"
-        return first, _did(scene, b if scene.coin() else a, act, c) if true else _did(scene, a, act, b)
-    if case == 1:  # two objects
-        first = f"{scene.decorated(c)} {past} {scene.decorated(a)} and {scene.decorated(b)}{scene.setting()}"
-        return first, _did(scene, c, act, b if scene.coin() else a) if true else _did(scene, a, act, b)
-    joined = "and" if true else "or"  # one of the two, unknown which
-    first = f"{scene.decorated(a)} {joined} {scene.decorated(b)} {past} {scene.decorated(c)}{scene.setting()}"
-    return first, _did(scene, b if scene.coin() else a, act, c)
+    together = true or scene.coin()
+    both = f"{scene.decorated(a)} {'and' if together else 'or'} {scene.decorated(b)}"
+    one = b if scene.coin() else a
+    if scene.coin():
+        first, claim = f"{both} {act.says[0]} {scene.decorated(c)}{scene.setting()}", _did(scene, one, act, c)
+    else:
+        first, claim = f"{scene.decorated(c)} {act.says[0]} {both}{scene.setting()}", _did(scene, c, act, one)
+    # false: one of the two and nobody knows which ("or"), or what one of the two did to the other
+    return first, _did(scene, a, act, b) if together and not true else claim
 
 
 @construction
@@ -393,17 +402,13 @@ def negation(scene: Scene, true: bool) -> tuple[str, Claim]:
     # Denials turn implication round, so only words that mean the same may be exchanged, and nothing may narrow the
     # first sentence (no adjective, no setting).
     a, act, b, c = scene.person(exact=True), scene.act(exact=True), scene.person(exact=True), scene.person(exact=True)
-    verb = _verb(act, 0)
-    first = scene.pick(
-        [
-            f"{a.says[0]} {verb.past} {b.says[0]} but did not {verb.base} {c.says[0]}",
-            f"{a.says[0]} {verb.past} {b.says[0]} but not {c.says[0]}",
-            f"{a.says[0]} did not {verb.base} {c.says[0]} but {verb.past} {b.says[0]}",
-        ]
-    )
+    if scene.coin():
+        first = f"{a.says[0]} {act.says[0]} {b.says[0]} but not {c.says[0]}"
+    else:
+        first = f"{c.says[0]} was not {act.says[0]} by {a.says[0]} but {b.says[0]} was"
     if scene.coin():
         return first, _did(scene, a, act, b if true else c)
-    return first, _did_not(scene, a, act, c if true else b)
+    return first, _did_not(a, act, c if true else b)
 
 
 @construction
@@ -411,15 +416,15 @@ def quantifier(scene: Scene, true: bool) -> tuple[str, Claim]:
     a, act, b = scene.person(exact=True), scene.act(exact=True), scene.person(exact=True)
     kind = scene.pick(RESTRICTIONS)
     determiner = scene.pick(["every", "no", "at least one"])
-    # every and no: from all to the kind; at least one: from the kind to all
+    # every and no go from all to those of the kind, at least one the other way
     narrowed_first = (determiner == "at least one") == true
 
-    def shape(wording: int, a: Word, act: Word, b: Word) -> str:
-        who = a.bare[wording] if narrowed_first else f"{kind} {a.bare[wording]}"
-        return f"{determiner} {who} {_verb(act, wording).past} {b.says[wording]}"
+    def shape(far: bool, a: str, act: str, b: str) -> str:
+        who = _bare(a) if narrowed_first else f"{kind} {_bare(a)}"
+        return f"{determiner} {who} {act} {b}"
 
-    who = f"{kind} {a.bare[0]}" if narrowed_first else a.bare[0]
-    return f"{determiner} {who} {_verb(act, 0).past} {b.says[0]}", Claim(shape, (a, act, b))
+    who = f"{kind} {_bare(a.says[0])}" if narrowed_first else _bare(a.says[0])
+    return f"{determiner} {who} {act.says[0]} {b.says[0]}", Claim(shape, (a, act, b))
 
 
 @construction
@@ -430,13 +435,12 @@ def transfer(scene: Scene, true: bool) -> tuple[str, Claim]:
         first = f"{scene.decorated(a)} {gave} {scene.decorated(b)} {thing.says[0]}{scene.setting()}"
     else:
         first = f"{scene.decorated(a)} {gave} {thing.says[0]} to {scene.decorated(b)}{scene.setting()}"
-    order, converse = scene.coin(), scene.coin(0.3)
+    double_object = scene.coin()
 
-    def shape(wording: int, a: Word, b: Word, thing: Word) -> str:
-        giver, taker, what = a.says[wording], b.says[wording], thing.says[wording]
-        if wording == 1 or converse:
-            return f"{taker} {got} {what} from {giver}"
-        return f"{giver} {gave} {taker} {what}" if order else f"{giver} {gave} {what} to {taker}"
+    def shape(far: bool, giver: str, taker: str, thing: str) -> str:
+        if far:
+            return f"{taker} {got} {thing} from {giver}"
+        return f"{giver} {gave} {taker} {thing}" if double_object else f"{giver} {gave} {thing} to {taker}"
 
     return first, Claim(shape, (a, b, thing) if true else (b, a, thing))
 
@@ -452,12 +456,9 @@ def comparative(scene: Scene, true: bool) -> tuple[str, Claim]:
     first = f"{a.says[0]} is {more} than {b.says[0]} and {more2} than {c.says[0]}"
     if scene.coin():  # the claim is about the second half
         more, less, b = more2, less2, c
-    converse = scene.coin(0.3)
 
-    def shape(wording: int, a: Word, b: Word) -> str:
-        if wording == 1 or converse:
-            return f"{b.says[wording]} is {less} than {a.says[wording]}"
-        return f"{a.says[wording]} is {more} than {b.says[wording]}"
+    def shape(far: bool, a: str, b: str) -> str:
+        return f"{b} is {less} than {a}" if far else f"{a} is {more} than {b}"
 
     return first, Claim(shape, (a, b) if true else (b, a))
 
@@ -471,10 +472,8 @@ def position(scene: Scene, true: bool) -> tuple[str, Claim]:
     first = f"{a.says[0]} was {relation} {b.says[0]}{scene.setting()}"
     converse = scene.coin()
 
-    def shape(wording: int, a: Word, b: Word) -> str:
-        if converse:
-            return f"{b.says[wording]} was {inverse} {a.says[wording]}"
-        return f"{a.says[wording]} was {relation} {b.says[wording]}"
+    def shape(far: bool, a: str, b: str) -> str:
+        return f"{b} was {inverse} {a}" if converse else f"{a} was {relation} {b}"
 
     return first, Claim(shape, (a, b) if true else (b, a))
 
@@ -482,18 +481,18 @@ def position(scene: Scene, true: bool) -> tuple[str, Claim]:
 @construction
 def embedded(scene: Scene, true: bool) -> tuple[str, Claim]:
     who, a, act, b = scene.person(), scene.person(), scene.act(), scene.person()
-    swapped = not true and scene.coin()  # else "knew" alone would give the label away
+    swapped = not true and scene.coin(0.2)  # else "knew" alone would give the label away
     matrix = scene.pick(KNOWING if true or swapped else SUPPOSING)
-    first = f"{scene.decorated(who)} {matrix} that {scene.decorated(a)} {_verb(act, 0).past} {scene.decorated(b)}"
+    first = f"{scene.decorated(who)} {matrix} that {scene.decorated(a)} {act.says[0]} {scene.decorated(b)}"
     return first, _did(scene, b, act, a) if swapped else _did(scene, a, act, b)
 
 
 @construction
-def attempt(scene: Scene, true: bool) -> tuple[str, Claim]:
+def adverb(scene: Scene, true: bool) -> tuple[str, Claim]:
     a, act, b = scene.person(), scene.act(), scene.person()
-    swapped = not true and scene.coin()
-    manner = scene.pick(DOING if true or swapped else NOT_DOING)
-    first = f"{scene.decorated(a)} {manner} {_verb(act, 0).base} {scene.decorated(b)}{scene.setting()}"
+    swapped = not true and scene.coin(0.2)
+    manner = scene.pick(REALLY if true or swapped else NOT_REALLY)
+    first = f"{scene.decorated(a)} {manner} {act.says[0]} {scene.decorated(b)}{scene.setting()}"
     return first, _did(scene, b, act, a) if swapped else _did(scene, a, act, b)
 
 
@@ -511,9 +510,8 @@ def order(scene: Scene, true: bool) -> tuple[str, Claim]:
     )
     turned = scene.coin()
 
-    def shape(wording: int, a: Word, deed: Word, b: Word, deed2: Word) -> str:
-        earlier, later = f"{a.says[wording]} {deed.says[wording]}", f"{b.says[wording]} {deed2.says[wording]}"
-        return f"{later} after {earlier}" if turned else f"{earlier} before {later}"
+    def shape(far: bool, a: str, deed: str, b: str, deed2: str) -> str:
+        return f"{b} {deed2} after {a} {deed}" if turned else f"{a} {deed} before {b} {deed2}"
 
     return first, Claim(shape, (a, deed, b, deed2) if true else (b, deed2, a, deed))
 
@@ -521,9 +519,9 @@ def order(scene: Scene, true: bool) -> tuple[str, Claim]:
 @construction
 def condition(scene: Scene, true: bool) -> tuple[str, Claim]:
     a, deed, b, act, c = scene.person(), scene.deed(), scene.person(), scene.act(), scene.person()
-    swapped = not true and scene.coin()
+    swapped = not true and scene.coin(0.2)
     word = scene.pick(["because", "although"] if true or swapped else ["if", "unless"])
-    event = f"{scene.decorated(b)} {_verb(act, 0).past} {scene.decorated(c)}"
+    event = f"{scene.decorated(b)} {act.says[0]} {scene.decorated(c)}"
     other = f"{scene.decorated(a)} {deed.says[0]}"
     first = f"{word} {other}, {event}" if scene.coin() else f"{event} {word} {other}"
     return first, _did(scene, c, act, b) if swapped else _did(scene, b, act, c)
@@ -536,38 +534,34 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def pair(scene: Scene, name: str, kind: Kind, wording: int) -> Row:
+def pair(scene: Scene, name: str, kind: Kind, wording: Wording) -> Row:
     """One row of a construction.
 
     Args:
         scene: A fresh scene.
         name: Key of :data:`CONSTRUCTIONS`.
-        kind: ``"entailed"``; ``"foil"``, the words of the scene in a sentence that does not follow; ``"other"``, a
-            sentence about something else.
-        wording: 0 literal, 1 reworded.
+        kind: ``"entailed"``; ``"foil"``, the words of the scene in a sentence that does not follow; ``"twist"``, a
+            sentence that follows but for one word; ``"other"``, a sentence about something else.
+        wording: ``"literal"`` or ``"reworded"``.
     """
     first, claim = CONSTRUCTIONS[name](scene, kind != "foil")
-    if kind == "twist":
-        claim = _twist(scene, claim)
-    if kind == "other":
-        claim = claim.about_something_else(scene)
     return {
         "sentence1": _sentence(first),
-        "sentence2": _sentence(claim.say(wording)),
+        "sentence2": _sentence(word_claim(claim, kind, wording, scene)),
         "label": ENTAILMENT if kind == "entailed" else NOT_ENTAILMENT,
         "construction": name,
     }
 
 
-def _plan(size: int, counter: float, foils: float, twists: float) -> Iterator[tuple[Kind, int]]:
+def _plan(size: int, counter: float, knobs: Knobs) -> Iterator[tuple[Kind, Wording]]:
     """Kind and wording of every row: exact counts, so that two seeds differ in words and not in difficulty."""
     half = size // 2
     against = round(counter * half)
-    yield from [("entailed", 0)] * (half - against) + [("entailed", 1)] * against
-    reworded = round(foils * (half - against))
-    twisted = round(twists * against)
-    yield from [("foil", 0)] * (against - twisted) + [("twist", 0)] * twisted
-    yield from [("foil", 1)] * reworded + [("other", 1)] * (half - against - reworded)
+    yield from [("entailed", "literal")] * (half - against) + [("entailed", "reworded")] * against
+    foils = round(knobs.foils * against)
+    yield from [("foil", "literal")] * foils + [("twist", "literal")] * (against - foils)
+    foils = round(knobs.foils_reworded * (half - against))
+    yield from [("foil", "reworded")] * foils + [("other", "reworded")] * (half - against - foils)
 
 
 def make(seed: int = 0, knobs: Knobs = Knobs()) -> dict[str, list[Row]]:
@@ -598,7 +592,7 @@ def make(seed: int = 0, knobs: Knobs = Knobs()) -> dict[str, list[Row]]:
             raise ValueError(f"{split} must be even, so that both labels get half, got {size}")
         rng = random.Random(f"steadytune demo {seed} {split}")
         rows: list[Row] = []
-        for i, (kind, wording) in enumerate(_plan(size, counter, knobs.foils, knobs.twists)):
+        for i, (kind, wording) in enumerate(_plan(size, counter, knobs)):
             while True:
                 row = pair(Scene(rng, unseen), names[i % len(names)], kind, wording)
                 texts = {row["sentence1"], row["sentence2"]}

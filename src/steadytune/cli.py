@@ -256,7 +256,7 @@ def _errors_in_one_line() -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
-        typer.echo("interrupted: the same command with --resume goes on from the last checkpoint.", err=True)
+        typer.echo("\ninterrupted: the same command with --resume goes on from the last checkpoint.", err=True)
         raise typer.Exit(130) from error
 
 

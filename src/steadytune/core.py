@@ -232,10 +232,6 @@ class Run:
         """R of a weight, during a step whatever is shown; for anchors and snapshots (clone it)."""
         return self._views.raw(name, stepping=self._entered)
 
-    def average(self, name: str) -> Tensor | None:
-        """The averaged tensor of a weight, in `Method.evaluated`; None before the first."""
-        return self._views.averages.get(name)
-
     def local(self, name: str, full: Tensor) -> Tensor:
         """This rank's piece of a tensor of a weight's full shape (or broadcasting to it)."""
         return shards.piece(full, self.model.get_parameter(name).detach())
@@ -433,12 +429,11 @@ class Run:
         for method in self.methods:
             method.after_step(self, self._restrict(method, weights))
         self._views.put_back()
-        averages: dict[str, Tensor] = {}
+        found: dict[str, Tensor | float] = {}
         for method in self.methods:
-            averages.update(method.evaluated(self, self._restrict(method, weights)) or {})
-        self._views.averages = averages
+            found.update(method.evaluated(self, self._restrict(method, weights)) or {})
+        self._views.evaluate(found)
         self._entered = False
-        self._views.exchange()
         self.index += 1
         self.batch = []
 

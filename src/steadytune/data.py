@@ -10,6 +10,7 @@ import csv
 import difflib
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,12 +61,17 @@ def read_table(path: str | Path) -> pd.DataFrame:
         return pd.DataFrame()
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: text must be UTF-8 ({error}). Convert it first, for example with iconv.") from error
-    except (ValueError, OSError) as error:  # pandas' and arrow's parser errors are ValueErrors
+    except (ValueError, OSError, pd.errors.ParserWarning) as error:  # parser errors are ValueErrors
         raise UsageError(f"{path}: not a readable {path.suffix} file: {error}") from error
 
 
 def _read_csv(path: Path, **options: Any) -> pd.DataFrame:
-    return pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig", **options)
+    with warnings.catch_warnings():
+        # rows longer than the header: pandas would shift the columns (first one to the index) or drop the last
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        return pd.read_csv(
+            path, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig", index_col=False, **options
+        )
 
 
 def _read_tsv(path: Path) -> pd.DataFrame:

@@ -199,22 +199,23 @@ def _spell(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def method_record(method: Method) -> dict[str, Any]:
+def method_record(method: Any) -> dict[str, Any]:
     """Name and every option of a method, ready for JSON."""
-    from .method import entry as describe
     from .methods import METHODS
 
     names = {cls: name for name, cls in METHODS.items()}
-    options = {name: _plain(value) for name, value in describe(method).items() if name != "name"}
+    options = {field.name: _plain(getattr(method, field.name)) for field in dataclasses.fields(method)}
+    if (where := getattr(method, "where", None)) is not None:  # set by `only`
+        options["where"] = _plain(where)
     return {"name": names.get(type(method), type(method).__name__), "options": options}
 
 
 def _plain(value: Any) -> Any:
-    """The value itself where JSON has it, anything else (infinity too) as it prints."""
+    """The value itself where JSON has it, a function by its name, anything else (infinity too) as it prints."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):
-        return repr(value)
+        return getattr(value, "__qualname__", repr(value))
     return value
 
 
@@ -493,11 +494,13 @@ def arguments(recipe: Recipe, steps: int, output: Output, save_steps: int) -> Tr
 
 
 def _progress() -> Any:
-    """A bar over optimizer steps with the running loss."""
+    """One bar over optimizer steps with the running loss, one over the batches of each test set."""
     from tqdm import tqdm
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
+        bar: Any = None
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
 
@@ -508,8 +511,18 @@ def _progress() -> Any:
             if "loss" in (logs or {}):
                 self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_prediction_step(
+            self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+        ) -> None:
+            if self.bar is None:
+                self.bar = tqdm(total=len(eval_dataloader), desc="evaluating", unit="batch")
+            self.bar.update()
+
+        def close(self, *args: Any, **kwargs: Any) -> None:
             self.bar.close()
+            self.bar = None
+
+        on_train_end = on_predict = close
 
     return Progress()
 

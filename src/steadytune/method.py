@@ -91,8 +91,10 @@ class Method:
     def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
         """After the optimizer moved R, which is live, in list order. Stage transitions belong here."""
 
-    def evaluated(self, run: Run, weights: Sequence[Weight]) -> Mapping[str, Tensor] | None:
-        """The tensors to evaluate instead of R, by weight name; the core owns them from here (`Run.average`)."""
+    def evaluated(self, run: Run, weights: Sequence[Weight]) -> Mapping[str, Tensor | float] | None:
+        """What to evaluate instead of R, by weight name: a tensor, which the core owns from here on, or the rate of a
+        running average that the core keeps, ``average += rate * (R - average)``, starting at R.
+        """
         return None
 
     def finish(self, run: Run) -> None:

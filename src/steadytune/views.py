@@ -63,11 +63,27 @@ class Views:
         self._raw = {}
         torch.clear_autocast_cache()
 
-    def exchange(self) -> None:
-        """Swap live weights and averages: E -> R at the start of a step, R -> E at its end."""
+    def exchange(self, rates: Mapping[str, float] | None = None) -> None:
+        """Swap live weights and averages: E -> R at the start of a step, R -> E at its end.
+
+        With ``rates``, averages first move toward the live weights by those shares.
+        """
         for name, other in self.averages.items():
-            exchange(self.live(name), other)
+            exchange(self.live(name), other, (rates or {}).get(name))
         torch.clear_autocast_cache()
+
+    def evaluate(self, found: Mapping[str, Tensor | float]) -> None:
+        """Make the evaluated view live: tensors given, or running averages that move by the rates given."""
+        averages = {}
+        for name, value in found.items():
+            if isinstance(value, Tensor):
+                averages[name] = value
+            else:
+                average = self.averages.get(name)
+                averages[name] = self.live(name).clone() if average is None else average
+        rates = {name: v for name, v in found.items() if not isinstance(v, Tensor) and name in self.averages}
+        self.averages = averages
+        self.exchange(rates)
 
     def freeze(self, weight: Weight, mask: Tensor) -> None:
         """Ask for the entries where ``mask`` is False to stay; masks of several calls intersect."""

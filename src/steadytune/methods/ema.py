@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from ..core import Method, Run, Scope, Weight, select
 
 
@@ -41,9 +39,5 @@ class EMA(Method):
     def setup(self, run: Run) -> None:
         run.require(self, self.scope)
 
-    def evaluated(self, run: Run, weights: Sequence[Weight]) -> dict[str, Tensor]:
-        averages = {}
-        for w in select(weights, self.scope):
-            average = run.average(w.name)
-            averages[w.name] = w.data.clone() if average is None else average.lerp_(w.data, 1 - self.decay)
-        return averages
+    def evaluated(self, run: Run, weights: Sequence[Weight]) -> dict[str, float]:
+        return {w.name: 1 - self.decay for w in select(weights, self.scope)}

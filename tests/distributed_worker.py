@@ -1,0 +1,775 @@
+"""What test_distributed.py runs: on two gloo processes, and (the same functions) on one for comparison.
+
+``python distributed_worker.py core FOLDER RANK`` or ``torchrun ... distributed_worker.py trainer FOLDER``: every
+scenario of a group leaves FOLDER/<scenario>-<rank>.pt, what it returned or its traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+import sys
+import traceback
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers import Trainer as StockTrainer
+
+from steadytune import EMA, L2SP, ClipNorm, DPSDense, DPSMix, Method, Mixout, RDrop, Run, Trainer
+
+STEPS = 12  # stages of three: squares, masks, squares, masks
+ROWS = 8  # of one optimizer step, over all ranks and micro-batches
+LENGTH = 9
+VOCABULARY = 37
+WATCHED = (2, 5, 8)  # steps taken when the state of a run is looked at: once before and twice after a boundary
+STAGES = {"keep": 0.5, "update_ratio": 0.25}
+
+
+# ---------------------------------------------------------------------- models and data
+
+
+def bert(*, labels: int = 3, dropout: float = 0.0, **changes) -> nn.Module:
+    """Widths that two ranks cannot halve; one row of token types, so that a rank's piece of it is empty."""
+    torch.manual_seed(11)
+    shape = {"hidden_size": 15, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 21}
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=LENGTH,
+        type_vocab_size=1,
+        num_labels=labels,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.3,
+        **{**shape, **changes},
+    )
+    return BertForSequenceClassification(config).double().train()
+
+
+def gpt2() -> nn.Module:
+    """Conv1D: the input axis of a weight is the one that is cut. The output layer is the embedding."""
+    torch.manual_seed(12)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=LENGTH,
+        n_embd=15,
+        n_layer=2,
+        n_head=3,
+        n_inner=21,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPT2LMHeadModel(config).double().train()
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(13)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=LENGTH,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).double().train()
+    for layer in model.model.layers:  # Llama has no dropout of its own; R-Drop needs some
+        layer.mlp = nn.Sequential(layer.mlp, nn.Dropout(0.2))
+    return model
+
+
+def language(model: nn.Module) -> bool:
+    return hasattr(model.config, "num_labels") and "LM" in type(model).__name__
+
+
+def batch(seed: int, model: nn.Module, rows: int = ROWS) -> dict[str, torch.Tensor]:
+    """One optimizer step's rows of unequal length, labelled as the model needs."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCABULARY, (rows, LENGTH), generator=generator)
+    if language(model):
+        return {"input_ids": ids, "labels": ids}
+    lengths = torch.randint(3, LENGTH + 1, (rows,), generator=generator)
+    mask = (torch.arange(LENGTH) < lengths[:, None]).long()
+    labels = torch.randint(3, (rows,), generator=generator)
+    if model.config.num_labels == 1:
+        labels = torch.randn(rows, generator=generator, dtype=torch.float64)
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+
+
+def parts(rows: dict, rank: int, world: int, micro: int) -> list[dict]:
+    """This rank's micro-batches; all ranks together have each row once."""
+    size = len(rows["labels"]) // (world * micro)
+    starts = [(i * world + rank) * size for i in range(micro)]
+    return [{k: v[s : s + size] for k, v in rows.items()} for s in starts]
+
+
+class HashedDropout(nn.Module):
+    """Dropout whose mask is a hash of the example (and of which copy of it), whatever batch it comes in."""
+
+    def __init__(self, p: float, number: int, keys: dict) -> None:
+        super().__init__()
+        self.p, self.number, self.keys = p, number, keys
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        axes = [torch.arange(n, dtype=torch.float64) for n in x.shape[1:]]
+        phase = (self.keys["row"] * 1.37 + self.keys["copy"] * 57.31 + self.number * 11.17).view(-1, *[1] * len(axes))
+        for i, axis in enumerate(axes):
+            phase = phase + axis.view(-1, *[1] * (len(axes) - 1 - i)) * (78.233 if i == 0 else 37.719)
+        uniform = (phase.sin() * 43758.5453).frac().abs()
+        return x * (uniform >= self.p) / (1 - self.p)
+
+
+def hash_dropout(model: nn.Module) -> nn.Module:
+    """Replace the model's dropout by `HashedDropout`."""
+    keys: dict = {}
+
+    def hook(module: nn.Module, args: tuple, inputs: dict) -> None:
+        ids = inputs["input_ids"]
+        row = (ids * (torch.arange(ids.size(1)) + 1).square()).sum(1) % 100003
+        keys["row"] = row.double()
+        keys["copy"] = (row[:, None] == row).tril(-1).sum(1).double()
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    number = 0
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Dropout) and child.p:
+                number += 1
+                setattr(module, name, HashedDropout(child.p, number, keys))
+    assert number
+    return model
+
+
+# ---------------------------------------------------------------------- training loops
+
+
+def place() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def ddp(model: nn.Module, **options) -> nn.Module:
+    return DistributedDataParallel(model, **options) if dist.is_initialized() else model
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """Every block and the rest, over all ranks."""
+    if dist.is_initialized():
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        blocks = model.transformer.h if language(model) else model.bert.encoder.layer
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+@contextlib.contextmanager
+def accumulating(wrapper: nn.Module, last: bool):
+    """No communication before the last micro-batch, as each wrapper has it."""
+    if isinstance(wrapper, DistributedDataParallel) and not last:
+        with wrapper.no_sync():
+            yield
+        return
+    if hasattr(wrapper, "set_requires_gradient_sync"):
+        wrapper.set_requires_gradient_sync(last)
+    yield
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: whole(p) for n, p in model.named_parameters()}
+
+
+def optimizer_of(model: nn.Module, kind: str = "adamw") -> torch.optim.Optimizer:
+    if kind == "sgd":
+        return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.01)
+    return torch.optim.AdamW(model.parameters(), 3e-3, eps=1e-4, weight_decay=0.1)
+
+
+def take_step(run: Run, rows: dict, *, micro: int = 2, before=None) -> None:
+    """One optimizer step of a plain loop; ``before(i)`` is called before micro-batch i and before the step."""
+    wrapper = run.wrapper
+    for i, part in enumerate(parts(rows, *place(), micro)):
+        if before:
+            before(i)
+        with accumulating(wrapper, i == micro - 1):
+            (run.loss(part) / micro).backward()
+    if before:
+        before(micro)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+
+
+def plain(tree):
+    """A copy of a state, tensors as they are on this rank."""
+    if isinstance(tree, torch.Tensor):
+        return tree.clone()
+    if isinstance(tree, dict):
+        return {k: plain(v) for k, v in tree.items()}
+    if isinstance(tree, list):
+        return [plain(v) for v in tree]
+    return tree
+
+
+def train(run: Run, *, micro: int = 2, steps: int = STEPS, before=None) -> dict:
+    """Train; returns final weights (E), the raw ones of this rank (R), and states on the way."""
+    model, states = run.model, []
+    for t in range(run.index, steps):
+        take_step(run, batch(t, model), micro=micro, before=before and (lambda i, t=t: before(t, i)))
+        if t in WATCHED:
+            states.append(plain(run.state_dict()))
+    raw = {n: run.raw(n).clone() for n, _ in model.named_parameters()}
+    return {"weights": weights_of(model), "raw": raw, "states": states}
+
+
+# ---------------------------------------------------------------------- DDP
+
+
+DDP_RECIPES = {
+    "mix_ema": lambda: [DPSMix(**STAGES), EMA(0.8)],
+    "dense": lambda: [DPSDense(**STAGES), ClipNorm(0.5)],
+    "mixout_l2sp": lambda: [Mixout(keep=0.6), L2SP(0.3)],
+    "rdrop": lambda: [RDrop(2.0)],
+}
+
+
+def ddp_recipe(name: str, kind: str = "adamw", *, micro: int = 2) -> dict:
+    model = bert(dropout=0.2 if name == "rdrop" else 0.0)
+    if name == "rdrop":
+        model = hash_dropout(model)
+    run = Run(ddp(model), DDP_RECIPES[name](), total_steps=STEPS).attach(optimizer_of(model, kind))
+    return train(run, micro=micro)
+
+
+class GlobalDraw(Mixout):
+    """T2, naive: columns from torch's global generator, which dropout and data have moved differently per rank."""
+
+    def columns(self, run, weight):
+        return (torch.rand(1, weight.data.shape[1]) < self.keep).double()
+
+
+class Noisy(Mixout):
+    """Draws of the local batch's shape beside columns that all ranks must share: right with `Run.rng`."""
+
+    def penalty(self, step):
+        shape = step.inputs["input_ids"].shape
+        noise = torch.rand(shape, generator=step._run.rng(self, "noise", per_rank=True))
+        self.noise = noise.mean()
+
+
+class SharedDraw(Noisy):
+    """T2, naive: one generator of equal seed on all ranks for both draws."""
+
+    def setup(self, run):
+        super().setup(run)
+        self.generator = torch.Generator().manual_seed(3)
+
+    def penalty(self, step):
+        torch.rand(step.inputs["input_ids"].shape, generator=self.generator)
+
+    def columns(self, run, weight):
+        return (torch.rand(1, weight.data.shape[1], generator=self.generator) < self.keep).double()
+
+
+def draws() -> dict:
+    """Final weights under each way to draw, ranks with unequal global state and unequal lengths of their batches."""
+    found = {}
+    for method in (Mixout(0.6), Noisy(0.6), GlobalDraw(0.6), SharedDraw(0.6)):
+        model = bert()
+        run = Run(ddp(model), [method], total_steps=STEPS).attach(optimizer_of(model))
+        rank, world = place()
+        torch.manual_seed(rank)
+        for t in range(3):
+            rows = parts(batch(t, model), rank, world, 1)[0]
+            width = LENGTH - 2 * rank
+            run.loss({k: v[:, :width] if v.dim() == 2 else v for k, v in rows.items()}).backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        found[type(method).__name__] = weights_of(model)
+    return found
+
+
+def other(model: nn.Module) -> list[dict]:
+    """Two micro-batches that are not the step's."""
+    return parts(batch(100, model), *place(), 2)
+
+
+@dataclass
+class Extra(Method):
+    """One more gradient in the middle of a step; T19: parking references to ``.grad`` only, when ``naive``."""
+
+    naive: bool = False
+
+    def setup(self, run):
+        self.seen: list[dict] = []
+
+    def before_step(self, run, weights):
+        if run.index not in (1, 4):
+            return
+        before = {w.name: w.grad.clone() for w in weights}
+        found = self.take_naively(run) if self.naive else run.gradient(other(run.model))
+        self.seen.append(
+            {
+                "before": before,
+                "after": {w.name: w.grad.clone() for w in weights},
+                "grad": {n: getattr(p.grad, "_local_tensor", p.grad).clone() for n, p in run.model.named_parameters()},
+                "extra": {n: g.clone() for n, g in found.items()},
+            }
+        )
+
+    def take_naively(self, run):
+        parameters = dict(run.model.named_parameters())
+        parked = {n: p.grad for n, p in parameters.items()}
+        for p in parameters.values():
+            p.grad = None
+        for i, part in enumerate(other(run.model)):
+            with accumulating(run.wrapper, i == 1):
+                (run.wrapper(**part).loss / 2).backward()
+        found = {n: p.grad.clone() for n, p in parameters.items()}
+        for n, p in parameters.items():
+            p.grad = parked[n]
+        return found
+
+
+DDP_OPTIONS: dict[str, dict] = {
+    "plain": {},
+    "views": {"gradient_as_bucket_view": True},
+    "unused": {"find_unused_parameters": True},
+}
+
+
+def gradient(options: str = "plain", naive: bool = False) -> dict:
+    model = bert()
+    run = Run(ddp(model, **DDP_OPTIONS[options]), [DPSMix(**STAGES), Extra(naive)], total_steps=STEPS)
+    run.attach(optimizer_of(model))
+    return {**train(run, steps=6), "seen": run[Extra].seen}
+
+
+def static_graph() -> dict:
+    """What stops accumulation under ``static_graph=True``, and that one micro-batch a step works."""
+    found = {}
+    for name in ("torch", "ours", "ours_two_backwards"):
+        model = bert()
+        wrapper = DistributedDataParallel(model, static_graph=True)
+        run = Run(wrapper, [DPSDense(**STAGES)], total_steps=STEPS).attach(optimizer_of(model))
+        found[name] = "no error"
+        reached = "first micro-batch"
+        try:
+            for i, part in enumerate(parts(batch(0, model), *place(), 2)):
+                reached = f"micro-batch {i}"
+                with accumulating(wrapper, i == 1 or name == "ours_two_backwards"):
+                    loss = wrapper(**part).loss if name == "torch" else run.loss(part)
+                    reached = f"backward {i}"
+                    loss.backward()
+        except Exception as error:
+            found[name] = f"{reached}: {type(error).__name__}: {str(error)[:300]}"
+        run.leave()
+    model = bert()
+    wrapper = DistributedDataParallel(model, static_graph=True) if dist.is_initialized() else model
+    run = Run(wrapper, DDP_RECIPES["dense"](), total_steps=STEPS).attach(optimizer_of(model))
+    return {**found, **train(run, micro=1)}
+
+
+def checkpointing(kind: str) -> dict:
+    """R-Drop and DPS Mix with real dropout; the same draws whatever is recomputed."""
+    model = bert(dropout=0.2)
+    if kind != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+    run = Run(ddp(model), [RDrop(1.0), DPSMix(**STAGES)], total_steps=STEPS).attach(optimizer_of(model))
+    torch.manual_seed(100 + place()[0])
+    return train(run)
+
+
+# ---------------------------------------------------------------------- FSDP2
+
+
+SHARDED_RECIPES = {
+    "dense_tensor": (bert, lambda: [DPSDense(**STAGES), ClipNorm(0.5)]),
+    "dense_global": (bert, lambda: [DPSDense(**STAGES, threshold="global")]),
+    "dense_frozen": (bert, lambda: [DPSDense(**STAGES, frozen=True), ClipNorm(0.5)]),
+    "one_output": (lambda: bert(labels=1), lambda: [DPSMix(**STAGES, frozen=True), EMA(0.8)]),
+    "mix": (bert, lambda: [DPSMix(**STAGES, threshold="global")]),
+    "mixout_l2sp_ema": (bert, lambda: [Mixout(keep=0.6), L2SP(0.3), EMA(0.8), ClipNorm(0.5)]),
+    "conv1d": (gpt2, lambda: [Mixout(keep=0.6), DPSMix(**STAGES), EMA(0.8)]),
+    "everywhere": (gpt2, lambda: [DPSMix(**STAGES, scope="all"), L2SP(0.3, decoupled=False)]),
+}
+
+
+def looking(run: Run, when: str, seen: list):
+    """An evaluation in the middle of training: between steps, between micro-batches, before the optimizer's step."""
+
+    def before(t: int, i: int) -> None:
+        if (t, i) != {"between steps": (4, 0), "between micro-batches": (4, 1), "before step": (4, 2)}.get(when):
+            return
+        run.model.eval()
+        with torch.no_grad():
+            run.model(**parts(batch(50, run.model), *place(), 1)[0])
+        run.model.train()
+        seen.append([type(p).__name__ for p in run.model.parameters()])
+
+    return before
+
+
+def sharded(name: str, *, run_first: bool = True, look: str = "never", kind: str = "adamw") -> dict:
+    make, recipe = SHARDED_RECIPES[name]
+    model = make()
+    if run_first:
+        run = Run(model, recipe(), total_steps=STEPS)
+        shard(model)
+    else:
+        run = Run(shard(model), recipe(), total_steps=STEPS)
+    run.attach(optimizer_of(model, kind))
+    seen: list = []
+    return {**train(run, before=looking(run, look, seen)), "seen": seen}
+
+
+def frozen_entries() -> dict:
+    """Weights and optimizer state of unselected entries on this rank, before and after a step of stage II."""
+    model = bert()
+    run = Run(model, [DPSDense(**STAGES, frozen=True)], total_steps=STEPS)
+    run.attach(optimizer_of(shard(model)))
+
+    def pieces(masks: dict) -> dict:
+        found = {}
+        for n, p in model.named_parameters():
+            if n in masks:
+                for key, value in {"weight": p.detach(), **run.optimizer.state[p]}.items():
+                    if value.dim():
+                        found[n, key] = getattr(value, "_local_tensor", value)[~masks[n]].clone()
+        return found
+
+    before = {}
+    for t in range(6):
+        if t == 4:
+            masks = plain(run[DPSDense].masks)
+            before = pieces(masks)
+        take_step(run, batch(t, model))
+        if t == 4:
+            return {"before": before, "after": pieces(masks)}
+    raise AssertionError
+
+
+def sharded_gradient() -> dict:
+    model = bert()
+    run = Run(model, [DPSMix(**STAGES), Extra()], total_steps=STEPS)
+    run.attach(optimizer_of(shard(model)))
+    return {**train(run, steps=6), "seen": run[Extra].seen}
+
+
+def statistics() -> dict:
+    """Thresholds and norms over pieces, uneven and empty ones among them."""
+    model = bert()
+    run = Run(model, [DPSDense(**STAGES)], total_steps=STEPS)
+    run.attach(optimizer_of(shard(model)))
+    pieces = {w.name: w.data for w in run.weights()}
+    return {
+        "empty": [n for n, t in pieces.items() if t.numel() == 0],
+        "kth": {(n, keep): run.kth(t, keep) for n, t in pieces.items() for keep in (0.1, 0.5, 1.0)},
+        "global": [run.kth(list(pieces.values()), keep) for keep in (0.1, 0.5, 1.0)],
+        "norms": dict(zip(pieces, run.norms(list(pieces.values())), strict=True)),
+    }
+
+
+def state_after_evaluation() -> dict:
+    """The state of a run, before and after an evaluation leaves the root's parameters gathered."""
+    model = bert()
+    run = Run(model, SHARDED_RECIPES["one_output"][1](), total_steps=STEPS)
+    run.attach(optimizer_of(shard(model)))
+    for t in range(5):
+        take_step(run, batch(t, model))
+    before, raw = plain(run.state_dict()), {n: run.raw(n).clone() for n, _ in model.named_parameters()}
+    seen: list = []
+    looking(run, "between steps", seen)(4, 0)
+    after = plain(run.state_dict())
+    looking(run, "between steps", seen)(4, 0)
+    raw_after = {n: run.raw(n).clone() for n, _ in model.named_parameters()}
+    looking(run, "between steps", seen)(4, 0)
+    run.load_state_dict(before)
+    return {"before": before, "after": after, "raw": raw, "raw_after": raw_after, "seen": seen}
+
+
+def sharded_resume(way: str) -> dict:
+    """Ten steps in one go, and with a stop at a step in the middle of a stage, through ``way``."""
+    from torch.distributed.checkpoint.state_dict import (
+        get_model_state_dict,
+        get_optimizer_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    recipe = lambda: [DPSMix(**STAGES), L2SP(0.3), EMA(0.8)]  # noqa: E731
+
+    def build() -> Run:
+        model = bert()
+        run = Run(model, recipe(), total_steps=STEPS)
+        return run.attach(optimizer_of(shard(model)))
+
+    first = build()
+    early = get_optimizer_state_dict(first.model, first.optimizer)  # before the first step: torch fakes one
+    found: dict = {"fake": {"index": first.index, "raw": len(first.state_dict()["raw"]), "key": "steadytune" in early}}
+    for t in range(4):
+        take_step(first, batch(t, first.model))
+    folder = Path(os.environ["STEADYTUNE_OUT"])
+    path = folder / f"resume-{way}-{place()[0]}.tmp"
+    torch.save(first.state_dict(), path)
+    weights = copy.deepcopy(get_model_state_dict(first.model))
+    if way == "optimizer":
+        moments = copy.deepcopy(first.optimizer.state_dict())
+    else:
+        moments = copy.deepcopy(get_optimizer_state_dict(first.model, first.optimizer))
+    found["keys"] = sorted(moments)
+    found["uninterrupted"] = train(first)
+
+    second = build()
+    set_model_state_dict(second.model, weights)
+    if way == "optimizer":
+        second.optimizer.load_state_dict(moments)
+    else:
+        steps = []
+        second.optimizer.register_step_post_hook(lambda *_: steps.append(second.index))
+        set_optimizer_state_dict(second.model, second.optimizer, moments)
+        found["fake_steps"], found["index_after"] = list(steps), second.index
+        rows = parts(batch(4, second.model), *place(), 1)[0]
+        try:
+            second.loss(rows)
+            found["error"] = "no error"
+        except RuntimeError as error:
+            found["error"] = str(error)
+        second.load_state_dict(torch.load(path, weights_only=True))
+    found["index"] = second.index
+    found["resumed"] = train(second)
+    return found
+
+
+# ---------------------------------------------------------------------- Trainer
+
+
+class Rows(torch.utils.data.Dataset):
+    """Examples of unequal length, without padding."""
+
+    def __init__(self, size: int, *, language: bool = False) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.examples = []
+        for _ in range(size):
+            length = int(torch.randint(4, LENGTH + 1, (), generator=generator))
+            ids = torch.randint(1, VOCABULARY, (length,), generator=generator)
+            label = ids.tolist() if language else int(torch.randint(3, (), generator=generator))
+            self.examples.append({"input_ids": ids.tolist(), "labels": label})
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.examples[i]
+
+
+def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
+    """Dynamic padding: the width of a batch depends on who is in it."""
+    width = max(len(e["input_ids"]) for e in examples)
+
+    def padded(values: list[int], filler: int) -> list[int]:
+        return values + [filler] * (width - len(values))
+
+    rows = {
+        "input_ids": [padded(e["input_ids"], 0) for e in examples],
+        "attention_mask": [padded([1] * len(e["input_ids"]), 0) for e in examples],
+        "labels": [padded(e["labels"], -100) if isinstance(e["labels"], list) else e["labels"] for e in examples],
+    }
+    return {k: torch.tensor(v) for k, v in rows.items()}
+
+
+class Norms(TrainerCallback):
+    """Norm of the gradient at each optimizer step, as it reaches the optimizer of the first step."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
+        self.norms.append(math.sqrt(float(sum(squares))))
+
+
+def arguments(folder: Path, **changes) -> TrainingArguments:
+    """16 examples an optimizer step: 2 ranks x 4 rows x 2 micro-batches, or 16 rows on one."""
+    world = place()[1]
+    given = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4 if world > 1 else 16,
+        "gradient_accumulation_steps": 2 if world > 1 else 1,
+        "max_steps": STEPS,
+        "learning_rate": 0.05,
+        "optim": "sgd",
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "lr_scheduler_type": "linear",
+        "dataloader_num_workers": 0,
+        **changes,
+    }
+    return TrainingArguments(**given)
+
+
+TRAINER_RECIPES = {
+    "full": (lambda: bert(), lambda: [DPSMix(**STAGES), L2SP(0.3), EMA(0.8)]),
+    "rdrop": (lambda: hash_dropout(bert(dropout=0.2)), lambda: [RDrop(2.0), DPSDense(**STAGES)]),
+    "tokens": (lambda: hash_dropout(llama()), lambda: [Mixout(keep=0.6), EMA(0.8)]),
+    "tokens_rdrop": (lambda: hash_dropout(llama()), lambda: [RDrop(2.0), DPSMix(**STAGES)]),
+}
+
+
+def trainer_recipe(name: str, folder: Path, *, optim: str = "sgd") -> dict:
+    make, recipe = TRAINER_RECIPES[name]
+    data = Rows(96, language="tokens" in name)
+    trainer = Trainer(
+        model=make(),
+        args=arguments(folder, optim=optim, learning_rate=0.05 if optim == "sgd" else 3e-3),
+        train_dataset=data,
+        data_collator=collate,
+        methods=recipe(),
+    )
+    watch = Norms()
+    trainer.add_callback(watch)
+    trainer.train()
+    return {"weights": weights_of(trainer.model), "norms": watch.norms, "world": trainer.args.world_size}
+
+
+def trainer_resume(folder: Path) -> dict:
+    """Uninterrupted, and from the checkpoint at step 5, in the middle of a stage."""
+
+    def make() -> Trainer:
+        recipe = [DPSMix(**STAGES), L2SP(0.3), EMA(0.8)]
+        args = arguments(folder, optim="adamw_torch", learning_rate=3e-3, save_strategy="steps", save_steps=5)
+        return Trainer(model=bert(), args=args, train_dataset=Rows(96), data_collator=collate, methods=recipe)
+
+    one = make()
+    one.train()
+    two = make()
+    two.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
+    files = sorted(p.name for p in (folder / "checkpoint-5").iterdir())
+    raw = [{n: t.run.raw(n).clone() for n, _ in t.model.named_parameters()} for t in (one, two)]
+    return {
+        "uninterrupted": weights_of(one.model),
+        "resumed": weights_of(two.model),
+        "raw": raw,
+        "index": two.run.index,
+        "files": files,
+    }
+
+
+def first_norms(folder: Path) -> dict:
+    """Norm of the first gradient of a BERT classifier and of a language model: the stock Trainer and ours."""
+    found = {}
+    for name, make in (("bert", bert), ("llama", lambda: hash_dropout(llama()))):
+        for kind in (StockTrainer, Trainer):
+            args = arguments(folder, max_steps=1, max_grad_norm=0.0)
+            trainer = kind(model=make(), args=args, train_dataset=Rows(96, language=name == "llama"))
+            trainer.data_collator = collate
+            watch = Norms()
+            trainer.add_callback(watch)
+            trainer.train()
+            found[name, "stock" if kind is StockTrainer else "ours"] = watch.norms[0]
+    return found
+
+
+# ---------------------------------------------------------------------- running
+
+
+GROUPS = {
+    "core": {
+        **{f"ddp_{name}": (lambda name=name: ddp_recipe(name)) for name in DDP_RECIPES},
+        "ddp_sgd": lambda: ddp_recipe("mix_ema", "sgd"),
+        "draws": draws,
+        **{f"gradient_{name}": (lambda name=name: gradient(name)) for name in DDP_OPTIONS},
+        "gradient_naive": lambda: gradient("views", naive=True),
+        "static_graph": static_graph,
+        **{f"checkpointing_{k}": (lambda k=k: checkpointing(k)) for k in ("none", "reentrant", "other")},
+        **{f"sharded_{name}": (lambda name=name: sharded(name)) for name in SHARDED_RECIPES},
+        "sharded_sgd": lambda: sharded("one_output", kind="sgd"),
+        **{
+            f"sharded_first_{name}": (lambda name=name: sharded(name, run_first=False))
+            for name in ("mixout_l2sp_ema", "conv1d")
+        },
+        **{
+            f"sharded_look_{when.replace(' ', '_')}": (lambda when=when: sharded("mixout_l2sp_ema", look=when))
+            for when in ("between steps", "between micro-batches", "before step")
+        },
+        "frozen_entries": frozen_entries,
+        "sharded_gradient": sharded_gradient,
+        "statistics": statistics,
+        "state_after_evaluation": state_after_evaluation,
+        "sharded_resume_optimizer": lambda: sharded_resume("optimizer"),
+        "sharded_resume_torch": lambda: sharded_resume("torch"),
+    },
+    "trainer": {
+        **{
+            f"trainer_{name}": (lambda name=name: trainer_recipe(name, out() / f"trainer_{name}"))
+            for name in TRAINER_RECIPES
+        },
+        "trainer_adamw": lambda: trainer_recipe("full", out() / "trainer_adamw", optim="adamw_torch"),
+        "trainer_resume": lambda: trainer_resume(out() / "trainer_resume"),
+        "first_norms": lambda: first_norms(out() / "first_norms"),
+    },
+}
+
+
+def out() -> Path:
+    return Path(os.environ["STEADYTUNE_OUT"])
+
+
+def main(group: str, folder: str, rank: str | None = None) -> None:
+    torch.set_num_threads(1)
+    os.environ["STEADYTUNE_OUT"] = folder
+    where = {} if rank is None else {"init_method": f"file://{folder}/{group}.store", "rank": int(rank)}
+    world = {} if rank is None else {"world_size": 2}
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60), **where, **world)
+    warnings.simplefilter("error")
+    for name, scenario in GROUPS[group].items():
+        path = Path(folder, f"{name}-{dist.get_rank()}.pt")
+        try:
+            result = {"value": scenario()}
+        except BaseException:
+            torch.save({"error": traceback.format_exc()}, path)
+            raise  # the other rank waits for us: end both
+        torch.save(result, path)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,201 @@
+"""Tiny models, batches and Trainer arguments that several test files share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+VOCABULARY, LENGTH = 64, 12  # LENGTH: of the longest row
+
+
+def bert(*, labels: int = 3, dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A classifier of two layers, the same weights for the same seed."""
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        num_labels=labels,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(seed)
+    return transformers.BertForSequenceClassification(config).to(dtype).train()
+
+
+def llama(*, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A causal language model of two layers with tied embeddings; its loss is a sum over tokens / their count."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(seed)
+    return transformers.LlamaForCausalLM(config).to(dtype).train()
+
+
+def rows(n: int, *, equal: bool = False, tokens: bool = False, labels: int = 3, seed: int = 0) -> list[dict[str, Any]]:
+    """Distinct random examples; ``tokens``: labels are the ids, with a prompt of random length left out."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int, *size: int) -> Tensor:
+        return torch.randint(low, high, size, generator=generator)
+
+    examples = []
+    for i in range(n):
+        length = LENGTH if equal else int(draw(4, LENGTH + 1, 1))
+        ids = draw(3, VOCABULARY, length).tolist()
+        prompt = int(draw(0, length - 2, 1))
+        target: Any = [-100] * prompt + ids[prompt:] if tokens else i % labels
+        examples.append({"input_ids": ids, "attention_mask": [1] * length, "labels": target})
+    return examples
+
+
+def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Pad on the right to the longest of the batch."""
+    width = max(len(e["input_ids"]) for e in examples)
+
+    def padded(key: str, filler: int) -> Tensor:
+        return torch.tensor([e[key] + [filler] * (width - len(e[key])) for e in examples])
+
+    tokens = isinstance(examples[0]["labels"], list)
+    return {
+        "input_ids": padded("input_ids", 0),
+        "attention_mask": padded("attention_mask", 0),
+        "labels": padded("labels", -100) if tokens else torch.tensor([e["labels"] for e in examples]),
+    }
+
+
+def batches(n: int, size: int = 4, **options: Any) -> list[dict[str, Tensor]]:
+    """``n`` padded batches of random examples."""
+    examples = rows(n * size, **options)
+    return [collate(examples[i * size : (i + 1) * size]) for i in range(n)]
+
+
+def arguments(folder: Any, **changes: Any) -> transformers.TrainingArguments:
+    """Trainer arguments for the CPU that write nothing unless told."""
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "learning_rate": 3e-3,
+        "weight_decay": 0.01,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    return transformers.TrainingArguments(**{**values, **changes})
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    """The weights as they are now."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def tensors(value: Any, path: str = "") -> dict[str, Tensor]:
+    """All tensors of a tree of dicts and lists, by path."""
+    if isinstance(value, Tensor):
+        return {path: value}
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return {k: t for key, v in items for k, t in tensors(v, f"{path}/{key}").items()}
+
+
+def assert_same(a: Any, b: Any, *, atol: float | None = None) -> None:
+    """Two trees hold the same tensors: bit for bit, types included, or to ``atol``."""
+    a, b = tensors(a), tensors(b)
+    assert a
+    assert sorted(a) == sorted(b)
+    for name in a:
+        assert a[name].dtype == b[name].dtype, (name, a[name].dtype, b[name].dtype)
+        if atol is None or not a[name].is_floating_point():
+            assert torch.equal(a[name], b[name]), name
+        else:
+            assert (a[name] - b[name]).abs().max() <= atol, (name, float((a[name] - b[name]).abs().max()))
+
+
+def differs(a: Any, b: Any) -> bool:
+    """Whether some tensor of two trees of one shape differs."""
+    a, b = tensors(a), tensors(b)
+    assert a
+    assert sorted(a) == sorted(b)
+    return any(not torch.equal(a[name], b[name]) for name in a)
+
+
+class HashedDropout(nn.Module):
+    """Dropout whose mask depends on the example's tokens, its copy in the batch and the place, and on nothing else.
+
+    So a batch of 16 and four of 4, padded alike or not, drop the same activations.
+    """
+
+    def __init__(self, p: float, place: int, examples: list[str]) -> None:
+        super().__init__()
+        self.p, self.place, self.examples = p, place, examples
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        masks = []
+        for example in self.examples:
+            digest = hashlib.blake2b(f"{example} {self.place}".encode(), digest_size=7).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+            kept = torch.rand(LENGTH, x.size(-1), generator=generator) >= self.p
+            masks.append(kept[: x.size(1)] if x.dim() == 3 else kept[0])
+        return x * torch.stack(masks).to(x.dtype) / (1 - self.p)
+
+
+def hash_dropout(model: Any, p: float = 0.2) -> Any:
+    """Put `HashedDropout` in place of every ``nn.Dropout``; where there is none, after the token embedding."""
+    examples: list[str] = []
+
+    def remember(module: nn.Module, args: tuple, inputs: dict[str, Any]) -> None:
+        seen: Counter[str] = Counter()
+        examples.clear()
+        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+            content = str(ids[mask.bool()].tolist())
+            seen[content] += 1
+            examples.append(f"{content} copy {seen[content]}")
+
+    model.register_forward_pre_hook(remember, with_kwargs=True)
+    place = 0
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Dropout):
+                setattr(module, name, HashedDropout(p, place := place + 1, examples))
+    if not place:
+        model.hashed = HashedDropout(p, 0, examples)
+        model.get_input_embeddings().register_forward_hook(lambda module, args, output: model.hashed(output))
+    return model
+
+
+def interrupt(model: nn.Module, after: int, error: type[BaseException] = KeyboardInterrupt) -> Callable[[], None]:
+    """Raise in the middle of the ``after``-th training forward from now (1-based); returns what takes it back."""
+    calls = 0
+
+    def hook(module: nn.Module, args: tuple) -> None:
+        nonlocal calls
+        calls += model.training
+        if calls == after and model.training:
+            raise error
+
+    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    return last.register_forward_pre_hook(hook).remove
