@@ -36,11 +36,11 @@ from transformers import Trainer as StockTrainer
 
 from steadytune import EMA, L2SP, ClipNorm, DPSDense, DPSMix, Method, Mixout, RDrop, Run, Trainer
 
-STEPS = 12  # stages of three: squares, masks, squares, masks
+STEPS = 8  # stages of two: squares, masks, squares, masks
 ROWS = 8  # of one optimizer step, over all ranks and micro-batches
 LENGTH = 9
 VOCABULARY = 37
-WATCHED = (2, 5, 8)  # steps taken when the state of a run is looked at: once before and twice after a boundary
+WATCHED = (0, 2, 5)  # after these steps the state of a run is looked at: squares, masks, masks of the second cycle
 STAGES = {"keep": 0.5, "update_ratio": 0.25}
 
 
@@ -339,7 +339,7 @@ class Extra(Method):
         self.seen: list[dict] = []
 
     def before_step(self, run, weights):
-        if run.index not in (1, 4):
+        if run.index not in (1, 3):
             return
         before = {w.name: w.grad.clone() for w in weights}
         found = self.take_naively(run) if self.naive else run.gradient(other(run.model))
@@ -377,7 +377,7 @@ def gradient(options: str = "plain", naive: bool = False) -> dict:
     model = bert()
     run = Run(ddp(model, **DDP_OPTIONS[options]), [DPSMix(**STAGES), Extra(naive)], total_steps=STEPS)
     run.attach(optimizer_of(model))
-    return {**train(run, steps=6), "seen": run[Extra].seen}
+    return {**train(run, steps=5), "seen": run[Extra].seen}
 
 
 def static_graph() -> dict:
@@ -409,7 +409,8 @@ def checkpointing(kind: str) -> dict:
     """R-Drop and DPS Mix with real dropout; the same draws whatever is recomputed."""
     model = bert(dropout=0.2)
     if kind != "none":
-        model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": kind == "reentrant"})
     run = Run(ddp(model), [RDrop(1.0), DPSMix(**STAGES)], total_steps=STEPS).attach(optimizer_of(model))
     torch.manual_seed(100 + place()[0])
     return train(run)
@@ -430,11 +431,19 @@ SHARDED_RECIPES = {
 }
 
 
+LOOKS = [
+    ("mixout_l2sp_ema", "between steps"),
+    ("mixout_l2sp_ema", "between micro-batches"),
+    ("mixout_l2sp_ema", "before step"),
+    ("dense_tensor", "before step"),
+]
+
+
 def looking(run: Run, when: str, seen: list):
     """An evaluation in the middle of training: between steps, between micro-batches, before the optimizer's step."""
 
     def before(t: int, i: int) -> None:
-        if (t, i) != {"between steps": (4, 0), "between micro-batches": (4, 1), "before step": (4, 2)}.get(when):
+        if (t, i) != {"between steps": (3, 0), "between micro-batches": (3, 1), "before step": (3, 2)}.get(when):
             return
         run.model.eval()
         with torch.no_grad():
@@ -473,22 +482,19 @@ def frozen_entries() -> dict:
                         found[n, key] = getattr(value, "_local_tensor", value)[~masks[n]].clone()
         return found
 
-    before = {}
-    for t in range(6):
-        if t == 4:
-            masks = plain(run[DPSDense].masks)
-            before = pieces(masks)
+    for t in range(3):
         take_step(run, batch(t, model))
-        if t == 4:
-            return {"before": before, "after": pieces(masks)}
-    raise AssertionError
+    masks = plain(run[DPSDense].masks)
+    before = pieces(masks)
+    take_step(run, batch(3, model))
+    return {"before": before, "after": pieces(masks), "masks": masks}
 
 
 def sharded_gradient() -> dict:
     model = bert()
     run = Run(model, [DPSMix(**STAGES), Extra()], total_steps=STEPS)
     run.attach(optimizer_of(shard(model)))
-    return {**train(run, steps=6), "seen": run[Extra].seen}
+    return {**train(run, steps=5), "seen": run[Extra].seen}
 
 
 def statistics() -> dict:
@@ -510,21 +516,21 @@ def state_after_evaluation() -> dict:
     model = bert()
     run = Run(model, SHARDED_RECIPES["one_output"][1](), total_steps=STEPS)
     run.attach(optimizer_of(shard(model)))
-    for t in range(5):
+    for t in range(3):
         take_step(run, batch(t, model))
     before, raw = plain(run.state_dict()), {n: run.raw(n).clone() for n, _ in model.named_parameters()}
     seen: list = []
-    looking(run, "between steps", seen)(4, 0)
+    looking(run, "between steps", seen)(3, 0)
     after = plain(run.state_dict())
-    looking(run, "between steps", seen)(4, 0)
+    looking(run, "between steps", seen)(3, 0)
     raw_after = {n: run.raw(n).clone() for n, _ in model.named_parameters()}
-    looking(run, "between steps", seen)(4, 0)
+    looking(run, "between steps", seen)(3, 0)
     run.load_state_dict(before)
     return {"before": before, "after": after, "raw": raw, "raw_after": raw_after, "seen": seen}
 
 
 def sharded_resume(way: str) -> dict:
-    """Ten steps in one go, and with a stop at a step in the middle of a stage, through ``way``."""
+    """All steps in one go, and with a stop after three, in the middle of stage II, through ``way``."""
     from torch.distributed.checkpoint.state_dict import (
         get_model_state_dict,
         get_optimizer_state_dict,
@@ -542,7 +548,7 @@ def sharded_resume(way: str) -> dict:
     first = build()
     early = get_optimizer_state_dict(first.model, first.optimizer)  # before the first step: torch fakes one
     found: dict = {"fake": {"index": first.index, "raw": len(first.state_dict()["raw"]), "key": "steadytune" in early}}
-    for t in range(4):
+    for t in range(3):
         take_step(first, batch(t, first.model))
     folder = Path(os.environ["STEADYTUNE_OUT"])
     path = folder / f"resume-{way}-{place()[0]}.tmp"
@@ -564,7 +570,7 @@ def sharded_resume(way: str) -> dict:
         second.optimizer.register_step_post_hook(lambda *_: steps.append(second.index))
         set_optimizer_state_dict(second.model, second.optimizer, moments)
         found["fake_steps"], found["index_after"] = list(steps), second.index
-        rows = parts(batch(4, second.model), *place(), 1)[0]
+        rows = parts(batch(3, second.model), *place(), 1)[0]
         try:
             second.loss(rows)
             found["error"] = "no error"
@@ -671,18 +677,18 @@ def trainer_recipe(name: str, folder: Path, *, optim: str = "sgd") -> dict:
 
 
 def trainer_resume(folder: Path) -> dict:
-    """Uninterrupted, and from the checkpoint at step 5, in the middle of a stage."""
+    """Uninterrupted, and from the checkpoint at step 3, in the middle of stage II."""
 
     def make() -> Trainer:
         recipe = [DPSMix(**STAGES), L2SP(0.3), EMA(0.8)]
-        args = arguments(folder, optim="adamw_torch", learning_rate=3e-3, save_strategy="steps", save_steps=5)
+        args = arguments(folder, optim="adamw_torch", learning_rate=3e-3, save_strategy="steps", save_steps=3)
         return Trainer(model=bert(), args=args, train_dataset=Rows(96), data_collator=collate, methods=recipe)
 
     one = make()
     one.train()
     two = make()
-    two.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
-    files = sorted(p.name for p in (folder / "checkpoint-5").iterdir())
+    two.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    files = sorted(p.name for p in (folder / "checkpoint-3").iterdir())
     raw = [{n: t.run.raw(n).clone() for n, _ in t.model.named_parameters()} for t in (one, two)]
     return {
         "uninterrupted": weights_of(one.model),
@@ -721,14 +727,13 @@ GROUPS = {
         "static_graph": static_graph,
         **{f"checkpointing_{k}": (lambda k=k: checkpointing(k)) for k in ("none", "reentrant", "other")},
         **{f"sharded_{name}": (lambda name=name: sharded(name)) for name in SHARDED_RECIPES},
-        "sharded_sgd": lambda: sharded("one_output", kind="sgd"),
         **{
             f"sharded_first_{name}": (lambda name=name: sharded(name, run_first=False))
             for name in ("mixout_l2sp_ema", "conv1d")
         },
         **{
-            f"sharded_look_{when.replace(' ', '_')}": (lambda when=when: sharded("mixout_l2sp_ema", look=when))
-            for when in ("between steps", "between micro-batches", "before step")
+            f"sharded_look_{i}": (lambda name=name, when=when: sharded(name, look=when))
+            for i, (name, when) in enumerate(LOOKS)
         },
         "frozen_entries": frozen_entries,
         "sharded_gradient": sharded_gradient,
@@ -758,7 +763,7 @@ def main(group: str, folder: str, rank: str | None = None) -> None:
     os.environ["STEADYTUNE_OUT"] = folder
     where = {} if rank is None else {"init_method": f"file://{folder}/{group}.store", "rank": int(rank)}
     world = {} if rank is None else {"world_size": 2}
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60), **where, **world)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120), **where, **world)
     warnings.simplefilter("error")
     for name, scenario in GROUPS[group].items():
         path = Path(folder, f"{name}-{dist.get_rank()}.pt")

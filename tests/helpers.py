@@ -199,3 +199,29 @@ def interrupt(model: nn.Module, after: int, error: type[BaseException] = Keyboar
 
     last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     return last.register_forward_pre_hook(hook).remove
+
+
+class Net(nn.Module):
+    """Two linear layers in float64 that answer as Hugging Face models do: ``loss`` first, then ``logits``."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first = nn.Linear(6, 5, dtype=torch.float64)
+        self.last = nn.Linear(5, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.last(torch.tanh(self.first(x)))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def points(n: int, size: int = 8, seed: int = 0) -> list[dict[str, Tensor]]:
+    """``n`` batches for `Net`."""
+    g = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "x": torch.randn(size, 6, dtype=torch.float64, generator=g),
+            "labels": torch.randint(3, (size,), generator=g),
+        }
+        for _ in range(n)
+    ]

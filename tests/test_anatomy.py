@@ -155,7 +155,7 @@ def test_every_linear_layer_norm_and_embedding_is_found(architecture):
         ("DebertaV2", "pooler.dense.weight", Part("linear", None, True)),
         ("Electra", "electra.embeddings_project.weight", Part("linear", None, False)),
         ("Funnel", "funnel.encoder.blocks.1.0.ffn.linear_1.weight", Part("linear", 2, False)),
-        ("GPT2", "transformer.h.1.attn.c_attn.weight", Part("linear", 1, False)),  # Conv1D
+        ("GPT2", "transformer.h.1.attn.c_attn.weight", Part("linear", 1, False, input_dim=0)),  # Conv1D
         ("GPT2", "transformer.h.1.attn.c_attn.bias", Part("bias", 1, False)),
         ("GPT2", "transformer.ln_f.weight", Part("norm", None, False)),
         ("GPT2", "score.weight", Part("linear", None, True)),
@@ -314,7 +314,7 @@ def test_lora_on_conv1d_and_on_the_embedding():
     peft = get_peft_model(tiny("GPT2"), config)
     parts = anatomy(peft)
     attention = "base_model.model.transformer.h.0.attn.c_attn."
-    assert parts[attention + "base_layer.weight"] == Part("linear", 0, False)
+    assert parts[attention + "base_layer.weight"] == Part("linear", 0, False, input_dim=0)
     assert parts[attention + "lora_A.default.weight"] == Part("linear", 0, False)
     assert parts["base_model.model.transformer.wte.base_layer.weight"] == Part("embedding", None, False)
     assert input_embedding(peft) is peft.base_model.model.transformer.wte  # with its adapter, not the layer inside
@@ -340,10 +340,8 @@ def test_own_module_around_a_transformers_model():
     assert input_embedding(model) is model.encoder.embeddings.word_embeddings
 
 
-class OwnPreTrainedModel(transformers.PreTrainedModel):
+class OwnPreTrainedModel(transformers.BertPreTrainedModel):
     """The same, as a transformers model whose base is not where `base_model_prefix` says."""
-
-    config_class = transformers.BertConfig
 
     def __init__(self) -> None:
         bert = tiny("Bert", "")
@@ -371,6 +369,7 @@ class Plain(nn.Module):
         self.out.weight = self.tokens.weight  # tied, and the linear name comes first
         self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
         self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16), 2)
+        self.attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
         self.down = nn.ModuleList(nn.LSTM(8, 8) for _ in range(2))
         self.up = nn.ModuleList(nn.LSTM(8, 8) for _ in range(2))  # side by side and as long, yet later
         self.batch_norm = nn.BatchNorm1d(8)
@@ -390,6 +389,7 @@ def test_plain_torch_module():
     assert parts["encoder.layers.1.self_attn.in_proj_bias"] == Part("bias", 1, False)
     assert parts["encoder.layers.1.self_attn.out_proj.weight"] == Part("linear", 1, False)
     assert parts["decoder.layers.0.multihead_attn.out_proj.weight"] == Part("linear", 2, False)
+    assert parts["attention.bias_k"] == Part("other", None, False)  # (1, 1, width)
     assert parts["up.1.weight_ih_l0"] == parts["up.1.bias_ih_l0"] == Part("other", 7, False)
     assert parts["batch_norm.bias"] == Part("norm", None, False)
     assert parts["convolution.weight"] == parts["scale"] == Part("other", None, False)

@@ -38,6 +38,12 @@ def test_every_text_format_gives_the_same_rows(tmp_path, suffix):
     assert read_table(file).to_dict("list") == {"text": ["one, two", "NA"], "label": ["a", "01"]}
 
 
+def test_trailing_commas_do_not_shift_columns(tmp_path):
+    """pandas takes the first column for an index where rows are longer than the header."""
+    (tmp_path / "t.csv").write_text("text,label\na,p,\nb,q,\n")
+    assert read_table(tmp_path / "t.csv").to_dict("list") == {"text": ["a", "b"], "label": ["p", "q"]}
+
+
 def test_parquet_keeps_types(tmp_path):
     table = pd.DataFrame({"text": ["x", "y"], "label": [True, False]}, index=[7, 9])
     table.to_parquet(tmp_path / "t.parquet")
@@ -177,7 +183,7 @@ def test_first_bad_rows_are_listed_and_the_rest_counted():
         ("t.csv", b"text,label\n\xff\xfe,1\n", ["must be UTF-8"]),
         ("ragged.csv", b"text,label\na,1\nb,2,3\n", ["not a readable .csv file"]),
         ("short.csv", b"text,label\na\nb\n", ["'label' is empty in 2 of 2 rows"]),
-        ("longer.csv", b"text,label\na,p,\nb,q,\n", ["not a readable .csv file", "header"]),
+        ("longer.csv", b"text,label\na,p,x\nb,q,y\n", ["not a readable .csv file", "header"]),
         ("t.jsonl", b'{"text": "a"}\n{"text": \n', ["line 2", "not JSON"]),
         ("list.jsonl", b"[1, 2]\n", ["JSON object"]),
     ],

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from fit_helpers import WORDS, save_tiny_bert, save_tiny_gpt2, toy, word_tokenizer
 from steadytune import fit as fit_module
-from steadytune.data import Target, UsageError
+from steadytune.data import Data, Target, UsageError
 from steadytune.fit import Output, Recipe, arguments, convert, fit, load, parse_method, set_dropout, tokenise
 from steadytune.methods import METHODS
 
@@ -412,6 +412,7 @@ def refused(bert, output, *parts, **options):
         fit(toy(20), **{"model": bert, "output": output, **QUICK, **options})
     for part in parts:
         assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_output_that_is_not_ours_is_refused(tmp_path, bert):
@@ -469,6 +470,7 @@ def test_resume_names_every_difference(tmp_path, bert, stop_at):
     ("options", "parts"),
     [
         ({"model": "no-such-org/no-such-model"}, ["no-such-org/no-such-model", "cannot be loaded"]),
+        ({"model": "./nowhere"}, ["'./nowhere': no such directory"]),
         ({"methods": ["dps_dens"]}, ["unknown method 'dps_dens'", "mean 'dps_dense'"]),
         ({"methods": ["dps_dense:keep=3"]}, ["dps_dense", "keep"]),
         ({"methods": ["rdrop"], "dropout": 0.0}, ["dropout"]),
@@ -506,6 +508,20 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         output.write("a.json", torn)
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_three_classes_are_scored_on_two_by_the_arg_max_of_three():
+    """Summing the two others would say 'not_entailment' in the first row."""
+    rows = pd.DataFrame({"text": ["a", "b"], "label": ["entailment", "not_entailment"]}, index=[4, 9])
+    target = Target(("entailment", "neutral", "contradiction"))
+    merge = {"neutral": "not_entailment", "contradiction": "not_entailment"}
+    data = Data(rows, {"t": rows}, target, {}, {"t": merge})
+    logits = np.log([[0.4, 0.3, 0.3], [0.1, 0.2, 0.7]])
+    table, scores = fit_module.judge("t", rows, logits, data)
+    assert table["prediction"].tolist() == ["entailment", "not_entailment"]
+    assert table["row"].tolist() == [4, 9]
+    assert table["probability_contradiction"].tolist() == pytest.approx([0.3, 0.7])
+    assert scores["accuracy"] == 1.0
 
 
 def test_diverged_outputs_are_an_error():

@@ -25,9 +25,7 @@ from steadytune.functional import (
     symmetric_kl,
 )
 
-settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True, database=None)
-settings.load_profile("quick")
-
+quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 integers = st.lists(st.integers(-1000, 1000), min_size=1, max_size=40)
 distinct = st.lists(st.integers(-1000, 1000), min_size=1, max_size=40, unique=True)
 percent = st.integers(0, 100)
@@ -41,6 +39,7 @@ def doubles(values, *shape):
 # ---------------------------------------------------------------- how many, and which
 
 
+@quick
 @given(st.integers(0, 5000), percent)
 def test_kept_is_the_ceiling_in_exact_arithmetic(n, share):
     assert kept(n, share / 100) == math.ceil(Fraction(n * share, 100))
@@ -53,6 +52,7 @@ def test_kept_counts_what_floating_point_loses():
     assert (kept(10, 0.0), kept(10, 1.0), kept(10, 0.01), kept(0, 0.7)) == (0, 10, 1, 0)
 
 
+@quick
 @given(distinct, percent)
 def test_keep_top_keeps_the_largest_and_exactly_so_many(values, share):
     mask = keep_top(doubles(values), share / 100)
@@ -60,6 +60,7 @@ def test_keep_top_keeps_the_largest_and_exactly_so_many(values, share):
     assert {v for v, m in zip(values, mask.tolist(), strict=True) if m} == set(sorted(values, reverse=True)[:count])
 
 
+@quick
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), percent)
 def test_keep_top_keeps_all_that_tie_with_the_threshold(values, share):
     mask = keep_top(doubles(values), share / 100).tolist()
@@ -74,12 +75,14 @@ def test_keep_top_keeps_more_than_asked_on_a_tie():
     assert keep_top(doubles([2, 1]), 0.0).tolist() == [False, False]
 
 
+@quick
 @given(distinct, percent, st.floats(1e-3, 1e3))
 def test_keep_top_does_not_depend_on_a_positive_scale(values, share, scale):
     scores = doubles(values)
     assert torch.equal(keep_top(scores, share / 100), keep_top(scores * scale, share / 100))
 
 
+@quick
 @given(integers, st.data())
 def test_kth_largest_is_the_sorted_entry_in_any_shape(values, data):
     k = data.draw(st.integers(1, len(values)))
@@ -92,6 +95,7 @@ def test_kth_largest_is_the_sorted_entry_in_any_shape(values, data):
 # ---------------------------------------------------------------- mixtures
 
 
+@quick
 @given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=10))
 def test_mix_with_everything_kept_is_the_identity_bit_for_bit(pairs):
     anchor, value = doubles(pairs, -1, 2).T
@@ -100,6 +104,7 @@ def test_mix_with_everything_kept_is_the_identity_bit_for_bit(pairs):
     assert torch.equal(mix(anchor, value, torch.ones(len(pairs)), 0.0), anchor)
 
 
+@quick
 @given(st.lists(st.tuples(numbers, numbers), min_size=3, max_size=3), st.floats(0.05, 1))
 def test_mix_has_the_value_as_its_expectation(pairs, keep):
     anchor, value = doubles(pairs, -1, 2).T
@@ -144,6 +149,7 @@ def test_exchange_swaps_contents_and_keeps_both_memories(shape):
 # ---------------------------------------------------------------- divergence
 
 
+@quick
 @given(st.lists(st.tuples(numbers, numbers), min_size=2, max_size=6), numbers)
 def test_symmetric_kl_is_symmetric_not_negative_and_blind_to_shifts(pairs, shift):
     a, b = doubles(pairs, -1, 2).T

@@ -135,6 +135,7 @@ def arguments(folder, **options):
         "max_steps": 8,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
+        "data_seed": 7,
         "save_strategy": "no",
         "logging_strategy": "no",
         **options,
@@ -201,12 +202,11 @@ FULL = [DPSMix(update_ratio=0.25), Mixout(0.8), L2SP(0.05), EMA(0.8)]
 
 def test_model_init_binds_the_model_that_trains(tmp_path):
     # naive: a Run made in __init__ is bound to a model that train() throws away
-    trainer = make(tmp_path, [DPSDense(update_ratio=0.25), EMA(0.5)], trainer={"model_init": bert})
+    trainer = make(tmp_path, [DPSDense(update_ratio=0.25), EMA(0.5)], trainer={"model_init": lambda: bert()})
     first = trainer.model
     trainer.train()
     assert trainer.run.model is trainer.model is not first
     assert trainer.run.index == 8
-    assert trainer.run[DPSDense].masks or trainer.run[DPSDense].squares
     given = make(tmp_path, [DPSDense(update_ratio=0.25), EMA(0.5)], bert())
     given.train()
     assert same(trainer.model, given.model)
@@ -284,5 +284,1125 @@ def test_hyperparameter_search_uses_the_clip_and_seed_of_each_trial(tmp_path, mo
 
 
 def test_method_seed_is_apart_from_the_seed_of_data(tmp_path):
-    runs = [make(tmp_path, [Mixout(0.5)], method_seed=s) if False else s for s in (None,)]  # placeholder
-    assert runs == [None]
+    def drawn(**seeds):
+        trainer = make(tmp_path, [Mixout(0.5), Watch()], bert(dropout=0.0), max_steps=1, data_seed=None, **seeds)
+        trainer.train()
+        return trainer.run.seed, trainer.run[Watch].before[0]
+
+    own = {"trainer": {"method_seed": 3}}
+    (a, one), (b, two), (c, other) = drawn(seed=3), drawn(**own, seed=3), drawn(**own, seed=4)
+    assert (a, b, c) == (3, 3, 3)
+    assert same(one, two)
+    assert not same(one, other)  # another order of data, hence other gradients
+    zeros = [{n for n, g in seen.items() if "attention" in n and (g == 0).any()} for seen in (one, other)]
+    assert zeros[0] == zeros[1] != set()
+    name = min(zeros[0])
+    assert torch.equal(one[name] == 0, other[name] == 0)  # but the same columns of Mixout
+
+
+# ---------------------------------------------------------------------- the same numbers as a plain loop
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_trainer_equals_a_plain_loop_bitwise(tmp_path, accumulation):
+    # naive: clipping by the Trainer happens before the chain rule, averages after the checkpoint, draws per forward
+    methods = [DPSMix(update_ratio=0.25), Mixout(0.8), RDrop(0.5), L2SP(0.05), EMA(0.8), ClipNorm(0.3)]
+    fed = []
+
+    def collate(rows):
+        fed.append(transformers.default_data_collator(rows))
+        return dict(fed[-1])
+
+    options = {"gradient_accumulation_steps": accumulation, "weight_decay": 0.1, "warmup_steps": 2}
+    trainer = make(tmp_path, methods, bert(dtype=torch.float32), trainer={"data_collator": collate}, **options)
+    trainer.train()
+
+    model = bert(dtype=torch.float32)
+    decayed = set(trainer.get_decay_parameter_names(model))
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if (n in decayed) == has], "weight_decay": 0.1 * has}
+        for has in (True, False)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)
+    run = Run(model, methods, total_steps=8, seed=42).attach(optimizer)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, 2, 8)
+    model.train()
+    for step in range(8):
+        torch.manual_seed(1000 + step)
+        for batch in fed[step * accumulation : (step + 1) * accumulation]:
+            (run.loss(batch) / accumulation).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    run.finish()
+    assert same(trainer.model, model)
+    assert all(torch.equal(trainer.run.raw(n), run.raw(n)) for n, _ in model.named_parameters())
+    assert not torch.equal(run.raw("classifier.weight"), model.classifier.weight)  # so R and E are different things
+
+
+def test_no_methods_is_the_stock_trainer_bitwise(tmp_path):
+    stock = make(tmp_path, cls=transformers.Trainer)
+    ours = make(tmp_path)
+    for trainer in (stock, ours):
+        trainer.train()
+    assert same(stock.model, ours.model)
+
+
+# ---------------------------------------------------------------------- clipping
+
+
+def clip_run(tmp_path, methods, *, seen=None, trainer=None, **options):
+    seen = [] if seen is None else seen
+    look = Each("on_step_end", lambda model, step: seen.append(held[0].args.max_grad_norm))
+    options = {"max_grad_norm": 0.05, "logging_strategy": "steps", "logging_steps": 1, **options}
+    held = [make(tmp_path, methods, callbacks=[look], trainer=trainer, **options)]
+    held[0].train()
+    return held[0]
+
+
+def logged_norms(trainer):
+    return [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
+
+
+def test_masks_act_before_the_clip(tmp_path):
+    # naive: the stock Trainer clips before the optimizer's hooks, so that masked gradients are shorter than allowed
+    seen = []
+    trainer = clip_run(tmp_path, [DPSDense(keep=0.3, update_ratio=0.25), Watch()], seen=seen)
+    assert seen == [0.0] * 8
+    assert trainer.args.max_grad_norm == 0.05
+    assert "ClipNorm(max_norm=0.05)" in trainer.run.describe().splitlines()[-1]
+    watch = trainer.run[Watch]
+    assert [norm(g) for g in watch.after] == pytest.approx([0.05] * 8, rel=1e-4)
+    selecting = [2, 3, 6, 7]
+    assert all((watch.after[i]["classifier.weight"] == 0).any() for i in selecting)
+    assert logged_norms(trainer) == pytest.approx([norm(g) for g in watch.before], rel=1e-9)
+
+
+def test_clip_trainer_keeps_the_stock_order(tmp_path):
+    seen = []
+    methods = [DPSDense(keep=0.3, update_ratio=0.25), Watch()]
+    trainer = clip_run(tmp_path, methods, seen=seen, trainer={"clip": "trainer"})
+    assert seen == [0.05] * 8
+    lengths = [norm(g) for g in trainer.run[Watch].after]
+    assert [lengths[i] for i in (0, 1, 4, 5)] == pytest.approx([0.05] * 4, rel=1e-4)
+    assert all(lengths[i] < 0.045 for i in (2, 3, 6, 7))  # clipped, then masked
+
+
+def test_a_clip_in_the_list_wins(tmp_path):
+    seen = []
+    trainer = clip_run(tmp_path, [DPSDense(update_ratio=0.25), ClipNorm(0.02), Watch()], seen=seen)
+    assert seen == [0.0] * 8
+    assert [m.max_norm for m in trainer.run.methods if isinstance(m, ClipNorm)] == [0.02]
+    assert [norm(g) for g in trainer.run[Watch].after] == pytest.approx([0.02] * 8, rel=1e-4)
+    assert trainer.args.max_grad_norm == 0.05
+
+
+def test_the_norm_of_a_given_clip_is_logged(tmp_path):
+    # naive: the stock norm, that of the forward view before the chain rule and the masks
+    trainer = clip_run(tmp_path, [DPSMix(keep=0.3, update_ratio=0.25), Watch(), ClipNorm(0.02)])
+    assert logged_norms(trainer) == pytest.approx([norm(g) for g in trainer.run[Watch].before], rel=1e-9)
+
+
+def test_recipes_that_edit_no_gradient_leave_clipping_to_the_trainer(tmp_path):
+    seen = []
+    trainer = clip_run(tmp_path, [RDrop(), EMA(0.5)], seen=seen)
+    assert seen == [0.05] * 8
+    assert not any(isinstance(m, ClipNorm) for m in trainer.run.methods)
+
+
+def test_clip_is_given_back_after_an_exception(tmp_path):
+    # naive: max_grad_norm stays 0, and the next train() clips nothing
+    def fail(model, step):
+        if step == 3:
+            raise OSError("disk full")
+
+    trainer = make(tmp_path, [DPSDense(update_ratio=0.25)], callbacks=[Each("on_step_end", fail)], max_grad_norm=0.5)
+    with pytest.raises(OSError, match="disk full"):
+        trainer.train()
+    assert trainer.args.max_grad_norm == 0.5
+
+
+@pytest.mark.parametrize(("first", "second"), [(0.05, 0.02), (0.05, 0.0), (0.0, 0.02)])
+def test_each_training_has_its_own_clip(tmp_path, first, second):
+    # naive: the ClipNorm of the first training goes on
+    trainer = clip_run(tmp_path, [DPSDense(update_ratio=0.25), Watch()], max_grad_norm=first)
+    trainer.args.max_grad_norm = second
+    trainer.train()
+    assert trainer.args.max_grad_norm == second
+    watch = trainer.run[Watch]
+    for clip, steps in ((first, range(8)), (second, range(8, 16))):
+        before, after = ([norm(g[i]) for i in steps] for g in (watch.before, watch.after))
+        assert min(before) > 0.05
+        assert after == pytest.approx([clip or b for b in before], rel=1e-4)
+
+
+def test_arguments_saved_with_a_checkpoint_hold_the_clip(tmp_path):
+    # naive: training_args.bin is written while ClipNorm does the work and says 0
+    make(tmp_path, [DPSDense(update_ratio=0.25)], save_strategy="steps", save_steps=4, max_grad_norm=0.5).train()
+    saved = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
+    assert saved.max_grad_norm == 0.5
+
+
+# ---------------------------------------------------------------------- the loss as the trainer computes it
+
+CLASS_WEIGHTS = torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)
+
+
+def weighted(outputs, labels, num_items_in_batch=None):
+    """Class weights; ignores the count."""
+    return F.cross_entropy(outputs["logits"], labels, CLASS_WEIGHTS)
+
+
+def summed(outputs, labels, num_items_in_batch=None):
+    """Class weights; divides by the count of the whole step."""
+    if num_items_in_batch is None:
+        return F.cross_entropy(outputs["logits"], labels, CLASS_WEIGHTS)
+    return F.cross_entropy(outputs["logits"], labels, CLASS_WEIGHTS, reduction="sum") / num_items_in_batch
+
+
+RULES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "label smoothing": {"label_smoothing_factor": 0.3},
+    "class weights": {"trainer": {"compute_loss_func": weighted}},
+    "counted": {"trainer": {"compute_loss_func": summed}},
+    "language model": {"model": lambda: llama(dropout=0.3), "data": token_rows()},
+    "label smoothing of a language model": {
+        "model": lambda: llama(dropout=0.3),
+        "data": token_rows(),
+        "label_smoothing_factor": 0.3,
+    },
+}
+
+
+def ruled(tmp_path, rule, methods, **options):
+    rule = dict(RULES[rule])
+    return make(tmp_path, methods, rule.pop("model", bert)(), **{**rule, **options})
+
+
+@dataclass
+class TaskLoss(Method):
+    """Records the task loss of the step, and of outputs made anew under the same dropout."""
+
+    def setup(self, run):
+        self.seen = []
+
+    def penalty(self, step):
+        again = step.forward(dropout="same")
+        losses = (step.loss, step.task_loss(again), step.task_loss(step.outputs), step.task_loss(step.forward()))
+        assert all(loss.requires_grad for loss in losses)
+        self.seen.append([float(loss.detach()) for loss in losses])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_task_loss_is_the_loss_of_the_trainer(tmp_path, rule):
+    # naive: outputs.loss is None under label smoothing, unweighted with class weights, not divided by the step's count
+    trainer = ruled(tmp_path, rule, [TaskLoss(), Watch()], gradient_accumulation_steps=2, max_steps=2)
+    trainer.train()
+    for loss, again, given, fresh in trainer.run[TaskLoss].seen:
+        assert again == pytest.approx(loss, rel=1e-6)
+        assert given == pytest.approx(loss, rel=1e-6)
+        assert 0 < abs(fresh - loss) < 0.8 * max(fresh, loss)  # another dropout draw of the same thing
+    assert len(trainer.run[TaskLoss].seen) == 4
+    assert trainer.run[Watch].labelled == [[True, True]] * 2  # naive: stock training pops the labels
+
+
+@dataclass
+class BothCopies(Method):
+    copies: ClassVar[int] = 2
+
+    def setup(self, run):
+        self.seen = []
+
+    def penalty(self, step):
+        labels = step.inputs["labels"]
+        losses = [weighted(out, labels).item() for out in (step.outputs, step.second())]
+        rule = [step.task_loss(out).item() for out in (step.outputs, step.second())]
+        self.seen.append((step.loss.item(), losses, rule))
+
+
+def test_class_weights_reach_both_copies(tmp_path):
+    # naive: R-Drop's second cross entropy is computed by hand, without the weights
+    trainer = ruled(tmp_path, "class weights", [BothCopies()], max_steps=2)
+    trainer.train()
+    for loss, losses, rule in trainer.run[BothCopies].seen:
+        assert rule == pytest.approx(losses, rel=1e-12)
+        assert losses[0] != losses[1]
+        assert loss == pytest.approx(sum(losses) / 2, rel=1e-12)
+
+
+def test_the_mean_over_copies_is_not_the_loss_of_one(tmp_path):
+    # naive: outputs of one copy that still hold the loss of both
+    trainer = ruled(tmp_path, "plain", [BothCopies()], max_steps=1)
+    with pytest.raises(ValueError, match="did not return a loss"):
+        trainer.train()
+
+
+@dataclass
+class Push(Method):
+    """A penalty whose gradient is ``force`` in every weight."""
+
+    force: float = 0.25
+
+    def penalty(self, step):
+        return self.force * sum(p.sum() for p in step.model.parameters())
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_penalties_are_averaged_over_micro_batches(tmp_path, rule, accumulation):
+    # naive: a loss that is divided over the whole step already takes the penalty once per micro-batch
+    def gradient(methods):
+        trainer = ruled(
+            tmp_path, rule, [*methods, Watch()], max_steps=1, gradient_accumulation_steps=accumulation, max_grad_norm=0
+        )
+        trainer.train()
+        return trainer.run[Watch].before[0]
+
+    with_penalty, without = gradient([Push()]), gradient([])
+    for name, g in with_penalty.items():
+        assert torch.allclose(g - without[name], torch.full_like(g, 0.25), atol=1e-5), name
+
+
+# ---------------------------------------------------------------------- accumulation
+
+# model, rows; a token loss that is a plain mean can only agree where every micro-batch has as many tokens
+TASKS = {
+    "bert": (lambda: bert(0.0), DATA),
+    "token classification": (lambda: bert(0.0, head="TokenClassification"), class_rows()),
+    "masked lm": (lambda: bert(0.0, head="MaskedLM"), class_rows()),
+    "llama": (llama, token_rows()),
+    "tied llama": (lambda: llama(tied=True), token_rows()),
+    "llama classification": (lambda: llama(head="ForSequenceClassification"), DATA),
+    "t5": (t5, token_rows(equal=True)),
+}
+
+
+def first_norms(tmp_path, task, batch, accumulation, methods=(), cls=Trainer, **options):
+    """Logged gradient norms of four steps of 16 rows."""
+    model, rows = TASKS[task]
+    trainer = make(
+        tmp_path,
+        methods,
+        model(),
+        cls=cls,
+        data=rows,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=4,
+        logging_strategy="steps",
+        logging_steps=1,
+        max_grad_norm=1e6,
+        optim="sgd",
+        **options,
+    )
+    trainer.train()
+    return logged_norms(trainer), trainer
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_accumulation_changes_nothing(tmp_path, task):
+    # naive: stock multiplies by the steps where the model takes the count and ignores it (next test);
+    # loss_is_scaled_for_ga=False for all divides the others twice
+    rel = 1e-5 if "llama" in task else 1e-10  # transformers computes token losses in float32
+    whole, _ = first_norms(tmp_path, task, 16, 1)
+    parts, _ = first_norms(tmp_path, task, 4, 4)
+    assert parts == pytest.approx(whole, rel=rel)
+    recipe = [Mixout(0.7), DPSDense(keep=0.5, update_ratio=0.5)]
+    whole, one = first_norms(tmp_path, task, 16, 1, recipe)
+    parts, four = first_norms(tmp_path, task, 4, 4, recipe)
+    assert parts == pytest.approx(whole, rel=rel)
+    for (name, a), b in zip(weights(one.model).items(), weights(four.model).values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5 if "llama" in task else 1e-10), name
+
+
+def test_stock_accumulation_is_what_the_probe_mends(tmp_path):
+    whole, _ = first_norms(tmp_path, "bert", 16, 1, cls=transformers.Trainer)
+    parts, _ = first_norms(tmp_path, "bert", 4, 4, cls=transformers.Trainer)
+    ours, _ = first_norms(tmp_path, "bert", 4, 4)
+    assert parts[0] / whole[0] == pytest.approx(4, rel=1e-6)
+    assert ours[0] / whole[0] == pytest.approx(1, rel=1e-10)
+
+
+def test_copies_change_no_count(tmp_path):
+    # naive: the sum over two copies is divided by the count of one
+    @dataclass
+    class Twice(Method):
+        copies: ClassVar[int] = 2
+
+        def penalty(self, step):
+            return None
+
+    for task in ("bert", "llama"):
+        once, _ = first_norms(tmp_path, task, 4, 4)
+        twice, _ = first_norms(tmp_path, task, 4, 4, [Twice()])
+        assert twice == pytest.approx(once, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "counts"),
+    [
+        ("plain", False),
+        ("label smoothing", True),
+        ("class weights", False),
+        ("counted", True),
+        ("language model", True),
+    ],
+)
+def test_the_probe_tells_who_uses_the_count(tmp_path, rule, counts):
+    trainer = ruled(tmp_path, rule, [RDrop()], max_steps=1)
+    batches, items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 2, trainer.args.device)
+    assert len(batches) == 2
+    assert (items is not None) == counts
+    if counts:
+        shift = trainer.model.__class__.__name__.endswith("CausalLM")
+        assert items == sum(int((b["labels"][..., 1:] if shift else b["labels"]).ne(-100).sum()) for b in batches)
+
+
+def test_the_probe_leaves_no_trace(tmp_path):
+    # naive: a forward in training mode moves the random state; train() at the end wakes modules that were asleep
+    def noisy(outputs, labels, num_items_in_batch=None):
+        return F.cross_entropy(outputs["logits"] + torch.randn_like(outputs["logits"]), labels)
+
+    trainer = make(tmp_path, [RDrop()], trainer={"compute_loss_func": noisy})
+    trainer.model.train()
+    trainer.model.bert.embeddings.eval()
+    modes = [m.training for m in trainer.model.modules()]
+    batches = iter(list(trainer.get_train_dataloader()))
+    state = torch.get_rng_state()
+    before = weights(trainer.model)
+    trainer.get_batch_samples(batches, 2, trainer.args.device)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in trainer.model.modules()] == modes
+    assert same(trainer.model, before)
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+# ---------------------------------------------------------------------- several trainings
+
+
+def test_two_trainers_in_one_process(tmp_path):
+    # naive: state on the class, the optimizer class or the method objects mixes the two
+    def one(name, **options):
+        return make(tmp_path / name, FULL, bert(seed=len(name)), seed=len(name), **options)
+
+    alone = {}
+    for name in ("a", "bb"):
+        trainer = one(name)
+        trainer.train()
+        alone[name] = weights(trainer.model)
+
+    inner = one("bb")
+
+    def nested(model, step):
+        if step == 3:
+            with torch.random.fork_rng(devices=[]):
+                inner.train()
+
+    outer = one("a", callbacks=[Each("on_step_end", nested)])
+    outer.train()
+    assert same(outer.model, alone["a"])
+    assert same(inner.model, alone["bb"])
+
+
+def test_shared_method_objects_stay_hyperparameters(tmp_path):
+    # naive: masks and averages of the first training leak into the second
+    results = []
+    for _ in range(2):
+        trainer = make(tmp_path, FULL)
+        trainer.train()
+        results.append(weights(trainer.model))
+    assert same(*results)
+    assert all(m == type(m)(**vars(m)) for m in FULL)  # fields and nothing else
+    assert trainer.run[DPSMix] is not FULL[0]
+
+
+def test_a_second_train_goes_on_with_the_weights_and_anew_with_the_state(tmp_path):
+    # naive: attaching twice raises, or the index goes on from the old end
+    methods = [DPSDense(update_ratio=0.25), EMA(0.8)]
+    trainer = make(tmp_path, methods, optim="sgd")
+    trainer.train()
+    middle = bert()
+    middle.load_state_dict(trainer.model.state_dict())
+    trainer.train()
+    assert trainer.run.index == 8
+    anew = make(tmp_path, methods, middle, optim="sgd")
+    anew.train()
+    assert same(trainer.model, anew.model)
+    trainer.args.max_steps = 12
+    trainer.train()
+    assert (trainer.run.index, trainer.run.total_steps) == (12, 12)
+
+
+@dataclass
+class OutOfMemory(Method):
+    """Fails once, in the second micro-batch of a step."""
+
+    at: int = 0
+    fuse: ClassVar[list[bool]] = []
+
+    def penalty(self, step):
+        if self.fuse and step.index == self.at and len(step._run.batch) == 2:
+            self.fuse.clear()
+            raise RuntimeError("CUDA out of memory.")
+
+
+def test_batch_size_finder_starts_anew(tmp_path):
+    # naive: "already attached"; else the forward view of the lost step is taken for the raw weights
+    def one(**options):
+        recipe = [OutOfMemory(), *FULL]
+        return make(tmp_path, recipe, gradient_accumulation_steps=2, seed=1, **options)
+
+    OutOfMemory.fuse.append(True)
+    found = one(per_device_train_batch_size=8, auto_find_batch_size=True)
+    found.train()
+    assert not OutOfMemory.fuse
+    assert found._train_batch_size == 7
+    plain = one(per_device_train_batch_size=7)
+    plain.train()
+    assert found.run.index == 8
+    assert same(found.model, plain.model)
+    assert all(torch.equal(found.run.raw(n), plain.run.raw(n)) for n, _ in plain.model.named_parameters())
+    assert found.args.max_grad_norm == 1.0
+
+
+def test_batch_size_finder_in_the_middle_of_training(tmp_path):
+    # naive: training starts anew from the forward view of the lost step; it must be from the weights evaluated before
+    OutOfMemory.fuse.append(True)
+    begins, ends = [], []
+    trainer = make(
+        tmp_path,
+        [OutOfMemory(at=5), DPSMix(update_ratio=0.25), EMA(0.8)],
+        gradient_accumulation_steps=2,
+        auto_find_batch_size=True,
+        callbacks=[
+            Each("on_train_begin", lambda model, step: begins.append((trainer.run.index, weights(model)))),
+            Each("on_step_end", lambda model, step: ends.append((step, weights(model)))),
+        ],
+    )
+    trainer.train()
+    assert [index for index, _ in begins] == [0, 0]
+    assert [step for step, _ in ends] == [1, 2, 3, 4, 5, *range(1, 9)]
+    assert same(begins[1][1], ends[4][1])
+    assert trainer.run.index == 8
+
+
+# ---------------------------------------------------------------------- checkpoints and evaluation
+
+
+def saving(**options):
+    return {"save_strategy": "steps", "save_steps": 3, **options}
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """Checkpoints at 3 and 6 of 8 steps (stages of two), evaluated logits at each step, and the final weights."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    seen = {}
+    look = Each("on_step_end", lambda model, step: seen.update({step: logits(model)}))
+    trainer = make(folder, FULL, callbacks=[look], gradient_accumulation_steps=2, **saving())
+    trainer.train()
+    raw = {n: trainer.run.raw(n).clone() for n, _ in trainer.model.named_parameters()}
+    return SimpleNamespace(folder=folder, logits=seen, final=weights(trainer.model), raw=raw)
+
+
+@pytest.fixture
+def checkpoints(interrupted, tmp_path):
+    """A copy of the checkpoints that a test may spoil."""
+    shutil.copytree(interrupted.folder, tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+def resumed(folder, methods=FULL, model=None, *, step=3, **options):
+    options = {"gradient_accumulation_steps": 2, **saving(), **options}
+    trainer = make(folder, methods, model, **options)
+    trainer.train(resume_from_checkpoint=str(Path(folder, f"checkpoint-{step}")))
+    return trainer
+
+
+@pytest.mark.parametrize("step", [3, 6])  # in the middle of a stage, and at a boundary
+def test_resume_is_bitwise(checkpoints, interrupted, step):
+    # naive: averages, masks and anchors start anew; E is trained with the moments of R
+    trainer = resumed(checkpoints, step=step)
+    assert same(trainer.model, interrupted.final)
+    assert all(torch.equal(trainer.run.raw(n), r) for n, r in interrupted.raw.items())
+    assert (trainer.run.index, trainer.state.global_step) == (8, 8)
+
+
+def test_resume_with_model_init_is_bitwise(checkpoints, interrupted):
+    # naive: references are taken after the checkpoint was loaded
+    trainer = resumed(checkpoints, trainer={"model_init": lambda: bert()}, seed=42)
+    assert same(trainer.model, interrupted.final)
+
+
+def test_checkpoints_are_plain_models_and_one_side_file(interrupted):
+    # naive: the raw weights are saved (other logits than those that were evaluated); state in two places
+    for step in (3, 6, 8):
+        folder = interrupted.folder / f"checkpoint-{step}"
+        assert [f.name for f in folder.iterdir() if "steadytune" in f.name] == [SIDE_FILE]
+        assert not (folder / SIDE_FILE).stat().st_mode & 0o111
+        plain = transformers.BertForSequenceClassification.from_pretrained(folder, dtype=torch.float64)
+        assert torch.equal(logits(plain), interrupted.logits[step])
+        optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
+        assert optimizer.keys() == {"state", "param_groups"}
+        assert all(s.keys() == {"step", "exp_avg", "exp_avg_sq"} for s in optimizer["state"].values())
+
+
+@pytest.mark.parametrize("name", ["model", "checkpoint-mine"])
+def test_a_model_saved_by_the_user_is_plain(tmp_path, name):
+    trainer = make(tmp_path, [EMA(0.5)], max_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / name))
+    assert not [f for f in os.listdir(tmp_path / name) if "steadytune" in f]
+
+
+def test_side_file_is_needed(checkpoints):
+    # naive: resumes in silence, with the averages as raw weights
+    (checkpoints / "checkpoint-3" / SIDE_FILE).unlink()
+    with pytest.raises(ValueError, match=f"holds no {SIDE_FILE}"):
+        resumed(checkpoints)
+
+
+def test_files_of_two_checkpoints_do_not_mix(checkpoints):
+    shutil.copy(checkpoints / "checkpoint-6" / SIDE_FILE, checkpoints / "checkpoint-3" / SIDE_FILE)
+    with pytest.raises(ValueError, match="belongs to step 6.*two checkpoints were mixed"):
+        resumed(checkpoints)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch", "text", "empty", "other safetensors"])
+def test_a_hostile_side_file_is_refused(checkpoints, tmp_path, kind):
+    # naive: torch.load or pickle.load runs what the file says
+    path, mark = checkpoints / "checkpoint-3" / SIDE_FILE, tmp_path / "was-here"
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(mark),)
+
+    if kind == "torch":
+        torch.save(Hostile(), path)
+    elif kind == "other safetensors":
+        shutil.copy(checkpoints / "checkpoint-3" / "model.safetensors", path)
+    else:
+        path.write_bytes({"pickle": pickle.dumps(Hostile()), "text": b"{}", "empty": b""}[kind])
+    with pytest.raises(ValueError, match="not a readable steadytune state"):
+        resumed(checkpoints)
+    assert not mark.exists()
+
+
+def test_a_checkpoint_is_no_base_model(checkpoints):
+    # naive: anchors and masks refer to half-trained weights, another trajectory without a word
+    folder = checkpoints / "checkpoint-3"
+    model = transformers.BertForSequenceClassification.from_pretrained(folder, dtype=torch.float64)
+    with pytest.raises(ValueError, match="Give the base model, not a checkpoint"):
+        resumed(checkpoints, model=model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_steps": 10}, "total_steps was 8 .* is 10 now"),
+        ({"methods": FULL[:3]}, r"saved by the recipe \['DPSMix', 'Mixout', 'L2SP', 'EMA', 'ClipNorm'\]"),
+        ({"methods": [DPSMix(update_ratio=0.25), Mixout(0.7), *FULL[2:]]}, "Mixout.keep was 0.8 .* is 0.7 here"),
+        ({"max_grad_norm": 0.5}, "ClipNorm.max_norm was 1.0 .* is 0.5 here"),
+        ({"trainer": {"method_seed": 9}}, "seed was 42 .* is 9 here"),
+    ],
+)
+def test_a_resume_with_other_settings_is_refused(checkpoints, change, message):
+    # naive: schedules change retroactively (pitfall: accelerate loads once before total_steps is known)
+    with pytest.raises(ValueError, match=message):
+        resumed(checkpoints, **change)
+
+
+def test_a_refused_resume_leaves_a_trainer_that_trains(checkpoints, interrupted):
+    trainer = make(checkpoints, FULL, gradient_accumulation_steps=2, max_steps=10)
+    with pytest.raises(ValueError, match="total_steps"):
+        trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))
+    assert trainer.args.max_grad_norm == 1.0
+    trainer.args.max_steps = 8
+    trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))
+    assert same(trainer.model, interrupted.final)
+
+
+def test_save_only_model_goes_on_with_the_methods_state(tmp_path):
+    # defined so: moments and schedule of the optimizer start anew, as in the stock Trainer; the recipe goes on
+    options = {"gradient_accumulation_steps": 2, **saving(save_only_model=True)}
+    states = {}
+    look = Each("on_step_end", lambda model, step: states.update({step: snapshot(trainer.run)}))
+    trainer = make(tmp_path, FULL, callbacks=[look], **options)
+    trainer.train()
+    folder = tmp_path / "checkpoint-3"
+    assert not (folder / "optimizer.pt").exists()
+    assert (folder / SIDE_FILE).exists()
+    begins = []
+    look = Each("on_train_begin", lambda model, step: begins.append(snapshot(again.run)))
+    again = make(tmp_path, FULL, callbacks=[look], **options)
+    again.train(resume_from_checkpoint=str(folder))
+    assert same(begins[0], states[3])
+    assert (again.run.index, again.state.global_step) == (8, 8)
+
+
+def snapshot(run):
+    """Live and raw weights, masks and sums."""
+    parts = {f"live.{n}": p.detach().clone() for n, p in run.model.named_parameters()}
+    parts |= {f"raw.{n}": run.raw(n).clone() for n, _ in run.model.named_parameters()}
+    for what in ("masks", "squares", "frequency", "anchors"):
+        parts |= {f"{what}.{n}": t.clone() for n, t in getattr(run[DPSMix], what).items()}
+    return {**parts, "index": torch.tensor(run.index)}
+
+
+def test_evaluation_during_training_sees_the_average(tmp_path):
+    # naive: evaluation of the raw weights, or of the mixture of the last forward
+    steps, seen = [], []
+    options = {"eval_strategy": "steps", "eval_steps": 2}
+    plain = make(
+        tmp_path,
+        [DPSMix(update_ratio=0.25)],
+        callbacks=[Each("on_step_end", lambda model, step: steps.append(weights(model)))],
+    )
+    plain.train()  # the same raw weights: an average never touches them
+
+    def metrics(prediction):
+        seen.append(torch.as_tensor(prediction.predictions))
+        return {}
+
+    trainer = {"compute_metrics": metrics}
+    averaged = make(tmp_path, [EMA(0.8), DPSMix(update_ratio=0.25)], trainer=trainer, **options)
+    averaged.train()
+    independent, expected = None, []
+    model = bert()
+    for step, raw in enumerate(steps, 1):
+        old = raw if independent is None else independent
+        independent = {n: 0.8 * old[n] + 0.2 * raw[n] for n in raw}
+        if step % 2 == 0:
+            model.load_state_dict(independent)
+            expected.append(logits(model, transformers.default_data_collator(DATA[:12])))
+    assert len(seen) == len(expected) == 4
+    for got, want in zip(seen, expected, strict=True):
+        assert torch.allclose(got.double(), want, atol=1e-6)
+    assert not torch.allclose(
+        expected[-1], logits(plain.model, transformers.default_data_collator(DATA[:12])), atol=1e-2
+    )
+    assert all(torch.equal(averaged.run.raw(n), steps[-1][n]) for n in steps[-1])
+
+
+def test_the_best_model_is_the_one_that_was_evaluated(tmp_path):
+    # naive: finish() of an average overwrites the checkpoint that was just loaded
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = make(tmp_path, FULL, **options)
+    trainer.train()
+    assert trainer.state.best_global_step < 8  # the worst loss, so that the best is not the last
+    best = load_file(Path(trainer.state.best_model_checkpoint, "model.safetensors"))
+    assert same(dict(trainer.model.state_dict()), best)
+    assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
+    trainer.train()  # a further training starts from there
+    assert trainer.run.index == 8
+
+
+def test_evaluation_before_and_at_the_start_of_training(tmp_path):
+    # naive: no Run, or one that was never entered, when the first evaluation comes
+    trainer = make(tmp_path, FULL, eval_on_start=True, eval_strategy="steps", eval_steps=8)
+    first = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert losses[0] == first
+    assert losses[1] == trainer.evaluate()["eval_loss"] != first
+
+
+# ---------------------------------------------------------------------- interruption
+
+
+class Interrupt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("again", ["same trainer", "new trainer"])
+def test_ctrl_c_between_micro_batches(tmp_path, interrupted, again):
+    # naive: the forward view stays live, is saved as the model, and max_grad_norm stays 0
+    ends = {}
+    stop = Interrupt(5)
+    look = Each("on_step_end", lambda model, step: ends.update({step: weights(model)}))
+    trainer = make(tmp_path, FULL, callbacks=[look, stop], gradient_accumulation_steps=2, **saving())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert same(trainer.model, ends[5])
+    assert torch.equal(logits(trainer.model), interrupted.logits[5])
+    assert trainer.args.max_grad_norm == 1.0
+    stop.step = None
+    if again == "new trainer":
+        trainer = make(tmp_path, FULL, gradient_accumulation_steps=2, **saving())
+    trainer.train(resume_from_checkpoint=True)
+    assert same(trainer.model, interrupted.final)
+
+
+def test_ctrl_c_in_a_forward(tmp_path):
+    @dataclass
+    class Stop(Method):
+        def penalty(self, step):
+            if step.index == 3:
+                raise KeyboardInterrupt
+
+    ends = {}
+    look = Each("on_step_end", lambda model, step: ends.update({step: weights(model)}))
+    trainer = make(tmp_path, [*FULL, Stop()], callbacks=[look])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert same(trainer.model, ends[3])
+
+
+class Skip(TrainerCallback):
+    """The optimizer's step number ``at`` does not happen, as when GradScaler finds an overflow."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if state.global_step == self.at:
+            optimizer.step = lambda: None
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        vars(optimizer).pop("step", None)
+
+
+def test_callbacks_see_the_evaluated_weights_after_a_skipped_step(tmp_path):
+    # naive: a step that fires no hook leaves the forward view live until the next one
+    seen = []
+    trainer = make(
+        tmp_path,
+        FULL,
+        callbacks=[Skip(4), Each("on_optimizer_step", lambda model, step: seen.append(weights(model)))],
+        **saving(),
+    )
+    trainer.train()
+    assert same(seen[4], seen[3])
+    assert not same(seen[5], seen[4])
+    assert (trainer.run.index, trainer.state.global_step) == (7, 8)
+    # naive: a guard index == global_step refuses to resume after any overflow
+    again = make(tmp_path, FULL, **saving())
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert again.run.index == 7
+    assert same(again.model, trainer.model)
+
+
+# ---------------------------------------------------------------------- architectures
+
+
+def named(name, **config):
+    """A tiny random model ``transformers.<name>`` in float32, with dropout."""
+    family = name.split("For")[0].removesuffix("LMHeadModel")
+    common = {"vocab_size": VOCAB, "num_labels": LABELS, "pad_token_id": 0, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    return getattr(transformers, name)(getattr(transformers, f"{family}Config")(**{**common, **config}))
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+DROPS = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "max_position_embeddings": 32}
+GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+BART = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 32, "init_std": 0.2}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+LLAMA = {**SMALL, "num_key_value_heads": 1, "max_position_embeddings": 32, "attention_dropout": 0.1}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
+CLASSIFIERS = {
+    "BertForSequenceClassification": {**SMALL, **DROPS},
+    "RobertaForSequenceClassification": {**SMALL, **DROPS},
+    "DebertaV2ForSequenceClassification": {
+        **SMALL,
+        **DROPS,
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+    },
+    "ElectraForSequenceClassification": {**SMALL, **DROPS, "embedding_size": 8},
+    "AlbertForSequenceClassification": {**SMALL, **DROPS, "embedding_size": 8},
+    "DistilBertForSequenceClassification": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+    "ModernBertForSequenceClassification": {**SMALL, "max_position_embeddings": 32, "classifier_dropout": 0.1},
+    "XLNetForSequenceClassification": {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32},
+    "BartForSequenceClassification": {**BART, **SPECIAL},
+    "T5ForSequenceClassification": {**T5, "eos_token_id": 2},
+    "GPT2ForSequenceClassification": GPT2,
+    "LlamaForSequenceClassification": LLAMA,
+    "Qwen2ForSequenceClassification": LLAMA,
+}
+LANGUAGE_MODELS = {
+    "GPT2LMHeadModel": GPT2,
+    "LlamaForCausalLM": LLAMA,
+    "LlamaForCausalLM, tied": {**LLAMA, "tie_word_embeddings": True},
+    "T5ForConditionalGeneration": T5,
+}
+
+
+def rows_for(name):
+    if name in LANGUAGE_MODELS:
+        return token_rows(32)
+    rows = sentences(32)
+    for row in rows:
+        row["input_ids"][-1] = 2  # encoder-decoders pool at the end-of-sequence token
+    return rows
+
+
+@pytest.mark.parametrize("recipe", ["dps_mix, ema", "mixout, rdrop"])
+@pytest.mark.parametrize("name", [*CLASSIFIERS, *LANGUAGE_MODELS])
+def test_every_architecture(tmp_path, name, recipe):
+    # naive: parametrised weights have other names in the checkpoint; ties are cut; raw weights are saved
+    methods = {"dps_mix, ema": [DPSMix(update_ratio=0.5), EMA(0.5)], "mixout, rdrop": [Mixout(0.7), RDrop(0.5)]}[recipe]
+    model = named(name.removesuffix(", tied"), **{**CLASSIFIERS, **LANGUAGE_MODELS}[name])
+    data = rows_for(name)
+    before = weights(model)
+    tied = [n for n, p in model.named_parameters(remove_duplicate=False) if n not in before]
+    trainer = make(tmp_path, methods, model, data=data, max_steps=4)
+    trainer.train()
+    assert trainer.run.index == 4
+    after = weights(trainer.model)
+    assert all(torch.isfinite(p).all() for p in after.values())
+    linear = [w.name for w in trainer.run.weights(scope="linear")]
+    moved = [n for n in linear if not torch.equal(after[n], before[n])]
+    assert len(moved) > 0.6 * len(linear)
+    trainer.save_model(str(tmp_path / "model"))
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert set(saved) <= set(before) | set(tied) | {n for n, _ in model.named_buffers()}
+    plain = type(model).from_pretrained(tmp_path / "model")
+    batch = transformers.default_data_collator(data[:6])
+    if "ConditionalGeneration" in name:
+        batch["decoder_input_ids"] = batch["input_ids"]
+    assert torch.equal(logits(plain, batch), logits(trainer.model, batch))
+    assert [n for n, _ in trainer.model.named_parameters()] == list(before)
+    if model.config.tie_word_embeddings and name in LANGUAGE_MODELS:
+        assert tied
+        assert trainer.model.get_output_embeddings().weight is trainer.model.get_input_embeddings().weight
+
+
+@dataclass
+class Shown(Method):
+    """Records what the forward sees of one weight, once it has moved away from its reference."""
+
+    name: str = ""
+
+    def setup(self, run):
+        self.seen = []
+
+    def penalty(self, step):
+        if step.index == 3:
+            self.seen.append(step.model.get_parameter(self.name).detach().clone())
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "axis"),
+    [
+        ("GPT2ForSequenceClassification", "transformer.h.0.attn.c_attn.weight", 0),  # Conv1D: (in, out)
+        ("BertForSequenceClassification", "bert.encoder.layer.0.intermediate.dense.weight", 1),
+    ],
+)
+def test_whole_input_features_are_mixed(tmp_path, name, weight, axis):
+    # naive: Conv1D's second axis taken for the input, so that outputs are dropped
+    model = named(name, **CLASSIFIERS[name])
+    reference = weights(model)[weight]
+    trainer = make(tmp_path, [Mixout(0.5), Shown(weight)], model, max_steps=4)
+    trainer.train()
+    away = trainer.run[Shown].seen[0] != reference
+    features = away if axis == 0 else away.T
+    drawn = features.float().mean(1)
+    assert all(
+        share == 0 or share > 0.9 for share in drawn.tolist()
+    )  # a feature is shown as it is, or as its reference
+    assert 0 < (drawn == 0).sum() < len(drawn)
+
+
+def test_autocast_trains_full_precision_weights(tmp_path):
+    # naive: casted copies of weights are cached in one autocast context, and the mixture is not seen
+    model = bert(dtype=torch.float32)
+    methods = [DPSMix(update_ratio=0.25), Watch()]
+    options = {"gradient_accumulation_steps": 2, "logging_strategy": "steps", "logging_steps": 1}
+    halved = make(tmp_path, methods, model, bf16=True, **options)
+    halved.train()
+    full = make(tmp_path, methods, bert(dtype=torch.float32), **options)
+    full.train()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {g.dtype for g in halved.run[Watch].before[0].values()} == {torch.float32}
+    losses = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (halved, full)]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=2e-2)
+    assert losses[0][0] != losses[1][0]  # autocast was on
+    zero = [{n for n, g in t.run[Watch].before[0].items() if (g == 0).any()} for t in (halved, full)]
+    assert zero[0] == zero[1]  # the same columns were drawn
+
+
+# ---------------------------------------------------------------------- frozen parameters and adapters
+
+
+def test_frozen_parameters_are_left_alone(tmp_path):
+    # naive: references, masks and averages of weights that no optimizer holds; KeyError at attach
+    model = bert()
+    model.bert.embeddings.requires_grad_(False)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    trainer = make(tmp_path, [DPSMix(update_ratio=0.25, scope="all"), L2SP(0.1), EMA(0.5)], model, weight_decay=0.1)
+    trainer.train()
+    assert frozen
+    assert all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())
+    assert not set(frozen) & {w.name for w in trainer.run.weights()}
+    assert not any(n in trainer.run[DPSMix].frequency or n in trainer.run[DPSMix].masks for n in frozen)
+
+
+def lora(**options):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"], lora_dropout=0.1, **options)
+    model = bert(dtype=torch.float32)
+    torch.manual_seed(1)
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["pooler", "classifier"]}])
+def test_dps_on_adapters(tmp_path, options):
+    # naive: the scope's weights are frozen, so that nothing is ever masked, without a word
+    peft = pytest.importorskip("peft")
+    model = lora(**options)
+    base = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and p.dim() == 2}
+    methods = [DPSDense(keep=0.5, update_ratio=0.25), RDrop(0.5), EMA(0.5), Watch()]
+    trainer = make(tmp_path, methods, model, **saving(gradient_accumulation_steps=2, save_steps=4))
+    trainer.train()
+    assert {n for n in trained if "lora_" in n}
+    assert any("pooler" in n for n in trained) == bool(options)
+    for step in (2, 3, 6, 7):
+        gradients = trainer.run[Watch].before[step]
+        masked = {n for n, g in gradients.items() if 0.4 < (g == 0).double().mean() < 0.6}
+        assert trained <= masked
+    assert all(torch.equal(model.get_parameter(n), p) for n, p in base.items())
+    again = peft.PeftModel.from_pretrained(bert(dtype=torch.float32), tmp_path / "checkpoint-8")
+    assert torch.equal(logits(again), logits(trainer.model))
+    half = make(tmp_path, methods, lora(**options), **saving(gradient_accumulation_steps=2, save_steps=4))
+    half.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert same(half.model, trainer.model)
+
+
+@pytest.mark.parametrize("method", [Mixout(), L2SP(), DPSMix(update_ratio=0.25)])
+def test_anchors_need_weights_that_have_a_past(tmp_path, method):
+    # naive: anchors the zero-initialised adapters to themselves, or silently nothing
+    with pytest.raises(ValueError, match=f"{type(method).__name__} finds no pre-trained trainable weight.*adapters"):
+        make(tmp_path, [method], lora())
+
+
+def test_anchors_act_on_pretrained_modules_that_peft_trains(tmp_path):
+    trainer = make(tmp_path, [Mixout(0.5), Watch()], lora(modules_to_save=["pooler", "classifier"]), max_steps=2)
+    trainer.train()
+    dropped = {n for n, g in trainer.run[Watch].before[0].items() if (g == 0).all(0).any() and "lora_" not in n}
+    assert [n for n in dropped if "pooler" in n]
+    assert not [n for n in dropped if "classifier" in n]
+
+
+# ---------------------------------------------------------------------- errors before training
+
+
+@pytest.mark.parametrize(
+    ("methods", "model", "error", "message"),
+    [
+        ([RDrop()], lambda: bert(0.0), ValueError, "no active dropout"),
+        ([DPSDense(scope="liner")], bert, ValueError, "did you mean 'linear'"),
+        ([DPSDense], bert, TypeError, "pass instances, as DPSDense"),
+        ([None], bert, TypeError, "must hold steadytune methods, got None"),
+        ([EMA(0.5), EMA(0.9)], bert, ValueError, "EMA and EMA are both an average of"),
+        ([L2SP(), Mixout(), L2SP()], bert, ValueError, "L2SP and L2SP are both an anchor of"),
+    ],
+)
+def test_recipes_that_cannot_work(tmp_path, methods, model, error, message):
+    seen = []
+    with pytest.raises(error, match=message):
+        make(tmp_path, methods, model(), callbacks=[Each("on_step_begin", lambda *_: seen.append(1))]).train()
+    assert not seen  # before the first step
+
+
+@pytest.mark.parametrize(
+    "make_method",
+    [
+        lambda: DPSDense(keep=0.0),
+        lambda: DPSDense(keep=1.3),
+        lambda: DPSMix(update_ratio=0.0),
+        lambda: DPSMix(frequency_penalty="maybe"),
+        lambda: DPSDense(threshold="row"),
+        lambda: Mixout(-0.1),
+        lambda: Mixout(float("nan")),
+        lambda: RDrop(-1.0),
+        lambda: L2SP(float("nan")),
+        lambda: ClipNorm(0.0),
+        lambda: EMA(1.0),
+    ],
+)
+def test_hyperparameters_out_of_range(make_method):
+    with pytest.raises(ValueError, match=r"must (lie in|be)"):
+        make_method()
+
+
+def test_two_averages_are_kept_apart_by_only(tmp_path):
+    halves = [only(EMA(d), lambda w, h=h: w.head == h) for d, h in ((0.5, True), (0.9, False))]
+    trainer = make(tmp_path, halves, max_steps=2)
+    trainer.train()
+    assert trainer.run.index == 2
+
+
+def test_several_devices_in_one_process(tmp_path):
+    # naive: DataParallel's replicas race on the methods' state
+    options = arguments(tmp_path)
+    options._n_gpu = 2
+    with pytest.raises(ValueError, match="2 devices.*torchrun"):
+        Trainer(bert(), options, train_dataset=DATA, methods=[DPSDense()])
+    with pytest.raises(ValueError, match="DataParallel.*torchrun"):
+        Run(torch.nn.DataParallel(bert()), [DPSDense()])
+
+
+def test_runs_that_were_not_made_ready():
+    model = bert()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(RuntimeError, match=r"not attached.*run\.attach"):
+        Run(model, [Mixout()]).loss(BATCH)
+    with pytest.raises(ValueError, match=r"DPSDense needs the number of optimizer steps.*total_steps=n"):
+        Run(model, [DPSDense()]).attach(optimizer).loss(BATCH)
+    with pytest.raises(ValueError, match="holds no trainable parameter of this model"):
+        Run(bert(), [Mixout()]).attach(torch.optim.SGD(bert(seed=1).parameters(), 0.1))
+    with pytest.raises(ValueError, match="LBFGS"):
+        Run(model, [Mixout()]).attach(torch.optim.LBFGS(model.parameters()))
+
+
+def test_a_scheduler_comes_after_attach(tmp_path):
+    # naive: a scheduler has read the groups that the method changes
+    def parts():
+        model = bert()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+    model, optimizer, _ = parts()
+    with pytest.raises(RuntimeError, match=r"scheduler was built before attach.*L2SP"):
+        Run(model, [L2SP()]).attach(optimizer)
+    Run(model, [Mixout()]).attach(optimizer)  # changes no group
+    model, *both = parts()
+    with pytest.raises(RuntimeError, match=r"scheduler was built before attach.*L2SP"):
+        make(tmp_path, [L2SP()], model, trainer={"optimizers": tuple(both)}).train()
+
+
+def test_an_optimizer_of_another_model_is_found_out(tmp_path):
+    # naive: hooks that fire on weights which never move
+    other = torch.optim.SGD(bert(seed=1).parameters(), 0.1)
+    with pytest.raises(ValueError, match="holds no trainable parameter of this model"):
+        make(tmp_path, [Mixout()], trainer={"optimizers": (other, None)}).train()
+
+
+def test_a_loss_that_goes_round_the_recipe_is_found_out(tmp_path):
+    # naive: a compute_loss of the user's, without penalties and forward views, trains something else in silence
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(**inputs)["loss"]
+
+    with pytest.raises(RuntimeError, match=r"without a forward through steadytune.*run\.loss"):
+        make(tmp_path, [Mixout()], cls=Own).train()
+
+
+@pytest.mark.parametrize(
+    ("methods", "dtype", "warns"),
+    [([EMA(0.5)], torch.bfloat16, True), ([EMA(0.5)], torch.float32, False), ([], torch.bfloat16, False)],
+)
+def test_half_precision_weights_are_warned_of(tmp_path, caplog, methods, dtype, warns):
+    # naive: AdamW at 2e-5 on bfloat16 weights rounds to nothing, and nobody says so
+    with caplog.at_level(logging.WARNING, logger="steadytune"):
+        make(tmp_path, methods, bert(dtype=dtype))
+    assert any("half precision" in r.getMessage() for r in caplog.records) == warns

@@ -27,11 +27,13 @@ class Part:
             blocks continue after the encoder's (BART-base: 0-5 and 6-11). Layers that share weights count once
             (ALBERT: 0).
         head: True for what a pre-trained checkpoint does not hold; the rule stands in `anatomy`.
+        input_dim: The axis of a linear weight that runs over input features: 0 for `Conv1D`, which computes `x @ W`.
     """
 
     kind: Kind
     block: int | None
     head: bool
+    input_dim: int = 1
 
 
 def anatomy(model: nn.Module) -> dict[str, Part]:
@@ -46,9 +48,12 @@ def anatomy(model: nn.Module) -> dict[str, Part]:
     belong to the layer they adapt. A model that contains no transformers model has no head.
     """
     kinds: dict[int, Kind] = {}
+    transposed: set[int] = set()
     for module in model.modules():
         for leaf, p in module.named_parameters(recurse=False):
             kind = _kind(module, leaf, p.dim())
+            if kind == "linear" and "Conv1D" in _classes(module):
+                transposed.add(id(p))
             if kind == "embedding" or id(p) not in kinds:  # a tied table is a table whichever name comes first
                 kinds[id(p)] = kind
     roots = _roots(model)
@@ -58,7 +63,10 @@ def anatomy(model: nn.Module) -> dict[str, Part]:
         for p in (p for module in modules for p in module.parameters()):
             if id(p) in body:
                 blocks.setdefault(id(p), index)
-    return {name: Part(kinds[id(p)], blocks.get(id(p)), id(p) not in body) for name, p in model.named_parameters()}
+    return {
+        name: Part(kinds[id(p)], blocks.get(id(p)), id(p) not in body, 0 if id(p) in transposed else 1)
+        for name, p in model.named_parameters()
+    }
 
 
 def input_embedding(model: nn.Module) -> nn.Module:
@@ -90,16 +98,21 @@ def input_embedding(model: nn.Module) -> nn.Module:
     return largest[0]
 
 
+def _classes(module: nn.Module) -> list[str]:
+    """Names of a module's class and its bases, so that subclasses count."""
+    return [cls.__name__ for cls in type(module).__mro__]
+
+
 def _kind(owner: nn.Module, leaf: str, dim: int) -> Kind:
-    """Kind of the parameter `owner.leaf`; classes are judged with their bases, so that subclasses count."""
-    classes = [cls.__name__ for cls in type(owner).__mro__]
+    """Kind of the parameter `owner.leaf`."""
+    classes = _classes(owner)
     if isinstance(owner, nn.Embedding):
         return "embedding"
     if any(name.endswith(("Norm", "NormGated")) for name in classes):
         return "norm"
     if leaf in ("bias", "in_proj_bias"):
         return "bias"
-    linear = isinstance(owner, nn.Linear) or ("Conv1D" in classes and hasattr(owner, "nf"))
+    linear = isinstance(owner, nn.Linear) or "Conv1D" in classes
     if dim == 2 and (linear or isinstance(owner, nn.MultiheadAttention)):
         return "linear"
     return "other"

@@ -99,10 +99,13 @@ class Run:
             self._set_up(method)
 
     def append(self, method: M) -> M:
-        """Add a method to the end of the list, before `attach`; returns the copy that will run."""
+        """Add a method to the end of the list, before `attach` or `restart`; returns the copy that will run."""
         added = copy.deepcopy(method)
         self.methods.append(added)
         self._set_up(added)
+        if self.optimizer is not None:
+            added.attach(self)
+            self._blank["methods"].append(copy.deepcopy(added.state_dict()))
         return added
 
     def _set_up(self, method: Method) -> None:
@@ -162,6 +165,7 @@ class Run:
         Raises:
             ValueError: unknown scope.
         """
+        shards.reshard(self.model)  # the optimizer does not know the full parameters that an evaluation leaves
         groups = {id(p): g for g in self.optimizer.param_groups for p in g["params"]} if self.optimizer else None
         if not self._parts:
             self._parts = anatomy(self.model)
@@ -181,7 +185,7 @@ class Run:
                     part.kind,
                     part.block,
                     part.head,
-                    getattr(part, "input_dim", 1),
+                    part.input_dim,
                 )
             )
         return self._restrict(method, weights, scope)
@@ -230,6 +234,8 @@ class Run:
 
     def raw(self, name: str) -> Tensor:
         """R of a weight, during a step whatever is shown; for anchors and snapshots (clone it)."""
+        if not self._entered:
+            shards.reshard(self.model)
         return self._views.raw(name, stepping=self._entered)
 
     def local(self, name: str, full: Tensor) -> Tensor:
@@ -456,7 +462,7 @@ class Run:
         shards.reshard(self.model)
         self._views.abandon()
         self._entered = False
-        self.batch = []
+        self.batch, self._micro = [], 0  # a penalty may have failed (out of memory): draws count micro-batches
 
     def restart(self) -> Run:
         """Back to the state right after `attach`, for another training; weights stay as they are."""
@@ -538,6 +544,7 @@ class Run:
         batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
         loss = loss or (lambda batch: self._compute(self.wrapper, batch, 1)[0])
         share = len(batches) if self.items is None else 1
+        shards.reshard(self.model)
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         views = getattr(self.wrapper, "gradient_as_bucket_view", False)  # then .grad is memory that DDP writes again
         parked = {n: p.grad.clone() if views and p.grad is not None else p.grad for n, p in parameters.items()}

@@ -36,6 +36,11 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return (f" Did you mean {near[0]!r}?" if near else "") + f" Known: {', '.join(names) or 'none'}."
 
 
+def one_line(error: BaseException) -> str:
+    """A library's message, fit to stand inside ours."""
+    return " ".join(str(error).split())
+
+
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
@@ -62,7 +67,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: text must be UTF-8 ({error}). Convert it first, for example with iconv.") from error
     except (ValueError, OSError, pd.errors.ParserWarning) as error:  # parser errors are ValueErrors
-        raise UsageError(f"{path}: not a readable {path.suffix} file: {error}") from error
+        raise UsageError(f"{path}: not a readable {path.suffix} file: {one_line(error)}") from error
 
 
 def _read_csv(path: Path, **options: Any) -> pd.DataFrame:

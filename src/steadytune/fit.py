@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from . import __version__
-from .data import Data, Kind, Table, Target, UsageError, prepare, suggest
+from .data import Data, Kind, Table, Target, UsageError, one_line, prepare, suggest
 from .tasks import METRICS, score
 
 if TYPE_CHECKING:
@@ -368,10 +368,16 @@ def _quiet(warnings: bool = False) -> Iterator[None]:
 
 
 def load(name: str, target: Target, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
-    """Model in float32 with a head for the target, its tokenizer, and the dropout settings in force."""
+    """Model in float32 with a head for the target, its tokenizer, and the dropout settings in force.
+
+    Whatever the checkpoint's precision, the weights that AdamW moves are float32: at 2e-5 bfloat16 rounds most
+    updates to nothing.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise UsageError(f"model {name!r}: no such directory.")
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
         raise UsageError(f"model {name!r} is a directory without config.json: give a Hugging Face model directory.")
     head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
@@ -394,7 +400,7 @@ def load(name: str, target: Target, recipe: Recipe) -> tuple[PreTrainedModel, Pr
     except UsageError:
         raise
     except (OSError, ValueError) as error:
-        raise UsageError(f"model {name!r} cannot be loaded as a text classifier: {error}") from error
+        raise UsageError(f"model {name!r} cannot be loaded as a text classifier: {one_line(error)}") from error
     new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if new:
         logger.info("new weights, drawn with seed %d: %s", recipe.seeds["init"], ", ".join(new))
@@ -449,6 +455,20 @@ def _labelled(features: list[dict[str, Any]], rows: pd.DataFrame, target: Target
         {**feature, "labels": ids[label] if ids else float(label)}
         for feature, label in zip(features, rows["label"], strict=True)
     ]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What `fit` was asked for, checked and resolved."""
+
+    model: str
+    methods: list[Method]
+    recipe: Recipe
+    data: Data
+    steps: int
+    metric: str
+    save_steps: int
+    progress: bool
 
 
 # ---- training ---------------------------------------------------------------------------------------------------
@@ -532,9 +552,7 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     features: list[dict[str, Any]],
     args: TrainingArguments,
-    methods: Sequence[Method],
-    method_seed: int,
-    progress: bool,
+    plan: Plan,
 ) -> Trainer:
     """Our Trainer with dynamic padding and our bar."""
     from transformers import DataCollatorWithPadding, PrinterCallback
@@ -547,11 +565,13 @@ def make_trainer(
         train_dataset=features,
         data_collator=DataCollatorWithPadding(tokenizer),
         preprocess_logits_for_metrics=_only_logits,
-        callbacks=[_progress()] if progress else None,
-        methods=methods,
-        method_seed=method_seed,
+        callbacks=[_progress()] if plan.progress else None,
+        methods=plan.methods,
+        method_seed=plan.recipe.seeds["method"],
     )
     trainer.remove_callback(PrinterCallback)
+    assert trainer.run is not None
+    logger.info("%s", trainer.run.describe())
     return trainer
 
 
@@ -584,6 +604,18 @@ def judge(name: str, rows: pd.DataFrame, logits: np.ndarray, data: Data) -> tupl
         table["prediction"] = logits[:, 0]
     gold, predicted = table["label"].to_numpy(), table["prediction"].to_numpy()
     return table, {"rows": len(table), **score(target, gold, predicted, target.merged(merge))}
+
+
+def evaluate(
+    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, data: Data, max_length: int
+) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+    """Predictions of all test sets, one under the other, and the scores of each."""
+    tables, scores = [], {}
+    for name, rows in data.tests.items():
+        logger.info("evaluating on %s (%d rows)", name, len(rows))
+        table, scores[name] = judge(name, rows, predict(trainer, tokenise(rows, tokenizer, max_length)), data)
+        tables.append(table)
+    return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), scores
 
 
 # ---- fit --------------------------------------------------------------------------------------------------------
@@ -633,7 +665,8 @@ def fit(
     The final weights are reported: nothing is selected, so no test set can leak into training.
 
     Args:
-        train: a CSV, TSV, JSON-lines or Parquet file, a data frame, or a `Table` (see `tasks.load`).
+        train: a CSV, TSV, JSON-lines or Parquet file, a data frame, or a `Table`, which brings its own columns (see
+            `tasks.load`).
         model: a Hugging Face model directory or hub name.
         output: a new or empty directory.
         text: one text column, or two for sentence pairs.
@@ -647,7 +680,8 @@ def fit(
         overwrite: replace the run in `output`.
         save_steps: steps between checkpoints; 0 writes none.
         progress: show a bar.
-        **options: fields of `Recipe`: lr, batch_size, steps, epochs, max_length, dropout, bf16, seed ...
+        **options: fields of `Recipe`: lr, batch_size, steps, epochs, max_length, dropout, bf16, train_size,
+            validation_share, seed ...
 
     Raises:
         UsageError: what was asked for cannot be done; raised before training starts.
@@ -672,10 +706,11 @@ def fit(
         validation_share=recipe.validation_share,
         seed=recipe.seeds["data"],
     )
-    headline = _headline(metric, data.target)
-    chosen = _methods(methods)
-    steps = recipe.total_steps(len(data.train))
-    return _run(folder, previous, str(model), chosen, recipe, data, steps, headline, save_steps, progress)
+    plan = Plan(
+        str(model), _methods(methods), recipe, data, recipe.total_steps(len(data.train)),
+        _headline(metric, data.target), save_steps, progress,
+    )  # fmt: skip
+    return _run(plan, folder, previous)
 
 
 def _headline(metric: str | None, target: Target) -> str:
@@ -685,39 +720,24 @@ def _headline(metric: str | None, target: Target) -> str:
     return metric or next(iter(known))
 
 
-def _run(
-    folder: Output,
-    previous: dict[str, Any] | None,
-    name: str,
-    methods: list[Method],
-    recipe: Recipe,
-    data: Data,
-    steps: int,
-    metric: str,
-    save_steps: int,
-    progress: bool,
-) -> FitResult:
-    """Load, train, evaluate, write; everything about the input has been checked."""
-    model, tokenizer, dropout = load(name, data.target, recipe)
+def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResult:
+    """Load, train, evaluate, write; everything about the data has been checked."""
+    recipe, data = plan.recipe, plan.data
+    model, tokenizer, dropout = load(plan.model, data.target, recipe)
     max_length = token_limit(recipe.max_length, model.config, tokenizer)
-    record = _record(name, methods, recipe, data, steps, max_length, dropout)
+    record = _record(plan, max_length, dropout)
     checkpoint = None
     if previous is not None:
         _same_run(previous, record, folder.path)
         checkpoint = folder.last_checkpoint()
     features = tokenise(data.train, tokenizer, max_length)
-    args = arguments(recipe, steps, folder, save_steps)
+    args = arguments(recipe, plan.steps, folder, plan.save_steps)
     try:
-        trainer = make_trainer(
-            model, tokenizer, _labelled(features, data.train, data.target), args, methods, recipe.seeds["method"],
-            progress,
-        )  # fmt: skip
+        trainer = make_trainer(model, tokenizer, _labelled(features, data.train, data.target), args, plan)
     except ValueError as error:  # a method that cannot act on this model, or two that exclude each other
         folder.forget_empty()
         raise UsageError(str(error)) from error
-    _announce(data, recipe, steps, max_length, features)
-    assert trainer.run is not None
-    logger.info("%s", trainer.run.describe())
+    _announce(plan, max_length, features)
     if checkpoint is None:
         folder.clear()
         folder.write_json(RECORD, record)
@@ -727,52 +747,34 @@ def _run(
     with _quiet(warnings=True):  # every checkpoint has a bar
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - started
-    tables, scores = [], {}
-    for set_name, rows in data.tests.items():
-        logger.info("evaluating on %s (%d rows)", set_name, len(rows))
-        table, scores[set_name] = judge(set_name, rows, predict(trainer, tokenise(rows, tokenizer, max_length)), data)
-        tables.append(table)
-    predictions = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    with _quiet():
-        files = folder.save_model(model, tokenizer)
-    folder.write("predictions.parquet", predictions.to_parquet)
-    folder.write_json("metrics.json", {"metric": metric, "steps": steps, "seconds": seconds, "sets": scores})
-    files += ["predictions.parquet", "metrics.json"]
-    folder.write_json(RECORD, {**record, "status": "finished", "device": str(args.device), "files": files})
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
-    return FitResult(folder.path, scores, metric, predictions, steps, seconds)
+    predictions, scores = evaluate(trainer, tokenizer, data, max_length)
+    result = FitResult(folder.path, scores, plan.metric, predictions, plan.steps, seconds)
+    _write(folder, result, model, tokenizer, {**record, "device": str(args.device)})
+    return result
 
 
-def _record(
-    name: str,
-    methods: list[Method],
-    recipe: Recipe,
-    data: Data,
-    steps: int,
-    max_length: int,
-    dropout: dict[str, float],
-) -> dict[str, Any]:
+def _record(plan: Plan, max_length: int, dropout: dict[str, float]) -> dict[str, Any]:
     """All that is needed to run it again, as JSON; `recipe` decides the weights, together with the training rows."""
     import torch
     import transformers
 
-    own = {key: value for key, value in dataclasses.asdict(recipe).items() if not key.endswith("seed")}
+    own = {key: value for key, value in dataclasses.asdict(plan.recipe).items() if not key.endswith("seed")}
     return {
         "format": 1,
         "status": "training",
         "recipe": {
-            "model": name,
-            "methods": [method_record(method) for method in methods],
-            "kind": data.target.kind,
-            "labels": list(data.target.names),
+            "model": plan.model,
+            "methods": [method_record(method) for method in plan.methods],
+            "kind": plan.data.target.kind,
+            "labels": list(plan.data.target.names),
             "optimizer": "AdamW (bias-corrected, fused), linear warm-up and decay",
             **own,
-            "steps": steps,
+            "steps": plan.steps,
             "max_length": max_length,
             "dropout": dropout,
-            "seeds": recipe.seeds,
+            "seeds": plan.recipe.seeds,
         },
-        "data": data.describe(),
+        "data": plan.data.describe(),
         "versions": {
             "steadytune": __version__,
             "torch": torch.__version__,
@@ -783,12 +785,33 @@ def _record(
     }
 
 
-def _announce(data: Data, recipe: Recipe, steps: int, max_length: int, features: list[dict[str, Any]]) -> None:
+def _write(
+    folder: Output,
+    result: FitResult,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    record: dict[str, Any],
+) -> None:
+    """The model, the results, and last of all the record that calls the run finished."""
+    with _quiet():
+        files = folder.save_model(model, tokenizer)
+    folder.write("predictions.parquet", result.predictions.to_parquet)
+    folder.write_json(
+        "metrics.json",
+        {"metric": result.metric, "steps": result.steps, "seconds": result.seconds, "sets": result.metrics},
+    )
+    files += ["predictions.parquet", "metrics.json"]
+    folder.write_json(RECORD, {**record, "status": "finished", "files": files})
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+
+
+def _announce(plan: Plan, max_length: int, features: list[dict[str, Any]]) -> None:
     """Say what is about to happen, and what in the data may surprise."""
+    data, rows_per_step = plan.data, plan.recipe.batch_size * plan.recipe.accumulation
     sizes = ", ".join(f"{name} {len(rows)}" for name, rows in data.tests.items()) or "no test set"
-    epochs = steps * recipe.batch_size * recipe.accumulation / len(data.train)
     logger.info("%s, %d training rows (%s)", data.target.kind, len(data.train), sizes)
-    logger.info("%d steps of %d rows (%.1f epochs)", steps, recipe.batch_size * recipe.accumulation, epochs)
+    epochs = plan.steps * rows_per_step / len(data.train)
+    logger.info("%d steps of %d rows (%.1f epochs)", plan.steps, rows_per_step, epochs)
     full = sum(len(feature["input_ids"]) >= max_length for feature in features)
     if full:
         logger.warning("%d training rows reach max_length %d and may be cut", full, max_length)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 try:
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Shard
 except ImportError:  # a build of torch without distributed
     FSDPModule = DTensor = Shard = ()  # type: ignore[assignment,misc]
 
@@ -33,15 +33,25 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor, gathered from all ranks if it lies in pieces."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def piece(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's piece of a full-sized tensor, cut as ``like`` is; axes of size 1 that broadcast are left whole."""
+    """This rank's piece of a full-sized tensor, cut as ``like`` is; axes of size 1 that broadcast are left whole.
+
+    Nothing is communicated: ranks may ask for different tensors (a row vector's only row lies on one rank alone).
+    """
     full = full.to(like.device)
     if not isinstance(like, DTensor):
         return full
-    cut = [p for p in like.placements if isinstance(p, Shard)]
-    if any(full.size(p.dim) != like.size(p.dim) for p in cut):
-        return full
-    return distribute_tensor(full, like.device_mesh, like.placements).to_local().clone()
+    for i, placement in enumerate(like.placements):
+        if isinstance(placement, Shard) and full.size(placement.dim) == like.size(placement.dim):
+            pieces = full.chunk(like.device_mesh.size(i), placement.dim)
+            rank = like.device_mesh.get_local_rank(i)
+            full = (pieces[rank] if rank < len(pieces) else full.narrow(placement.dim, 0, 0)).clone()
+    return full
 
 
 def shard_group(parameters: Sequence[Tensor]) -> dist.ProcessGroup | None:

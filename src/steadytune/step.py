@@ -21,7 +21,7 @@ Compute = Callable[[Any, Inputs, int], tuple[Tensor, Any]]  # (model, inputs, co
 def default_compute(model: Any, inputs: Inputs, copies: int) -> tuple[Tensor, Any]:
     """The loss as a Hugging Face model computes it from its inputs."""
     outputs = model(**inputs)
-    loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
     if loss is None:
         raise ValueError("the model returned no loss: pass its labels in `inputs`, or run.loss(inputs, compute=...)")
     return loss, outputs
@@ -89,7 +89,10 @@ class Step:
                 torch.manual_seed(run.draw_seed("forward", self._forwards, len(run.batch), rank=True))
             for module, tensor in (add or {}).items():
                 stack.enter_context(_added(module, tensor))
-            return self.model(**{**self.inputs, **changes})
+            inputs = {**self.inputs, **changes}
+            if inputs.get("labels") is None:
+                return self.model(**inputs)
+            return self._compute(self.model, inputs, 1)[1]  # its loss is divided by the step's count, if the task's is
 
     def mean(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mean of per-example (batch,) or per-token (batch, length) values, right under accumulation.
@@ -157,7 +160,7 @@ def batch_size(inputs: Inputs) -> int:
 
 
 def split(outputs: Any, copies: int, size: int) -> list[Any]:
-    """Outputs of a repeated batch, one object of the same kind per copy."""
+    """Outputs of a repeated batch, one object of the same kind per copy; without its loss, the mean over copies."""
     if copies == 1:
         return [outputs]
 
@@ -169,5 +172,5 @@ def split(outputs: Any, copies: int, size: int) -> list[Any]:
         return value
 
     if isinstance(outputs, Mapping):
-        return [type(outputs)(**{k: take(v, i) for k, v in outputs.items()}) for i in range(copies)]
+        return [type(outputs)(**{k: take(v, i) for k, v in outputs.items() if k != "loss"}) for i in range(copies)]
     return [take(outputs, i) for i in range(copies)]

@@ -140,8 +140,10 @@ class Trainer(transformers.Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the norm that was clipped: the stock one is taken before the chain rule and the masks."""
-        if "grad_norm" in logs and self._own_clip is not None and self._own_clip.norm is not None:
-            logs["grad_norm"] = float(self._own_clip.norm)
+        methods = self.run.methods if self.run is not None and self._taken_norm is not None else []
+        norms = [m.norm for m in methods if isinstance(m, ClipNorm) and m.where is None and m.norm is not None]
+        if "grad_norm" in logs and norms:
+            logs["grad_norm"] = float(norms[-1])
         super().log(logs, *args, **kwargs)
 
     # ------------------------------------------------------------------ training
@@ -176,10 +178,12 @@ class Trainer(transformers.Trainer):
         model: Any = self.model
         inputs: Any = self._prepare_inputs(batch)
         stock: Any = super().compute_loss
+        modes = [(module, module.training) for module in model.modules()]
         model.eval()
         with torch.no_grad(), self.run.forked_rng():
             once, twice = (float(stock(model, dict(inputs), num_items_in_batch=n)) for n in (items, 2 * items))
-        model.train()
+        for module, training in modes:
+            module.training = training
         return once == 0 or abs(twice / once - 1) > 0.25
 
     def compute_loss(
@@ -221,7 +225,12 @@ class Trainer(transformers.Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Checkpoints gain the methods' state; a model saved by the user is plain."""
-        super().save_model(output_dir, _internal_call)
+        now = self.args.max_grad_norm
+        self.args.max_grad_norm = now if self._taken_norm is None else self._taken_norm  # args are saved as given
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self.args.max_grad_norm = now
         if output_dir is None or not os.path.basename(output_dir).startswith(PREFIX_CHECKPOINT_DIR):
             return
         run = self.run

@@ -145,8 +145,8 @@ class References:
         if name not in self.tensors:
             if not self.open:
                 raise RuntimeError(f"the reference of {name!r} must be asked for in setup(), before training starts")
-            self.tensors[name] = live.clone()
-            self.checksums[name] = checksum(live)
+            self.tensors[name] = shards.local(live).clone()
+            self.checksums[name] = checksum(shards.whole(live))  # the same before and after sharding
         held, here = self.tensors[name], shards.local(live)
         if held.device != here.device or held.shape != here.shape:  # moved or sharded since
             held = self.tensors[name] = shards.piece(held, live)

@@ -1,0 +1,1137 @@
+"""Laws that every method obeys: one table, a method is a row. A new method is one more entry of `RECIPES`.
+
+Steps are counted so that each law passes through both stages of DPS: stages of ``total * update_ratio`` steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import io
+import itertools
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from data import make_state
+from helpers import (
+    Net,
+    arguments,
+    assert_same,
+    batches,
+    bert,
+    collate,
+    copied,
+    differs,
+    hash_dropout,
+    interrupt,
+    llama,
+    points,
+    rows,
+    tensors,
+)
+from steadytune import EMA, L2SP, METHODS, ClipNorm, DPSDense, DPSMix, Mixout, RDrop, Run, Trainer, only, state
+from steadytune.core import Method, Weight
+
+DPS = {"update_ratio": 0.25}  # twelve steps: stages of three
+
+
+def in_first_block(w: Weight) -> bool:
+    return w.block == 0
+
+
+SINGLE: dict[str, list[Method]] = {
+    "dps_dense": [DPSDense(**DPS)],
+    "dps_dense_frozen": [DPSDense(frozen=True, **DPS)],
+    "dps_dense_global": [DPSDense(threshold="global", **DPS)],
+    "dps_mix": [DPSMix(**DPS)],
+    "dps_mix_authors": [DPSMix(rescale_gradient=False, frequency_penalty="on", frozen=True, **DPS)],
+    "mixout": [Mixout(keep=0.7)],
+    "rdrop": [RDrop(alpha=1.0)],
+    "l2sp": [L2SP(alpha=0.5)],
+    "l2sp_coupled": [L2SP(alpha=0.5, decoupled=False, replace_decay=False)],
+    "clip_norm": [ClipNorm(max_norm=0.3)],
+    "ema": [EMA(decay=0.8)],
+}
+COMBINED: dict[str, list[Method]] = {
+    "recipe_of_five": [DPSMix(**DPS), RDrop(), EMA(decay=0.8), L2SP(alpha=0.5), ClipNorm(max_norm=0.3)],
+    "recipe_of_masks": [
+        only(Mixout(keep=0.7), in_first_block),
+        DPSDense(frozen=True, **DPS),
+        L2SP(alpha=0.5, decoupled=False),
+        EMA(decay=0.8, scope="linear"),
+    ],
+}
+RECIPES = {**SINGLE, **COMBINED}  # the same objects in every test: no run may leave a trace in them
+DRAWS = {"dps_mix", "dps_mix_authors", "mixout", "recipe_of_five", "recipe_of_masks"}  # have randomness of their own
+every_recipe = pytest.mark.parametrize("name", RECIPES)
+
+
+def null(recipe: list[Method]) -> list[Method] | None:
+    """The recipe at the settings at which its methods declare to be plain fine-tuning."""
+    if any(m.null is None for m in recipe):
+        return None
+    nulls = [dataclasses.replace(m, **(m.null or {})) for m in recipe]
+    return [only(n, m.where) if m.where else n for n, m in zip(nulls, recipe, strict=True)]
+
+
+NULLABLE = [name for name in RECIPES if null(RECIPES[name]) is not None]
+
+
+def adamw(parameters: Any, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, **{"lr": 3e-3, "weight_decay": 0.01, **options})
+
+
+class Loop:
+    """A plain training loop with a recipe."""
+
+    def __init__(
+        self, recipe: list[Method], model: Any = None, *, optimizer: Any = adamw, total: int = 12, seed: int = 0
+    ) -> None:
+        self.model = bert() if model is None else model
+        self.optimizer = optimizer(self.model.parameters())
+        self.run = Run(self.model, recipe, total_steps=total, seed=seed).attach(self.optimizer)
+        torch.manual_seed(1)  # of dropout
+
+    def train(self, data: list[dict[str, Tensor]], micro: int = 1) -> Loop:
+        for start in range(0, len(data), micro):
+            for batch in data[start : start + micro]:
+                (self.run.loss(batch) / micro).backward()
+            self.step()
+        return self
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def all(self) -> dict[str, Any]:
+        """Everything that training moves."""
+        optimizer = self.optimizer.state_dict()["state"]
+        return {"weights": copied(self.model), "optimizer": optimizer, "run": self.run.state_dict()}
+
+    def saved(self) -> dict[str, Any]:
+        """What a user saves."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+
+    def load(self, saved: dict[str, Any]) -> Loop:
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+        return self
+
+
+def through_disk(tree: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(tree, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+class Save(transformers.TrainerCallback):
+    """Checkpoints after the steps named."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = state.global_step in self.steps
+
+
+def trainer_of(recipe: list[Method], folder: Any, *, model: Any = None, data: Any = None, **changes: Any) -> Trainer:
+    options = {k: changes.pop(k) for k in ("callbacks", "eval_dataset", "compute_metrics") if k in changes}
+    return Trainer(
+        bert() if model is None else model,
+        arguments(folder, **changes),
+        train_dataset=rows(48) if data is None else data,
+        data_collator=collate,
+        methods=recipe,
+        **options,
+    )
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_every_method_has_a_row():
+    assert {type(m) for recipe in SINGLE.values() for m in recipe} == set(METHODS.values())
+
+
+def test_what_declares_a_null_setting_names_its_own_fields():
+    for cls in METHODS.values():
+        assert set(cls.null or {}) <= {f.name for f in dataclasses.fields(cls)}
+    assert set(NULLABLE) == set(RECIPES) - {"rdrop", "recipe_of_five"}
+
+
+# ---------------------------------------------------------------- null settings
+
+
+@functools.cache
+def plain(steps: int) -> dict[str, Any]:
+    """Fine-tuning without steadytune."""
+    model = bert()
+    optimizer = adamw(model.parameters())
+    torch.manual_seed(1)
+    for batch in batches(steps):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"weights": copied(model), "optimizer": optimizer.state_dict()["state"]}
+
+
+@every_recipe
+def test_null_is_bitwise_plain_and_the_method_is_not(name):
+    data = batches(25)
+    if name in NULLABLE:
+        loop = Loop(null(RECIPES[name]), total=25).train(data)
+        assert_same({k: loop.all()[k] for k in ("weights", "optimizer")}, plain(25))
+        assert loop.run.index == 25
+    assert differs(copied(Loop(RECIPES[name], total=25).train(data).model), plain(25)["weights"])
+
+
+@functools.cache
+def stock(folder: str, norm: float) -> dict[str, Any]:
+    """The stock Trainer; its clipping acts."""
+    options = arguments(folder, num_train_epochs=2, max_grad_norm=norm)
+    trainer = transformers.Trainer(bert(), options, train_dataset=rows(48), data_collator=collate)
+    trainer.train()
+    return {"weights": copied(trainer.model), "optimizer": trainer.optimizer.state_dict()["state"]}
+
+
+@every_recipe
+def test_null_is_bitwise_plain_in_the_trainer_and_the_method_is_not(name, tmp_path):
+    norm = 0.0 if any(isinstance(m, ClipNorm) for m in RECIPES[name]) else 0.3  # a ClipNorm replaces max_grad_norm
+    expected = stock(str(tmp_path.parent), norm)
+    for recipe in (null(RECIPES[name]), RECIPES[name]):
+        if recipe is None:
+            continue
+        trainer = trainer_of(recipe, tmp_path, num_train_epochs=2, max_grad_norm=norm)
+        trainer.train()
+        found = {"weights": copied(trainer.model), "optimizer": trainer.optimizer.state_dict()["state"]}
+        if recipe is RECIPES[name]:
+            assert differs(found["weights"], expected["weights"])
+        else:
+            assert_same(found, expected)
+
+
+# ---------------------------------------------------------------- resume
+
+
+@every_recipe
+def test_resumed_is_uninterrupted_bitwise_in_a_plain_loop(name):
+    data = batches(12)
+    loop, saved = Loop(RECIPES[name]), {}
+    for index in range(12):
+        if index in (0, 4, 7):  # before the first step (T1), in the middle of a stage II and of a stage I
+            saved[index] = through_disk(loop.saved())
+        loop.train(data[index : index + 1])
+    for index, held in saved.items():
+        resumed = Loop(RECIPES[name]).load(held)
+        assert resumed.run.index == index
+        before = copied(resumed.model)
+        resumed.train(data[index:])
+        assert_same(resumed.all(), loop.all())
+        assert resumed.run.index == 12
+        assert differs(copied(resumed.model), before)
+
+
+def everything(trainer: Trainer) -> dict[str, Any]:
+    return {
+        "weights": copied(trainer.model),
+        "optimizer": trainer.optimizer.state_dict()["state"],
+        "run": trainer.run.state_dict(),
+        "index": torch.tensor(trainer.run.index),
+    }
+
+
+@every_recipe
+def test_resumed_is_uninterrupted_bitwise_in_the_trainer(name, tmp_path):
+    options = {"gradient_accumulation_steps": 2, "num_train_epochs": 2}  # 12 steps of two micro-batches
+    whole = trainer_of(RECIPES[name], tmp_path, callbacks=[Save(4, 7)], **options)
+    whole.train()
+    expected = everything(whole)
+    for step in (4, 7):
+        checkpoint = str(tmp_path / f"checkpoint-{step}")
+        resumed = trainer_of(RECIPES[name], tmp_path, **options)
+        resumed.train(resume_from_checkpoint=checkpoint)
+        assert_same(everything(resumed), expected)
+        held = AutoModelForSequenceClassification.from_pretrained(checkpoint)
+        assert differs(copied(held), copied(resumed.model))
+    broken = trainer_of(RECIPES[name], tmp_path, **options)
+    stop = interrupt(broken.model, after=18)  # second micro-batch of step 9
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    assert broken.run.index == 8
+    stop()
+    broken.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    assert_same(everything(broken), expected)
+
+
+@pytest.mark.parametrize("name", ["dps_dense", "dps_mix", "mixout", "ema"])
+def test_types_survive_a_resume_of_half_precision_weights(name):
+    """T3: torch casts per-parameter state to the weight's type: masks and float32 sums would come back as bf16."""
+    data = batches(5)
+    for steps in (2, 5):  # sums of stage I, masks of stage II
+        loop = Loop(RECIPES[name], bert(dtype=torch.bfloat16)).train(data[:steps])
+        resumed = Loop(RECIPES[name], bert(dtype=torch.bfloat16)).load(through_disk(loop.saved()))
+        assert_same(resumed.all(), loop.all())
+    if name.startswith("dps"):
+        assert {t.dtype for t in loop.run[DPSDense].masks.values()} == {torch.bool}
+
+
+@every_recipe
+def test_nothing_is_put_into_the_optimizer_before_its_first_step(name):
+    """T1: Adam initialises itself where its state is empty, and fails with KeyError where it is not."""
+    loop = Loop(RECIPES[name])
+    loss = loop.run.loss(batches(1)[0])
+    assert not loop.optimizer.state
+    loss.backward()
+    loop.step()
+    assert all(set(s) == {"step", "exp_avg", "exp_avg_sq"} for s in loop.optimizer.state.values())
+
+
+@pytest.mark.parametrize("name", ["dps_mix", "mixout", "l2sp"])
+def test_references_are_the_weights_before_training_also_after_a_resume(name):
+    """T14: a reference taken when first used would be half-trained."""
+    base, data = copied(bert()), batches(6)
+    saved = through_disk(Loop(RECIPES[name]).train(data[:4]).saved())
+    loop = Loop(RECIPES[name]).load(saved).train(data[4:])
+    weights = [w for w in loop.run.weights(scope="linear") if not loop.run.is_new(w)]
+    assert weights
+    for w in weights:
+        assert torch.equal(loop.run.reference(w.name), base[w.name])
+        assert not torch.equal(w.data, base[w.name])
+    late = Loop([ClipNorm()])
+    with pytest.raises(RuntimeError, match=r"setup\(\)"):
+        late.run.reference("bert.pooler.dense.weight")
+
+
+# ---------------------------------------------------------------- accumulation
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    """Plain descent: AdamW would hide a gradient that is too large by a factor."""
+    return torch.optim.SGD(parameters, lr=0.2, weight_decay=0.01)
+
+
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "unequal"])
+@every_recipe
+def test_16_at_once_equals_4_times_4_in_a_plain_loop(name, equal):
+    ends = []
+    for size in (16, 4):
+        model = hash_dropout(bert(dtype=torch.float64))
+        data = batches(8 * 16 // size, size, equal=equal)
+        loop = Loop(RECIPES[name], model, optimizer=sgd, total=8).train(data, micro=16 // size)
+        assert loop.run.index == 8
+        ends.append(loop.all())
+    assert_same(*ends, atol=1e-10)
+    assert differs(ends[0]["weights"], copied(bert(dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("tokens", [False, True], ids=["classifier", "tokens"])
+@every_recipe
+def test_16_at_once_equals_4_times_4_in_the_trainer(name, tokens, tmp_path):
+    """T5 and its mend: the classifier's loss ignores the count of tokens, the language model's uses it."""
+    ends = []
+    for size in (16, 4):
+        model = hash_dropout((llama if tokens else bert)(dtype=torch.float64))
+        trainer = trainer_of(
+            RECIPES[name],
+            tmp_path,
+            model=model,
+            data=rows(64, tokens=tokens),
+            num_train_epochs=2,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=16 // size,
+            optim="sgd",
+            learning_rate=0.2,
+        )
+        trainer.train()
+        assert trainer.run.index == 8
+        ends.append({"weights": copied(trainer.model), "run": trainer.run.state_dict()})
+    assert_same(*ends, atol=1e-10)
+
+
+# ---------------------------------------------------------------- evaluation and plain checkpoints
+
+
+@every_recipe
+def test_a_checkpoint_of_any_step_is_plain_and_gives_the_evaluated_logits(name, tmp_path):
+    seen: list[np.ndarray] = []
+
+    def keep(prediction: Any) -> dict[str, float]:
+        seen.append(prediction.predictions)
+        return {}
+
+    examples = rows(8, seed=1)
+    saved = (1, 2, 3, 5)  # in stage I, at its end, in stage II, in the next stage I
+    trainer = trainer_of(
+        RECIPES[name],
+        tmp_path,
+        max_steps=8,
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=8,
+        eval_dataset=examples,
+        compute_metrics=keep,
+        callbacks=[Save(*saved)],
+    )
+    trainer.train()
+    assert len(seen) == 8
+    for step in saved:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / f"checkpoint-{step}", output_loading_info=True
+        )
+        assert not any(report.values()), report
+        with torch.no_grad():
+            logits = model.eval()(**collate(examples)).logits
+        assert np.array_equal(logits.numpy(), seen[step - 1])
+        assert not np.array_equal(logits.numpy(), seen[step])
+
+
+# ---------------------------------------------------------------- randomness
+
+
+@every_recipe
+def test_same_seed_same_bits_and_another_method_seed_another_run_where_methods_draw(name):
+    data = batches(8)
+    first, again, other = (Loop(RECIPES[name], total=8, seed=seed).train(data).all() for seed in (3, 3, 4))
+    assert_same(first, again)
+    assert differs(first["weights"], other["weights"]) == (name in DRAWS)
+
+
+def test_draws_do_not_depend_on_other_methods_or_on_the_global_generator():
+    """T2: with one shared generator, each method in the recipe changes the draws of all others."""
+
+    def columns(recipe: list[Method], noise: int) -> dict[str, Tensor]:
+        loop, found = Loop(recipe), {}
+        method = loop.run[Mixout]
+        draw = method.columns
+
+        def spy(run: Run, weight: Weight) -> Tensor:
+            found[f"{run.index} {weight.name}"] = draw(run, weight)
+            return found[f"{run.index} {weight.name}"]
+
+        method.columns = spy
+        torch.manual_seed(noise)
+        loop.train(batches(3))
+        return found
+
+    alone = columns([Mixout(keep=0.7)], 1)
+    assert_same(alone, columns([Mixout(keep=0.7)], 2))
+    assert_same(alone, columns([DPSMix(**DPS), RDrop(), Mixout(keep=0.7), EMA()], 1))
+    name = "bert.pooler.dense.weight"
+    draws = [tuple(alone[f"{i} {name}"].flatten().tolist()) for i in range(3)]
+    assert len(set(draws)) == 3  # another draw at each step
+    assert len({tuple(d.flatten().tolist()) for k, d in alone.items() if k.startswith("0 ") and d.numel() == 16}) > 2
+
+
+def test_two_methods_of_one_class_draw_apart():
+    loop = Loop([only(Mixout(keep=0.5), in_first_block), only(Mixout(keep=0.5), in_first_block)])
+    first, second = loop.run.methods
+    weight = next(w for w in loop.run.weights(scope="linear") if w.block == 0)
+    assert not torch.equal(first.columns(loop.run, weight), second.columns(loop.run, weight))
+
+
+# ---------------------------------------------------------------- composition
+
+
+@pytest.mark.parametrize("first", SINGLE)
+def test_every_method_composes_with_every_other(first):
+    data = batches(3)
+    for second in SINGLE:
+        recipe = SINGLE[first] + SINGLE[second]
+        owned = [m.exclusive for m in recipe if m.exclusive]
+        if len(owned) != len(set(owned)):
+            names = " and ".join(type(m).__name__ for m in recipe)
+            with pytest.raises(ValueError, match=f"{names} are both an {owned[0]} of 'bert"):
+                Loop(recipe, total=8)
+            continue
+        loop = Loop(recipe, total=8).train(data)
+        assert loop.run.index == 3
+        assert all(p.isfinite().all() for p in loop.model.parameters())
+        assert differs(copied(loop.model), copied(bert()))
+
+
+def test_two_averages_may_share_a_model_but_not_a_weight():
+    def rest(w: Weight) -> bool:
+        return not in_first_block(w)
+
+    loop = Loop([only(EMA(0.5), in_first_block), only(EMA(0.9), rest)]).train(batches(3))
+    whole = Loop([EMA(0.5)]).train(batches(3))
+    for w in loop.run.weights():
+        assert torch.equal(loop.run.raw(w.name), whole.run.raw(w.name))
+        assert torch.equal(w.data, whole.model.get_parameter(w.name)) == in_first_block(w)
+
+
+KEEP, STAGE, RATE, PULL, DECAY = 0.6, 2, 0.3, 0.1, 0.7
+ORDER = {
+    "mixout": Mixout(keep=KEEP),
+    "dps": DPSMix(keep=KEEP, update_ratio=0.25, frequency_penalty="on"),
+    "ema": EMA(decay=DECAY),
+    "l2sp": L2SP(alpha=PULL),
+}
+MATRICES = ("first.weight", "last.weight")
+
+
+@functools.cache
+def recorded_draws() -> dict[tuple[str, int, str], Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    shapes = {n: (1, p.size(1)) for n, p in Net().named_parameters() if p.dim() == 2}
+    return {
+        (method, index, name): torch.bernoulli(torch.full(shape, KEEP, dtype=torch.float64), generator=generator)
+        for index in range(8)
+        for method in ("mixout", "dps")
+        for name, shape in shapes.items()
+    }
+
+
+def reference_run(mixes: list[str], data: list[dict[str, Tensor]]) -> list[dict[str, dict[str, Tensor]]]:
+    """The recipe on explicit raw weights, by autograd through the mixes in list order: R and E after each step."""
+    net, draws = Net(), recorded_draws()
+    start = copied(net)
+    raw, average = copied(net), None
+    squares = {n: torch.zeros_like(start[n]) for n in MATRICES}
+    times = {n: torch.zeros(1, start[n].size(1)).double() for n in MATRICES}
+    masks, anchors, steps = {}, {}, []
+    for index, batch in enumerate(data):
+        selecting = index // STAGE % 2 == 1
+        leaves = {n: r.clone().requires_grad_() for n, r in raw.items()}
+        view, shown, chosen = dict(leaves), {}, {}
+        for mix in mixes:
+            for n in MATRICES:
+                anchor, b = start[n], draws[mix, index, n]
+                if mix == "dps" and selecting:
+                    anchor, b = anchors[n], masks[n]
+                view[n] = anchor + b * (view[n] - anchor) / KEEP
+                if mix == "dps":
+                    shown[n], chosen[n] = view[n], b
+                    view[n].retain_grad()
+        torch.func.functional_call(net, view, kwargs=batch)["loss"].backward()
+        for n in raw:
+            raw[n] = raw[n] - RATE * PULL * (raw[n] - start[n]) - RATE * leaves[n].grad
+        if not selecting:
+            for n in MATRICES:
+                squares[n] += (chosen[n] * shown[n].grad) ** 2
+                times[n] += chosen[n]
+        if index % (2 * STAGE) == STAGE - 1:
+            for n in MATRICES:
+                seen = times[n].clamp(min=1)
+                score = squares[n] / seen * torch.exp(-seen / STAGE)
+                least = score.flatten().sort(descending=True).values[math.ceil(score.numel() * KEEP) - 1]
+                masks[n], anchors[n] = (score >= least).double(), raw[n].clone()
+                squares[n], times[n] = torch.zeros_like(squares[n]), torch.zeros_like(times[n])
+        if average is None:
+            average = {n: r.clone() for n, r in raw.items()}
+        else:
+            average = {n: DECAY * average[n] + (1 - DECAY) * raw[n] for n in raw}
+        steps.append({"raw": raw.copy(), "evaluated": average.copy()})
+    return steps
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(ORDER)), ids="-".join)
+def test_all_orders_of_two_mixes_an_average_and_an_anchor_are_exact(order):
+    """The raw weights, the chain rule in reverse order and the average belong to the core: no order goes wrong."""
+    data = points(7)  # stages of two steps: I, II, I, and into the next II
+    expected = reference_run([m for m in order if m in ("mixout", "dps")], data)
+    loop = Loop([ORDER[m] for m in order], Net(), optimizer=lambda p: torch.optim.SGD(p, lr=RATE), total=8)
+    draws = recorded_draws()
+    loop.run[Mixout].columns = lambda run, w: draws["mixout", run.index, w.name]
+    loop.run[DPSMix].columns = lambda run, w: draws["dps", run.index, w.name]
+    for batch, step in zip(data, expected, strict=True):
+        loop.train([batch])
+        assert_same(copied(loop.model), step["evaluated"], atol=1e-12)
+        assert_same({n: loop.run.raw(n) for n in step["raw"]}, step["raw"], atol=1e-12)
+
+
+def test_the_order_of_two_mixes_matters():
+    """Later mixes act on what earlier ones show; else the test of all orders could not tell list order."""
+    one, other = (reference_run(list(mixes), points(7))[-1] for mixes in (("mixout", "dps"), ("dps", "mixout")))
+    assert (one["raw"]["first.weight"] - other["raw"]["first.weight"]).abs().max() > 1e-3
+
+
+# ---------------------------------------------------------------- state
+
+
+@pytest.mark.parametrize("case", make_state.SAVED)
+def test_a_state_of_format_1_loads_and_goes_on_as_recorded(case):
+    held = state.load(make_state.FILE)
+    assert held["cases"][case]["run"]["format"] == 1
+    data = [{k: v[i] for k, v in held["data"].items()} for i in range(make_state.TOTAL)]
+    model, run, optimizer = make_state.start()
+    assert_same(copied(model), held["base"])
+    model.load_state_dict(held["cases"][case]["weights"])
+    run.load_state_dict(held["cases"][case]["run"])
+    assert run.index == make_state.SAVED[case]
+    make_state.go_on(model, run, optimizer, data)
+    assert_same(copied(model), held["end"]["evaluated"], atol=1e-12)
+    assert_same({n: run.raw(n) for n in copied(model)}, held["end"]["raw"], atol=1e-12)
+    assert differs(held["end"]["evaluated"], held["cases"][case]["weights"])
+    assert differs(held["end"]["evaluated"], held["end"]["raw"])
+
+
+@every_recipe
+def test_every_state_has_a_format_and_survives_safetensors(name, tmp_path):
+    for steps in (0, 2, 4):
+        loop = Loop(RECIPES[name]).train(batches(steps))
+        tree = loop.run.state_dict()
+        assert (tree["format"], tree["index"], tree["total_steps"]) == (1, steps, 12)
+        state.save(tree, tmp_path / "state.safetensors")
+        held = state.load(tmp_path / "state.safetensors")
+        assert tensors(held).keys() == tensors(tree).keys()
+        other = Loop(RECIPES[name])
+        other.run.load_state_dict(held)
+        assert all(torch.equal(t, tensors(other.run.state_dict())[k]) for k, t in tensors(tree).items())
+
+
+def test_a_loaded_state_shares_no_memory_with_what_was_loaded():
+    loop = Loop(RECIPES["recipe_of_five"]).train(batches(2))
+    held = loop.run.state_dict()
+    before = copy.deepcopy(held)
+    other = Loop(RECIPES["recipe_of_five"])
+    other.model.load_state_dict(loop.model.state_dict())
+    other.run.load_state_dict(held)
+    other.train(batches(4)[2:])
+    assert_same(held, before)
+
+
+BASE = [DPSMix(**DPS), EMA(decay=0.8)]
+DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
+    "recipe": (
+        {"recipe": [*BASE, ClipNorm()]},
+        "['DPSMix', 'EMA'], this run has ['DPSMix', 'EMA', 'ClipNorm']",
+    ),
+    "order": ({"recipe": BASE[::-1]}, "recipe ['DPSMix', 'EMA'], this run has ['EMA', 'DPSMix']"),
+    "field": (
+        {"recipe": [DPSMix(keep=0.5, **DPS), BASE[1]]},
+        "DPSMix.keep was 0.7 when the state was saved and is",
+    ),
+    "only": ({"recipe": [BASE[0], only(EMA(decay=0.8), in_first_block)]}, "EMA.where was None"),
+    "total_steps": ({"total": 16}, "total_steps was 12 when the state was saved and is 16 now"),
+    "seed": ({"seed": 1}, "seed was 0 when the state was saved, it is 1 here"),
+    "base model": ({"model": 1}, "the reference of 'bert.encoder.layer.0"),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_a_state_of_another_run_is_refused_by_name(what):
+    changes, message = DIFFERENT[what]
+    loop = Loop(BASE).train(batches(4))
+    options = {"recipe": BASE, "model": 0, **changes}
+    other = Loop(options.pop("recipe"), bert(seed=options.pop("model")), **options)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        other.run.load_state_dict(loop.run.state_dict())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        other.load(through_disk(loop.saved()))
+
+
+def test_another_head_is_no_other_base_model():
+    """A new head has other initial values in each process that builds it: they are saved, not compared."""
+    loop = Loop(BASE).train(batches(4))
+    model = bert()
+    nn.init.normal_(model.classifier.weight)
+    other = Loop(BASE, model).load(through_disk(loop.saved()))
+    name = "classifier.weight"
+    assert torch.equal(other.run.reference(name), loop.run.reference(name))
+
+
+def test_a_newer_format_is_refused():
+    loop = Loop(BASE)
+    with pytest.raises(ValueError, match="format 2, this version of steadytune reads up to 1"):
+        loop.run.load_state_dict({**loop.run.state_dict(), "format": 2})
+
+
+def test_an_optimizer_loaded_without_our_state_stops_at_the_next_step():
+    loop = Loop(BASE).train(batches(4))
+    held = loop.optimizer.state_dict()
+    held.pop("steadytune")
+    lost = Loop(BASE)
+    lost.optimizer.load_state_dict(held)
+    with pytest.raises(RuntimeError, match=r"run\.load_state_dict\(\), or call run\.restart\(\)"):
+        lost.run.loss(batches(1)[0])
+    lost.run.load_state_dict(loop.run.state_dict())
+    assert lost.run.index == 4
+    lost.train(batches(1))
+    again = Loop(BASE)
+    again.optimizer.load_state_dict(held)
+    again.run.restart()
+    assert again.run.index == 0
+    again.train(batches(1))
+    assert again.run.index == 1
+
+
+def test_state_is_not_given_out_in_the_middle_of_a_step():
+    loop = Loop(BASE)
+    loop.run.loss(batches(1)[0])
+    with pytest.raises(RuntimeError, match="in the middle of a step"):
+        loop.optimizer.state_dict()
+
+
+def test_attaching_to_an_optimizer_that_has_trained_is_refused():
+    """Loading the optimizer first and attaching then would start the methods anew, in silence."""
+    saved = Loop(BASE).train(batches(4)).saved()
+    model = bert()
+    optimizer = adamw(model.parameters())
+    optimizer.load_state_dict(saved["optimizer"])
+    with pytest.raises(RuntimeError, match="attach"):
+        Run(model, BASE, total_steps=12).attach(optimizer)
+
+
+@every_recipe
+def test_restart_is_another_run_bitwise(name):
+    """A second training with one Run equals a fresh Run on the same weights."""
+    data = batches(8)
+    loop = Loop(RECIPES[name], total=8).train(data[:5])
+    loop.run.loss(data[5])  # in the middle of a step
+    loop.run.restart()
+    start = copy.deepcopy(loop.model.state_dict())
+    optimizer = copy.deepcopy({k: v for k, v in loop.optimizer.state_dict().items() if k != "steadytune"})
+    loop.optimizer.zero_grad()
+    torch.manual_seed(1)
+    loop.train(data)
+    fresh = Loop(RECIPES[name], total=8)
+    fresh.model.load_state_dict(start)
+    fresh.optimizer.load_state_dict({**optimizer, "steadytune": fresh.run.state_dict()})
+    torch.manual_seed(1)
+    assert_same(fresh.train(data).all(), loop.all())
+
+
+# ---------------------------------------------------------------- frozen
+
+
+OPTIMIZERS = {
+    "fused": functools.partial(adamw, fused=True, weight_decay=0.1),
+    "foreach": functools.partial(adamw, foreach=True, weight_decay=0.1),
+    "single": functools.partial(adamw, foreach=False, weight_decay=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+}
+
+
+def per_weight(loop: Loop, name: str) -> dict[str, Tensor]:
+    """R and the optimizer state of a weight."""
+    held = loop.optimizer.state[loop.model.get_parameter(name)]
+    found = {"weight": loop.run.raw(name), **{k: v for k, v in held.items() if v.dim()}}
+    return {k: v.clone() for k, v in found.items()}
+
+
+@pytest.mark.parametrize("beside", ["alone", "l2sp", "l2sp_coupled", "ema"])
+@pytest.mark.parametrize("method", [DPSDense, DPSMix])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_frozen_means_that_the_step_did_not_happen(optimizer, method, beside):
+    """T4: a gradient of zero does not stop momentum and decay. Before and after the other method in the list."""
+    data = batches(6)
+    others = [] if beside == "alone" else SINGLE[beside]
+    for frozen, recipe in (
+        (True, [method(keep=0.6, frozen=True, **DPS), *others]),
+        (True, [*others, method(keep=0.6, frozen=True, **DPS)]),
+        (False, [method(keep=0.6, **DPS), *others]),
+    ):
+        loop = Loop(recipe, optimizer=OPTIMIZERS[optimizer]).train(data[:3])
+        masks = loop.run[DPSDense].masks
+        names = list(masks)
+        assert len(names) == 14  # six matrices of each block, pooler and classifier
+        out = {n: ~masks[n].clone() for n in names}
+        before = {n: per_weight(loop, n) for n in names}
+        for i in (3, 4, 5):  # the whole of stage II
+            loop.train(data[i : i + 1])
+            for n in names:
+                after = per_weight(loop, n)
+                assert set(after) == set(before[n])
+                for key, value in after.items():
+                    same = torch.equal(value[out[n]], before[n][key][out[n]])
+                    assert same == frozen, (n, key)
+                    assert not torch.equal(value[~out[n]], before[n][key][~out[n]])
+
+
+def test_frozen_refuses_factored_optimizer_state():
+    loop = Loop([DPSDense(frozen=True, **DPS), EMA()], optimizer=torch.optim.Adafactor).train(batches(3))
+    evaluated = copied(loop.model)
+    with pytest.raises(ValueError, match=r"Adafactor keeps 'row_var' of shape .* use AdamW or SGD, or frozen=False"):
+        loop.train(batches(1))
+    loop.run.leave()
+    assert_same(copied(loop.model), evaluated)
+    Loop([DPSDense(**DPS)], optimizer=torch.optim.Adafactor).train(batches(4))
+
+
+# ---------------------------------------------------------------- steps that do not come, or come wrongly
+
+
+@every_recipe
+def test_a_step_may_be_entered_twice(name):
+    """T22: the same index is entered again after an overflow or `leave`, also at the boundaries of stages."""
+    data = batches(8)
+    expected = Loop(RECIPES[name], total=8).train(data).all()
+    loop = Loop(RECIPES[name], total=8)
+    for batch in data:
+        evaluated = copied(loop.model)
+        loop.run.enter()
+        forward = copied(loop.model)
+        loop.run.leave()
+        assert_same(copied(loop.model), evaluated)
+        loop.run.enter()
+        assert_same(copied(loop.model), forward)
+        loop.train([batch])
+    assert_same(loop.all(), expected)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "before step"])
+@every_recipe
+def test_interrupted_in_the_middle_of_a_step_leave_restores_the_evaluated_weights(name, where):
+    data = batches(7)
+    loop = Loop(RECIPES[name]).train(data[:5])
+    evaluated, held, noise = copied(loop.model), copy.deepcopy(loop.run.state_dict()), torch.get_rng_state()
+    if where == "forward":
+        stop = interrupt(loop.model, after=1)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run.loss(data[5])
+        stop()
+    else:
+        loss = loop.run.loss(data[5])
+        if where == "backward":
+            handle = loop.model.bert.encoder.layer[0].register_full_backward_hook(_raise)
+            loss = loop.run.loss(data[5])
+            with pytest.raises(KeyboardInterrupt):
+                loss.backward()
+            handle.remove()
+        else:
+            loss.backward()
+    loop.run.leave()
+    assert_same(copied(loop.model), evaluated)
+    assert_same({"index": torch.tensor(loop.run.index), **held}, {"index": torch.tensor(5), **loop.run.state_dict()})
+    loop.optimizer.zero_grad()
+    torch.set_rng_state(noise)
+    assert_same(loop.train(data[5:]).all(), Loop(RECIPES[name]).train(data).all())
+
+
+def _raise(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interruption_shows_the_forward_view_until_leave():
+    """Without `leave` the test above would compare nothing."""
+    for name in ("mixout", "dps_mix", "ema"):
+        loop = Loop(RECIPES[name]).train(batches(4))
+        evaluated = copied(loop.model)
+        loop.run.loss(batches(1)[0])
+        assert differs(copied(loop.model), evaluated)
+
+
+@pytest.mark.parametrize("name", ["mixout", "dps_mix", "ema"])
+def test_weights_changed_between_forward_and_backward_are_an_error(name):
+    """T24: autograd sees writes through `detach()`; through `.data` the gradient would be silently wrong."""
+    loop = Loop(RECIPES[name]).train(batches(2))
+    loss = loop.run.loss(batches(1)[0])
+    loop.run.leave()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@every_recipe
+def test_a_closure_is_refused(name):
+    """T8: the pre-hook fires before the closure computes the gradients that methods would edit."""
+    loop = Loop(RECIPES[name])
+    evaluated = copied(loop.model)
+
+    def closure() -> Tensor:
+        loss = loop.run.loss(batches(1)[0])
+        loss.backward()
+        return loss
+
+    for call in (lambda: loop.optimizer.step(closure), lambda: loop.optimizer.step(closure=closure)):
+        with pytest.raises(RuntimeError, match=r"step\(closure\)"):
+            call()
+    assert_same(copied(loop.model), evaluated)
+    assert loop.run.index == 0
+
+
+def test_a_step_without_a_forward_through_steadytune_is_an_error():
+    loop = Loop(BASE)
+    loop.model(**batches(1)[0]).loss.backward()
+    before = copied(loop.model)
+    with pytest.raises(RuntimeError, match=r"run\.loss\(batch\), or run\.enter\(\)"):
+        loop.optimizer.step()
+    assert_same(copied(loop.model), before)
+    assert loop.run.index == 0
+
+
+def test_a_loop_that_calls_the_model_itself_enters_first():
+    data, loop = batches(5), Loop(BASE)
+    for batch in data:
+        loop.run.enter()
+        loop.model(**batch).loss.backward()
+        loop.step()
+    assert_same(loop.all(), Loop(BASE).train(data).all())
+
+
+def test_not_attached_or_no_number_of_steps_is_an_error():
+    model = bert()
+    run = Run(model, BASE)
+    with pytest.raises(RuntimeError, match=r"run\.attach\(optimizer\)"):
+        run.loss(batches(1)[0])
+    run.attach(adamw(model.parameters()))
+    before = copied(model)
+    with pytest.raises(ValueError, match="DPSMix needs the number of optimizer steps"):
+        run.loss(batches(1)[0])
+    assert_same(copied(model), before)
+    run.total_steps = 12
+    run.loss(batches(1)[0])
+    run.leave()
+    run.finish()
+    with pytest.raises(RuntimeError, match=r"run\.attach\(optimizer\)"):
+        run.loss(batches(1)[0])
+
+
+@pytest.mark.parametrize("name", ["recipe_of_five", "recipe_of_masks"])
+def test_the_fake_step_of_distributed_state_dicts_is_ignored(name):
+    """T17: torch initialises the state of a fresh optimizer by a step with lr 0, which fires our hooks."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    data = batches(6)
+    expected = Loop(RECIPES[name]).train(data)
+    loop = Loop(RECIPES[name]).train(data[:4])
+    saved = {
+        "model": copy.deepcopy(loop.model.state_dict()),
+        "optimizer": copy.deepcopy(get_optimizer_state_dict(loop.model, loop.optimizer)),
+        "run": copy.deepcopy(loop.run.state_dict()),
+        "rng": torch.get_rng_state(),
+    }
+    assert "steadytune" not in saved["optimizer"]  # T7
+    resumed = Loop(RECIPES[name])
+    before, held = copied(resumed.model), resumed.run.state_dict()
+    get_optimizer_state_dict(resumed.model, resumed.optimizer)
+    assert len(resumed.optimizer.state) == len(list(resumed.model.parameters()))  # the fake step took place
+    assert_same(copied(resumed.model), before)
+    assert (resumed.run.index, tensors(resumed.run.state_dict()).keys()) == (0, tensors(held).keys())
+    resumed.model.load_state_dict(saved["model"])
+    set_optimizer_state_dict(resumed.model, resumed.optimizer, saved["optimizer"])
+    with pytest.raises(RuntimeError, match=r"run\.load_state_dict\(\)"):
+        resumed.run.loss(data[0])
+    resumed.run.load_state_dict(saved["run"])
+    torch.set_rng_state(saved["rng"])
+    resumed.train(data[4:])
+    assert_same(resumed.all(), expected.all())
+
+
+def test_a_learning_rate_of_zero_in_one_group_is_no_fake_step():
+    model = bert()
+    groups = [{"params": model.bert.parameters(), "lr": 0.0}, {"params": model.classifier.parameters(), "lr": 1e-3}]
+    Run(model, [EMA()]).attach(torch.optim.AdamW(groups))
+    optimizer = torch.optim.AdamW(groups)
+    Run(model, [EMA()]).attach(optimizer)
+    model(**batches(1)[0]).loss.backward()
+    with pytest.raises(RuntimeError, match="without a forward through steadytune"):
+        optimizer.step()
+
+
+def test_a_warm_up_from_zero_counts():
+    """The first step of a warm-up has lr 0 everywhere: entered, so it is a step."""
+    loop = Loop([DPSDense(**DPS)])
+    for group in loop.optimizer.param_groups:
+        group["lr"] = 0.0
+    loop.train(batches(1))
+    assert loop.run.index == 1
+    assert loop.run[DPSDense].squares
+
+
+def test_a_step_without_gradients_for_a_method_is_a_step():
+    """A batch may use a part of the model only (several tasks, skipped layers)."""
+
+    class Skipping(Net):
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            if self.skip:
+                x = torch.cat([torch.tanh(x[:, :5])], 1)
+                return {"loss": nn.functional.cross_entropy(self.last(x), labels)}
+            return super().forward(x, labels)
+
+    def first(w: Weight) -> bool:
+        return w.name.startswith("first")
+
+    data = points(12)
+    for method in (DPSDense(**DPS), DPSDense(frozen=True, **DPS), DPSMix(**DPS), Mixout(keep=0.5), L2SP(), ClipNorm()):
+        model = Skipping()
+        loop = Loop([only(method, first), EMA()], model)
+        for i, batch in enumerate(data):
+            model.skip = i % 3 == 1  # in each stage
+            before = loop.run.raw("first.weight").clone()
+            loop.train([batch])
+            assert torch.equal(loop.run.raw("first.weight"), before) == model.skip
+        assert loop.run.index == 12
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_restricted_l2sp_leaves_the_decay_of_other_weights_as_it_was(decoupled):
+    """It takes the optimizer's decay over: also for the weights that `only` keeps it away from."""
+    method = only(L2SP(alpha=0.5, decoupled=decoupled), in_first_block)
+    loop = Loop([method], optimizer=lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.2))
+    weights = loop.run.weights()
+    for p in loop.model.parameters():
+        p.grad = torch.zeros_like(p)
+    loop.run.enter()
+    before = copied(loop.model)
+    loop.optimizer.step()
+    assert any(in_first_block(w) for w in weights)
+    for w in weights:
+        expected = before[w.name] if in_first_block(w) else before[w.name] * (1 - 0.1 * 0.2)
+        assert torch.allclose(w.data, expected, rtol=0, atol=1e-7), w.name
+
+
+def test_fields_from_numpy_are_saved_as_plain_numbers(tmp_path):
+    """Grids and searches give NumPy numbers, which `weights_only=True` and JSON refuse."""
+    for kind in (np.float64, np.float32):
+        loop = Loop([DPSDense(keep=kind(0.5), update_ratio=kind(0.25))]).train(batches(4))
+        resumed = Loop([DPSDense(keep=0.5, update_ratio=0.25)]).load(through_disk(loop.saved()))
+        assert resumed.run.index == 4
+        state.save(loop.run.state_dict(), tmp_path / "state.safetensors")
+
+
+def test_predicates_of_any_kind_can_be_saved(tmp_path):
+    scope = functools.partial(lambda block, w: w.block == block and w.kind == "linear", 1)
+    loop = Loop([DPSDense(scope=scope, **DPS)]).train(batches(4))
+    assert Loop([DPSDense(scope=scope, **DPS)]).load(through_disk(loop.saved())).run.index == 4
+    state.save(loop.run.state_dict(), tmp_path / "state.safetensors")
+
+
+def test_a_two_label_head_ties_and_ties_are_kept():
+    """T15: the gradients of the two rows are opposite, so their squares tie in pairs."""
+    loop = Loop([DPSDense(**DPS)], bert(labels=2)).train(batches(3, labels=2))
+    mask = loop.run[DPSDense].masks["classifier.weight"]
+    assert torch.equal(mask[0], mask[1])
+    assert mask.sum() == 24  # 23 asked for: ceil(32 * 0.7)
+
+
+# ---------------------------------------------------------------- mixed precision
+
+
+@pytest.mark.parametrize("leave", [True, False], ids=["leave", "no leave"])
+@pytest.mark.parametrize("unscale", [True, False], ids=["unscale", "no unscale"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "foreach"])
+def test_overflowed_steps_did_not_happen(fused, unscale, leave):
+    """T9. A fused optimizer fires the hooks on them, another does not and keeps the forward view live."""
+    recipe = [DPSMix(**DPS), EMA(decay=0.8), ClipNorm(max_norm=0.3)]
+    data = batches(12)
+
+    def fresh() -> Loop:
+        return Loop(recipe, bert(dropout=0.0), optimizer=functools.partial(adamw, fused=fused, foreach=not fused))
+
+    expected = fresh().train(data)
+    loop = fresh()
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
+    overflows = {0, 3, 7}  # at the first step, at a boundary of stages (T22), in a stage
+    for index, batch in enumerate(data):
+        for bad in [True, False] if index in overflows else [False]:
+            evaluated = copied(loop.model)
+            loss = loop.run.loss(batch)
+            scaler.scale(loss * math.inf if bad else loss).backward()
+            if unscale:
+                scaler.unscale_(loop.optimizer)
+            scaler.step(loop.optimizer)
+            scaler.update()
+            if leave:
+                loop.run.leave()
+            loop.optimizer.zero_grad()
+            if bad and (leave or fused):
+                assert_same(copied(loop.model), evaluated)
+        assert loop.run.index == index + 1
+    assert scaler.get_scale() != 256.0
+    assert_same(loop.all(), expected.all())
+
+
+@pytest.mark.parametrize("name", ["mixout", "dps_mix", "ema"])
+def test_one_autocast_context_round_all_steps_sees_new_weights(name):
+    """T20: autocast keeps casted weights for the length of its context and does not look at changes."""
+    data = batches(5)
+    one, many = Loop(RECIPES[name]), Loop(RECIPES[name])
+    with torch.autocast("cpu", torch.bfloat16):
+        one.train(data)
+    for batch in data:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = many.run.loss(batch)
+        loss.backward()
+        many.step()
+    assert_same(one.all(), many.all())
+
+
+# ---------------------------------------------------------------- compile, further gradients, activation checkpointing
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch's own compiler
+@pytest.mark.parametrize("name", ["recipe_of_masks", "dps_mix", "ema"])
+def test_compiled_equals_eager_with_one_graph(name):
+    data = points(9)
+    recipe = [m for m in RECIPES[name] if m.where is None]
+    eager = Loop(recipe, Net()).train(data)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = Net()
+    optimizer = adamw(model.parameters())
+    compiled = torch.compile(model, backend="aot_eager")
+    run = Run(compiled, recipe, total_steps=12).attach(optimizer)
+    for batch in data:
+        run.loss(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    assert counters["stats"]["unique_graphs"] == 1  # compiled once, never again
+    assert not counters["graph_break"]
+    assert_same(copied(model), copied(eager.model), atol=1e-14)
+
+
+@every_recipe
+def test_one_more_gradient_leaves_no_trace_and_is_right(name):
+    data, others = batches(6), batches(6, seed=9)
+    expected = Loop(RECIPES[name]).train(data).all()
+
+    class Looking(Method):
+        """Asks for gradients of other batches inside the optimizer's step, where methods do."""
+
+        def before_step(self, run: Run, weights: list[Weight]) -> None:
+            held = {w.name: w.grad.clone() for w in weights}
+            places = {n: p.grad.data_ptr() for n, p in run.model.named_parameters()}
+            noise = torch.get_rng_state()
+            found = run.gradient([others[run.index], others[run.index - 1]], dropout_seed=7)
+            assert torch.equal(torch.get_rng_state(), noise)
+            assert {n: p.grad.data_ptr() for n, p in run.model.named_parameters()} == places
+            assert_same({w.name: w.grad for w in weights}, held)
+            torch.manual_seed(7)  # what it should be: autograd on a copy
+            twin = copy.deepcopy(run.model)
+            for p in twin.parameters():
+                p.grad = None
+            loss = sum(twin(**others[i]).loss for i in (run.index, run.index - 1)) / 2
+            gradients = torch.autograd.grad(loss, list(twin.parameters()))
+            torch.set_rng_state(noise)
+            names = [n for n, _ in twin.named_parameters()]
+            assert_same(found, dict(zip(names, gradients, strict=True)), atol=1e-6)
+            assert differs(found, held)
+
+    # appended after the methods, and a dataclass so that a recipe may hold it
+    loop = Loop([*RECIPES[name], dataclasses.dataclass(Looking)()]).train(data)
+    found = loop.all()
+    found["run"]["methods"].pop()
+    assert_same(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@every_recipe
+def test_activation_checkpointing_changes_nothing(name, reentrant):
+    """One draw per optimizer step: what is computed again in the backward pass sees the same weights."""
+    data = batches(4)
+    expected = Loop(RECIPES[name], total=8).train(data).all()
+    model = bert()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    calls = []
+    model.bert.encoder.layer[0].attention.register_forward_hook(lambda *_: calls.append(1))
+    assert_same(Loop(RECIPES[name], model, total=8).train(data).all(), expected)
+    assert len(calls) == 8  # forward twice per step: checkpointing took place
