@@ -179,7 +179,9 @@ def hash_dropout(model: Any, p: float = 0.2) -> Any:
     place = 0
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Dropout):
+            if isinstance(child, nn.Dropout) and type(module).__name__.endswith("Attention"):
+                child.p = 0.0  # only its number is used, inside the attention kernel
+            elif isinstance(child, nn.Dropout):
                 setattr(module, name, HashedDropout(p, place := place + 1, examples))
     if not place:
         model.hashed = HashedDropout(p, 0, examples)
