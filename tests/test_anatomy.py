@@ -35,7 +35,7 @@ CONFIGS: dict[str, dict] = {
     "DistilBert": {"vocab_size": 30, "dim": 8, "hidden_dim": 16, "n_layers": 2, "n_heads": 2}
     | {"max_position_embeddings": 20},
     "Electra": {**SIZES, "embedding_size": 4},
-    "Funnel": {"vocab_size": 30, "block_sizes": [2, 1], "num_decoder_layers": 1, "d_model": 8, "n_head": 2}
+    "Funnel": {"vocab_size": 30, "block_sizes": [2, 2], "num_decoder_layers": 1, "d_model": 8, "n_head": 2}
     | {"d_head": 4, "d_inner": 16},
     "GPT2": {"vocab_size": 30, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 20, **TOKENS},
     "Gemma": {**DECODER, "head_dim": 4},
@@ -82,7 +82,7 @@ SEQUENCE_CLASSIFICATION = {
     "DebertaV2": (2, 2 * 6 + 2, 3, {"pooler", "classifier"}),  # tables: words, positions, relative positions
     "DistilBert": (2, 2 * 6 + 2, 2, {"pre_classifier", "classifier"}),
     "Electra": (2, 2 * 6 + 3, 3, {"classifier"}),
-    "Funnel": (3, 3 * 6 + 2, 1, {"classifier"}),  # nested lists; its base variant for classification has no decoder
+    "Funnel": (4, 4 * 6 + 2, 1, {"classifier"}),  # nested lists; its base variant for classification has no decoder
     "GPT2": (2, 2 * 4 + 1, 2, {"score"}),
     "Gemma": (2, 2 * 7 + 1, 1, {"score"}),
     "Jamba": (2, (4 + 3) + (4 + 3) + 1, 1, {"score"}),  # a Mamba layer and an attention layer
@@ -346,14 +346,17 @@ class OwnPreTrainedModel(transformers.BertPreTrainedModel):
     def __init__(self) -> None:
         bert = tiny("Bert", "")
         super().__init__(bert.config)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 999), nn.Linear(999, 8)) for _ in range(3))
         self.backbone = bert
         self.out = nn.Linear(8, 2)
 
 
 def test_own_pretrained_model_around_a_base():
     parts = anatomy(OwnPreTrainedModel())
-    assert heads(parts) == {"out"}
+    assert heads(parts) == {"experts", "out"}
     assert blocks(parts) == [0, 1]
+    assert parts["experts.1.0.weight"] == Part("linear", None, True)
+    assert parts["backbone.encoder.layer.1.output.dense.weight"] == Part("linear", 1, False)
 
 
 class Plain(nn.Module):
@@ -471,4 +474,15 @@ def test_input_embedding_refuses_two_models():
     towers = nn.ModuleList([tiny("Bert", ""), tiny("Bert", "")])
     with pytest.raises(ValueError, match=r"ModuleList contains 2 transformers models \(BertModel, BertModel\)"):
         input_embedding(towers)
-    assert blocks(anatomy(towers)) == [0, 1, 2, 3]
+
+
+def test_blocks_of_several_models_are_counted_on():
+    parts = anatomy(nn.ModuleList([tiny("XLM", ""), tiny("Bert", "")]))
+    assert blocks(parts) == [0, 1, 2, 3]
+    assert parts["1.encoder.layer.0.intermediate.dense.weight"].block == 2
+
+
+def test_layers_that_share_weights_are_the_first_block():
+    first, second = (nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2))
+    assert blocks(anatomy(nn.ModuleList([first] * 12))) == [0]
+    assert blocks(anatomy(nn.ModuleList([first, second, first]))) == [0, 1]

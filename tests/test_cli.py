@@ -12,8 +12,8 @@ from fit_helpers import data_root, save_tiny_bert, toy
 from steadytune import __version__
 from steadytune import cli as cli_module
 from steadytune.cli import app
-from steadytune.fit import Recipe
 from steadytune.methods import METHODS
+from steadytune.recipe import Recipe
 from steadytune.tasks import TASKS
 
 QUICK = ["--steps", "4", "--batch-size", "4", "--quiet"]
@@ -45,7 +45,7 @@ def test_help_loads_nothing_heavy():
         "import sys; from typer.testing import CliRunner; from steadytune.cli import app\n"
         "for words in ([], ['fit'], ['methods'], ['tasks']):\n"
         "    assert CliRunner().invoke(app, [*words, '--help']).exit_code == 0\n"
-        "print([name for name in ('transformers', 'pandas', 'sklearn') if name in sys.modules])"
+        "print([name for name in ('torch', 'transformers', 'pandas', 'sklearn') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -143,7 +143,7 @@ def test_ctrl_c_says_how_to_go_on(shell, bert, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("steadytune.fit._run", interrupted)
+    monkeypatch.setattr("steadytune.fitting._run", interrupted)
     done = shell("fit", "train.csv", "--model", bert, "--output", "out")
     assert done.exit_code == 130
     assert "--resume" in done.stderr

@@ -14,10 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-import distributed_worker as worker
 import pytest
 import torch
 from torch import Tensor
+
+import distributed_worker as worker
 
 WORKER = Path(worker.__file__)
 PATIENCE = 420  # seconds for a pair of processes; an idle machine needs a tenth

@@ -21,14 +21,16 @@ FLOORS = {
     "views": 1,
     "data": 1,
     "tasks": 1,
+    "recipe": 4,
+    "output": 2,
     "core": 2,
     "methods": 3,
     "trainer": 4,
-    "fit": 5,
+    "fitting": 5,
     "cli": 6,
 }
 SIDEWAYS = {("views", "method"), ("tasks", "data")}  # on one floor, one way only
-NO_TORCH = ("data", "tasks", "cli")
+NO_TORCH = ("data", "tasks", "recipe", "output", "fitting", "cli", "__init__")
 
 
 def modules() -> list[Path]:

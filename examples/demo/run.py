@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from steadytune import Method, Run, Weight
-from steadytune.fit import fit
+from steadytune import fit
 
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TESTS = {"in_domain": "in domain", "out_of_domain": "out of domain"}

@@ -1,30 +1,47 @@
 """Fine-tune pre-trained language models on small data, steadily."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .core import Method as Method
-from .core import Run as Run
-from .core import Step as Step
-from .core import Weight as Weight
-from .core import only as only
-from .methods import EMA as EMA
-from .methods import L2SP as L2SP
-from .methods import METHODS as METHODS
-from .methods import ClipNorm as ClipNorm
-from .methods import DPSDense as DPSDense
-from .methods import DPSMix as DPSMix
-from .methods import Mixout as Mixout
-from .methods import RDrop as RDrop
+if TYPE_CHECKING:
+    from .core import Run as Run
+    from .fitting import FitResult as FitResult
+    from .fitting import fit as fit
+    from .method import Method as Method
+    from .method import Weight as Weight
+    from .method import only as only
+    from .methods import EMA as EMA
+    from .methods import L2SP as L2SP
+    from .methods import METHODS as METHODS
+    from .methods import ClipNorm as ClipNorm
+    from .methods import DPSDense as DPSDense
+    from .methods import DPSMix as DPSMix
+    from .methods import Mixout as Mixout
+    from .methods import RDrop as RDrop
+    from .step import Step as Step
+    from .trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from .trainer import Trainer as Trainer
+# torch and transformers take seconds to import: a name is looked up where it is first used, `--help` never waits
+_HOMES = {
+    "core": ("Run",),
+    "fitting": ("FitResult", "fit"),
+    "method": ("Method", "Weight", "only"),
+    "methods": ("EMA", "L2SP", "METHODS", "ClipNorm", "DPSDense", "DPSMix", "Mixout", "RDrop"),
+    "step": ("Step",),
+    "trainer": ("Trainer",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Trainer":  # transformers is slow to import: only where it is used
-        from .trainer import Trainer
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    return value
 
-        return Trainer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return __all__

@@ -59,10 +59,9 @@ def anatomy(model: nn.Module) -> dict[str, Part]:
     roots = _roots(model)
     body = {id(p) for root in roots for p in _pretrained(root)} if roots else set(kinds)
     blocks: dict[int, int] = {}
-    for index, modules in enumerate(block for root in roots or [model] for block in _blocks(root)):
+    for index, modules in enumerate(block for root in roots or [model] for block in _blocks(root, body)):
         for p in (p for module in modules for p in module.parameters()):
-            if id(p) in body:
-                blocks.setdefault(id(p), index)
+            blocks.setdefault(id(p), index)
     return {
         name: Part(kinds[id(p)], blocks.get(id(p)), id(p) not in body, 0 if id(p) in transposed else 1)
         for name, p in model.named_parameters()
@@ -146,9 +145,9 @@ def _pretrained(root: Any) -> Iterator[nn.Parameter]:
         yield from root.parameters()
 
 
-def _blocks(root: nn.Module) -> list[list[nn.Module]]:
-    """The modules of each block, from the input on: the entries of the outermost module lists that hold real layers."""
-    stacks = _stacks(root)
+def _blocks(root: nn.Module, body: set[int]) -> list[list[nn.Module]]:
+    """The modules of each block, from the input on: the entries of the body's outermost lists that hold real layers."""
+    stacks = [stack for stack in _stacks(root) if all(id(p) in body for p in stack.parameters())]
     sizes = [sum(p.numel() for p in stack.parameters()) / len(stack) for stack in stacks]
     stacks = [stack for stack, size in zip(stacks, sizes, strict=True) if size >= max(sizes) / 8]
     parents = {id(child): module for module in root.modules() for child in module.children()}
@@ -171,5 +170,5 @@ def _stacks(module: nn.Module) -> list[nn.ModuleList]:
     """The outermost lists of layers; a list of single matrices (several heads, convolutions) is none."""
     if isinstance(module, nn.ModuleList) and not any(isinstance(entry, nn.ModuleList) for entry in module):
         matrices = sum(p.dim() > 1 for p in module.parameters())
-        return [module] if matrices >= 2 * len(module) > 0 else []
+        return [module] if matrices >= 2 * len({*module}) > 0 else []
     return [stack for child in module.children() for stack in _stacks(child)]

@@ -102,7 +102,8 @@ def fit(
     given = dict(locals())
     with _errors_in_one_line():
         from .data import UsageError
-        from .fit import Recipe, fit
+        from .fitting import fit
+        from .recipe import Recipe
 
         tests: dict[str, Any] = _named(test or [])
         source: Any = train

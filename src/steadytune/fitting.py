@@ -7,26 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
 import platform
 import shutil
-import tempfile
 import time
-import types
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from . import __version__
 from .data import Data, Kind, Table, Target, UsageError, one_line, prepare, suggest
+from .output import RECORD, Output, same_run
+from .recipe import MAX_STEPS, Recipe, make_methods, method_record
 from .tasks import METRICS, score
 
 if TYPE_CHECKING:
@@ -37,314 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("steadytune")
 
-# The strong baseline for small data: 20 epochs, but never so few steps that training stops half way, and a ceiling
-# where a table is large enough to need no repetition (Mosbach et al. 2021; Zhang et al. 2021).
-EPOCHS, MIN_STEPS, MAX_STEPS = 20, 400, 2000
 MAX_LENGTH = 128
-RECORD = "steadytune.json"
-
-
-# ---- options ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Everything but model, methods and data that decides the trained weights.
-
-    The optimizer is bias-corrected AdamW (fused) with linear warm-up and linear decay, on float32 weights.
-
-    Attributes:
-        lr: peak learning rate.
-        weight_decay: decoupled, on weight matrices only.
-        warmup: share of the steps, in [0, 1).
-        max_grad_norm: clipping of the gradient's norm; 0 switches it off.
-        batch_size: rows per forward.
-        accumulation: forwards per optimizer step.
-        steps: optimizer steps; by default 20 epochs, at least 400 and at most 2,000 steps.
-        epochs: instead of steps.
-        max_length: tokens per row, longer ones are cut; by default 128 or the model's limit.
-        dropout: one probability for every dropout of the model; by default as its config says.
-        bf16: bfloat16 autocast; the weights themselves stay float32.
-        train_size: draw this many rows, stratified, and forget the others.
-        validation_share: carved out of the training rows where no validation table is given.
-        seed: of everything below that is not set.
-        init_seed: new weights (the head).
-        data_seed: subset, validation split and order of rows.
-        dropout_seed: dropout.
-        method_seed: draws of the methods (masks, noise).
-    """
-
-    lr: float = 2e-5
-    weight_decay: float = 0.01
-    warmup: float = 0.1
-    max_grad_norm: float = 1.0
-    batch_size: int = 16
-    accumulation: int = 1
-    steps: int | None = None
-    epochs: float | None = None
-    max_length: int | None = None
-    dropout: float | None = None
-    bf16: bool = False
-    train_size: int | None = None
-    validation_share: float = 0.1
-    seed: int = 0
-    init_seed: int | None = None
-    data_seed: int | None = None
-    dropout_seed: int | None = None
-    method_seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, (rule, holds) in _RULES.items():
-            value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise UsageError(f"{name} must be {rule}, got {value}.")
-        if self.steps is not None and self.epochs is not None:
-            raise UsageError(f"give steps ({self.steps}) or epochs ({self.epochs}), not both.")
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Recipe:
-        """A recipe from keyword arguments; an unknown one is an error that names the nearest."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in options:
-            if name not in known:
-                raise UsageError(f"unknown option {name!r}.{suggest(name, known)}")
-        return cls(**options)
-
-    @property
-    def seeds(self) -> dict[str, int]:
-        """The four seeds in force."""
-        own = {name: getattr(self, f"{name}_seed") for name in ("init", "data", "dropout", "method")}
-        return {name: self.seed if value is None else value for name, value in own.items()}
-
-    def total_steps(self, rows: int) -> int:
-        """Optimizer steps for a training set of this size."""
-        per_epoch = math.ceil(math.ceil(rows / self.batch_size) / self.accumulation)
-        if self.steps is not None:
-            return self.steps
-        if self.epochs is not None:
-            return max(1, math.ceil(self.epochs * per_epoch))
-        return min(max(EPOCHS * per_epoch, MIN_STEPS), MAX_STEPS)
-
-
-_POSITIVE = ("above 0", lambda value: value > 0)
-_NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
-_SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
-_SEED = ("between 0 and 2**32 - 1", lambda value: 0 <= value < 2**32)  # numpy's range
-_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("lr", "batch_size", "accumulation", "steps", "epochs", "max_length", "train_size"), _POSITIVE),
-    **dict.fromkeys(("weight_decay", "max_grad_norm"), _NOT_NEGATIVE),
-    **dict.fromkeys(("warmup", "dropout", "validation_share"), _SHARE),
-    **dict.fromkeys(("seed", "init_seed", "data_seed", "dropout_seed", "method_seed"), _SEED),
-}
-
-
-# ---- methods by name --------------------------------------------------------------------------------------------
-
-
-def parse_method(text: str, registry: Mapping[str, type[Any]]) -> Any:
-    """A method from `name` or `name:option=value,option=value`, checked against the fields of its class."""
-    name, _, tail = text.partition(":")
-    name = name.strip()
-    if name not in registry:
-        raise UsageError(f"unknown method {name!r}.{suggest(name, registry)}")
-    cls = registry[name]
-    hints = typing.get_type_hints(cls)
-    known = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
-    options: dict[str, Any] = {}
-    for item in filter(None, map(str.strip, tail.split(","))):
-        option, equals, value = (part.strip() for part in item.partition("="))
-        if not equals:
-            raise UsageError(f"method {name!r}: options are written option=value, got {item!r}.")
-        if option not in known:
-            raise UsageError(f"method {name!r}: unknown option {option!r}.{suggest(option, known)}")
-        if option in options:
-            raise UsageError(f"method {name!r}: {option} is given twice.")
-        try:
-            options[option] = convert(value, known[option])
-        except ValueError:
-            raise UsageError(f"method {name!r}: {option} must be {_spell(known[option])}, got {value!r}.") from None
-    try:
-        return cls(**options)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"method {name!r}: {error}") from error
-
-
-def convert(text: str, hint: Any) -> Any:
-    """The value that `text` means for a field of this type; ValueError when it means none."""
-    options = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
-        return {str(option): option for option in options}[text] if text in map(str, options) else _no_value()
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        for option in sorted(options, key=lambda option: option is str):  # text takes what nothing else wants
-            with contextlib.suppress(ValueError):
-                return convert(text, option)
-        return _no_value()
-    if hint is bool:
-        return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _no_value()
-    if hint is type(None):
-        return None if text.lower() == "none" else _no_value()
-    return hint(text) if hint in (int, float, str) else _no_value()
-
-
-def _no_value() -> Any:
-    raise ValueError
-
-
-def _spell(hint: Any) -> str:
-    options = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
-        return " or ".join(map(repr, options))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(map(_spell, options))
-    return getattr(hint, "__name__", str(hint))
-
-
-def method_record(method: Any) -> dict[str, Any]:
-    """Name and every option of a method, ready for JSON."""
-    from .methods import METHODS
-
-    names = {cls: name for name, cls in METHODS.items()}
-    options = {field.name: _plain(getattr(method, field.name)) for field in dataclasses.fields(method)}
-    if (where := getattr(method, "where", None)) is not None:  # set by `only`
-        options["where"] = _plain(where)
-    return {"name": names.get(type(method), type(method).__name__), "options": options}
-
-
-def _plain(value: Any) -> Any:
-    """The value itself where JSON has it, a function by its name, anything else (infinity too) as it prints."""
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        return getattr(value, "__qualname__", repr(value))
-    return value
-
-
-def _methods(methods: str | Method | Sequence[str | Method]) -> list[Method]:
-    from .methods import METHODS
-
-    listed = methods if isinstance(methods, Sequence) and not isinstance(methods, str) else [methods]
-    return [parse_method(method, METHODS) if isinstance(method, str) else method for method in listed]
-
-
-# ---- the output folder ------------------------------------------------------------------------------------------
-
-
-class Output:
-    """The folder of one run: a model directory with the run's records beside it, `checkpoints/` while it trains.
-
-    Every file appears whole or not at all: written under another name, then renamed.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.checkpoints = self.path / "checkpoints"
-
-    def check(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-        """The record of the run to resume, None for a fresh start; an error where something is in the way."""
-        if resume and overwrite:
-            raise UsageError("give --resume (go on) or --overwrite (start anew), not both.")
-        if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"output {self.path} must be a directory, and is a file.")
-        record = self._record()
-        if resume:
-            return self._resumable(record)
-        if self.path.is_dir() and any(self.path.iterdir()):
-            if record is None:
-                raise UsageError(f"output {self.path} is not empty and holds no run: choose another --output DIR.")
-            if not overwrite:
-                raise UsageError(
-                    f"output {self.path} already holds a run ({record['status']}): "
-                    "go on with --resume, start anew with --overwrite, or choose another --output DIR."
-                )
-        return None
-
-    def _record(self) -> dict[str, Any] | None:
-        file = self.path / RECORD
-        if not file.is_file():
-            return None
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UsageError(f"{file}: not JSON ({error}). Choose another --output DIR.") from error
-        if not isinstance(record, dict) or record.get("format") != 1:
-            raise UsageError(f"{file}: not a record of this version of steadytune. Choose another --output DIR.")
-        return record
-
-    def _resumable(self, record: dict[str, Any] | None) -> dict[str, Any]:
-        if record is None:
-            raise UsageError(f"--resume: no run in {self.path} (no {RECORD}). Leave --resume out to start one.")
-        if record["status"] == "finished":
-            raise UsageError(f"--resume: the run in {self.path} is finished. Train anew with --overwrite.")
-        if self.last_checkpoint() is None:
-            raise UsageError(f"--resume: the run in {self.path} has no checkpoint yet. Start it anew with --overwrite.")
-        return record
-
-    def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end (the trainer's state comes last)."""
-        found = [path for path in self.checkpoints.glob("checkpoint-*") if _is_whole(path)]
-        return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-    def clear(self) -> None:
-        """Remove what an earlier run recorded as its own; nothing else is touched."""
-        record = self._record()
-        for name in record["files"] if record else ():
-            (self.path / Path(name).name).unlink(missing_ok=True)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        self.path.mkdir(parents=True, exist_ok=True)
-
-    def forget_empty(self) -> None:
-        """Take back folders that were made for nothing."""
-        for folder in (self.checkpoints, self.path):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-
-    def write(self, name: str, writer: Callable[[Path], Any]) -> None:
-        """Let `writer` fill a file beside the final place, then rename it."""
-        part = self.path / f".{name}.part"
-        writer(part)
-        os.replace(part, self.path / name)
-
-    def write_json(self, name: str, value: Any) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        self.write(name, lambda path: path.write_text(text, encoding="utf-8"))
-
-    def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Write model and tokenizer; `config.json` comes last, so that the folder loads only when it is complete."""
-        with tempfile.TemporaryDirectory(prefix=".model-", dir=self.path) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            names = sorted(os.listdir(folder), key=lambda name: name == "config.json")
-            for name in names:
-                os.replace(Path(folder, name), self.path / name)
-        return names
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _same_run(then: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to resume a run under another recipe or on other training rows, and say what differs."""
-    now = json.loads(json.dumps(now))
-    differences = list(_differences(then["recipe"], now["recipe"]))
-    differences += _differences(then["data"]["train"], now["data"]["train"], "training data")
-    if differences:
-        raise UsageError(
-            f"--resume: the run in {folder} was started otherwise: {'; '.join(differences)}. "
-            "Give the same options, or start anew with --overwrite."
-        )
-
-
-def _differences(then: Any, now: Any, where: str = "") -> Iterator[str]:
-    if isinstance(then, dict) and isinstance(now, dict):
-        for key in {**then, **now}:
-            yield from _differences(then.get(key), now.get(key), f"{where}.{key}" if where else key)
-    elif then != now:
-        yield f"{where} was {then!r}, is {now!r}"
 
 
 # ---- model and tokens -------------------------------------------------------------------------------------------
@@ -707,7 +398,7 @@ def fit(
         seed=recipe.seeds["data"],
     )
     plan = Plan(
-        str(model), _methods(methods), recipe, data, recipe.total_steps(len(data.train)),
+        str(model), make_methods(methods), recipe, data, recipe.total_steps(len(data.train)),
         _headline(metric, data.target), save_steps, progress,
     )  # fmt: skip
     return _run(plan, folder, previous)
@@ -728,7 +419,7 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
     record = _record(plan, max_length, dropout)
     checkpoint = None
     if previous is not None:
-        _same_run(previous, record, folder.path)
+        same_run(previous, record, folder.path)
         checkpoint = folder.last_checkpoint()
     features = tokenise(data.train, tokenizer, max_length)
     args = arguments(recipe, plan.steps, folder, plan.save_steps)

@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from fit_helpers import WORDS, save_tiny_bert, save_tiny_gpt2, toy, word_tokenizer
-from steadytune import fit as fit_module
+from steadytune import fitting as fit_module
 from steadytune.data import Data, Target, UsageError
-from steadytune.fit import Output, Recipe, arguments, convert, fit, load, parse_method, set_dropout, tokenise
+from steadytune.fitting import arguments, fit, load, set_dropout, tokenise
 from steadytune.methods import METHODS
+from steadytune.output import Output
+from steadytune.recipe import Recipe, convert, parse_method
 
 QUICK = {"steps": 12, "batch_size": 4, "lr": 1e-3, "save_steps": 5, "progress": False}
 

@@ -1,0 +1,137 @@
+"""The folder of one run: what may be in it, what goes on, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .data import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RECORD = "steadytune.json"
+
+
+class Output:
+    """The folder of one run: a model directory with the run's records beside it, `checkpoints/` while it trains.
+
+    Every file appears whole or not at all: written under another name, then renamed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+
+    def check(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+        """The record of the run to resume, None for a fresh start; an error where something is in the way."""
+        if resume and overwrite:
+            raise UsageError("give --resume (go on) or --overwrite (start anew), not both.")
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"output {self.path} must be a directory, and is a file.")
+        record = self._record()
+        if resume:
+            return self._resumable(record)
+        if self.path.is_dir() and any(self.path.iterdir()):
+            if record is None:
+                raise UsageError(f"output {self.path} is not empty and holds no run: choose another --output DIR.")
+            if not overwrite:
+                raise UsageError(
+                    f"output {self.path} already holds a run ({record['status']}): "
+                    "go on with --resume, start anew with --overwrite, or choose another --output DIR."
+                )
+        return None
+
+    def _record(self) -> dict[str, Any] | None:
+        file = self.path / RECORD
+        if not file.is_file():
+            return None
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{file}: not JSON ({error}). Choose another --output DIR.") from error
+        if not isinstance(record, dict) or record.get("format") != 1:
+            raise UsageError(f"{file}: not a record of this version of steadytune. Choose another --output DIR.")
+        return record
+
+    def _resumable(self, record: dict[str, Any] | None) -> dict[str, Any]:
+        if record is None:
+            raise UsageError(f"--resume: no run in {self.path} (no {RECORD}). Leave --resume out to start one.")
+        if record["status"] == "finished":
+            raise UsageError(f"--resume: the run in {self.path} is finished. Train anew with --overwrite.")
+        if self.last_checkpoint() is None:
+            raise UsageError(f"--resume: the run in {self.path} has no checkpoint yet. Start it anew with --overwrite.")
+        return record
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end (the trainer's state comes last)."""
+        found = [path for path in self.checkpoints.glob("checkpoint-*") if _is_whole(path)]
+        return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+    def clear(self) -> None:
+        """Remove what an earlier run recorded as its own; nothing else is touched."""
+        record = self._record()
+        for name in record["files"] if record else ():
+            (self.path / Path(name).name).unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def forget_empty(self) -> None:
+        """Take back folders that were made for nothing."""
+        for folder in (self.checkpoints, self.path):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def write(self, name: str, writer: Callable[[Path], Any]) -> None:
+        """Let `writer` fill a file beside the final place, then rename it."""
+        part = self.path / f".{name}.part"
+        writer(part)
+        os.replace(part, self.path / name)
+
+    def write_json(self, name: str, value: Any) -> None:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        self.write(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Write model and tokenizer; `config.json` comes last, so that the folder loads only when it is complete."""
+        with tempfile.TemporaryDirectory(prefix=".model-", dir=self.path) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            names = sorted(os.listdir(folder), key=lambda name: name == "config.json")
+            for name in names:
+                os.replace(Path(folder, name), self.path / name)
+        return names
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def same_run(then: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to resume a run under another recipe or on other training rows, and say what differs."""
+    now = json.loads(json.dumps(now))
+    differences = list(_differences(then["recipe"], now["recipe"]))
+    differences += _differences(then["data"]["train"], now["data"]["train"], "training data")
+    if differences:
+        raise UsageError(
+            f"--resume: the run in {folder} was started otherwise: {'; '.join(differences)}. "
+            "Give the same options, or start anew with --overwrite."
+        )
+
+
+def _differences(then: Any, now: Any, where: str = "") -> Iterator[str]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in {**then, **now}:
+            yield from _differences(then.get(key), now.get(key), f"{where}.{key}" if where else key)
+    elif then != now:
+        yield f"{where} was {then!r}, is {now!r}"

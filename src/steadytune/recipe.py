@@ -1,0 +1,198 @@
+"""The options of a fit, checked: all that decides the trained weights but model and data; methods by name."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from .data import UsageError, suggest
+
+if TYPE_CHECKING:
+    from .method import Method
+
+# The strong baseline for small data: 20 epochs, but never so few steps that training stops half way, and a ceiling
+# where a table is large enough to need no repetition (Mosbach et al. 2021; Zhang et al. 2021).
+EPOCHS, MIN_STEPS, MAX_STEPS = 20, 400, 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything but model, methods and data that decides the trained weights.
+
+    The optimizer is bias-corrected AdamW (fused) with linear warm-up and linear decay, on float32 weights.
+
+    Attributes:
+        lr: peak learning rate.
+        weight_decay: decoupled, on weight matrices only.
+        warmup: share of the steps, in [0, 1).
+        max_grad_norm: clipping of the gradient's norm; 0 switches it off.
+        batch_size: rows per forward.
+        accumulation: forwards per optimizer step.
+        steps: optimizer steps; by default 20 epochs, at least 400 and at most 2,000 steps.
+        epochs: instead of steps.
+        max_length: tokens per row, longer ones are cut; by default 128 or the model's limit.
+        dropout: one probability for every dropout of the model; by default as its config says.
+        bf16: bfloat16 autocast; the weights themselves stay float32.
+        train_size: draw this many rows, stratified, and forget the others.
+        validation_share: carved out of the training rows where no validation table is given.
+        seed: of everything below that is not set.
+        init_seed: new weights (the head).
+        data_seed: subset, validation split and order of rows.
+        dropout_seed: dropout.
+        method_seed: draws of the methods (masks, noise).
+    """
+
+    lr: float = 2e-5
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    max_grad_norm: float = 1.0
+    batch_size: int = 16
+    accumulation: int = 1
+    steps: int | None = None
+    epochs: float | None = None
+    max_length: int | None = None
+    dropout: float | None = None
+    bf16: bool = False
+    train_size: int | None = None
+    validation_share: float = 0.1
+    seed: int = 0
+    init_seed: int | None = None
+    data_seed: int | None = None
+    dropout_seed: int | None = None
+    method_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, (rule, holds) in _RULES.items():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise UsageError(f"{name} must be {rule}, got {value}.")
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError(f"give steps ({self.steps}) or epochs ({self.epochs}), not both.")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Recipe:
+        """A recipe from keyword arguments; an unknown one is an error that names the nearest."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise UsageError(f"unknown option {name!r}.{suggest(name, known)}")
+        return cls(**options)
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        """The four seeds in force."""
+        own = {name: getattr(self, f"{name}_seed") for name in ("init", "data", "dropout", "method")}
+        return {name: self.seed if value is None else value for name, value in own.items()}
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps for a training set of this size."""
+        per_epoch = math.ceil(math.ceil(rows / self.batch_size) / self.accumulation)
+        if self.steps is not None:
+            return self.steps
+        if self.epochs is not None:
+            return max(1, math.ceil(self.epochs * per_epoch))
+        return min(max(EPOCHS * per_epoch, MIN_STEPS), MAX_STEPS)
+
+
+_POSITIVE = ("above 0", lambda value: value > 0)
+_NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
+_SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+_SEED = ("between 0 and 2**32 - 1", lambda value: 0 <= value < 2**32)  # numpy's range
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("lr", "batch_size", "accumulation", "steps", "epochs", "max_length", "train_size"), _POSITIVE),
+    **dict.fromkeys(("weight_decay", "max_grad_norm"), _NOT_NEGATIVE),
+    **dict.fromkeys(("warmup", "dropout", "validation_share"), _SHARE),
+    **dict.fromkeys(("seed", "init_seed", "data_seed", "dropout_seed", "method_seed"), _SEED),
+}
+
+
+def parse_method(text: str, registry: Mapping[str, type[Any]]) -> Any:
+    """A method from `name` or `name:option=value,option=value`, checked against the fields of its class."""
+    name, _, tail = text.partition(":")
+    name = name.strip()
+    if name not in registry:
+        raise UsageError(f"unknown method {name!r}.{suggest(name, registry)}")
+    cls = registry[name]
+    hints = typing.get_type_hints(cls)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+    options: dict[str, Any] = {}
+    for item in filter(None, map(str.strip, tail.split(","))):
+        option, equals, value = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise UsageError(f"method {name!r}: options are written option=value, got {item!r}.")
+        if option not in known:
+            raise UsageError(f"method {name!r}: unknown option {option!r}.{suggest(option, known)}")
+        if option in options:
+            raise UsageError(f"method {name!r}: {option} is given twice.")
+        try:
+            options[option] = convert(value, known[option])
+        except ValueError:
+            raise UsageError(f"method {name!r}: {option} must be {_spell(known[option])}, got {value!r}.") from None
+    try:
+        return cls(**options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"method {name!r}: {error}") from error
+
+
+def convert(text: str, hint: Any) -> Any:
+    """The value that `text` means for a field of this type; ValueError when it means none."""
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return {str(option): option for option in options}[text] if text in map(str, options) else _no_value()
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        for option in sorted(options, key=lambda option: option is str):  # text takes what nothing else wants
+            with contextlib.suppress(ValueError):
+                return convert(text, option)
+        return _no_value()
+    if hint is bool:
+        return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _no_value()
+    if hint is type(None):
+        return None if text.lower() == "none" else _no_value()
+    return hint(text) if hint in (int, float, str) else _no_value()
+
+
+def _no_value() -> Any:
+    raise ValueError
+
+
+def _spell(hint: Any) -> str:
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(map(repr, options))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(_spell, options))
+    return getattr(hint, "__name__", str(hint))
+
+
+def method_record(method: Any) -> dict[str, Any]:
+    """Name and every option of a method, ready for JSON."""
+    from .methods import METHODS
+
+    names = {cls: name for name, cls in METHODS.items()}
+    options = {field.name: _plain(getattr(method, field.name)) for field in dataclasses.fields(method)}
+    if (where := getattr(method, "where", None)) is not None:  # set by `only`
+        options["where"] = _plain(where)
+    return {"name": names.get(type(method), type(method).__name__), "options": options}
+
+
+def _plain(value: Any) -> Any:
+    """The value itself where JSON has it, a function by its name, anything else (infinity too) as it prints."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return getattr(value, "__qualname__", repr(value))
+    return value
+
+
+def make_methods(methods: str | Method | Sequence[str | Method]) -> list[Method]:
+    from .methods import METHODS
+
+    listed = methods if isinstance(methods, Sequence) and not isinstance(methods, str) else [methods]
+    return [parse_method(method, METHODS) if isinstance(method, str) else method for method in listed]
