@@ -26,19 +26,16 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     TrainerCallback,
     TrainingArguments,
 )
 from transformers import Trainer as StockTrainer
 
+from helpers import LENGTH, VOCABULARY, arguments, collate, hash_dropout, llama, rows
 from steadytune import EMA, L2SP, ClipNorm, DPSDense, DPSMix, Method, Mixout, RDrop, Run, Trainer, Weight
 
 STEPS = 8  # stages of two: squares, masks, squares, masks
 ROWS = 8  # of one optimizer step, over all ranks and micro-batches
-LENGTH = 9
-VOCABULARY = 37
 WATCHED = (0, 2, 5)  # after these steps the state of a run is looked at: squares, masks, masks of the second cycle
 STAGES = {"keep": 0.5, "update_ratio": 0.25}
 
@@ -46,19 +43,21 @@ STAGES = {"keep": 0.5, "update_ratio": 0.25}
 # ---------------------------------------------------------------------- models and data
 
 
-def bert(*, labels: int = 3, dropout: float = 0.0, **changes) -> nn.Module:
+def bert(*, labels: int = 3, dropout: float = 0.0) -> nn.Module:
     """Widths that two ranks cannot halve; one row of token types, so that a rank's piece of it is empty."""
     torch.manual_seed(11)
-    shape = {"hidden_size": 15, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 21}
     config = BertConfig(
         vocab_size=VOCABULARY,
+        hidden_size=15,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=21,
         max_position_embeddings=LENGTH,
         type_vocab_size=1,
         num_labels=labels,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=0.0,
         initializer_range=0.3,
-        **{**shape, **changes},
     )
     return BertForSequenceClassification(config).double().train()
 
@@ -83,90 +82,24 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(config).double().train()
 
 
-def llama() -> nn.Module:
-    torch.manual_seed(13)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=LENGTH,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config).double().train()
-    for layer in model.model.layers:  # Llama has no dropout of its own; R-Drop needs some
-        layer.mlp = nn.Sequential(layer.mlp, nn.Dropout(0.2))
-    return model
-
-
 def language(model: nn.Module) -> bool:
-    return hasattr(model.config, "num_labels") and "LM" in type(model).__name__
+    return "LM" in type(model).__name__
 
 
-def batch(seed: int, model: nn.Module, rows: int = ROWS) -> dict[str, torch.Tensor]:
-    """One optimizer step's rows of unequal length, labelled as the model needs."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, VOCABULARY, (rows, LENGTH), generator=generator)
-    if language(model):
-        return {"input_ids": ids, "labels": ids}
-    lengths = torch.randint(3, LENGTH + 1, (rows,), generator=generator)
-    mask = (torch.arange(LENGTH) < lengths[:, None]).long()
-    labels = torch.randint(3, (rows,), generator=generator)
-    if model.config.num_labels == 1:
-        labels = torch.randn(rows, generator=generator, dtype=torch.float64)
-    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+def batch(seed: int, model: nn.Module) -> dict[str, torch.Tensor]:
+    """One optimizer step's rows, labelled as the model needs."""
+    if language(model):  # with equal numbers of tokens: a plain loop means over micro-batches
+        found = collate(rows(ROWS, equal=True, seed=seed))
+        return {**found, "labels": found["input_ids"]}
+    found = collate(rows(ROWS, seed=seed))
+    return {**found, "labels": found["labels"].double()} if model.config.num_labels == 1 else found
 
 
-def parts(rows: dict, rank: int, world: int, micro: int) -> list[dict]:
+def parts(whole: dict, rank: int, world: int, micro: int) -> list[dict]:
     """This rank's micro-batches; all ranks together have each row once."""
-    size = len(rows["labels"]) // (world * micro)
+    size = len(whole["labels"]) // (world * micro)
     starts = [(i * world + rank) * size for i in range(micro)]
-    return [{k: v[s : s + size] for k, v in rows.items()} for s in starts]
-
-
-class HashedDropout(nn.Module):
-    """Dropout whose mask is a hash of the example (and of which copy of it), whatever batch it comes in."""
-
-    def __init__(self, p: float, number: int, keys: dict) -> None:
-        super().__init__()
-        self.p, self.number, self.keys = p, number, keys
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return x
-        axes = [torch.arange(n, dtype=torch.float64) for n in x.shape[1:]]
-        phase = (self.keys["row"] * 1.37 + self.keys["copy"] * 57.31 + self.number * 11.17).view(-1, *[1] * len(axes))
-        for i, axis in enumerate(axes):
-            phase = phase + axis.view(-1, *[1] * (len(axes) - 1 - i)) * (78.233 if i == 0 else 37.719)
-        uniform = (phase.sin() * 43758.5453).frac().abs()
-        return x * (uniform >= self.p) / (1 - self.p)
-
-
-def hash_dropout(model: nn.Module) -> nn.Module:
-    """Replace the model's dropout by `HashedDropout`."""
-    keys: dict = {}
-
-    def hook(module: nn.Module, args: tuple, inputs: dict) -> None:
-        ids = inputs["input_ids"]
-        row = sum(ids[:, i] * VOCABULARY**i for i in range(ids.size(1))) % 1000003
-        keys["row"] = row.double()
-        keys["copy"] = (row[:, None] == row).tril(-1).sum(1).double()
-        assert keys["copy"].max() <= 1, "two examples share a hash"
-
-    model.register_forward_pre_hook(hook, with_kwargs=True)
-    number = 0
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Dropout) and child.p:
-                number += 1
-                setattr(module, name, HashedDropout(child.p, number, keys))
-    assert number
-    return model
+    return [{k: v[s : s + size] for k, v in whole.items()} for s in starts]
 
 
 # ---------------------------------------------------------------------- training loops
@@ -221,13 +154,16 @@ def optimizer_of(model: nn.Module, kind: str = "adamw") -> torch.optim.Optimizer
     return torch.optim.AdamW(model.parameters(), 3e-3, eps=1e-4, weight_decay=0.1)
 
 
-def take_step(run: Run, rows: dict, *, micro: int = 2, before=None) -> None:
-    """One optimizer step of a plain loop; ``before(i)`` is called before micro-batch i and before the step."""
+def take_step(run: Run, whole_batch: dict, *, micro: int = 2, before=None, sync: bool = False) -> None:
+    """One optimizer step of a plain loop; ``before(i)`` is called before micro-batch i and before the step.
+
+    ``sync`` communicates after every micro-batch.
+    """
     wrapper = run.wrapper
-    for i, part in enumerate(parts(rows, *place(), micro)):
+    for i, part in enumerate(parts(whole_batch, *place(), micro)):
         if before:
             before(i)
-        with accumulating(wrapper, i == micro - 1):
+        with accumulating(wrapper, sync or i == micro - 1):
             (run.loss(part) / micro).backward()
     if before:
         before(micro)
@@ -246,11 +182,11 @@ def plain(tree):
     return tree
 
 
-def train(run: Run, *, micro: int = 2, steps: int = STEPS, before=None) -> dict:
+def train(run: Run, *, micro: int = 2, steps: int = STEPS, before=None, sync: bool = False) -> dict:
     """Train; returns final weights (E), the raw ones of this rank (R), and states on the way."""
     model, states = run.model, []
     for t in range(run.index, steps):
-        take_step(run, batch(t, model), micro=micro, before=before and (lambda i, t=t: before(t, i)))
+        take_step(run, batch(t, model), micro=micro, before=before and (lambda i, t=t: before(t, i)), sync=sync)
         if t in WATCHED:
             states.append(plain(run.state_dict()))
     raw = {n: run.raw(n).clone() for n, _ in model.named_parameters()}
@@ -269,9 +205,7 @@ DDP_RECIPES = {
 
 
 def ddp_recipe(name: str, kind: str = "adamw", *, micro: int = 2) -> dict:
-    model = bert(dropout=0.2 if name == "rdrop" else 0.0)
-    if name == "rdrop":
-        model = hash_dropout(model)
+    model = hash_dropout(bert()) if name == "rdrop" else bert()
     run = Run(ddp(model), DDP_RECIPES[name](), total_steps=STEPS).attach(optimizer_of(model, kind))
     return train(run, micro=micro)
 
@@ -315,9 +249,9 @@ def draws() -> dict:
         rank, world = place()
         torch.manual_seed(rank)
         for t in range(3):
-            rows = parts(batch(t, model), rank, world, 1)[0]
+            mine = parts(batch(t, model), rank, world, 1)[0]
             width = LENGTH - 2 * rank
-            run.loss({k: v[:, :width] if v.dim() == 2 else v for k, v in rows.items()}).backward()
+            run.loss({k: v[:, :width] if v.dim() == 2 else v for k, v in mine.items()}).backward()
             run.optimizer.step()
             run.optimizer.zero_grad()
         found[type(method).__name__] = weights_of(model)
@@ -370,39 +304,38 @@ DDP_OPTIONS: dict[str, dict] = {
     "plain": {},
     "views": {"gradient_as_bucket_view": True},
     "unused": {"find_unused_parameters": True},
+    "static": {"static_graph": True},
 }
 
 
-def gradient(options: str = "plain", naive: bool = False) -> dict:
+def gradient(options: str = "plain", *, naive: bool = False, micro: int = 2) -> dict:
     model = bert()
     run = Run(ddp(model, **DDP_OPTIONS[options]), [DPSMix(**STAGES), Extra(naive)], total_steps=STEPS)
     run.attach(optimizer_of(model))
-    return {**train(run, steps=5), "seen": run[Extra].seen}
+    return {**train(run, steps=5, micro=micro), "seen": run[Extra].seen}
 
 
 def static_graph() -> dict:
-    """What stops accumulation under ``static_graph=True``, and that one micro-batch a step works."""
-    found = {}
-    for name in ("torch", "ours", "ours_two_backwards"):
+    """What stops accumulation under ``static_graph=True``, and that the rest works."""
+    found: dict = {}
+    for name in ("torch", "ours"):
         model = bert()
         wrapper = DistributedDataParallel(model, static_graph=True)
         run = Run(wrapper, [DPSDense(**STAGES)], total_steps=STEPS).attach(optimizer_of(model))
-        found[name] = "no error"
-        reached = "first micro-batch"
+        mine, at = parts(batch(0, model), *place(), 2)[0], "forward"
         try:
-            for i, part in enumerate(parts(batch(0, model), *place(), 2)):
-                reached = f"micro-batch {i}"
-                with accumulating(wrapper, i == 1 or name == "ours_two_backwards"):
-                    loss = wrapper(**part).loss if name == "torch" else run.loss(part)
-                    reached = f"backward {i}"
-                    loss.backward()
-        except Exception as error:
-            found[name] = f"{reached}: {type(error).__name__}: {str(error)[:300]}"
-        run.leave()
-    model = bert()
-    wrapper = DistributedDataParallel(model, static_graph=True) if dist.is_initialized() else model
-    run = Run(wrapper, DDP_RECIPES["dense"](), total_steps=STEPS).attach(optimizer_of(model))
-    return {**found, **train(run, micro=1)}
+            with wrapper.no_sync():
+                loss = wrapper(**mine).loss if name == "torch" else run.loss(mine)
+                at = "backward"
+                loss.backward()
+        except RuntimeError as error:
+            found[name] = f"{at}: {error}"
+    for name, sync in (("one micro-batch", False), ("synced", True)):
+        model = bert()
+        run = Run(DistributedDataParallel(model, static_graph=True), DDP_RECIPES["dense"](), total_steps=STEPS)
+        run.attach(optimizer_of(model))
+        found[name] = train(run, micro=1 + sync, sync=sync)
+    return {**found, "gradient": gradient("static", micro=1)}
 
 
 def checkpointing(kind: str) -> dict:
@@ -425,14 +358,12 @@ def has_gradient(weight: Weight) -> bool:
 
 
 SHARDED_RECIPES = {
-    "dense_tensor": (bert, lambda: [DPSDense(**STAGES), ClipNorm(0.5)]),
-    "dense_global": (bert, lambda: [DPSDense(**STAGES, threshold="global")]),
-    "dense_frozen": (bert, lambda: [DPSDense(**STAGES, frozen=True), ClipNorm(0.5)]),
+    "dense_tensor": (bert, lambda: [DPSDense(**STAGES)]),
+    "dense_global": (bert, lambda: [DPSDense(**STAGES, threshold="global", frozen=True), ClipNorm(0.5)]),
     "one_output": (lambda: bert(labels=1), lambda: [DPSMix(**STAGES, frozen=True), EMA(0.8)]),
-    "mix": (bert, lambda: [DPSMix(**STAGES, threshold="global")]),
     "mixout_l2sp_ema": (bert, lambda: [Mixout(keep=0.6), L2SP(0.3), EMA(0.8), ClipNorm(0.5)]),
     "conv1d": (gpt2, lambda: [Mixout(keep=0.6), DPSMix(**STAGES), EMA(0.8)]),
-    "everywhere": (gpt2, lambda: [DPSMix(**STAGES, scope=has_gradient), L2SP(0.3, decoupled=False)]),
+    "everywhere": (gpt2, lambda: [DPSMix(**STAGES, scope=has_gradient, threshold="global"), L2SP(0.3)]),
 }
 
 
@@ -575,9 +506,8 @@ def sharded_resume(way: str) -> dict:
         second.optimizer.register_step_post_hook(lambda *_: steps.append(second.index))
         set_optimizer_state_dict(second.model, second.optimizer, moments)
         found["fake_steps"], found["index_after"] = list(steps), second.index
-        rows = parts(batch(3, second.model), *place(), 1)[0]
         try:
-            second.loss(rows)
+            second.loss(parts(batch(3, second.model), *place(), 1)[0])
             found["error"] = "no error"
         except RuntimeError as error:
             found["error"] = str(error)
@@ -588,40 +518,6 @@ def sharded_resume(way: str) -> dict:
 
 
 # ---------------------------------------------------------------------- Trainer
-
-
-class Rows(torch.utils.data.Dataset):
-    """Examples of unequal length, without padding."""
-
-    def __init__(self, size: int, *, language: bool = False) -> None:
-        generator = torch.Generator().manual_seed(7)
-        self.examples = []
-        for _ in range(size):
-            length = int(torch.randint(4, LENGTH + 1, (), generator=generator))
-            ids = torch.randint(1, VOCABULARY, (length,), generator=generator)
-            label = ids.tolist() if language else int(torch.randint(3, (), generator=generator))
-            self.examples.append({"input_ids": ids.tolist(), "labels": label})
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, i: int) -> dict:
-        return self.examples[i]
-
-
-def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
-    """Dynamic padding: the width of a batch depends on who is in it."""
-    width = max(len(e["input_ids"]) for e in examples)
-
-    def padded(values: list[int], filler: int) -> list[int]:
-        return values + [filler] * (width - len(values))
-
-    rows = {
-        "input_ids": [padded(e["input_ids"], 0) for e in examples],
-        "attention_mask": [padded([1] * len(e["input_ids"]), 0) for e in examples],
-        "labels": [padded(e["labels"], -100) if isinstance(e["labels"], list) else e["labels"] for e in examples],
-    }
-    return {k: torch.tensor(v) for k, v in rows.items()}
 
 
 class Norms(TrainerCallback):
@@ -635,43 +531,27 @@ class Norms(TrainerCallback):
         self.norms.append(math.sqrt(float(sum(squares))))
 
 
-def arguments(folder: Path, **changes) -> TrainingArguments:
+def steps_of_sixteen(folder: Path, **changes) -> TrainingArguments:
     """16 examples an optimizer step: 2 ranks x 4 rows x 2 micro-batches, or 16 rows on one."""
-    world = place()[1]
-    given = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4 if world > 1 else 16,
-        "gradient_accumulation_steps": 2 if world > 1 else 1,
-        "max_steps": STEPS,
-        "learning_rate": 0.05,
-        "optim": "sgd",
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_strategy": "no",
-        "lr_scheduler_type": "linear",
-        "dataloader_num_workers": 0,
-        **changes,
-    }
-    return TrainingArguments(**given)
+    two = place()[1] == 2
+    split = {"per_device_train_batch_size": 4 if two else 16, "gradient_accumulation_steps": 2 if two else 1}
+    return arguments(folder, **{"max_steps": STEPS, **split, **changes})
 
 
 TRAINER_RECIPES = {
-    "full": (lambda: bert(), lambda: [DPSMix(**STAGES), L2SP(0.3), EMA(0.8)]),
-    "rdrop": (lambda: hash_dropout(bert(dropout=0.2)), lambda: [RDrop(2.0), DPSDense(**STAGES)]),
-    "tokens": (lambda: hash_dropout(llama()), lambda: [Mixout(keep=0.6), EMA(0.8)]),
-    "tokens_rdrop": (lambda: hash_dropout(llama()), lambda: [RDrop(2.0), DPSMix(**STAGES)]),
+    "full": (bert, lambda: [DPSMix(**STAGES), L2SP(0.3), EMA(0.8)]),
+    "rdrop": (lambda: hash_dropout(bert()), lambda: [RDrop(2.0), DPSDense(**STAGES)]),
+    "tokens": (lambda: hash_dropout(llama(dtype=torch.float64)), lambda: [Mixout(keep=0.6), EMA(0.8)]),
+    "tokens_rdrop": (lambda: hash_dropout(llama(dtype=torch.float64)), lambda: [RDrop(2.0), DPSMix(**STAGES)]),
 }
 
 
-def trainer_recipe(name: str, folder: Path, *, optim: str = "sgd") -> dict:
+def trainer_recipe(name: str, folder: Path, **changes) -> dict:
     make, recipe = TRAINER_RECIPES[name]
-    data = Rows(96, language="tokens" in name)
     trainer = Trainer(
         model=make(),
-        args=arguments(folder, optim=optim, learning_rate=0.05 if optim == "sgd" else 3e-3),
-        train_dataset=data,
+        args=steps_of_sixteen(folder, **changes),
+        train_dataset=rows(96, tokens="tokens" in name),
         data_collator=collate,
         methods=recipe(),
     )
@@ -686,8 +566,8 @@ def trainer_resume(folder: Path) -> dict:
 
     def make() -> Trainer:
         recipe = [DPSMix(**STAGES), L2SP(0.3), EMA(0.8)]
-        args = arguments(folder, optim="adamw_torch", learning_rate=3e-3, save_strategy="steps", save_steps=3)
-        return Trainer(model=bert(), args=args, train_dataset=Rows(96), data_collator=collate, methods=recipe)
+        args = steps_of_sixteen(folder, save_strategy="steps", save_steps=3)
+        return Trainer(model=bert(), args=args, train_dataset=rows(96), data_collator=collate, methods=recipe)
 
     one = make()
     one.train()
@@ -707,11 +587,14 @@ def trainer_resume(folder: Path) -> dict:
 def first_norms(folder: Path) -> dict:
     """Norm of the first gradient of a BERT classifier and of a language model: the stock Trainer and ours."""
     found = {}
-    for name, make in (("bert", bert), ("llama", lambda: hash_dropout(llama()))):
+    for name, make in (("bert", bert), ("llama", lambda: llama(dtype=torch.float64))):
         for kind in (StockTrainer, Trainer):
-            args = arguments(folder, max_steps=1, max_grad_norm=0.0)
-            trainer = kind(model=make(), args=args, train_dataset=Rows(96, language=name == "llama"))
-            trainer.data_collator = collate
+            trainer = kind(
+                model=make(),
+                args=steps_of_sixteen(folder, max_steps=1, max_grad_norm=0.0),
+                train_dataset=rows(96, tokens=name == "llama"),
+                data_collator=collate,
+            )
             watch = Norms()
             trainer.add_callback(watch)
             trainer.train()
@@ -727,7 +610,7 @@ GROUPS = {
         **{f"ddp_{name}": (lambda name=name: ddp_recipe(name)) for name in DDP_RECIPES},
         "ddp_sgd": lambda: ddp_recipe("mix_ema", "sgd"),
         "draws": draws,
-        **{f"gradient_{name}": (lambda name=name: gradient(name)) for name in DDP_OPTIONS},
+        **{f"gradient_{name}": (lambda name=name: gradient(name)) for name in DDP_OPTIONS if name != "static"},
         "gradient_naive": lambda: gradient("views", naive=True),
         "static_graph": static_graph,
         **{f"checkpointing_{k}": (lambda k=k: checkpointing(k)) for k in ("none", "reentrant", "other")},
@@ -752,7 +635,7 @@ GROUPS = {
             f"trainer_{name}": (lambda name=name: trainer_recipe(name, out() / f"trainer_{name}"))
             for name in TRAINER_RECIPES
         },
-        "trainer_adamw": lambda: trainer_recipe("full", out() / "trainer_adamw", optim="adamw_torch"),
+        "trainer_sgd": lambda: trainer_recipe("full", out() / "trainer_sgd", optim="sgd", learning_rate=0.05),
         "trainer_resume": lambda: trainer_resume(out() / "trainer_resume"),
         "first_norms": lambda: first_norms(out() / "first_norms"),
     },

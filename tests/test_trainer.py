@@ -6,6 +6,7 @@ in float64 and have three labels (two-label heads tie DPS scores).
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import pickle
@@ -26,6 +27,15 @@ from steadytune import EMA, L2SP, ClipNorm, DPSDense, DPSMix, Method, Mixout, RD
 from steadytune.trainer import SIDE_FILE
 
 VOCAB, LABELS, LENGTH = 40, 3, 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collection():
+    """Each training of accelerate collects garbage; without this it looks through all of torch every time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 # ---------------------------------------------------------------------- models, data, training
@@ -796,6 +806,7 @@ def saving(**options):
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
     """Checkpoints at 3 and 6 of 8 steps (stages of two), evaluated logits at each step, and the final weights."""
+    torch.set_num_threads(1)  # as every test: sums on two threads round differently
     folder = tmp_path_factory.mktemp("interrupted")
     seen = {}
     look = Each("on_step_end", lambda model, step: seen.update({step: logits(model)}))
@@ -864,7 +875,7 @@ def test_side_file_is_needed(checkpoints):
 
 def test_files_of_two_checkpoints_do_not_mix(checkpoints):
     shutil.copy(checkpoints / "checkpoint-6" / SIDE_FILE, checkpoints / "checkpoint-3" / SIDE_FILE)
-    with pytest.raises(ValueError, match="belongs to step 6.*two checkpoints were mixed"):
+    with pytest.raises(ValueError, match=r"belongs to step 6.*two checkpoints were mixed"):
         resumed(checkpoints)
 
 
@@ -901,6 +912,7 @@ def test_a_checkpoint_is_no_base_model(checkpoints):
     [
         ({"max_steps": 10}, "total_steps was 8 .* is 10 now"),
         ({"methods": FULL[:3]}, r"saved by the recipe \['DPSMix', 'Mixout', 'L2SP', 'EMA', 'ClipNorm'\]"),
+        ({"methods": []}, r"saved by the recipe \['DPSMix', .*this run has \[\]"),
         ({"methods": [DPSMix(update_ratio=0.25), Mixout(0.7), *FULL[2:]]}, "Mixout.keep was 0.8 .* is 0.7 here"),
         ({"max_grad_norm": 0.5}, "ClipNorm.max_norm was 1.0 .* is 0.5 here"),
         ({"trainer": {"method_seed": 9}}, "seed was 42 .* is 9 here"),
@@ -1225,8 +1237,10 @@ def test_autocast_trains_full_precision_weights(tmp_path):
     losses = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (halved, full)]
     assert losses[0][0] == pytest.approx(losses[1][0], rel=2e-2)
     assert losses[0][0] != losses[1][0]  # autocast was on
-    zero = [{n for n, g in t.run[Watch].before[0].items() if (g == 0).any()} for t in (halved, full)]
-    assert zero[0] == zero[1]  # the same columns were drawn
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    dropped = [(t.run[Watch].before[0][name] == 0).all(0) for t in (halved, full)]
+    assert torch.equal(*dropped)  # the same columns were drawn, and not seen
+    assert 0 < dropped[0].sum() < 16
 
 
 # ---------------------------------------------------------------------- frozen parameters and adapters
@@ -1245,6 +1259,11 @@ def test_frozen_parameters_are_left_alone(tmp_path):
     assert not any(n in trainer.run[DPSMix].frequency or n in trainer.run[DPSMix].masks for n in frozen)
 
 
+peft_talk = pytest.mark.filterwarnings(  # PEFT 0.21 reads an attribute that transformers 5.23 renamed
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
+
+
 def lora(**options):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"], lora_dropout=0.1, **options)
@@ -1253,6 +1272,7 @@ def lora(**options):
     return peft.get_peft_model(model, config)
 
 
+@peft_talk
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["pooler", "classifier"]}])
 def test_dps_on_adapters(tmp_path, options):
     # naive: the scope's weights are frozen, so that nothing is ever masked, without a word
@@ -1277,6 +1297,7 @@ def test_dps_on_adapters(tmp_path, options):
     assert same(half.model, trainer.model)
 
 
+@peft_talk
 @pytest.mark.parametrize("method", [Mixout(), L2SP(), DPSMix(update_ratio=0.25)])
 def test_anchors_need_weights_that_have_a_past(tmp_path, method):
     # naive: anchors the zero-initialised adapters to themselves, or silently nothing
@@ -1284,6 +1305,7 @@ def test_anchors_need_weights_that_have_a_past(tmp_path, method):
         make(tmp_path, [method], lora())
 
 
+@peft_talk
 def test_anchors_act_on_pretrained_modules_that_peft_trains(tmp_path):
     trainer = make(tmp_path, [Mixout(0.5), Watch()], lora(modules_to_save=["pooler", "classifier"]), max_steps=2)
     trainer.train()
@@ -1345,9 +1367,9 @@ def test_several_devices_in_one_process(tmp_path):
     # naive: DataParallel's replicas race on the methods' state
     options = arguments(tmp_path)
     options._n_gpu = 2
-    with pytest.raises(ValueError, match="2 devices.*torchrun"):
+    with pytest.raises(ValueError, match=r"2 devices.*torchrun"):
         Trainer(bert(), options, train_dataset=DATA, methods=[DPSDense()])
-    with pytest.raises(ValueError, match="DataParallel.*torchrun"):
+    with pytest.raises(ValueError, match=r"DataParallel.*torchrun"):
         Run(torch.nn.DataParallel(bert()), [DPSDense()])
 
 

@@ -42,13 +42,13 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def check_wrapper(wrapper: Any, *, accumulating: bool) -> None:
+def check_wrapper(wrapper: Any) -> None:
     """Raise for a wrapper that would not see what methods write, or cannot accumulate."""
     check_model(wrapper)
-    if accumulating and getattr(wrapper, "static_graph", False):
+    if getattr(wrapper, "static_graph", False) and not getattr(wrapper, "require_backward_grad_sync", True):
         raise RuntimeError(
-            "DistributedDataParallel(static_graph=True) cannot accumulate gradients (torch fails inside no_sync): "
-            "use static_graph=False, or one micro-batch per step"
+            "DistributedDataParallel(static_graph=True) cannot accumulate gradients inside no_sync() (torch fails in "
+            "the backward pass): use static_graph=False, or one micro-batch per step"
         )
     inductor = sys.modules.get("torch._inductor.config")
     if hasattr(wrapper, "_orig_mod") and getattr(inductor, "freezing", False):

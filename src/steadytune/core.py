@@ -34,6 +34,7 @@ from .functional import kept, kth_largest
 from .method import SCOPES as SCOPES
 from .method import WEIGHT_VERBS, M, Method, Scope, Weight, entry, overrides, select
 from .method import gradients as gradients
+from .method import multiply as multiply
 from .method import only as only
 from .step import Compute, Inputs, Step, batch_size, default_compute, repeated, split
 from .views import References, Views
@@ -263,12 +264,18 @@ class Run:
 
         Raises:
             ValueError: an optimizer that cannot work with methods on weights, or that was built from another model.
-            RuntimeError: already attached, or a scheduler exists and a method changes parameter groups.
+            RuntimeError: already attached, an optimizer with state (of its own, it would be a resume without ours), or
+                a scheduler exists and a method changes parameter groups.
         """
         optimizer = bare(optimizer)
         if self.optimizer is not None:
             raise RuntimeError("this Run is already attached: use run.restart() to train once more")
         check_optimizer(optimizer, [type(m).__name__ for m in self.methods if overrides(m, "attach")])
+        if save_in_optimizer and any(optimizer.state.values()):
+            raise RuntimeError(
+                "attach() after the optimizer's first step, or after its state was loaded: the methods would start anew "
+                "in the middle of a run. Call run.attach(optimizer) first, then optimizer.load_state_dict(...)"
+            )
         self.optimizer, self._save_in_optimizer = optimizer, save_in_optimizer
         if not self.weights():
             self.optimizer = None
@@ -334,7 +341,7 @@ class Run:
         self._compute = compute or default_compute
         self.items, self.penalty_scale = items, penalty_scale
         self.enter()
-        check_wrapper(self.wrapper, accumulating=bool(self.batch))
+        check_wrapper(self.wrapper)
         self.batch.append(inputs)
         copies = max((m.copies for m in self.methods), default=1)
         penalties = [m for m in self.methods if overrides(m, "penalty")]

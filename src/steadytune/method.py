@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from .anatomy import Kind
@@ -138,6 +139,13 @@ def gradients(weights: Iterable[Weight]) -> list[Tensor]:
     return [w.grad for w in weights if w.grad is not None]
 
 
+def multiply(weights: Iterable[Weight], factors: list[Tensor] | float) -> None:
+    """``g <- g * factor`` in place; nothing when the step gave these weights no gradient."""
+    found = gradients(weights)
+    if found:
+        torch._foreach_mul_(found, factors)
+
+
 def select(weights: Iterable[Weight], scope: Scope) -> list[Weight]:
     """The weights that a scope admits: ``"linear"``, ``"encoder"``, ``"all"`` or a predicate over `Weight`."""
     if isinstance(scope, str):
@@ -153,5 +161,12 @@ def entry(method: Method) -> dict[str, Any]:
         values["where"] = method.where
     return {
         "name": type(method).__name__,
-        **{k: getattr(v, "__qualname__", v) if callable(v) else v for k, v in values.items()},
+        **{k: _plain(v) for k, v in values.items()},
     }
+
+
+def _plain(value: Any) -> Any:
+    """What JSON and ``torch.load(weights_only=True)`` take: names of predicates, Python's numbers for NumPy's."""
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    return value.item() if hasattr(value, "item") else value

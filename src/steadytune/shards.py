@@ -98,7 +98,8 @@ def gather(piece: Tensor, group: dist.ProcessGroup) -> Tensor:
 def no_sync(wrapper: nn.Module) -> Iterator[None]:
     """Backward passes inside add to local gradients only (DDP and FSDP2); nothing changes on one process."""
     if isinstance(wrapper, nn.parallel.DistributedDataParallel):
-        with wrapper.no_sync():
+        # with a static graph torch fails inside no_sync; synced sums of micro-batches are as right, only slower
+        with contextlib.nullcontext() if wrapper.static_graph else wrapper.no_sync():
             yield
     elif FSDPModule != () and isinstance(wrapper, FSDPModule):
         wrapper.set_requires_gradient_sync(False)

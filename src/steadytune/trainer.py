@@ -79,7 +79,8 @@ class Trainer(transformers.Trainer):
             )
 
     def _check_setup(self) -> None:
-        if not any(overrides(m, verb) for m in self.methods for verb in WEIGHT_VERBS):
+        known = [m for m in self.methods if isinstance(m, Method)]  # Run refuses anything else
+        if not any(overrides(m, verb) for m in known for verb in WEIGHT_VERBS):
             return
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -241,10 +242,12 @@ class Trainer(transformers.Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         run = self.run
-        if checkpoint is None or run is None or not run.methods:
+        if checkpoint is None or run is None:
             return
         path = self._side_file(checkpoint)
         if not path.exists():
+            if not run.methods:
+                return
             raise ValueError(
                 f"{checkpoint} holds no {path.name}: it was not saved by this recipe, or the file was lost. The "
                 "methods would start anew in the middle of a run: resume from another checkpoint, or start anew"

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Scope, Weight, gradients, in_unit, one_of, select
+from ..core import Method, Run, Scope, Weight, in_unit, multiply, one_of, select
 from ..functional import frequency_score, selecting, stage_length
 
 Tensors = dict[str, Tensor]
@@ -173,13 +173,13 @@ class DPSMix(DPSDense):
         if selecting(run.index, self.stage(run)):
             weights = self.masked(weights)
             multiply(weights, [self.masks[w.name] for w in weights])
-            torch._foreach_mul_(gradients(weights), 1 / keep)
+            multiply(weights, 1 / keep)
         else:
             weights = select(weights, self.scope)
             drawn = [self.drawn[w.name] for w in weights]
             multiply(weights, drawn)
             add_squares(self.squares, weights)
-            torch._foreach_mul_(gradients(weights), 1 / keep)
+            multiply(weights, 1 / keep)
             for w, columns in zip(weights, drawn, strict=True):
                 seen = columns.to(torch.int32)
                 self.frequency[w.name] = self.frequency[w.name] + seen if w.name in self.frequency else seen
@@ -211,11 +211,6 @@ class DPSMix(DPSDense):
         self.frequency, self.anchors = state["frequency"], state["anchors"]
 
 
-def multiply(weights: Sequence[Weight], masks: list[Tensor]) -> None:
-    """``g <- g * mask`` in place."""
-    torch._foreach_mul_(gradients(weights), masks)
-
-
 def add_squares(squares: Tensors, weights: Sequence[Weight]) -> None:
     """``squares += g * g`` in place, in at least float32."""
     found = {w.name: g.to(torch.promote_types(g.dtype, torch.float32)) for w in weights if (g := w.grad) is not None}
@@ -228,7 +223,7 @@ def add_squares(squares: Tensors, weights: Sequence[Weight]) -> None:
 
 def top_masks(run: Run, scores: Tensors, keep: float, threshold: str) -> Tensors:
     """Boolean masks of the largest scores; entries tied with the threshold are all kept."""
-    if threshold == "global":
+    if threshold == "global" and scores:
         least = run.kth(list(scores.values()), keep)
         return {name: score >= least for name, score in scores.items()}
     return {name: score >= run.kth(score, keep) for name, score in scores.items()}

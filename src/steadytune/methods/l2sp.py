@@ -59,8 +59,8 @@ class L2SP(Method):
         for w in select(weights, self.scope) if self.alpha else []:
             if w.name in self.pulled:
                 self.pull(w, self.alpha, run.reference(w.name))
-        for w in weights:
-            if self.decay.get(w.name):
+        for w in weights if self.where is None else run.weights():  # taken over from the optimizer: also beyond `only`
+            if self.decay.get(w.name) and w.grad is not None:
                 self.pull(w, self.decay[w.name])
 
     def pull(self, weight: Weight, rate: float, anchor: Tensor | None = None) -> None:

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from ..core import Method, Run, Scope, Weight, gradients, in_unit, select
+from ..core import Method, Run, Scope, Weight, in_unit, multiply, select
 
 
 @dataclass
@@ -63,4 +62,4 @@ class Mixout(Method):
         keep = self.keep if self.rescale_gradient and self.keep else 1.0
         weights = [w for w in weights if w.name in self.drawn]
         factors = [(self.drawn[w.name] / keep).to(w.data.dtype) for w in weights]
-        torch._foreach_mul_(gradients(weights), factors)
+        multiply(weights, factors)
