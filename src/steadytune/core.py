@@ -273,8 +273,8 @@ class Run:
         check_optimizer(optimizer, [type(m).__name__ for m in self.methods if overrides(m, "attach")])
         if save_in_optimizer and any(optimizer.state.values()):
             raise RuntimeError(
-                "attach() after the optimizer's first step, or after its state was loaded: the methods would start anew "
-                "in the middle of a run. Call run.attach(optimizer) first, then optimizer.load_state_dict(...)"
+                "attach() after the optimizer's first step, or after its state was loaded: the methods would start "
+                "anew in the middle of a run. Call run.attach(optimizer) first, then optimizer.load_state_dict(...)"
             )
         self.optimizer, self._save_in_optimizer = optimizer, save_in_optimizer
         if not self.weights():

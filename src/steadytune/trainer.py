@@ -95,6 +95,11 @@ class Trainer(transformers.Trainer):
     def _method_seed(self) -> int:
         return self.args.seed if self.method_seed is None else self.method_seed
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Leave the division by the accumulation steps to the Trainer: transformers 5.3 lets accelerate divide too."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator.gradient_accumulation_steps = 1
+
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Bind the recipe to each model that ``model_init`` makes."""
         model = super().call_model_init(trial)
