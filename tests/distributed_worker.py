@@ -476,12 +476,14 @@ def sharded_resume(way: str) -> dict:
 
     recipe = lambda: [DPSMix(**STAGES), L2SP(0.3), EMA(0.8)]  # noqa: E731
 
-    def build() -> Run:
+    def build(shift: float) -> Run:
         model = bert()
+        with torch.no_grad():
+            model.classifier.weight.add_(shift)  # a new head is drawn anew in every process: its first values are saved
         run = Run(model, recipe(), total_steps=STEPS)
         return run.attach(optimizer_of(shard(model)))
 
-    first = build()
+    first = build(0.0)
     early = get_optimizer_state_dict(first.model, first.optimizer)  # before the first step: torch fakes one
     found: dict = {"fake": {"index": first.index, "raw": len(first.state_dict()["raw"]), "key": "steadytune" in early}}
     for t in range(3):
@@ -497,7 +499,7 @@ def sharded_resume(way: str) -> dict:
     found["keys"] = sorted(moments)
     found["uninterrupted"] = train(first)
 
-    second = build()
+    second = build(0.1)
     set_model_state_dict(second.model, weights)
     if way == "optimizer":
         second.optimizer.load_state_dict(moments)
@@ -538,9 +540,15 @@ def steps_of_sixteen(folder: Path, **changes) -> TrainingArguments:
     return arguments(folder, **{"max_steps": STEPS, **split, **changes})
 
 
+def counted(outputs, labels, num_items_in_batch=None):
+    """A user's loss of a classifier, divided by the number of examples of the whole step."""
+    return nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+
 TRAINER_RECIPES = {
     "full": (bert, lambda: [DPSMix(**STAGES), L2SP(0.3), EMA(0.8)]),
     "rdrop": (lambda: hash_dropout(bert()), lambda: [RDrop(2.0), DPSDense(**STAGES)]),
+    "counted": (lambda: hash_dropout(bert()), lambda: [RDrop(2.0), L2SP(0.3)]),
     "tokens": (lambda: hash_dropout(llama(dtype=torch.float64)), lambda: [Mixout(keep=0.6), EMA(0.8)]),
     "tokens_rdrop": (lambda: hash_dropout(llama(dtype=torch.float64)), lambda: [RDrop(2.0), DPSMix(**STAGES)]),
 }
@@ -554,6 +562,7 @@ def trainer_recipe(name: str, folder: Path, **changes) -> dict:
         train_dataset=rows(96, tokens="tokens" in name),
         data_collator=collate,
         methods=recipe(),
+        compute_loss_func=counted if name == "counted" else None,
     )
     watch = Norms()
     trainer.add_callback(watch)
@@ -635,7 +644,9 @@ GROUPS = {
             f"trainer_{name}": (lambda name=name: trainer_recipe(name, out() / f"trainer_{name}"))
             for name in TRAINER_RECIPES
         },
-        "trainer_sgd": lambda: trainer_recipe("full", out() / "trainer_sgd", optim="sgd", learning_rate=0.05),
+        "trainer_sgd": lambda: trainer_recipe(
+            "full", out() / "trainer_sgd", optim="sgd", learning_rate=0.05, max_grad_norm=0.0
+        ),
         "trainer_resume": lambda: trainer_resume(out() / "trainer_resume"),
         "first_norms": lambda: first_norms(out() / "first_norms"),
     },

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -90,8 +92,16 @@ def batches(n: int, size: int = 4, **options: Any) -> list[dict[str, Tensor]]:
     return [collate(examples[i * size : (i + 1) * size]) for i in range(n)]
 
 
+@functools.cache
+def freeze_imports() -> None:
+    """The Trainer collects garbage in each `train()`: what imports made need not be looked at every time."""
+    gc.collect()
+    gc.freeze()
+
+
 def arguments(folder: Any, **changes: Any) -> transformers.TrainingArguments:
     """Trainer arguments for the CPU that write nothing unless told."""
+    freeze_imports()
     values: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
@@ -141,6 +151,13 @@ def differs(a: Any, b: Any) -> bool:
     return any(not torch.equal(a[name], b[name]) for name in a)
 
 
+@functools.cache
+def hashed_mask(example: str, place: int, p: float, width: int) -> Tensor:
+    digest = hashlib.blake2b(f"{example} {place}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.rand(LENGTH, width, generator=generator) >= p
+
+
 class HashedDropout(nn.Module):
     """Dropout whose mask depends on the example's tokens, its copy in the batch and the place, and on nothing else.
 
@@ -154,12 +171,8 @@ class HashedDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        masks = []
-        for example in self.examples:
-            digest = hashlib.blake2b(f"{example} {self.place}".encode(), digest_size=7).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-            kept = torch.rand(LENGTH, x.size(-1), generator=generator) >= self.p
-            masks.append(kept[: x.size(1)] if x.dim() == 3 else kept[0])
+        kept = [hashed_mask(example, self.place, self.p, x.size(-1)) for example in self.examples]
+        masks = [mask[: x.size(1)] if x.dim() == 3 else mask[0] for mask in kept]
         return x * torch.stack(masks).to(x.dtype) / (1 - self.p)
 
 

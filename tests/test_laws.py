@@ -1,6 +1,6 @@
 """Laws that every method obeys: one table, a method is a row. A new method is one more entry of `RECIPES`.
 
-Steps are counted so that each law passes through both stages of DPS: stages of ``total * update_ratio`` steps.
+Runs have `TOTAL` steps, so that each law passes through both stages of DPS and over their boundaries.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import io
 import itertools
 import math
 import re
+import warnings
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,8 @@ from helpers import (
 from steadytune import EMA, L2SP, METHODS, ClipNorm, DPSDense, DPSMix, Mixout, RDrop, Run, Trainer, only, state
 from steadytune.core import Method, Weight
 
-DPS = {"update_ratio": 0.25}  # twelve steps: stages of three
+TOTAL = 8
+DPS = {"update_ratio": 0.25}  # stages of two steps: I 0-1, II 2-3, I 4-5, II 6-7
 
 
 def in_first_block(w: Weight) -> bool:
@@ -94,7 +96,7 @@ class Loop:
     """A plain training loop with a recipe."""
 
     def __init__(
-        self, recipe: list[Method], model: Any = None, *, optimizer: Any = adamw, total: int = 12, seed: int = 0
+        self, recipe: list[Method], model: Any = None, *, optimizer: Any = adamw, total: int = TOTAL, seed: int = 0
     ) -> None:
         self.model = bert() if model is None else model
         self.optimizer = optimizer(self.model.parameters())
@@ -132,21 +134,52 @@ class Loop:
         return self
 
 
-def through_disk(tree: Any) -> Any:
+def written(tree: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(tree, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
+    return buffer.getvalue()
+
+
+def read(file: bytes) -> Any:
+    return torch.load(io.BytesIO(file), weights_only=True)
 
 
 class Save(transformers.TrainerCallback):
-    """Checkpoints after the steps named."""
+    """Checkpoints (and evaluations) after the steps named."""
 
-    def __init__(self, *steps: int) -> None:
-        self.steps = steps
+    def __init__(self, *steps: int, evaluate: bool = False) -> None:
+        self.steps, self.evaluate = steps, evaluate
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_save = state.global_step in self.steps
+        control.should_evaluate = control.should_save and self.evaluate
+
+
+class Stop(transformers.TrainerCallback):
+    """End the training after a step, as early stopping does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
+class Uninterrupted:
+    """One run of a recipe to its end: everything before each step, and what a user would save there."""
+
+    def __init__(self, name: str) -> None:
+        self.all: list[dict[str, Any]] = []
+        self.saved: list[bytes] = []
+        loop = Loop(RECIPES[name])
+        for batch in [*batches(TOTAL), None]:
+            self.all.append(copy.deepcopy(loop.all()))
+            self.saved.append(written(loop.saved()))
+            if batch is not None:
+                loop.train([batch])
+
+
+uninterrupted = functools.cache(Uninterrupted)
 
 
 def trainer_of(recipe: list[Method], folder: Any, *, model: Any = None, data: Any = None, **changes: Any) -> Trainer:
@@ -154,7 +187,7 @@ def trainer_of(recipe: list[Method], folder: Any, *, model: Any = None, data: An
     return Trainer(
         bert() if model is None else model,
         arguments(folder, **changes),
-        train_dataset=rows(48) if data is None else data,
+        train_dataset=rows(32) if data is None else data,
         data_collator=collate,
         methods=recipe,
         **options,
@@ -192,12 +225,11 @@ def plain(steps: int) -> dict[str, Any]:
 
 @every_recipe
 def test_null_is_bitwise_plain_and_the_method_is_not(name):
-    data = batches(25)
     if name in NULLABLE:
-        loop = Loop(null(RECIPES[name]), total=25).train(data)
+        loop = Loop(null(RECIPES[name]), total=25).train(batches(25))
         assert_same({k: loop.all()[k] for k in ("weights", "optimizer")}, plain(25))
         assert loop.run.index == 25
-    assert differs(copied(Loop(RECIPES[name], total=25).train(data).model), plain(25)["weights"])
+    assert differs(uninterrupted(name).all[TOTAL]["weights"], plain(TOTAL)["weights"])
 
 
 @functools.cache
@@ -209,20 +241,18 @@ def stock(folder: str, norm: float) -> dict[str, Any]:
     return {"weights": copied(trainer.model), "optimizer": trainer.optimizer.state_dict()["state"]}
 
 
-@every_recipe
-def test_null_is_bitwise_plain_in_the_trainer_and_the_method_is_not(name, tmp_path):
+@pytest.mark.parametrize("name", NULLABLE)
+def test_null_is_bitwise_plain_in_the_trainer(name, tmp_path):
     norm = 0.0 if any(isinstance(m, ClipNorm) for m in RECIPES[name]) else 0.3  # a ClipNorm replaces max_grad_norm
-    expected = stock(str(tmp_path.parent), norm)
-    for recipe in (null(RECIPES[name]), RECIPES[name]):
-        if recipe is None:
-            continue
-        trainer = trainer_of(recipe, tmp_path, num_train_epochs=2, max_grad_norm=norm)
-        trainer.train()
-        found = {"weights": copied(trainer.model), "optimizer": trainer.optimizer.state_dict()["state"]}
-        if recipe is RECIPES[name]:
-            assert differs(found["weights"], expected["weights"])
-        else:
-            assert_same(found, expected)
+    trainer = trainer_of(null(RECIPES[name]), tmp_path, data=rows(48), num_train_epochs=2, max_grad_norm=norm)
+    trainer.train()
+    found = {"weights": copied(trainer.model), "optimizer": trainer.optimizer.state_dict()["state"]}
+    assert_same(found, stock(str(tmp_path.parent), norm))
+    assert trainer.run.index == 24
+
+
+def test_clipping_of_the_stock_trainer_acts(tmp_path):
+    assert differs(stock(str(tmp_path), 0.0)["weights"], stock(str(tmp_path), 0.3)["weights"])
 
 
 # ---------------------------------------------------------------- resume
@@ -230,20 +260,14 @@ def test_null_is_bitwise_plain_in_the_trainer_and_the_method_is_not(name, tmp_pa
 
 @every_recipe
 def test_resumed_is_uninterrupted_bitwise_in_a_plain_loop(name):
-    data = batches(12)
-    loop, saved = Loop(RECIPES[name]), {}
-    for index in range(12):
-        if index in (0, 4, 7):  # before the first step (T1), in the middle of a stage II and of a stage I
-            saved[index] = through_disk(loop.saved())
-        loop.train(data[index : index + 1])
-    for index, held in saved.items():
-        resumed = Loop(RECIPES[name]).load(held)
-        assert resumed.run.index == index
-        before = copied(resumed.model)
-        resumed.train(data[index:])
-        assert_same(resumed.all(), loop.all())
-        assert resumed.run.index == 12
-        assert differs(copied(resumed.model), before)
+    data, whole = batches(TOTAL), uninterrupted(name)
+    for start, end in ((0, 3), (3, 6), (5, TOTAL)):  # before the first step (T1), inside stage II, inside stage I
+        loop = Loop(RECIPES[name]).load(read(whole.saved[start]))
+        assert loop.run.index == start
+        loop.train(data[start:end])
+        assert_same(loop.all(), whole.all[end])
+        assert loop.run.index == end
+        assert differs(whole.all[end]["weights"], whole.all[start]["weights"])
 
 
 def everything(trainer: Trainer) -> dict[str, Any]:
@@ -257,34 +281,33 @@ def everything(trainer: Trainer) -> dict[str, Any]:
 
 @every_recipe
 def test_resumed_is_uninterrupted_bitwise_in_the_trainer(name, tmp_path):
-    options = {"gradient_accumulation_steps": 2, "num_train_epochs": 2}  # 12 steps of two micro-batches
-    whole = trainer_of(RECIPES[name], tmp_path, callbacks=[Save(4, 7)], **options)
+    """From inside a stage II in a fresh Trainer, from inside a stage I in the Trainer that was interrupted."""
+    options = {"gradient_accumulation_steps": 2, "num_train_epochs": 2}  # 8 steps of two micro-batches
+    whole = trainer_of(RECIPES[name], tmp_path, callbacks=[Save(3, 5)], **options)
     whole.train()
-    expected = everything(whole)
-    for step in (4, 7):
+    assert whole.run.index == TOTAL
+    for step in (3, 5):
+        trainer = trainer_of(RECIPES[name], tmp_path, **options)
+        if step == 5:
+            stop = interrupt(trainer.model, after=4)  # second micro-batch of the second step
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+            assert trainer.run.index == 1
+            stop()
         checkpoint = str(tmp_path / f"checkpoint-{step}")
-        resumed = trainer_of(RECIPES[name], tmp_path, **options)
-        resumed.train(resume_from_checkpoint=checkpoint)
-        assert_same(everything(resumed), expected)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert_same(everything(trainer), everything(whole))
         held = AutoModelForSequenceClassification.from_pretrained(checkpoint)
-        assert differs(copied(held), copied(resumed.model))
-    broken = trainer_of(RECIPES[name], tmp_path, **options)
-    stop = interrupt(broken.model, after=18)  # second micro-batch of step 9
-    with pytest.raises(KeyboardInterrupt):
-        broken.train()
-    assert broken.run.index == 8
-    stop()
-    broken.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
-    assert_same(everything(broken), expected)
+        assert differs(copied(held), copied(whole.model))
 
 
 @pytest.mark.parametrize("name", ["dps_dense", "dps_mix", "mixout", "ema"])
 def test_types_survive_a_resume_of_half_precision_weights(name):
     """T3: torch casts per-parameter state to the weight's type: masks and float32 sums would come back as bf16."""
-    data = batches(5)
-    for steps in (2, 5):  # sums of stage I, masks of stage II
+    data = batches(3)
+    for steps in (1, 3):  # sums of stage I, masks of stage II
         loop = Loop(RECIPES[name], bert(dtype=torch.bfloat16)).train(data[:steps])
-        resumed = Loop(RECIPES[name], bert(dtype=torch.bfloat16)).load(through_disk(loop.saved()))
+        resumed = Loop(RECIPES[name], bert(dtype=torch.bfloat16)).load(read(written(loop.saved())))
         assert_same(resumed.all(), loop.all())
     if name.startswith("dps"):
         assert {t.dtype for t in loop.run[DPSDense].masks.values()} == {torch.bool}
@@ -304,9 +327,8 @@ def test_nothing_is_put_into_the_optimizer_before_its_first_step(name):
 @pytest.mark.parametrize("name", ["dps_mix", "mixout", "l2sp"])
 def test_references_are_the_weights_before_training_also_after_a_resume(name):
     """T14: a reference taken when first used would be half-trained."""
-    base, data = copied(bert()), batches(6)
-    saved = through_disk(Loop(RECIPES[name]).train(data[:4]).saved())
-    loop = Loop(RECIPES[name]).load(saved).train(data[4:])
+    base = copied(bert())
+    loop = Loop(RECIPES[name]).load(read(uninterrupted(name).saved[4])).train(batches(1))
     weights = [w for w in loop.run.weights(scope="linear") if not loop.run.is_new(w)]
     assert weights
     for w in weights:
@@ -331,9 +353,9 @@ def test_16_at_once_equals_4_times_4_in_a_plain_loop(name, equal):
     ends = []
     for size in (16, 4):
         model = hash_dropout(bert(dtype=torch.float64))
-        data = batches(8 * 16 // size, size, equal=equal)
-        loop = Loop(RECIPES[name], model, optimizer=sgd, total=8).train(data, micro=16 // size)
-        assert loop.run.index == 8
+        data = batches(4 * 16 // size, size, equal=equal)
+        loop = Loop(RECIPES[name], model, optimizer=sgd).train(data, micro=16 // size)
+        assert loop.run.index == 4  # through a stage I and a stage II
         ends.append(loop.all())
     assert_same(*ends, atol=1e-10)
     assert differs(ends[0]["weights"], copied(bert(dtype=torch.float64)))
@@ -352,13 +374,14 @@ def test_16_at_once_equals_4_times_4_in_the_trainer(name, tokens, tmp_path):
             model=model,
             data=rows(64, tokens=tokens),
             num_train_epochs=2,
+            callbacks=[Stop(4)],
             per_device_train_batch_size=size,
             gradient_accumulation_steps=16 // size,
             optim="sgd",
             learning_rate=0.2,
         )
         trainer.train()
-        assert trainer.run.index == 8
+        assert trainer.run.index == 4
         ends.append({"weights": copied(trainer.model), "run": trainer.run.state_dict()})
     assert_same(*ends, atol=1e-10)
 
@@ -379,25 +402,22 @@ def test_a_checkpoint_of_any_step_is_plain_and_gives_the_evaluated_logits(name, 
     trainer = trainer_of(
         RECIPES[name],
         tmp_path,
-        max_steps=8,
-        eval_strategy="steps",
-        eval_steps=1,
+        max_steps=TOTAL,
         per_device_eval_batch_size=8,
         eval_dataset=examples,
         compute_metrics=keep,
-        callbacks=[Save(*saved)],
+        callbacks=[Save(*saved, evaluate=True), Stop(5)],
     )
     trainer.train()
-    assert len(seen) == 8
-    for step in saved:
+    assert len(seen) == len(saved)
+    for step, logits in zip(saved, seen, strict=True):
         model, report = AutoModelForSequenceClassification.from_pretrained(
             tmp_path / f"checkpoint-{step}", output_loading_info=True
         )
         assert not any(report.values()), report
         with torch.no_grad():
-            logits = model.eval()(**collate(examples)).logits
-        assert np.array_equal(logits.numpy(), seen[step - 1])
-        assert not np.array_equal(logits.numpy(), seen[step])
+            assert np.array_equal(model.eval()(**collate(examples)).logits.numpy(), logits)
+    assert all(not np.array_equal(one, other) for one, other in itertools.pairwise(seen))
 
 
 # ---------------------------------------------------------------- randomness
@@ -405,10 +425,9 @@ def test_a_checkpoint_of_any_step_is_plain_and_gives_the_evaluated_logits(name, 
 
 @every_recipe
 def test_same_seed_same_bits_and_another_method_seed_another_run_where_methods_draw(name):
-    data = batches(8)
-    first, again, other = (Loop(RECIPES[name], total=8, seed=seed).train(data).all() for seed in (3, 3, 4))
-    assert_same(first, again)
-    assert differs(first["weights"], other["weights"]) == (name in DRAWS)
+    again, other = (Loop(RECIPES[name], seed=seed).train(batches(3)).all() for seed in (0, 4))
+    assert_same(again, uninterrupted(name).all[3])
+    assert differs(again["weights"], other["weights"]) == (name in DRAWS)
 
 
 def test_draws_do_not_depend_on_other_methods_or_on_the_global_generator():
@@ -447,18 +466,21 @@ def test_two_methods_of_one_class_draw_apart():
 # ---------------------------------------------------------------- composition
 
 
-@pytest.mark.parametrize("first", SINGLE)
+ONE_EACH = ["dps_dense_frozen", *{type(SINGLE[name][0]): name for name in reversed(SINGLE)}.values()]
+
+
+@pytest.mark.parametrize("first", ONE_EACH)
 def test_every_method_composes_with_every_other(first):
     data = batches(3)
-    for second in SINGLE:
+    for second in ONE_EACH:
         recipe = SINGLE[first] + SINGLE[second]
         owned = [m.exclusive for m in recipe if m.exclusive]
         if len(owned) != len(set(owned)):
             names = " and ".join(type(m).__name__ for m in recipe)
             with pytest.raises(ValueError, match=f"{names} are both an {owned[0]} of 'bert"):
-                Loop(recipe, total=8)
+                Loop(recipe)
             continue
-        loop = Loop(recipe, total=8).train(data)
+        loop = Loop(recipe).train(data)
         assert loop.run.index == 3
         assert all(p.isfinite().all() for p in loop.model.parameters())
         assert differs(copied(loop.model), copied(bert()))
@@ -583,16 +605,15 @@ def test_a_state_of_format_1_loads_and_goes_on_as_recorded(case):
 
 @every_recipe
 def test_every_state_has_a_format_and_survives_safetensors(name, tmp_path):
-    for steps in (0, 2, 4):
-        loop = Loop(RECIPES[name]).train(batches(steps))
-        tree = loop.run.state_dict()
-        assert (tree["format"], tree["index"], tree["total_steps"]) == (1, steps, 12)
+    for index in (0, 1, 3):
+        tree = uninterrupted(name).all[index]["run"]
+        assert (tree["format"], tree["index"], tree["total_steps"]) == (1, index, TOTAL)
         state.save(tree, tmp_path / "state.safetensors")
         held = state.load(tmp_path / "state.safetensors")
-        assert tensors(held).keys() == tensors(tree).keys()
-        other = Loop(RECIPES[name])
-        other.run.load_state_dict(held)
-        assert all(torch.equal(t, tensors(other.run.state_dict())[k]) for k, t in tensors(tree).items())
+        loop = Loop(RECIPES[name])
+        loop.run.load_state_dict(held)
+        assert_same({"": torch.tensor(0), **loop.run.state_dict()}, {"": torch.tensor(0), **tree})
+        assert loop.run.index == index
 
 
 def test_a_loaded_state_shares_no_memory_with_what_was_loaded():
@@ -618,32 +639,36 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
         "DPSMix.keep was 0.7 when the state was saved and is",
     ),
     "only": ({"recipe": [BASE[0], only(EMA(decay=0.8), in_first_block)]}, "EMA.where was None"),
-    "total_steps": ({"total": 16}, "total_steps was 12 when the state was saved and is 16 now"),
+    "total_steps": ({"total": 16}, "total_steps was 8 when the state was saved and is 16 now"),
     "seed": ({"seed": 1}, "seed was 0 when the state was saved, it is 1 here"),
     "base model": ({"model": 1}, "the reference of 'bert.encoder.layer.0"),
 }
 
 
+@functools.cache
+def base_run() -> dict[str, Any]:
+    return read(written(Loop(BASE).train(batches(3)).saved()))
+
+
 @pytest.mark.parametrize("what", DIFFERENT)
 def test_a_state_of_another_run_is_refused_by_name(what):
     changes, message = DIFFERENT[what]
-    loop = Loop(BASE).train(batches(4))
+    saved = base_run()
     options = {"recipe": BASE, "model": 0, **changes}
     other = Loop(options.pop("recipe"), bert(seed=options.pop("model")), **options)
     with pytest.raises(ValueError, match=re.escape(message)):
-        other.run.load_state_dict(loop.run.state_dict())
+        other.run.load_state_dict(saved["optimizer"]["steadytune"])
     with pytest.raises(ValueError, match=re.escape(message)):
-        other.load(through_disk(loop.saved()))
+        other.load(saved)
 
 
 def test_another_head_is_no_other_base_model():
     """A new head has other initial values in each process that builds it: they are saved, not compared."""
-    loop = Loop(BASE).train(batches(4))
     model = bert()
     nn.init.normal_(model.classifier.weight)
-    other = Loop(BASE, model).load(through_disk(loop.saved()))
+    loop = Loop(BASE, model).load(base_run())
     name = "classifier.weight"
-    assert torch.equal(other.run.reference(name), loop.run.reference(name))
+    assert torch.equal(loop.run.reference(name), copied(bert())[name])
 
 
 def test_a_newer_format_is_refused():
@@ -653,16 +678,15 @@ def test_a_newer_format_is_refused():
 
 
 def test_an_optimizer_loaded_without_our_state_stops_at_the_next_step():
-    loop = Loop(BASE).train(batches(4))
-    held = loop.optimizer.state_dict()
-    held.pop("steadytune")
-    lost = Loop(BASE)
-    lost.optimizer.load_state_dict(held)
+    held = dict(base_run()["optimizer"])
+    own = held.pop("steadytune")
+    loop = Loop(BASE)
+    loop.optimizer.load_state_dict(held)
     with pytest.raises(RuntimeError, match=r"run\.load_state_dict\(\), or call run\.restart\(\)"):
-        lost.run.loss(batches(1)[0])
-    lost.run.load_state_dict(loop.run.state_dict())
-    assert lost.run.index == 4
-    lost.train(batches(1))
+        loop.run.loss(batches(1)[0])
+    loop.run.load_state_dict(own)
+    assert loop.run.index == 3
+    loop.train(batches(1))
     again = Loop(BASE)
     again.optimizer.load_state_dict(held)
     again.run.restart()
@@ -680,31 +704,27 @@ def test_state_is_not_given_out_in_the_middle_of_a_step():
 
 def test_attaching_to_an_optimizer_that_has_trained_is_refused():
     """Loading the optimizer first and attaching then would start the methods anew, in silence."""
-    saved = Loop(BASE).train(batches(4)).saved()
     model = bert()
     optimizer = adamw(model.parameters())
-    optimizer.load_state_dict(saved["optimizer"])
-    with pytest.raises(RuntimeError, match="attach"):
-        Run(model, BASE, total_steps=12).attach(optimizer)
+    optimizer.load_state_dict(base_run()["optimizer"])
+    with pytest.raises(RuntimeError, match=r"Call run\.attach\(optimizer\) first, then optimizer\.load_state_dict"):
+        Run(model, BASE, total_steps=TOTAL).attach(optimizer)
 
 
 @every_recipe
 def test_restart_is_another_run_bitwise(name):
     """A second training with one Run equals a fresh Run on the same weights."""
-    data = batches(8)
-    loop = Loop(RECIPES[name], total=8).train(data[:5])
-    loop.run.loss(data[5])  # in the middle of a step
+    data = batches(4)
+    loop = Loop(RECIPES[name]).train(data[:3])
+    loop.run.loss(data[3])  # in the middle of a step
     loop.run.restart()
-    start = copy.deepcopy(loop.model.state_dict())
-    optimizer = copy.deepcopy({k: v for k, v in loop.optimizer.state_dict().items() if k != "steadytune"})
+    assert loop.run.index == 0
     loop.optimizer.zero_grad()
-    torch.manual_seed(1)
+    saved = read(written(loop.saved()))
     loop.train(data)
-    fresh = Loop(RECIPES[name], total=8)
-    fresh.model.load_state_dict(start)
-    fresh.optimizer.load_state_dict({**optimizer, "steadytune": fresh.run.state_dict()})
-    torch.manual_seed(1)
-    assert_same(fresh.train(data).all(), loop.all())
+    fresh = Loop(RECIPES[name])
+    saved["optimizer"]["steadytune"] = fresh.run.state_dict()
+    assert_same(fresh.load(saved).train(data).all(), loop.all())
 
 
 # ---------------------------------------------------------------- frozen
@@ -725,26 +745,30 @@ def per_weight(loop: Loop, name: str) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in found.items()}
 
 
-@pytest.mark.parametrize("beside", ["alone", "l2sp", "l2sp_coupled", "ema"])
-@pytest.mark.parametrize("method", [DPSDense, DPSMix])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_frozen_means_that_the_step_did_not_happen(optimizer, method, beside):
+FROZEN = [(DPSDense, optimizer, beside) for optimizer in OPTIMIZERS for beside in ("alone", "l2sp", "l2sp_coupled")]
+FROZEN += [(DPSDense, "fused", "ema"), (DPSMix, "fused", "alone"), (DPSMix, "momentum", "l2sp")]
+
+
+@pytest.mark.parametrize(("method", "optimizer", "beside"), FROZEN)
+def test_frozen_means_that_the_step_did_not_happen(method, optimizer, beside):
     """T4: a gradient of zero does not stop momentum and decay. Before and after the other method in the list."""
-    data = batches(6)
+    data = batches(4)
     others = [] if beside == "alone" else SINGLE[beside]
-    for frozen, recipe in (
-        (True, [method(keep=0.6, frozen=True, **DPS), *others]),
-        (True, [*others, method(keep=0.6, frozen=True, **DPS)]),
-        (False, [method(keep=0.6, **DPS), *others]),
-    ):
-        loop = Loop(recipe, optimizer=OPTIMIZERS[optimizer]).train(data[:3])
+    recipes = [(True, [method(keep=0.6, frozen=True, **DPS), *others])]
+    if others:
+        recipes += [(True, [*others, method(keep=0.6, frozen=True, **DPS)])]
+    else:
+        recipes += [(False, [method(keep=0.6, **DPS)])]
+    for frozen, recipe in recipes:
+        loop = Loop(recipe, optimizer=OPTIMIZERS[optimizer]).train(data[:2])
         masks = loop.run[DPSDense].masks
-        names = list(masks)
-        assert len(names) == 14  # six matrices of each block, pooler and classifier
+        assert len(masks) == 14  # six matrices of each block, pooler and classifier
+        names = [n for n in masks if not masks[n].all()]  # columns that DPSMix never drew tie at zero
+        assert len(names) > 10
         out = {n: ~masks[n].clone() for n in names}
         before = {n: per_weight(loop, n) for n in names}
-        for i in (3, 4, 5):  # the whole of stage II
-            loop.train(data[i : i + 1])
+        for batch in data[2:]:  # the whole of stage II
+            loop.train([batch])
             for n in names:
                 after = per_weight(loop, n)
                 assert set(after) == set(before[n])
@@ -755,13 +779,13 @@ def test_frozen_means_that_the_step_did_not_happen(optimizer, method, beside):
 
 
 def test_frozen_refuses_factored_optimizer_state():
-    loop = Loop([DPSDense(frozen=True, **DPS), EMA()], optimizer=torch.optim.Adafactor).train(batches(3))
+    loop = Loop([DPSDense(frozen=True, **DPS), EMA()], optimizer=torch.optim.Adafactor).train(batches(2))
     evaluated = copied(loop.model)
     with pytest.raises(ValueError, match=r"Adafactor keeps 'row_var' of shape .* use AdamW or SGD, or frozen=False"):
         loop.train(batches(1))
     loop.run.leave()
     assert_same(copied(loop.model), evaluated)
-    Loop([DPSDense(**DPS)], optimizer=torch.optim.Adafactor).train(batches(4))
+    Loop([DPSDense(**DPS)], optimizer=torch.optim.Adafactor).train(batches(3))
 
 
 # ---------------------------------------------------------------- steps that do not come, or come wrongly
@@ -770,10 +794,8 @@ def test_frozen_refuses_factored_optimizer_state():
 @every_recipe
 def test_a_step_may_be_entered_twice(name):
     """T22: the same index is entered again after an overflow or `leave`, also at the boundaries of stages."""
-    data = batches(8)
-    expected = Loop(RECIPES[name], total=8).train(data).all()
-    loop = Loop(RECIPES[name], total=8)
-    for batch in data:
+    loop = Loop(RECIPES[name])
+    for batch in batches(5):
         evaluated = copied(loop.model)
         loop.run.enter()
         forward = copied(loop.model)
@@ -782,37 +804,36 @@ def test_a_step_may_be_entered_twice(name):
         loop.run.enter()
         assert_same(copied(loop.model), forward)
         loop.train([batch])
-    assert_same(loop.all(), expected)
+    assert_same(loop.all(), uninterrupted(name).all[5])
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "before step"])
 @every_recipe
 def test_interrupted_in_the_middle_of_a_step_leave_restores_the_evaluated_weights(name, where):
-    data = batches(7)
-    loop = Loop(RECIPES[name]).train(data[:5])
-    evaluated, held, noise = copied(loop.model), copy.deepcopy(loop.all()), torch.get_rng_state()
+    data, whole = batches(4), uninterrupted(name)
+    loop = Loop(RECIPES[name]).load(read(whole.saved[3]))
     if where == "forward":
         stop = interrupt(loop.model, after=1)
         with pytest.raises(KeyboardInterrupt):
-            loop.run.loss(data[5])
+            loop.run.loss(data[3])
         stop()
     else:
-        loss = loop.run.loss(data[5])
+        loss = loop.run.loss(data[3])
         if where == "backward":
             handle = loop.model.bert.encoder.layer[0].register_full_backward_hook(_raise)
-            loss = loop.run.loss(data[5])
+            loss = loop.run.loss(data[3])
             with pytest.raises(KeyboardInterrupt):
                 loss.backward()
             handle.remove()
         else:
             loss.backward()
     loop.run.leave()
-    assert_same(copied(loop.model), evaluated)
-    assert_same(loop.all(), held)
-    assert loop.run.index == 5
+    assert_same(loop.all(), whole.all[3])
+    assert loop.run.index == 3
+    assert not loop.run.batch
     loop.optimizer.zero_grad()
-    torch.set_rng_state(noise)
-    assert_same(loop.train(data[5:]).all(), Loop(RECIPES[name]).train(data).all())
+    torch.set_rng_state(read(whole.saved[3])["rng"])
+    assert_same(loop.train(data[3:]).all(), whole.all[4])
 
 
 def _raise(*args: Any) -> None:
@@ -822,7 +843,7 @@ def _raise(*args: Any) -> None:
 def test_an_interruption_shows_the_forward_view_until_leave():
     """Without `leave` the test above would compare nothing."""
     for name in ("mixout", "dps_mix", "ema"):
-        loop = Loop(RECIPES[name]).train(batches(4))
+        loop = Loop(RECIPES[name]).load(read(uninterrupted(name).saved[3]))
         evaluated = copied(loop.model)
         loop.run.loss(batches(1)[0])
         assert differs(copied(loop.model), evaluated)
@@ -831,7 +852,7 @@ def test_an_interruption_shows_the_forward_view_until_leave():
 @pytest.mark.parametrize("name", ["mixout", "dps_mix", "ema"])
 def test_weights_changed_between_forward_and_backward_are_an_error(name):
     """T24: autograd sees writes through `detach()`; through `.data` the gradient would be silently wrong."""
-    loop = Loop(RECIPES[name]).train(batches(2))
+    loop = Loop(RECIPES[name]).load(read(uninterrupted(name).saved[2]))
     loss = loop.run.loss(batches(1)[0])
     loop.run.leave()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -867,7 +888,7 @@ def test_a_step_without_a_forward_through_steadytune_is_an_error():
 
 
 def test_a_loop_that_calls_the_model_itself_enters_first():
-    data, loop = batches(5), Loop(BASE)
+    data, loop = batches(3), Loop(BASE)
     for batch in data:
         loop.run.enter()
         loop.model(**batch).loss.backward()
@@ -898,9 +919,8 @@ def test_the_fake_step_of_distributed_state_dicts_is_ignored(name):
     """T17: torch initialises the state of a fresh optimizer by a step with lr 0, which fires our hooks."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-    data = batches(6)
-    expected = Loop(RECIPES[name]).train(data)
-    loop = Loop(RECIPES[name]).train(data[:4])
+    data, whole = batches(5), uninterrupted(name)
+    loop = Loop(RECIPES[name]).load(read(whole.saved[3]))
     saved = {
         "model": copy.deepcopy(loop.model.state_dict()),
         "optimizer": copy.deepcopy(get_optimizer_state_dict(loop.model, loop.optimizer)),
@@ -920,8 +940,8 @@ def test_the_fake_step_of_distributed_state_dicts_is_ignored(name):
         resumed.run.loss(data[0])
     resumed.run.load_state_dict(saved["run"])
     torch.set_rng_state(saved["rng"])
-    resumed.train(data[4:])
-    assert_same(resumed.all(), expected.all())
+    resumed.train(data[3:])
+    assert_same(resumed.all(), whole.all[5])
 
 
 def test_a_learning_rate_of_zero_in_one_group_is_no_fake_step():
@@ -958,10 +978,10 @@ def test_a_step_without_gradients_for_a_method_is_a_step():
     def first(w: Weight) -> bool:
         return w.name.startswith("first")
 
-    data = points(12)
+    data = points(TOTAL)
     everywhere = DPSDense(threshold="global", **DPS)
     for method in (everywhere, DPSDense(frozen=True, **DPS), DPSMix(**DPS), Mixout(keep=0.5), L2SP(), ClipNorm()):
-        for skipped in ({1, 4, 7, 10}, {0, 1, 2}):  # a step of each stage, a whole stage I
+        for skipped in ({1, 3, 4, 7}, {0, 1}):  # a step of each stage, a whole stage I
             model = Skipping()
             loop = Loop([only(method, first), EMA()], model)
             for i, batch in enumerate(data):
@@ -969,7 +989,7 @@ def test_a_step_without_gradients_for_a_method_is_a_step():
                 before = loop.run.raw("first.weight").clone()
                 loop.train([batch])
                 assert torch.equal(loop.run.raw("first.weight"), before) == model.skip
-            assert loop.run.index == 12
+            assert loop.run.index == TOTAL
 
 
 @pytest.mark.parametrize("decoupled", [True, False])
@@ -992,16 +1012,16 @@ def test_restricted_l2sp_leaves_the_decay_of_other_weights_as_it_was(decoupled):
 def test_fields_from_numpy_are_saved_as_plain_numbers(tmp_path):
     """Grids and searches give NumPy numbers, which `weights_only=True` and JSON refuse."""
     for kind in (np.float64, np.float32):
-        loop = Loop([DPSDense(keep=kind(0.5), update_ratio=kind(0.25))]).train(batches(4))
-        resumed = Loop([DPSDense(keep=0.5, update_ratio=0.25)]).load(through_disk(loop.saved()))
-        assert resumed.run.index == 4
+        loop = Loop([DPSDense(keep=kind(0.5), update_ratio=kind(0.25))]).train(batches(3))
+        resumed = Loop([DPSDense(keep=0.5, update_ratio=0.25)]).load(read(written(loop.saved())))
+        assert resumed.run.index == 3
         state.save(loop.run.state_dict(), tmp_path / "state.safetensors")
 
 
 def test_predicates_of_any_kind_can_be_saved(tmp_path):
     scope = functools.partial(lambda block, w: w.block == block and w.kind == "linear", 1)
-    loop = Loop([DPSDense(scope=scope, **DPS)]).train(batches(4))
-    assert Loop([DPSDense(scope=scope, **DPS)]).load(through_disk(loop.saved())).run.index == 4
+    loop = Loop([DPSDense(scope=scope, **DPS)]).train(batches(3))
+    assert Loop([DPSDense(scope=scope, **DPS)]).load(read(written(loop.saved()))).run.index == 3
     state.save(loop.run.state_dict(), tmp_path / "state.safetensors")
 
 
@@ -1013,7 +1033,7 @@ def test_ties_are_all_kept():
         return (outputs.logits[:, 0] - outputs.logits[:, 1] - 1).square().mean(), outputs  # exactly opposite
 
     loop = Loop([DPSDense(**DPS)], bert(labels=2))
-    for batch in batches(3, labels=2):
+    for batch in batches(2, labels=2):
         loop.run.loss(batch, compute=difference).backward()
         loop.step()
     mask = loop.run[DPSDense].masks["classifier.weight"]
@@ -1032,16 +1052,15 @@ def test_ties_are_all_kept():
 def test_overflowed_steps_did_not_happen(fused, unscale, leave):
     """T9. A fused optimizer fires the hooks on them, another does not and keeps the forward view live."""
     recipe = [DPSMix(**DPS), EMA(decay=0.8), ClipNorm(max_norm=0.3)]
-    data = batches(12)
 
     def fresh() -> Loop:
         return Loop(recipe, bert(dropout=0.0), optimizer=functools.partial(adamw, fused=fused, foreach=not fused))
 
-    expected = fresh().train(data)
+    expected = fresh().train(batches(7))
     loop = fresh()
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=100)
-    overflows = {0, 3, 7}  # at the first step, at a boundary of stages (T22), in a stage
-    for index, batch in enumerate(data):
+    overflows = {0, 2, 5}  # at the first step, at a boundary of stages (T22), in a stage
+    for index, batch in enumerate(batches(7)):
         for bad in [True, False] if index in overflows else [False]:
             evaluated = copied(loop.model)
             loss = loop.run.loss(batch)
@@ -1063,7 +1082,7 @@ def test_overflowed_steps_did_not_happen(fused, unscale, leave):
 @pytest.mark.parametrize("name", ["mixout", "dps_mix", "ema"])
 def test_one_autocast_context_round_all_steps_sees_new_weights(name):
     """T20: autocast keeps casted weights for the length of its context and does not look at changes."""
-    data = batches(5)
+    data = batches(3)
     one = Loop(RECIPES[name])
     with torch.autocast("cpu", torch.bfloat16):
         for batch in data:
@@ -1084,17 +1103,16 @@ def test_one_autocast_context_round_all_steps_sees_new_weights(name):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch's own compiler
-@pytest.mark.parametrize("name", ["recipe_of_masks", "dps_mix", "ema"])
-def test_compiled_equals_eager_with_one_graph(name):
-    data = points(9)
-    recipe = [m for m in RECIPES[name] if m.where is None]
+def test_compiled_equals_eager_with_one_graph():
+    data = points(7)
+    recipe = [Mixout(keep=0.7), DPSMix(**DPS), EMA(decay=0.8), L2SP(alpha=0.5), ClipNorm(max_norm=0.3)]
     eager = Loop(recipe, Net()).train(data)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = Net()
     optimizer = adamw(model.parameters())
     compiled = torch.compile(model, backend="aot_eager")
-    run = Run(compiled, recipe, total_steps=12).attach(optimizer)
+    run = Run(compiled, recipe, total_steps=TOTAL).attach(optimizer)
     for batch in data:
         run.loss(batch).backward()
         optimizer.step()
@@ -1108,8 +1126,7 @@ def test_compiled_equals_eager_with_one_graph(name):
 
 @every_recipe
 def test_one_more_gradient_leaves_no_trace_and_is_right(name):
-    data, others = batches(6), batches(6, seed=9)
-    expected = Loop(RECIPES[name]).train(data).all()
+    others = batches(4, seed=9)
 
     class Looking(Method):
         """Asks for gradients of other batches inside the optimizer's step, where methods do."""
@@ -1133,11 +1150,10 @@ def test_one_more_gradient_leaves_no_trace_and_is_right(name):
             assert_same(found, dict(zip(names, gradients, strict=True)), atol=1e-6)
             assert differs(found, held)
 
-    # appended after the methods, and a dataclass so that a recipe may hold it
-    loop = Loop([*RECIPES[name], dataclasses.dataclass(Looking)()]).train(data)
+    loop = Loop([*RECIPES[name], dataclasses.dataclass(Looking)()]).train(batches(4))
     found = loop.all()
     found["run"]["methods"].pop()
-    assert_same(found, expected)
+    assert_same(found, uninterrupted(name).all[4])
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -1145,11 +1161,11 @@ def test_one_more_gradient_leaves_no_trace_and_is_right(name):
 @every_recipe
 def test_activation_checkpointing_changes_nothing(name, reentrant):
     """One draw per optimizer step: what is computed again in the backward pass sees the same weights."""
-    data = batches(4)
-    expected = Loop(RECIPES[name], total=8).train(data).all()
     model = bert()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers 6 renames it; older 5 have this name only
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     calls = []
     model.bert.encoder.layer[0].attention.register_forward_hook(lambda *_: calls.append(1))
-    assert_same(Loop(RECIPES[name], model, total=8).train(data).all(), expected)
+    assert_same(Loop(RECIPES[name], model).train(batches(4)).all(), uninterrupted(name).all[4])
     assert len(calls) == 8  # forward twice per step: checkpointing took place

@@ -12,6 +12,7 @@ import os
 import pickle
 import shutil
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -245,8 +246,12 @@ def test_a_ready_optimizer_is_hooked(tmp_path):
 def test_after_training_the_optimizer_is_free(tmp_path):
     trainer = make(tmp_path, [DPSDense(update_ratio=0.25)])
     trainer.train()
+    before = weights(trainer.model)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.1
     trainer.model(**BATCH)["loss"].backward()
     trainer.optimizer.step()  # naive: hooks that stay refuse a step that did not go through run.loss
+    assert not same(trainer.model, before)
     assert trainer.run.index == 8
 
 
@@ -540,6 +545,43 @@ def test_class_weights_reach_both_copies(tmp_path):
         assert loss == pytest.approx(sum(losses) / 2, rel=1e-12)
 
 
+@dataclass
+class Divergence(RDrop):
+    """R-Drop that records its penalty and the logits it saw."""
+
+    def setup(self, run):
+        super().setup(run)
+        self.seen = []
+
+    def penalty(self, step):
+        value = super().penalty(step)
+        self.seen.append((value.item(), step.outputs["logits"].detach(), step.second()["logits"].detach()))
+        return value
+
+
+@pytest.mark.parametrize(
+    ("model", "shift"),
+    [
+        (lambda: llama(dropout=0.3), 1),
+        (lambda: named("GPT2LMHeadModel", **GPT2), 1),
+        (lambda: t5(dropout=0.3), 0),
+        (lambda: bert(0.3, head="TokenClassification"), 0),
+    ],
+)
+def test_r_drop_compares_the_logits_that_are_scored(tmp_path, model, shift):
+    # naive: labels of causal language models are taken to stand where they are predicted
+    rows = [{**row, "labels": torch.full((LENGTH,), -100)} for row in token_rows(8, equal=True)]
+    for row in rows:
+        row["labels"][3] = 1  # one scored token: the label at 3
+    trainer = make(tmp_path, [Divergence()], model(), data=rows, max_steps=1)
+    trainer.train()
+    value, first, second = trainer.run[Divergence].seen[0]
+    p, q = (logits[:, 3 - shift].log_softmax(-1) for logits in (first, second))
+    expected = ((p.exp() - q.exp()) * (p - q)).sum(-1).mean() / 2
+    assert value == pytest.approx(float(expected), rel=1e-5)
+    assert value > 0
+
+
 def test_the_mean_over_copies_is_not_the_loss_of_one(tmp_path):
     # naive: outputs of one copy that still hold the loss of both
     trainer = ruled(tmp_path, "plain", [BothCopies()], max_steps=1)
@@ -629,8 +671,10 @@ def test_stock_accumulation_is_what_the_probe_mends(tmp_path):
     whole, _ = first_norms(tmp_path, "bert", 16, 1, cls=transformers.Trainer)
     parts, _ = first_norms(tmp_path, "bert", 4, 4, cls=transformers.Trainer)
     ours, _ = first_norms(tmp_path, "bert", 4, 4)
-    assert parts[0] / whole[0] == pytest.approx(4, rel=1e-6)
     assert ours[0] / whole[0] == pytest.approx(1, rel=1e-10)
+    if parts[0] == pytest.approx(whole[0], rel=1e-6):
+        pytest.skip("this transformers has accelerate divide by the steps")
+    assert parts[0] / whole[0] == pytest.approx(4, rel=1e-6)
 
 
 def test_copies_change_no_count(tmp_path):
@@ -652,7 +696,7 @@ def test_copies_change_no_count(tmp_path):
     ("rule", "counts"),
     [
         ("plain", False),
-        ("label smoothing", True),
+        ("label smoothing", "num_items_in_batch" in signature(transformers.trainer.LabelSmoother.__call__).parameters),
         ("class weights", False),
         ("counted", True),
         ("language model", True),
@@ -664,7 +708,7 @@ def test_the_probe_tells_who_uses_the_count(tmp_path, rule, counts):
     assert len(batches) == 2
     assert (items is not None) == counts
     if counts:
-        shift = trainer.model.__class__.__name__.endswith("CausalLM")
+        shift = trainer.model.__class__.__name__.endswith("CausalLM") and hasattr(trainer, "_loss_shifts_labels")
         assert items == sum(int((b["labels"][..., 1:] if shift else b["labels"]).ne(-100).sum()) for b in batches)
 
 
@@ -750,8 +794,12 @@ class OutOfMemory(Method):
     at: int = 0
     fuse: ClassVar[list[bool]] = []
 
+    def setup(self, run):
+        self.last = -1
+
     def penalty(self, step):
-        if self.fuse and step.index == self.at and len(step._run.batch) == 2:
+        second, self.last = self.last == step.index, step.index
+        if self.fuse and second and step.index == self.at:
             self.fuse.clear()
             raise RuntimeError("CUDA out of memory.")
 
@@ -1367,8 +1415,9 @@ def test_several_devices_in_one_process(tmp_path):
     # naive: DataParallel's replicas race on the methods' state
     options = arguments(tmp_path)
     options._n_gpu = 2
-    with pytest.raises(ValueError, match=r"2 devices.*torchrun"):
-        Trainer(bert(), options, train_dataset=DATA, methods=[DPSDense()])
+    for methods in ([DPSDense()], [RDrop()], []):  # whatever the recipe, its step would not survive the wrapper
+        with pytest.raises(ValueError, match=r"2 devices.*torchrun"):
+            Trainer(bert(), options, train_dataset=DATA, methods=methods)
     with pytest.raises(ValueError, match=r"DataParallel.*torchrun"):
         Run(torch.nn.DataParallel(bert()), [DPSDense()])
 

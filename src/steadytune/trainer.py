@@ -79,14 +79,14 @@ class Trainer(transformers.Trainer):
             )
 
     def _check_setup(self) -> None:
-        known = [m for m in self.methods if isinstance(m, Method)]  # Run refuses anything else
-        if not any(overrides(m, verb) for m in known for verb in WEIGHT_VERBS):
-            return
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} devices in one process mean torch.nn.DataParallel, which is not supported: use "
                 "torchrun, or one device with CUDA_VISIBLE_DEVICES=0"
             )
+        known = [m for m in self.methods if isinstance(m, Method)]  # Run refuses anything else
+        if not any(overrides(m, verb) for m in known for verb in WEIGHT_VERBS):
+            return
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed flattens weights before the methods can see them: use DDP or FSDP2")
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from .. import shards
 from ..core import Method, Run, Step, not_negative
 from ..functional import symmetric_kl
 
@@ -65,9 +66,22 @@ class RDrop(Method):
 
 def aligned(model: Any, first: Tensor, second: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Token logits and the labels they are scored against: causal models predict the next token."""
-    if getattr(getattr(model, "module", model), "_loss_shifts_labels", False):
+    if shifts_labels(shards.unwrap(model)):
         return first[:, :-1], second[:, :-1], labels[:, 1:]
     return first, second, labels
+
+
+def shifts_labels(model: Any) -> bool:
+    """Whether a transformers model scores the logits of a token against the label of the next one."""
+    if hasattr(model, "peft_config"):
+        model = model.base_model.model
+    kind, name = getattr(model, "loss_type", None), type(model).__name__
+    if (
+        kind is None
+    ):  # GPT2LMHeadModel and its like; XLNet's, XLM's and FlauBERT's labels stand where they are predicted
+        return name.endswith("LMHeadModel") and not name.startswith("XLNet") and "With" not in name
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return kind == "ForCausalLM" or (kind.endswith("ForConditionalGeneration") and not decodes)
 
 
 def has_dropout(module: nn.Module) -> bool:
