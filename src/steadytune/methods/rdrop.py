@@ -76,9 +76,7 @@ def shifts_labels(model: Any) -> bool:
     if hasattr(model, "peft_config"):
         model = model.base_model.model
     kind, name = getattr(model, "loss_type", None), type(model).__name__
-    if (
-        kind is None
-    ):  # GPT2LMHeadModel and its like; XLNet's, XLM's and FlauBERT's labels stand where they are predicted
+    if kind is None:  # GPT2LMHeadModel and its like; XLNet, XLM and FlauBERT have labels where they are predicted
         return name.endswith("LMHeadModel") and not name.startswith("XLNet") and "With" not in name
     decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return kind == "ForCausalLM" or (kind.endswith("ForConditionalGeneration") and not decodes)
