@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ class MLP(nn.Module):
     def __init__(self, golden):
         super().__init__()
         dims = golden.meta["dims"]
-        self.layers = nn.ModuleList(nn.Linear(i, o, dtype=torch.float64) for i, o in zip(dims, dims[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(i, o, dtype=torch.float64) for i, o in pairwise(dims))
         with torch.no_grad():
             for name, p in self.named_parameters():
                 p.copy_(golden[f"init/{name.removeprefix('layers.')}"])
@@ -129,17 +131,17 @@ def test_dps_mix_equals_the_exact_derivative(golden):
 def test_dps_squares_equal_the_recorded_sums(golden):
     golden = golden("dps_dense_sgd")
 
-    class Watched(DPSDense):
-        seen = []
+    seen = []
 
+    class Watched(DPSDense):
         def scores(self, run):
-            self.seen.append({k: v.clone() for k, v in self.squares.items()})
+            seen.append({k: v.clone() for k, v in self.squares.items()})
             return super().scores(run)
 
     replay(golden, Watched(keep=1 - golden.meta["p"], update_ratio=golden.meta["update_ratio"]))
     for key in golden.keys("gam/"):
         for cycle, gam in enumerate(golden[key]):
-            assert torch.allclose(Watched.seen[cycle]["layers." + key.removeprefix("gam/")], gam, atol=ATOL, rtol=0)
+            assert torch.allclose(seen[cycle]["layers." + key.removeprefix("gam/")], gam, atol=ATOL, rtol=0)
 
 
 def test_dps_schedule_equals_the_authors(golden):
