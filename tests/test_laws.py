@@ -859,6 +859,61 @@ def test_weights_changed_between_forward_and_backward_are_an_error(name):
         loss.backward()
 
 
+def places(model: nn.Module) -> dict[str, int]:
+    return {n: p.data_ptr() for n, p in model.named_parameters()}
+
+
+@every_recipe
+def test_between_steps_every_weight_is_where_it_always_was(name):
+    """During a step another tensor may lie in its place; what a user took outside a step goes on showing the model."""
+    loop = Loop(RECIPES[name])
+    before, held = places(loop.model), loop.model.state_dict()
+    for batch in batches(TOTAL):
+        loop.train([batch])
+        assert places(loop.model) == before
+    assert_same(held, loop.model.state_dict())
+    loop.run.loss(batches(1)[0])
+    loop.run.leave()
+    assert places(loop.model) == before
+
+
+def in_shared_memory(model: nn.Module) -> nn.Module:
+    return model.share_memory()
+
+
+def in_one_buffer(model: nn.Module) -> nn.Module:
+    """Weights as pieces of one tensor, as some optimizers and wrappers keep them."""
+    buffer = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for p, piece in zip(model.parameters(), buffer.split([p.numel() for p in model.parameters()]), strict=True):
+        p.data = piece.view_as(p)
+    return model
+
+
+@pytest.mark.parametrize("arrange", [in_shared_memory, in_one_buffer])
+@every_recipe
+def test_weights_in_memory_that_others_see_never_leave_it(name, arrange):
+    loop = Loop(RECIPES[name], arrange(bert()))
+    before = places(loop.model)
+    for batch in batches(TOTAL):
+        loss = loop.run.loss(batch)
+        assert places(loop.model) == before
+        loss.backward()
+        loop.step()
+        assert places(loop.model) == before
+    assert_same(loop.all(), uninterrupted(name).all[TOTAL])
+
+
+@pytest.mark.parametrize("name", ["mixout", "ema"])
+def test_two_parameters_of_one_memory_show_the_same_throughout_a_step(name):
+    model = bert()
+    layers = model.bert.encoder.layer
+    one, other = layers[0].output.dense.weight, layers[1].output.dense.weight
+    other.data = one.data
+    loop = Loop(RECIPES[name], model).train(batches(2))
+    loop.run.loss(batches(1)[0])
+    assert torch.equal(one, other)
+
+
 @every_recipe
 def test_a_closure_is_refused(name):
     """T8: the pre-hook fires before the closure computes the gradients that methods would edit."""

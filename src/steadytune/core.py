@@ -180,7 +180,7 @@ class Run:
             weights.append(
                 Weight(
                     name,
-                    shards.local(p.detach()),
+                    p,
                     grad,
                     group,
                     part.kind,

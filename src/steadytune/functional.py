@@ -52,20 +52,13 @@ def rescaled(mask: Tensor, keep: float, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype, copy=True).mul_(1 / keep if keep else 0.0)
 
 
-def exchange(a: Tensor, b: Tensor, rate: float | None = None) -> None:
-    """Swap the contents of two contiguous tensors of one shape, with a buffer of `CHUNK` elements.
-
-    With a ``rate``, ``b`` first moves toward ``a``: ``a, b = b + rate * (a - b), a``, in one pass over memory.
-    """
+def exchange(a: Tensor, b: Tensor) -> None:
+    """Swap the contents of two contiguous tensors of one shape, with a buffer of `CHUNK` elements."""
     a, b = a.view(-1), b.view(-1)
     buffer = torch.empty_like(a[:CHUNK])
     for start in range(0, a.numel(), CHUNK):
         x, y = a[start : start + CHUNK], b[start : start + CHUNK]
-        held = buffer[: x.numel()]
-        if rate is None:
-            held.copy_(y)
-        else:
-            torch.lerp(y, x, rate, out=held)
+        held = buffer[: x.numel()].copy_(y)
         y.copy_(x)
         x.copy_(held)
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from . import shards
 from .anatomy import Kind
 from .checks import one_of
 
@@ -27,7 +28,8 @@ class Weight:
 
     Attributes:
         name: the parameter's name in the unwrapped model.
-        data: live values, detached, in the parameter's shape (on a shard: this rank's piece).
+        parameter: the parameter itself. Methods use ``data``: its live values, detached (on a shard: this rank's
+            piece).
         grad: gradient of the same shape, or None before the backward pass.
         group: the optimizer's parameter group (current ``lr``, ``weight_decay``); empty before `Run.attach`.
         kind: what the parameter is, see `steadytune.anatomy`.
@@ -37,13 +39,18 @@ class Weight:
     """
 
     name: str
-    data: Tensor
+    parameter: nn.Parameter
     grad: Tensor | None
     group: dict[str, Any]
     kind: Kind
     block: int | None
     head: bool
     input_dim: int = 1
+
+    @property
+    def data(self) -> Tensor:
+        """The live values: what is live may move between the moments of a step, so ask anew at each."""
+        return shards.local(self.parameter.detach())
 
 
 Scope = str | Callable[[Weight], bool]
@@ -93,7 +100,7 @@ class Method:
         """After the optimizer moved R, which is live, in list order. Stage transitions belong here."""
 
     def evaluated(self, run: Run, weights: Sequence[Weight]) -> Mapping[str, Tensor | float] | None:
-        """What to evaluate instead of R, by weight name: a tensor, which the core owns from here on, or the rate of a
+        """What to evaluate instead of R, by weight name: a tensor, which is copied, or the rate of a
         running average that the core keeps, ``average += rate * (R - average)``, starting at R.
         """
         return None

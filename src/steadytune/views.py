@@ -6,7 +6,9 @@ R raw (what the optimizer moves), F forward (what the forward sees), E evaluated
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -47,43 +49,82 @@ class Views:
 
     def mix(self, weight: Weight, anchor: Tensor, mask: Tensor, keep: float) -> None:
         """Make a mixture of ``anchor`` and the live values live, R kept."""
-        mix(anchor, self._keep(weight), mask, keep, out=weight.data)
+        given = self._keep(weight)
+        mix(anchor, given, mask, keep, out=weight.data)
 
     def _keep(self, weight: Weight) -> Tensor:
-        """Put R aside once; returns what is live."""
-        if weight.name in self._raw:
+        """Put R aside once; returns what was live. What is live afterwards is to be written."""
+        name = weight.name
+        if name in self._raw:
             return weight.data
-        held = self._raw[weight.name] = weight.data.clone()
-        return held
+        if self._movable(name):
+            self._raw[name] = self._place(name, torch.empty_like(weight.data))
+        else:
+            self._raw[name] = weight.data.clone()
+        return self._raw[name]
 
     def restore(self) -> None:
         """Live <- R."""
         for name, raw in self._raw.items():
-            self.live(name).copy_(raw)
+            if self._movable(name):
+                self._place(name, raw)
+            else:
+                self.live(name).copy_(raw)
         self._raw = {}
         torch.clear_autocast_cache()
 
-    def exchange(self, rates: Mapping[str, float] | None = None) -> None:
-        """Swap live weights and averages: E -> R at the start of a step, R -> E at its end.
-
-        With ``rates``, averages first move toward the live weights by those shares.
-        """
+    def exchange(self) -> None:
+        """Swap live weights and averages: E -> R at the start of a step, R -> E at its end."""
         for name, other in self.averages.items():
-            exchange(self.live(name), other, (rates or {}).get(name))
+            if self._movable(name):
+                self.averages[name] = self._place(name, other)
+            else:
+                exchange(self.live(name), other)
         torch.clear_autocast_cache()
 
     def evaluate(self, found: Mapping[str, Tensor | float]) -> None:
         """Make the evaluated view live: tensors given, or running averages that move by the rates given."""
-        averages = {}
+        for name in found:
+            if name not in self.averages:
+                copy = self.live(name).clone()
+                self.averages[name] = self._place(name, copy) if self._movable(name) else copy
+        self.averages = {name: self.averages[name] for name in found}
         for name, value in found.items():
             if isinstance(value, Tensor):
-                averages[name] = value
+                self.averages[name].copy_(value)
             else:
-                average = self.averages.get(name)
-                averages[name] = self.live(name).clone() if average is None else average
-        rates = {name: v for name, v in found.items() if not isinstance(v, Tensor) and name in self.averages}
-        self.averages = averages
-        self.exchange(rates)
+                self.averages[name].lerp_(self.live(name), value)
+        self.exchange()
+
+    def _movable(self, name: str) -> bool:
+        """Whether another tensor may take a weight's place in memory during a step, which saves the copies.
+
+        Only on a CPU, where no recorded graph knows addresses, and for weights that share their memory with nothing.
+        Between steps each weight is where it always was, so that nobody outside a step can tell.
+        """
+        p = self.model.get_parameter(name)
+        return p.device.type == "cpu" and not p.is_shared() and name in self._alone
+
+    @cached_property
+    def _alone(self) -> set[str]:
+        """Names of unsharded weights whose memory belongs to no other tensor of the model."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        owners = Counter(shards.local(t.detach()).untyped_storage().data_ptr() for t in tensors)
+        names = set()
+        for name, p in self.model.named_parameters():
+            live = p.detach()
+            storage = shards.local(live).untyped_storage()
+            if shards.local(live) is live and owners[storage.data_ptr()] == 1 and storage.nbytes() == live.nbytes:
+                names.add(name)
+        return names
+
+    def _place(self, name: str, tensor: Tensor) -> Tensor:
+        """Put a tensor in a weight's place; returns what was there."""
+        p = self.model.get_parameter(name)
+        live = p.detach()
+        p.data = tensor
+        torch.autograd.graph.increment_version(p)  # a backward pass that comes too late must fail
+        return live
 
     def freeze(self, weight: Weight, mask: Tensor) -> None:
         """Ask for the entries where ``mask`` is False to stay; masks of several calls intersect."""
