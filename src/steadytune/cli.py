@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -167,31 +166,56 @@ def _from_task(given: dict[str, Any], tests: dict[str, Any]) -> tuple[Any, str, 
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="Show one method with its options.")] = None) -> None:
-    """List the fine-tuning methods, or show one with its options and defaults."""
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show one method with its options.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Write docs/methods.md to stdout.")] = False,
+) -> None:
+    """List the fine-tuning methods with source, cost and conflicts, or show one with its options."""
     with _errors_in_one_line():
+        from . import catalogue
         from .data import UsageError, suggest
-        from .methods import METHODS
 
-        if name is None:
-            grid = Grid("method", "what it does")
-            for key, cls in METHODS.items():
-                grid.add_row(key, (inspect.getdoc(cls) or "").partition("\n")[0])
-            return Console().print(grid)
-        if name not in METHODS:
-            raise UsageError(f"unknown method {name!r}.{suggest(name, METHODS)}")
-    console = Console()
-    console.print(inspect.getdoc(METHODS[name]) or "", markup=False, highlight=False)
-    grid = Grid("option", "type", "default", title=f"--method {name}:option=value,...")
-    for field in dataclasses.fields(METHODS[name]):  # type: ignore[arg-type]  # every registered method is one
-        if field.init:
-            required = field.default is dataclasses.MISSING
-            grid.add_row(field.name, _type_name(field.type), "required" if required else repr(field.default))
-    console.print(grid, markup=False)
+        if markdown:
+            return typer.echo(catalogue.markdown(), nl=False)
+        found = catalogue.pages()
+        if name is not None and name not in found:
+            raise UsageError(f"unknown method {name!r}.{suggest(name, found)}")
+    console = Console(highlight=False, markup=False)
+    if name is not None:
+        return _show_method(console, found[name])
+    grid = Grid(show_lines=True)
+    for title in ("method", "what it does, source", "acts at", "passes; bytes per weight", "not with"):
+        grid.add_column(title, overflow="fold", no_wrap=title == "method")
+    for page in found.values():
+        what = f"{page.summary}\n{page.source}".replace("``", "")
+        cost = f"{page.cost.passes:.1f}; {page.cost.memory}"
+        grid.add_row(page.name, what, "\n".join(page.moments), cost, "; ".join(page.conflicts))
+    console.print(grid)
 
 
-def _type_name(hint: Any) -> str:
-    return hint if isinstance(hint, str) else getattr(hint, "__name__", str(hint))
+def _show_method(console: Console, page: Any) -> None:
+    """All there is to say about one method."""
+    for paragraph in (page.summary, *page.notes):
+        console.print(paragraph.replace("``", "") + "\n")
+    grid = Grid(title=f"--method {page.name}:option=value,...", show_lines=True)
+    for title in ("option", "type", "range", "default", "meaning"):
+        grid.add_column(title, overflow="fold")
+    for option in page.options:
+        meaning = option.meaning.replace("``", "")
+        grid.add_row(option.name, option.type, option.range, option.default, meaning)
+    console.print(grid)
+    facts = {
+        "Acts at": ", ".join(page.moments),
+        "Cost": f"{page.cost.passes:.1f} plain passes a step; bytes per weight: {page.cost.memory}",
+        "Not with": "; ".join(page.conflicts),
+        "Departures from the authors": page.departures,
+        "Paper": page.source,
+    }
+    for title, text in facts.items():
+        if text:
+            console.print(f"\n{title}: {text}")
+    if page.paper is not None:
+        console.print("\n" + page.paper.bibtex(), soft_wrap=True)
 
 
 @app.command()

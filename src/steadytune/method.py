@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import shards
 from .anatomy import Kind
 from .checks import one_of
+from .facts import Cost, Paper
 
 if TYPE_CHECKING:
     from .core import Run
@@ -73,6 +74,9 @@ class Method:
     null: ClassVar[dict[str, Any] | None] = None  # the setting at which it is plain fine-tuning, bit for bit
     exclusive: ClassVar[str | None] = None  # at most one method of this name acts on a weight ("anchor", "average")
     needs_steps: ClassVar[bool] = False  # whether the schedule depends on Run.total_steps
+    conflicts: ClassVar[tuple[str, ...]] = ()  # what else it cannot be combined with, in words
+    paper: ClassVar[Paper | None] = None  # where it comes from; None for one of your own
+    cost: ClassVar[Cost] = Cost()  # what it costs beside plain fine-tuning
     where: Callable[[Weight], bool] | None = None  # set by `only`
 
     def setup(self, run: Run) -> None:
@@ -116,9 +120,10 @@ class Method:
         """Take over what `state_dict` gave."""
 
 
-def overrides(method: Method, verb: str) -> bool:
-    """Whether a method defines a verb."""
-    return getattr(type(method), verb) is not getattr(Method, verb)
+def overrides(method: Method | type[Method], verb: str) -> bool:
+    """Whether a method, or a class of methods, defines a verb."""
+    kind = method if isinstance(method, type) else type(method)
+    return getattr(kind, verb) is not getattr(Method, verb)
 
 
 WEIGHT_VERBS = ("before_forward", "pull_back", "before_step", "after_step", "evaluated")

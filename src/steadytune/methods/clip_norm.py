@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core import Method, Run, Weight, gradients
+from ..facts import Paper
 
 
 @dataclass
@@ -20,7 +21,7 @@ class ClipNorm(Method):
     An item of the list: what comes before it is clipped, what comes after it is not. DPS's authors mask, then clip.
 
     Args:
-        max_norm: positive; ``inf`` never clips.
+        max_norm in (0, inf]: largest norm that is left alone; ``inf`` never clips.
 
     Attributes:
         norm: of the last step before clipping, a 0-d tensor.
@@ -29,6 +30,14 @@ class ClipNorm(Method):
     max_norm: float = 1.0
 
     null: ClassVar = {"max_norm": inf}
+    paper: ClassVar = Paper(
+        authors=("Razvan Pascanu", "Tomas Mikolov", "Yoshua Bengio"),
+        title="On the difficulty of training recurrent neural networks",
+        booktitle="International Conference on Machine Learning",
+        venue="ICML",
+        year=2013,
+        arxiv="1211.5063",
+    )
 
     def __post_init__(self) -> None:
         if not self.max_norm > 0:

@@ -1,6 +1,6 @@
 """DPS, Dynamic Parameter Selection: train the whole network, then its most promising part, in cycles.
 
-Zhang, Li, Bian, Yuan, Yu, Zhang, Feng: Fine-Tuning Pre-Trained Language Models Effectively by Optimizing
+Zhang, Li, Li, Zhang, Zhu, Jin: Fine-Tuning Pre-Trained Language Models Effectively by Optimizing
 Subnetworks Adaptively. NeurIPS 2022, arXiv 2211.01642.
 
 Training is cut into cycles of two stages of ``us = max(1, int(total_steps * update_ratio))`` steps each:
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..core import Method, Run, Scope, Weight, in_unit, multiply, one_of, select
+from ..facts import Cost, Paper
 from ..functional import frequency_score, selecting, stage_length
 
 Tensors = dict[str, Tensor]
@@ -36,16 +37,18 @@ class DPSDense(Method):
     """Train everything and add up squared gradients, then train only the entries with the largest sums.
 
     Args:
-        keep: share of entries that stays trainable in stage II, in (0, 1]. The authors' 1 - p; their p = 0.3.
-        update_ratio: length of a stage as a share of all optimizer steps, in (0, 1]. The authors' 0.05.
-        scope: which weights are masked, see `steadytune.core.SCOPES`; ``"linear"`` includes pooler and head.
+        keep in (0, 1]: share of entries that stays trainable in stage II. The authors' 1 - p; their p = 0.3.
+        update_ratio in (0, 1]: length of a stage as a share of all optimizer steps. The authors' 0.05.
+        scope: which weights are masked; ``"linear"`` includes pooler and head.
         threshold: largest ``keep`` of each ``"tensor"`` (the authors), or of all weights in scope (``"global"``).
         frozen: keep unselected weights and their optimizer state bit for bit in stage II. False, as in the authors'
-            code: their gradient is zero, but momentum and decay still move them.
+            code: their gradient is zero, but momentum and decay still move them. Costs up to (1 - keep) * 12 more
+            bytes per weight during a step of AdamW.
 
-    Differences from the authors' code: optimizer steps are counted, not forward calls, so accumulation changes
-    nothing; sums are taken of synced, unscaled gradients; entries tied with the threshold are all kept (theirs too).
-    Their scripts also switch dropout off, which this does not.
+    Departures:
+        Optimizer steps are counted, not forward calls, so accumulation changes nothing; sums are taken of synced,
+        unscaled gradients; entries tied with the threshold are all kept (in the authors' code too). Their scripts also
+        switch dropout off, which this does not.
     """
 
     keep: float = 0.7
@@ -56,6 +59,16 @@ class DPSDense(Method):
 
     null: ClassVar = {"keep": 1.0}
     needs_steps: ClassVar = True
+    conflicts: ClassVar[tuple[str, ...]] = ("optimizers with packed or factored state, if frozen",)
+    cost: ClassVar = Cost(held={"stage I": 4, "stage II": 1})
+    paper: ClassVar = Paper(
+        authors=("Haojie Zhang", "Ge Li", "Jia Li", "Zhongjin Zhang", "Yuqi Zhu", "Zhi Jin"),
+        title="Fine-Tuning Pre-Trained Language Models Effectively by Optimizing Subnetworks Adaptively",
+        booktitle="Advances in Neural Information Processing Systems",
+        venue="NeurIPS",
+        year=2022,
+        arxiv="2211.01642",
+    )
 
     def __post_init__(self) -> None:
         in_unit("keep", self.keep)
@@ -118,23 +131,26 @@ class DPSDense(Method):
 class DPSMix(DPSDense):
     """DPS with Mixout-like forwards: some weights are shown as their anchor, the others pushed away from it.
 
+    The anchor of a new head is its initial value, as in the authors' code. Options not named here are those of
+    `DPSDense`.
+
     Args:
-        keep: share of columns drawn in stage I and of entries selected in stage II, in (0, 1]; the authors' 1 - p.
-        update_ratio: see `DPSDense`.
-        scope: see `DPSDense`. A new head's anchor is its initial value, as in the authors' code.
-        threshold: see `DPSDense`.
-        frozen: see `DPSDense`.
+        keep in (0, 1]: share of columns drawn in stage I and of entries selected in stage II; the authors' 1 - p.
         frequency_penalty: multiply scores by ``exp(-times drawn / us)``: ``"auto"`` from ``us >= 50`` on, as the
             authors' code does, ``"on"`` or ``"off"``.
         rescale_gradient: the exact chain rule ``dL/dW = B / keep * dL/dW_fwd``. False leaves out ``1 / keep``, as the
             authors' backward does; Adam hides the difference, SGD and clipping do not.
 
-    Other differences from the authors' code: one draw per optimizer step, also under accumulation; evaluation and
-    checkpoints hold W, never the mixture.
+    Departures:
+        Beside those of `DPSDense`: one draw per optimizer step, also under accumulation; evaluation and checkpoints
+        hold W, never the mixture.
     """
 
     frequency_penalty: Literal["auto", "on", "off"] = "auto"
     rescale_gradient: bool = True
+
+    conflicts: ClassVar[tuple[str, ...]] = (*DPSDense.conflicts, "adapters, which have no pre-trained value")
+    cost: ClassVar = Cost(held={"stage I": 8, "stage II": 9}, during=4)
 
     def __post_init__(self) -> None:
         super().__post_init__()

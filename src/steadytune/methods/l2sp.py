@@ -16,6 +16,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..core import Method, Run, Scope, Weight, not_negative, select
+from ..facts import Cost, Paper
 
 
 @dataclass
@@ -23,14 +24,15 @@ class L2SP(Method):
     """Pull weights toward their pre-trained values; a new head keeps ordinary decay.
 
     Args:
-        alpha: strength, at least 0; 0.01 to 0.1 decoupled (times the learning rate), as a weight decay.
-        scope: which weights, see `steadytune.core.SCOPES`; those without a pre-trained value are left out.
+        alpha in [0, inf): strength; 0.01 to 0.1 decoupled (times the learning rate), as a weight decay.
+        scope: which weights are pulled; those without a pre-trained value are left out.
         decoupled: before the optimizer's update and apart from its moments, as AdamW decays. False adds the gradient
             of the penalty, as the paper does.
         replace_decay: the optimizer's own decay toward zero is switched off for weights that are pulled, and
             applied by this method to all others (as decoupled or coupled as the pull).
 
-    Difference from the paper: decoupled by default, as the reference optimizer is AdamW.
+    Departures:
+        Decoupled by default, as the reference optimizer is AdamW; the paper adds the gradient of the penalty.
     """
 
     alpha: float = 0.01
@@ -40,6 +42,16 @@ class L2SP(Method):
 
     null: ClassVar = {"alpha": 0.0, "replace_decay": False}
     exclusive: ClassVar = "anchor"
+    conflicts: ClassVar[tuple[str, ...]] = ("adapters, which have no pre-trained value",)
+    cost: ClassVar = Cost(held={"": 4})
+    paper: ClassVar = Paper(
+        authors=("Xuhong Li", "Yves Grandvalet", "Franck Davoine"),
+        title="Explicit Inductive Bias for Transfer Learning with Convolutional Networks",
+        booktitle="International Conference on Machine Learning",
+        venue="ICML",
+        year=2018,
+        arxiv="1802.01483",
+    )
 
     def __post_init__(self) -> None:
         not_negative("alpha", self.alpha)

@@ -17,6 +17,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..core import Method, Run, Scope, Weight, in_unit, multiply, select
+from ..facts import Cost, Paper
 
 
 @dataclass
@@ -24,14 +25,15 @@ class Mixout(Method):
     """Show random input columns of each weight as their pre-trained values, once per optimizer step.
 
     Args:
-        keep: share of columns shown as they are, in [0, 1]; the paper's 1 - p. The paper uses p = 0.7 to 0.9 with
+        keep in [0, 1]: share of columns shown as they are; the paper's 1 - p. The paper uses p = 0.7 to 0.9 with
             three epochs; with the longer baseline recipe used here p = 0.1 is the usual value, hence 0.9.
-        scope: which weights, see `steadytune.core.SCOPES`. A new head has no pre-trained value and is left alone.
+        scope: which weights are mixed. A new head has no pre-trained value and is left alone.
         rescale_gradient: the exact chain rule. False leaves out ``1 / keep``, as the authors' backward does.
 
-    Differences from the authors' code: one draw per optimizer step (theirs: per forward), so that accumulation and
-    activation checkpointing see one network; no module is replaced; dropout stays as the model has it (the paper
-    switches it off where Mixout acts).
+    Departures:
+        One draw per optimizer step (the authors' code: per forward), so that accumulation and activation checkpointing
+        see one network; no module is replaced; dropout stays as the model has it (the paper switches it off where
+        Mixout acts).
     """
 
     keep: float = 0.9
@@ -39,6 +41,16 @@ class Mixout(Method):
     rescale_gradient: bool = True
 
     null: ClassVar = {"keep": 1.0}
+    conflicts: ClassVar[tuple[str, ...]] = ("adapters, which have no pre-trained value",)
+    cost: ClassVar = Cost(held={"": 4}, during=4)
+    paper: ClassVar = Paper(
+        authors=("Cheolhyoung Lee", "Kyunghyun Cho", "Wanmo Kang"),
+        title="Mixout: Effective Regularization to Finetune Large-scale Pretrained Language Models",
+        booktitle="International Conference on Learning Representations",
+        venue="ICLR",
+        year=2020,
+        arxiv="1909.11299",
+    )
 
     def __post_init__(self) -> None:
         in_unit("keep", self.keep, zero=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import shards
 from ..core import Method, Run, Step, not_negative
+from ..facts import Cost, Paper
 from ..functional import symmetric_kl
 
 DROPOUT_FIELDS = ("p", "drop_prob", "dropout", "dropout_p", "dropout_prob", "attention_dropout", "activation_dropout")
@@ -25,13 +26,14 @@ class RDrop(Method):
     """Pass each batch as two copies through one forward and add their symmetric KL divergence to the mean loss.
 
     Args:
-        alpha: weight of the divergence, at least 0; the paper's grid for language understanding is 0.1, 0.5, 1.
+        alpha in [0, inf): weight of the divergence; the paper's grid for language understanding is 0.1, 0.5, 1.
 
     Regression (one output) uses the mean squared difference instead. Token-level outputs average over the tokens
     that have a label. ``alpha = 0`` is not plain fine-tuning: the loss is the mean over two dropout draws.
 
-    Differences from the authors' code: the divergence is averaged over the batch as the cross entropy is (theirs is
-    summed, so that their alpha is the batch size times ours), and the two losses are averaged, not added.
+    Departures:
+        The divergence is averaged over the batch as the cross entropy is (the authors' code sums it, so that their
+        alpha is the batch size times ours), and the two losses are averaged, not added.
 
     Raises:
         ValueError: in setup, for a model without active dropout: the divergence would be exactly zero.
@@ -40,6 +42,19 @@ class RDrop(Method):
     alpha: float = 1.0
 
     copies: ClassVar = 2
+    conflicts: ClassVar[tuple[str, ...]] = ("models without active dropout",)
+    cost: ClassVar = Cost(passes=2.0)
+    paper: ClassVar = Paper(
+        authors=(
+            "Xiaobo Liang", "Lijun Wu", "Juntao Li", "Yue Wang", "Qi Meng", "Tao Qin", "Wei Chen", "Min Zhang",
+            "Tie-Yan Liu",
+        ),
+        title="R-Drop: Regularized Dropout for Neural Networks",
+        booktitle="Advances in Neural Information Processing Systems",
+        venue="NeurIPS",
+        year=2021,
+        arxiv="2106.14448",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         not_negative("alpha", self.alpha)

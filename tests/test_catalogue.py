@@ -1,0 +1,179 @@
+"""Facts of the methods: printed as they are, and true of the methods themselves."""
+
+import dataclasses
+import inspect
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+from typer.testing import CliRunner
+
+from steadytune import Method, Run, catalogue
+from steadytune.cli import app
+from steadytune.facts import Cost, Paper
+from steadytune.methods import METHODS
+
+ROOT = Path(__file__).parent.parent
+STAGE = 3  # steps of a DPS stage below
+
+
+def method(name):
+    return METHODS[name](**({"update_ratio": STAGE / 12} if name.startswith("dps") else {}))
+
+
+def trained(name):
+    """Runs 12 steps of a small BERT; yields (Run, weights acted on, bytes during the step) after each step."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=32, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, num_labels=3
+    )
+    model = BertForSequenceClassification(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    run = Run(model, [method(name)], total_steps=12).attach(optimizer)
+    acts = getattr(run.methods[0], "scope", "all")
+    size = sum(w.data.numel() for w in run.weights(run.methods[0], acts))
+    batch = {"input_ids": torch.randint(32, (4, 6)), "labels": torch.tensor([0, 1, 2, 0])}
+    for _ in range(12):
+        before = run.nbytes()
+        run.loss(batch).backward()
+        during = run.nbytes() - before
+        optimizer.step()
+        optimizer.zero_grad()
+        yield run, size, during
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bytes_are_what_a_run_holds(name):
+    held, during = [], []
+    for run, size, more in trained(name):
+        held.append(run.nbytes() / size)
+        during.append(more / size)
+    cost = METHODS[name].cost
+    # after step t the state is that of the stage under way: 3 steps of stage I, whose last one selects
+    stages = list(cost.held.values())
+    expected = [stages[(t // STAGE) % len(stages)] for t in range(1, 12)]
+    got = held[:11]
+    if name.startswith("dps"):  # the first step of a stage has nothing of it yet
+        keep = [t for t in range(1, 12) if t % STAGE]
+        got, expected = [held[t - 1] for t in keep], [expected[t - 1] for t in keep]
+    assert got == pytest.approx(expected, abs=0.1)
+    # in its first step a method may come into what it holds; DPSMix takes its anchors in the first step of stage II
+    assert min(during[1:]) == pytest.approx(cost.during, abs=0.1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_passes_are_the_copies_of_the_batch(name):
+    """No method runs the model again, so its passes are the rows it sends through the only forward."""
+    rows = []
+    model = None
+    for run, _, _ in itertools.islice(trained(name), 1):
+        model = run.model
+        model.register_forward_pre_hook(lambda m, a, k: rows.append(len(k["input_ids"])), with_kwargs=True)
+        run.loss({"input_ids": torch.ones(4, 6, dtype=torch.long), "labels": torch.zeros(4, dtype=torch.long)})
+    assert sum(rows) / 4 == METHODS[name].cost.passes
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_option_has_a_meaning_and_its_range_is_true(name):
+    defaults = catalogue.pages()[name].options
+    assert defaults
+    for option in defaults:
+        assert option.meaning, option.name
+        if option.type == "float":
+            assert option.range, option.name
+        if not option.range:
+            continue
+        low, high = (float(end) for end in option.range[1:-1].split(","))
+        ends = {low: option.range[0] == "[", high: option.range[-1] == "]"}
+        for value, inside in ends.items():
+            if value == float("inf") and not inside:
+                continue  # an open end at infinity is no check, only a notation
+            if inside:
+                METHODS[name](**{option.name: value})
+            else:
+                with pytest.raises(ValueError, match=option.name):
+                    METHODS[name](**{option.name: value})
+        with pytest.raises(ValueError, match=option.name):
+            METHODS[name](**{option.name: low - 0.5})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_args_sections_name_only_fields(name):
+    cls = METHODS[name]
+    _, sections = catalogue.parse(inspect.getdoc(cls))
+    assert set(catalogue.arguments(sections["Args"])) <= {option.name for option in catalogue.pages()[name].options}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_paper_agrees_with_the_module(name):
+    """The equations' docstring names the same arXiv paper and its authors."""
+    paper = METHODS[name].paper
+    doc = inspect.getmodule(METHODS[name]).__doc__
+    assert paper.arxiv in doc
+    assert str(paper.year) in doc
+    found = [doc.find(family) for family in paper.families]
+    assert min(found) >= 0
+
+
+def test_bibtex():
+    paper = Paper(("Ada B. Lovelace", "Alan Turing"), "On a new X", "Proceedings of Y", "Y", 1950, "5001.00001")
+    assert paper.short == "Lovelace and Turing, Y 1950"
+    entry = paper.bibtex()
+    assert entry.startswith("@inproceedings{lovelace1950y,\n")
+    assert "author = {Ada B. Lovelace and Alan Turing}" in entry
+    assert entry.count("{") == entry.count("}")
+
+
+def test_memory_in_words():
+    assert Cost().memory == "0"
+    assert Cost(held={"one": 1, "two": 2}, during=3).memory == "1 (one), 2 (two), +3 during a step"
+
+
+def test_docstrings_are_parsed():
+    prose, sections = catalogue.parse(
+        "First\nline.\n\nSecond.\n\nArgs:\n    a in [0, 1): one\n        two.\n    b: three.\n\nThird."
+    )
+    assert prose == ("First line.", "Second.", "Third.")
+    assert catalogue.arguments(sections["Args"]) == {"a": ("[0, 1)", "one two."), "b": ("", "three.")}
+
+
+def test_moments_come_from_the_class_and_conflicts_from_exclusive():
+    class Anchor(Method):
+        """Holds."""
+
+        exclusive = "anchor"
+        conflicts = ("the moon",)
+
+        def penalty(self, step): ...
+
+    page = catalogue.pages({**METHODS, "mine": dataclasses.dataclass(Anchor)})["mine"]
+    assert page.moments == ("penalty",)
+    assert page.conflicts == ("a second anchor of the same weight (`l2sp`)", "the moon")
+    assert (page.paper, page.source, page.options) == (None, "", ())
+    assert "## mine" in catalogue.markdown({"mine": dataclasses.dataclass(Anchor)})
+
+
+def test_the_committed_page_is_what_is_generated():
+    """Regenerate with: steadytune methods --markdown > docs/methods.md."""
+    assert (ROOT / "docs" / "methods.md").read_text() == catalogue.markdown()
+
+
+def test_the_command_writes_the_page():
+    assert CliRunner().invoke(app, ["methods", "--markdown"]).stdout == catalogue.markdown()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_command_says_it_all(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    page = catalogue.pages()[name]
+    listed, shown = (CliRunner().invoke(app, ["methods", *word]).stdout for word in ([], [name]))
+    for text in (page.source, page.cost.memory, *page.moments, *page.conflicts):
+        assert text in listed
+        assert text in shown
+    assert page.departures in shown.replace("\n", " ")
+    assert page.paper.bibtex() in shown
+    for option in page.options:
+        assert option.range in shown
+        assert option.type in shown
