@@ -29,6 +29,25 @@ def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, **more)
 
 
+def _configure(context: typer.Context, file: Path | None) -> Path | None:
+    """Make what a YAML file says the command's defaults, before its other options are read."""
+    if file is not None:
+        with _errors_in_one_line():
+            from .config import defaults
+
+            assert context.command.callback is not None
+            context.default_map = defaults(file, context.command.callback)
+    return file
+
+
+Config = Annotated[
+    Path | None,
+    _option(
+        OUTPUT, "YAML file of options, as in batch_size: 8; flags win.", "--config", callback=_configure, is_eager=True
+    ),
+]
+
+
 @app.command()
 def fit(
     model: Annotated[str, _option(INPUT, "Hugging Face model directory or hub name.")],
@@ -90,6 +109,7 @@ def fit(
     ] = False,
     overwrite: Annotated[bool, _option(OUTPUT, "Replace the run in the output directory.", "--overwrite")] = False,
     quiet: Annotated[bool, _option(OUTPUT, "No plan, no progress bar.", "--quiet")] = False,
+    config: Config = None,
 ) -> None:
     """Fine-tune a model on a table of labelled text.
 
