@@ -16,6 +16,8 @@ FLOORS = {
     "checks": 0,
     "shards": 0,
     "state": 0,
+    "reading": 0,
+    "facts": 0,
     "method": 1,
     "step": 1,
     "views": 1,
@@ -23,14 +25,18 @@ FLOORS = {
     "tasks": 1,
     "recipe": 4,
     "output": 2,
+    "guards": 2,
     "core": 2,
     "methods": 3,
     "trainer": 4,
+    "catalogue": 4,
+    "config": 5,
+    "doctor": 5,
     "fitting": 5,
     "cli": 6,
 }
 SIDEWAYS = {("views", "method"), ("tasks", "data")}  # on one floor, one way only
-NO_TORCH = ("data", "tasks", "recipe", "output", "fitting", "cli", "__init__")
+NO_TORCH = ("reading", "guards", "facts", "data", "tasks", "recipe", "output", "fitting", "cli", "__init__")
 
 
 def modules() -> list[Path]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .data import Table, Target, UsageError, read_table, suggest
+from .data import Table, Target
+from .reading import UsageError, read_table, suggest
 
 NLI3 = ("entailment", "neutral", "contradiction")
 NLI2 = ("entailment", "not_entailment")
@@ -208,8 +209,28 @@ def _correlation(gold: np.ndarray, predicted: np.ndarray, rank: bool) -> float |
     return float((spearmanr if rank else pearsonr)(gold, predicted).statistic)
 
 
+def _f1_sets(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str], micro: bool) -> float:
+    """F1 of multi-label rows, over all decisions (micro) or the mean over classes; a class nobody has counts 0."""
+    has, said = _members(gold, names), _members(predicted, names)
+    counts = np.stack([(has & said).sum(axis=0), has.sum(axis=0) + said.sum(axis=0)])
+    hits, total = counts.sum(axis=1, keepdims=True) if micro else counts
+    return float(np.mean(2 * hits / np.maximum(total, 1)))
+
+
+def _members(rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Truth values (rows, classes)."""
+    return np.array([[name in row for name in names] for row in rows], dtype=bool)
+
+
 METRICS: dict[str, dict[str, Callable[[Any, Any, Sequence[str]], float | None]]] = {
     "classification": {"accuracy": _accuracy, "f1": _f1, "f1_macro": _f1_macro, "matthews": _matthews},
+    "multilabel": {
+        "f1_micro": lambda gold, predicted, names: _f1_sets(gold, predicted, names, micro=True),
+        "f1_macro": lambda gold, predicted, names: _f1_sets(gold, predicted, names, micro=False),
+        "accuracy": lambda gold, predicted, names: float(
+            np.mean((_members(gold, names) == _members(predicted, names)).all(axis=1))
+        ),
+    },
     "regression": {
         "pearson": lambda gold, predicted, names: _correlation(gold, predicted, rank=False),
         "spearman": lambda gold, predicted, names: _correlation(gold, predicted, rank=True),
@@ -217,13 +238,15 @@ METRICS: dict[str, dict[str, Callable[[Any, Any, Sequence[str]], float | None]]]
     },
 }
 
+SMALLER_IS_BETTER = {"rmse"}
+
 
 def score(target: Target, gold: np.ndarray, predicted: np.ndarray, names: Sequence[str] = ()) -> dict[str, Any]:
     """Every metric of the kind (`f1` for two classes only); None where it is undefined on these rows.
 
     Args:
         target: what was trained.
-        gold: class names or numbers, one a row.
+        gold: class names, tuples of them (an object array; multi-label) or numbers, one a row.
         predicted: the same for the predictions.
         names: the class names after merging, where they are not the target's.
     """

@@ -1,0 +1,242 @@
+"""What in checked data endangers the result (an error) or may be a mistake (a warning). No torch here.
+
+What makes data unusable (empty texts, unknown labels, one class only ...) is refused while it is read, see `data`;
+here are the findings that need all the splits, each with a count and the first rows.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from .data import Data, Target, keys, label_name, membership
+from .reading import UsageError
+
+# Shares are only held against sets of this many rows: of a handful a few may well repeat.
+LEAST_ROWS = 20
+FEW_ROWS = 8  # a class with fewer training rows is hardly learnt
+ORDINAL_CLASSES = 5  # so many consecutive integers may be a scale
+SHOWN = 5  # rows, classes and texts shown in a message
+# A replacement character, or UTF-8 read as Latin-1 or Windows-1252.
+MOJIBAKE = r"\ufffd|Ã[\x80-\xbf©¨¼¶¤±³§«»]|â€[™œ\x9d\x99\x9c“”¦]"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong or doubtful.
+
+    Attributes:
+        level: an error endangers the result, a warning may be meant.
+        message: one sentence: the set, the count of how many, the first rows, the remedy.
+        rows: the first rows, as counted in the file (from 0, header not counted).
+    """
+
+    level: Literal["error", "warning"]
+    message: str
+    rows: tuple[int, ...] = ()
+
+
+def inspect(data: Data) -> list[Finding]:
+    """All findings, errors first.
+
+    Errors are: a test or validation set of 20 rows or more, over half of which are training rows too; contradicting
+    labels in over half of 20 training rows or more; over half as many classes as rows, in 20 rows or more.
+    """
+    found = [
+        *_ids(data),
+        *_repeated(data),
+        *_contradicting(data),
+        *_small_classes(data),
+        *_ordinal(data),
+        *_scale(data),
+        *(finding for name in data.tests for finding in (*_shared_texts(data, name), *_shared_groups(data, name))),
+        *(finding for name in ("train", *data.tests) for finding in _garbled(data, name)),
+    ]
+    return sorted(found, key=lambda finding: finding.level != "error")
+
+
+def raise_errors(findings: Sequence[Finding]) -> list[Finding]:
+    """Raise `UsageError` for the first error, give back the warnings."""
+    for finding in findings:
+        if finding.level == "error":
+            raise UsageError(finding.message)
+    return list(findings)
+
+
+def truncated(lengths: Sequence[int], limit: int, where: str, rows: Sequence[int] | None = None) -> Finding | None:
+    """A warning when rows are longer than the model reads, None when none is.
+
+    Args:
+        lengths: tokens of every row before anything is cut.
+        limit: tokens that are read.
+        where: what the message calls the set.
+        rows: the row numbers in the file; positions by default.
+    """
+    over = np.asarray(lengths) > limit
+    if not over.any():
+        return None
+    numbers = np.arange(len(over)) if rows is None else np.asarray(rows)
+    after = f"have more than {limit} tokens and are cut"
+    return _finding("warning", f"{where}: texts of", over, after, "raise --max-length", numbers)
+
+
+# ---- the findings -----------------------------------------------------------------------------------------------
+
+
+def _finding(
+    level: Literal["error", "warning"], before: str, bad: np.ndarray, after: str, remedy: str, index: Any
+) -> Finding:
+    """A finding about the rows where `bad`, whose count stands between `before` and `after`."""
+    rows = tuple(int(row) for row in np.asarray(index)[bad][:SHOWN])
+    count = int(bad.sum())
+    share = f"{count} of {len(bad)} rows ({100 * count / len(bad):.2g} %)"
+    first = ", ".join(map(str, rows)) + (", ..." if count > len(rows) else "")
+    return Finding(level, f"{before} {share}{after and ' ' + after} (rows counted from 0: {first}): {remedy}.", rows)
+
+
+def _level(bad: np.ndarray) -> Literal["error", "warning"]:
+    return "error" if len(bad) >= LEAST_ROWS and bad.sum() > len(bad) / 2 else "warning"
+
+
+def _shared_texts(data: Data, name: str) -> Iterator[Finding]:
+    rows, seen = data.tests[name], set(keys(data.train))
+    bad = np.array([key in seen for key in keys(rows)], dtype=bool)
+    if bad.any():
+        remedy = "scores on them tell memory, take them out of one side"
+        after = f"of {name} are also training texts"
+        yield _finding(_level(bad), f"{_source(data, name)}: texts of", bad, after, remedy, rows.index)
+
+
+def _shared_groups(data: Data, name: str) -> Iterator[Finding]:
+    rows = data.tests[name]
+    if "group" in rows and "group" in data.train:
+        bad = rows["group"].isin(set(data.train["group"])).to_numpy()
+        if bad.any():
+            remedy = "related rows on both sides flatter the score, keep a group on one side"
+            after = f"of {name} are also in the training rows"
+            yield _finding("warning", f"{_source(data, name)}: groups of", bad, after, remedy, rows.index)
+
+
+def _repeated(data: Data) -> Iterator[Finding]:
+    bad = pd.Series(keys(data.train)).duplicated().to_numpy()
+    if bad.any():
+        after = "occur earlier in the training rows"
+        remedy = "they count more than once, take them out if that is not meant"
+        yield _finding("warning", f"{_source(data, 'train')}: texts of", bad, after, remedy, data.train.index)
+
+
+def _contradicting(data: Data) -> Iterator[Finding]:
+    """Same text, other label; numbers contradict when they differ by more than the spread of all of them."""
+    rows, places = data.train, defaultdict(list)
+    for place, key in enumerate(keys(rows)):
+        places[key].append(place)
+    labels = rows["label"].to_numpy()
+    spread = None if data.target.names else float(np.std(labels.astype(float)))
+    clashes = {key: at for key, at in places.items() if len(at) > 1 and _differ(labels[at], spread)}
+    if not clashes:
+        return
+    bad = np.zeros(len(rows), dtype=bool)
+    bad[[place for at in clashes.values() for place in at]] = True
+    shown = "; ".join(_clash(key, at, rows) for key, at in list(clashes.items())[:2])
+    after = f"have a text that occurs with another label too, such as {shown}"
+    remedy = "decide for one label or take them out"
+    yield _finding(_level(bad), f"{_source(data, 'train')}:", bad, after, remedy, rows.index)
+
+
+def _differ(labels: np.ndarray, spread: float | None) -> bool:
+    if spread is None:
+        return len(set(labels)) > 1
+    return bool(np.ptp(labels.astype(float)) > spread)
+
+
+def _clash(key: tuple[str, ...], at: Sequence[int], rows: pd.DataFrame) -> str:
+    text = " / ".join(key)
+    text = text if len(text) <= 60 else text[:57] + "..."
+    labels = ", ".join(dict.fromkeys(_shown(rows["label"].iloc[place]) for place in at))
+    return f"{text!r} ({labels})"
+
+
+def _shown(label: Any) -> str:
+    return "+".join(label) or "no class" if isinstance(label, tuple) else label_name(label)
+
+
+def _ids(data: Data) -> Iterator[Finding]:
+    """Measured on the whole table: of a small draw every row may be of another class."""
+    total = len(data.train) if data.table is None else len(data.table.frame)
+    count = len(data.target.names)
+    if total >= LEAST_ROWS and count > total / 2:
+        rows = tuple(int(row) for row in data.train.index[:SHOWN])
+        yield Finding(
+            "error",
+            f"{_source(data, 'train')}: the label has {count} different values in {total} rows, which looks like an "
+            f"id (first labels: {', '.join(_shown(label) for label in data.train['label'][:SHOWN])}): choose another "
+            "column with --label NAME.",
+            rows,
+        )
+
+
+def _small_classes(data: Data) -> Iterator[Finding]:
+    member = membership(data.train["label"], data.target)
+    counts = member.sum(axis=0)
+    small = np.flatnonzero(counts < FEW_ROWS)
+    if len(small):
+        shown = ", ".join(f"{data.target.names[i]!r} ({counts[i]})" for i in small[:SHOWN])
+        more = ", ..." if len(small) > SHOWN else ""
+        before = (
+            f"{_source(data, 'train')}: {len(small)} of {len(counts)} classes have fewer than {FEW_ROWS} training rows,"
+        )
+        remedy = "they are hardly learnt, add rows or merge classes"
+        bad = np.asarray(member[:, small].any(axis=1))
+        yield _finding("warning", before, bad, f"together: {shown}{more}", remedy, data.train.index)
+
+
+def _ordinal(data: Data) -> Iterator[Finding]:
+    """Only where nobody said that they are classes."""
+    names = data.target.names
+    chosen = data.table is not None and data.table.kind != "auto"
+    if data.target.kind == "classification" and not chosen and _consecutive(data.target):
+        before = (
+            f"{_source(data, 'train')}: the {len(names)} classes are the whole numbers {names[0]} to {names[-1]}, in"
+        )
+        remedy = "if they are a scale say --kind regression, if not --kind classification"
+        yield _finding("warning", before, np.ones(len(data.train), dtype=bool), "", remedy, data.train.index)
+
+
+def _consecutive(target: Target) -> bool:
+    if len(target.names) < ORDINAL_CLASSES:
+        return False
+    try:
+        numbers = sorted(int(name) for name in target.names)
+    except ValueError:
+        return False
+    return numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+
+
+def _scale(data: Data) -> Iterator[Finding]:
+    if data.target.kind != "regression":
+        return
+    labels = data.train["label"].to_numpy(dtype=float)
+    mean, spread = float(labels.mean()), float(labels.std())
+    if abs(mean) > 20 or not 0.05 < spread < 20:
+        after = f"have mean {mean:.3g} and spread {spread:.3g}"
+        remedy, every = "models learn best near 0 and 1, rescale them", np.ones(len(labels), dtype=bool)
+        yield _finding("warning", f"{_source(data, 'train')}: the targets of", every, after, remedy, data.train.index)
+
+
+def _garbled(data: Data, name: str) -> Iterator[Finding]:
+    rows = data.train if name == "train" else data.tests[name]
+    columns = [rows[column].str.contains(MOJIBAKE) for column in ("text", "text_pair") if column in rows]
+    bad = np.logical_or.reduce([column.to_numpy(dtype=bool) for column in columns])
+    if bad.any():
+        after = "hold signs of a wrong encoding such as 'Ã©'"
+        remedy = "save the file as UTF-8 from its source"
+        yield _finding("warning", f"{_source(data, name)}: texts of", bad, after, remedy, rows.index)
+
+
+def _source(data: Data, name: str) -> str:
+    return data.sources.get(name, name)
