@@ -21,49 +21,6 @@ from steadytune.data import (
     split,
     subset,
 )
-from steadytune.reading import read_table
-
-LINES = {
-    ".csv": 'text,label\n"one, two",a\nNA,01\n',
-    ".tsv": "text\tlabel\none, two\ta\nNA\t01\n",
-    ".jsonl": '{"text": "one, two", "label": "a"}\n\n{"text": "NA", "label": "01"}\n',
-    ".json": '[{"text": "one, two", "label": "a"}, {"text": "NA", "label": "01"}]',
-}
-
-
-@pytest.mark.parametrize("suffix", LINES)
-def test_every_text_format_gives_the_same_rows(tmp_path, suffix):
-    file = tmp_path / f"table{suffix}"
-    file.write_text("\ufeff" + LINES[suffix], encoding="utf-8")
-    assert read_table(file).to_dict("list") == {"text": ["one, two", "NA"], "label": ["a", "01"]}
-
-
-def test_trailing_commas_do_not_shift_columns(tmp_path):
-    """pandas takes the first column for an index where rows are longer than the header."""
-    (tmp_path / "t.csv").write_text("text,label\na,p,\nb,q,\n")
-    assert read_table(tmp_path / "t.csv").to_dict("list") == {"text": ["a", "b"], "label": ["p", "q"]}
-
-
-def test_parquet_keeps_types(tmp_path):
-    table = pd.DataFrame({"text": ["x", "y"], "label": [True, False]}, index=[7, 9])
-    table.to_parquet(tmp_path / "t.parquet")
-    back = read_table(tmp_path / "t.parquet")
-    assert back["label"].tolist() == [True, False]
-    assert back.index.tolist() == [0, 1]
-
-
-@pytest.mark.parametrize(
-    ("text", "rows"),
-    [
-        ('text\tlabel\n"a quote left open\t0\nanother" one\t1\n', ['"a quote left open', 'another" one']),
-        ('text\tlabel\n"tab\there"\t0\nplain\t1\n', ["tab\there", "plain"]),
-        ('text\tlabel\n"open to the end\t0\n', ['"open to the end']),
-    ],
-    ids=["swallowed line", "quoted tab", "never closed"],
-)
-def test_tsv_quotes_never_swallow_lines(tmp_path, text, rows):
-    (tmp_path / "t.tsv").write_text(text)
-    assert read_table(tmp_path / "t.tsv")["text"].tolist() == rows
 
 
 def problem(labels, kind="auto", **more):
