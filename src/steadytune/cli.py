@@ -254,6 +254,19 @@ def tasks() -> None:
     Console().print(grid)
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Check versions, devices and everything that steadytune relies on; exit code 1 when something fails."""
+    with _errors_in_one_line():
+        from .doctor import examine
+
+        report = examine()
+    typer.echo(report.json() if as_json else str(report))
+    raise typer.Exit(1 if report.failed else 0)
+
+
 def _show(result: Any) -> None:
     """The scores, one row a test set, the metric that counts first."""
     console = Console()

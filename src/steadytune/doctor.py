@@ -1,0 +1,394 @@
+"""Whether steadytune works on this machine: versions, devices, and a test of everything private that it leans on.
+
+The Trainer overrides and reads parts of `transformers.Trainer` that no version promises to keep, and the core hooks
+onto torch's optimizers. Each is tried here in a tiny training, so that an update that moves one of them is named,
+with what it breaks, before it spoils a run. No torch at import time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets")
+EXTRAS = {"peft": "peft", "datasets": "hub"}  # what is optional, and the extra that brings it
+
+# Methods of transformers.Trainer that ours overrides, and what goes wrong when they are no longer called.
+CALLED = {
+    "call_model_init": "with model_init, methods would act on a model that is not trained",
+    "create_accelerator_and_postprocess": "accumulated gradients would be divided twice",
+    "create_optimizer": "methods would never see a step",
+    "create_scheduler": "DPS would not know the number of steps",
+    "get_batch_samples": "accumulated gradients would be scaled wrongly",
+    "compute_loss": "penalties (R-Drop) would not be added",
+    "log": "the gradient norm in the log would be another one",
+    "save_model": "checkpoints would lose the methods' state",
+    "_load_optimizer_and_scheduler": "a resumed run would start its methods anew",
+}
+# Attributes of a stock trainer that ours reads, and what goes wrong without them.
+READ = {
+    "current_gradient_accumulation_steps": "penalties would be scaled wrongly under accumulation",
+    "accelerator.gradient_accumulation_steps": "accumulated gradients would be divided twice",
+    "callback_handler.callbacks": "a step skipped in fp16 would leave a mixture of weights live",
+    "compute_loss_func": "custom losses would be scaled wrongly",
+    "is_deepspeed_enabled": "DeepSpeed, which hides weights from methods, would not be refused",
+    "is_fsdp_enabled": "FSDP1, which hides weights from methods, would not be refused",
+    "_prepare_inputs": "the check of how a loss counts tokens would fail",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was tried.
+
+    Attributes:
+        name: of the thing.
+        ok: whether it is as it should be.
+        found: what was found.
+        consequence: what does not work otherwise.
+    """
+
+    name: str
+    ok: bool
+    found: str = ""
+    consequence: str = ""
+
+    def __str__(self) -> str:
+        tail = f": {self.found}" if self.found else ""
+        return f"  {'ok    ' if self.ok else 'FAILED'}  {self.name}{tail}" + (
+            f" -> {self.consequence}" if self.consequence and not self.ok else ""
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `examine` found: checks by heading."""
+
+    sections: dict[str, list[Check]]
+
+    @property
+    def failed(self) -> list[Check]:
+        """The checks that failed."""
+        return [check for checks in self.sections.values() for check in checks if not check.ok]
+
+    @property
+    def verdict(self) -> str:
+        """One plain sentence."""
+        if not self.failed:
+            return "steadytune works here."
+        names = ", ".join(check.name for check in self.failed)
+        count = sum(map(len, self.sections.values()))
+        return (
+            f"{len(self.failed)} of {count} checks failed ({names}): do not trust runs of this installation. Install "
+            "versions in the ranges above; if they are, report these lines."
+        )
+
+    def __str__(self) -> str:
+        lines = [f"steadytune {__version__}"]
+        for title, checks in self.sections.items():
+            lines += [title, *map(str, checks)]
+        return "\n".join([*lines, self.verdict])
+
+    def json(self) -> str:
+        """The same for machines: `ok`, `verdict`, and the checks by heading."""
+        sections = {title: [dataclasses.asdict(check) for check in checks] for title, checks in self.sections.items()}
+        return json.dumps({"ok": not self.failed, "verdict": self.verdict, "sections": sections}, indent=2)
+
+
+def examine() -> Report:
+    """Try everything; takes a few seconds and no network."""
+    parts: dict[str, Callable[[], list[Check]]] = {
+        "Versions": versions,
+        "Machine": machine,
+        "Hooks of torch's optimizers": hooks,
+        "transformers.Trainer, in a training of two steps": training,
+    }
+    return Report({title: _tried(title, part) for title, part in parts.items()})
+
+
+def _tried(title: str, part: Callable[[], list[Check]]) -> list[Check]:
+    try:
+        return part()
+    except Exception as error:  # whatever a foreign version does, it is a finding
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        return [Check(title, False, message[:300], "nothing of this could be tried")]
+
+
+# ---- versions and machine ---------------------------------------------------------------------------------------
+
+
+def versions() -> list[Check]:
+    """Python and the packages, against what this version of steadytune was declared to need."""
+    return [_python(), *map(_package, PACKAGES)]
+
+
+def _python() -> Check:
+    from packaging.specifiers import SpecifierSet
+
+    version = platform.python_version()
+    needed = SpecifierSet((metadata.metadata("steadytune")["Requires-Python"] or "") if _installed() else "")
+    return Check("python", needed.contains(version, prereleases=True), f"{version} (needs {needed or 'any'})")
+
+
+def _package(name: str) -> Check:
+    needed = _needed(name)
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        extra = EXTRAS.get(name)
+        wanted = f"steadytune[{extra}]" if extra else name
+        return Check(name, extra is not None, f"not installed; pip install '{wanted}'", "steadytune cannot train")
+    fits = needed.contains(version, prereleases=True)
+    return Check(name, fits, f"{version} (needs {needed or 'any'})", f"pip install -U {name}")
+
+
+def _needed(name: str) -> Any:
+    """The versions of a package that steadytune declares to need; any when it is not installed itself."""
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    declared = (metadata.requires("steadytune") or []) if _installed() else []
+    found = (Requirement(line) for line in declared)
+    return next((needed.specifier for needed in found if needed.name == name), SpecifierSet())
+
+
+def _installed() -> bool:
+    """Whether there is package metadata: a bare source tree has none."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return bool(metadata.version("steadytune"))
+    return False
+
+
+def machine() -> list[Check]:
+    """Device, threads, bf16 and the fused optimizer."""
+    import torch
+
+    device = _device()
+    layer = torch.nn.Linear(4, 4, device=device)
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    several = torch.cuda.device_count()
+    advice = f"; {several} devices: torchrun, or CUDA_VISIBLE_DEVICES=0" if several > 1 else ""
+    return [
+        Check("device", True, f"{device} ({name}){advice}"),
+        Check("threads", True, f"{torch.get_num_threads()} of {os.cpu_count()} cores"),
+        _bf16(layer, device),
+        _fused(layer),
+    ]
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _bf16(layer: Any, device: str) -> Check:
+    import torch
+
+    with torch.autocast(device, torch.bfloat16):
+        works = layer(torch.ones(1, 4, device=device)).dtype == torch.bfloat16
+    if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return Check("bf16", True, "emulated, hence slow: leave it off")
+    speed = f"; CPU capability {torch.backends.cpu.get_cpu_capability()}" if device == "cpu" else ""
+    return Check("bf16", works, f"autocast runs{speed}", "train without bf16")
+
+
+def _fused(layer: Any) -> Check:
+    import torch
+
+    layer(torch.ones(1, 4, device=layer.weight.device)).sum().backward()
+    before = layer.weight.detach().clone()
+    torch.optim.AdamW(layer.parameters(), 0.1, fused=True).step()
+    moved = not torch.equal(before, layer.weight)
+    return Check("fused AdamW", moved, "steps", "the default optimizer of fit does not train")
+
+
+# ---- torch ------------------------------------------------------------------------------------------------------
+
+
+def hooks() -> list[Check]:
+    """The four hooks of an optimizer that the core uses: each fires when it should."""
+    import torch
+
+    fired: list[str] = []
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    start = weight.detach().clone()
+    optimizer = torch.optim.AdamW([weight], 0.1)
+    optimizer.register_step_pre_hook(lambda *a: fired.append("pre") if torch.equal(weight, start) else None)
+    optimizer.register_step_post_hook(lambda *a: None if torch.equal(weight, start) else fired.append("post"))
+    optimizer.register_state_dict_post_hook(lambda *a: fired.append("save"))
+    optimizer.register_load_state_dict_pre_hook(lambda *a: fired.append("load"))
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    expected = {
+        "pre": ("register_step_pre_hook", "methods would never see a gradient"),
+        "post": ("register_step_post_hook", "methods would never see an updated weight"),
+        "save": ("register_state_dict_post_hook", "checkpoints would lose the methods' state"),
+        "load": ("register_load_state_dict_pre_hook", "a resumed run would start its methods anew"),
+    }
+    return [Check(name, key in fired, "", consequence) for key, (name, consequence) in expected.items()]
+
+
+# ---- the Trainer ------------------------------------------------------------------------------------------------
+
+
+def training() -> list[Check]:
+    """Two steps of DPSDense with a checkpoint, the second one again from the checkpoint, and one of accumulation."""
+    calls: set[str] = set()
+    with tempfile.TemporaryDirectory() as folder, _silence():
+        first = _trainer(Path(folder, "first"), calls)
+        first.train()
+        again = _trainer(Path(folder, "again"), calls)
+        again.train(resume_from_checkpoint=str(Path(folder, "first", "checkpoint-1")))
+        results = [
+            _half_moved(first, Path(folder, "first", "checkpoint-1", "model.safetensors")),
+            _resumed(first, again),
+            _accumulated(Path(folder)),
+        ]
+    called = [Check(name, name in calls, "", consequence) for name, consequence in CALLED.items()]
+    return [*called, *(_readable(first, name, consequence) for name, consequence in READ.items()), *results]
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """No bars, tables or warnings of the trainings."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    nowhere = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _trainer(folder: Path, calls: set[str]) -> Trainer:
+    """DPSDense with one step of each stage, half of the entries frozen in the second; notes what is called."""
+    from .methods import DPSDense
+    from .trainer import Trainer
+
+    def noting(name: str) -> Callable[..., Any]:
+        stock = getattr(Trainer, name)
+
+        @functools.wraps(stock)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            calls.add(name)
+            return stock(*args, **kwargs)
+
+        return noted
+
+    noted = type("Noted", (Trainer,), {name: noting(name) for name in CALLED if hasattr(Trainer, name)})
+    methods = [DPSDense(keep=0.5, update_ratio=0.5, frozen=True)]
+    return noted(model_init=_bert, args=_arguments(folder), train_dataset=_rows(), methods=methods)
+
+
+def _bert() -> Any:
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    config.num_labels = 3
+    return BertForSequenceClassification(config)
+
+
+def _rows() -> Any:
+    return [{"input_ids": [i, i + 1, (7 * i) % 32], "labels": i % 3} for i in range(8)]
+
+
+def _arguments(folder: Path, **more: Any) -> Any:
+    import torch
+    from transformers import TrainingArguments
+
+    given = {"max_steps": 2, "per_device_train_batch_size": 4, "save_steps": 1, "logging_steps": 1, **more}
+    return TrainingArguments(
+        str(folder),
+        learning_rate=0.01,
+        lr_scheduler_type="constant",
+        report_to=[],
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        use_cpu=torch.cuda.device_count() > 1,  # several devices in one process are refused
+        **given,
+    )
+
+
+def _half_moved(trainer: Trainer, checkpoint: Path) -> Check:
+    """In stage II exactly the selected half of each linear weight moves."""
+    from safetensors.torch import load_file
+
+    assert trainer.run is not None
+    before = load_file(checkpoint)
+    pairs = [(w.data.cpu(), before[w.name]) for w in trainer.run.weights(scope="linear")]
+    share = sum(int((now != then).sum()) for now, then in pairs) / sum(now.numel() for now, _ in pairs)
+    found = f"{trainer.run.index} steps, {share:.0%} of the linear weights moved in the second"
+    fits = trainer.run.index == 2 and abs(share - 0.5) < 0.02
+    return Check("DPSDense(keep=0.5)", fits, found, "methods do not act on the weights that are trained")
+
+
+def _resumed(first: Trainer, again: Trainer) -> Check:
+    apart = _apart(first, again)
+    found = f"with and without interruption differ by {apart:.1g}"
+    return Check("resume", apart < 1e-6, found, "a resumed run becomes another one")
+
+
+def _accumulated(folder: Path) -> Check:
+    """One step of 4 rows must be one step of 2 x 2 rows."""
+    from .trainer import Trainer
+
+    trainers = []
+    for size, forwards in ((4, 1), (2, 2)):
+        split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": forwards}
+        args = _arguments(folder / f"split{size}", max_steps=1, optim="sgd", max_grad_norm=0.0, **split)
+        trainers.append(Trainer(model=_bert(), args=args, train_dataset=_rows()))
+        trainers[-1].train()
+    apart = _apart(*trainers)
+    flag = "heeded" if hasattr(trainers[0], "loss_is_scaled_for_ga") else "unknown here"
+    found = f"1 x 4 and 2 x 2 rows differ by {apart:.1g}; loss_is_scaled_for_ga is {flag}"
+    return Check("accumulation", apart < 1e-6, found, "accumulated gradients are scaled wrongly")
+
+
+def _apart(one: Trainer, other: Trainer) -> float:
+    """Largest difference between the weights of two trainers."""
+    assert one.model is not None
+    assert other.model is not None
+    pairs = zip(one.model.parameters(), other.model.parameters(), strict=True)
+    return max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs)
+
+
+def _readable(trainer: Trainer, name: str, consequence: str) -> Check:
+    try:
+        attrgetter(name)(trainer)
+    except AttributeError:
+        return Check(name, False, "gone", consequence)
+    return Check(name, True, "", consequence)
