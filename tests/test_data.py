@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -16,10 +17,15 @@ from steadytune.data import (
     examples,
     find_target,
     fingerprint,
+    folds,
     label_name,
+    membership,
     prepare,
+    resolve,
     split,
+    strata,
     subset,
+    texts,
 )
 
 
@@ -282,3 +288,364 @@ def test_two_text_columns_become_a_pair():
     rows = examples(Table(toy(5, pair=True), "t", text=("other", "text")))
     assert list(rows.columns) == ["text", "text_pair", "label"]
     assert rows["text"].tolist() == toy(5, pair=True)["other"].tolist()
+
+
+# ---- finding the columns ----------------------------------------------------------------------------------------
+
+PROSE = [f"the film number {i} was a joy to watch" for i in range(12)]
+OTHER_PROSE = [f"nobody saw play number {i} in town" for i in range(12)]
+YES_NO = ["yes", "no", "no"] * 4
+FOUND = {
+    "by name": ({"text": PROSE, "label": YES_NO}, ("text",), "label"),
+    "any case": ({"Review": PROSE, "Stars": ["1", "2", "5"] * 4}, ("Review",), "Stars"),
+    "a pair": ({"hypothesis": PROSE, "premise": OTHER_PROSE, "label": YES_NO}, ("premise", "hypothesis"), "label"),
+    "text and its pair": ({"text_pair": PROSE, "text": OTHER_PROSE, "y": YES_NO}, ("text", "text_pair"), "y"),
+    "text is stronger": ({"text": PROSE, "content": OTHER_PROSE, "label": YES_NO}, ("text",), "label"),
+    "label is stronger": ({"text": PROSE, "score": range(12), "label": YES_NO}, ("text",), "label"),
+    "by shape": ({"id": range(12), "words": PROSE, "verdict": YES_NO}, ("words",), "verdict"),
+    "fractions": ({"id": range(12), "words": PROSE, "warmth": [i + 0.5 for i in range(12)]}, ("words",), "warmth"),
+    "lists": ({"words": PROSE, "about": [["a"], ["b", "c"], []] * 4}, ("words",), "about"),
+    "two of prose": ({"said": PROSE, "meant": OTHER_PROSE, "fits": YES_NO}, ("said", "meant"), "fits"),
+    "short text": ({"word": list("abcdefghijkl"), "label": [0, 1, 1] * 4}, ("word",), "label"),
+    "numbers named text": ({"text": range(12), "words": PROSE, "label": YES_NO}, ("words",), "label"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("columns", "text", "label"), FOUND.values(), ids=FOUND)
+def test_columns_are_found_and_reported(columns, text, label, caplog):
+    caplog.set_level("INFO", logger="steadytune")
+    found = resolve(Table(pd.DataFrame(columns), "my.csv", None, None))
+    assert found.columns == (text, label)
+    assert caplog.messages == [f"my.csv: text from {' and '.join(map(repr, text))}, label from {label!r}"]
+
+
+DOUBTFUL = {
+    "two labels": ({"text": PROSE, "label": YES_NO, "target": YES_NO}, ["may be the label: label, target", "--label"]),
+    "two texts": ({"review": PROSE, "comment": OTHER_PROSE, "label": YES_NO}, ["the text: review, comment", "--text"]),
+    "two pairs": (
+        {"premise": PROSE, "hypothesis": PROSE, "question1": PROSE, "question2": PROSE, "label": YES_NO},
+        ["more than one pair of columns", "premise, hypothesis, question1, question2"],
+    ),
+    "a translation": (
+        {"words": PROSE, "Worte": OTHER_PROSE, "id": range(12), "label": YES_NO}, ["the text: words, Worte"],
+    ),
+    "two shapes": ({"words": PROSE, "this": YES_NO, "that": YES_NO}, ["may be the label: this, that"]),
+    "no label": ({"words": PROSE, "id": range(12)}, ["no column looks like a label: words, id"]),
+    "no text": ({"a": range(12), "label": YES_NO}, ["no column looks like text: a"]),
+    "nothing left": ({"label": YES_NO}, ["no column looks like text: none is left"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("columns", "parts"), DOUBTFUL.values(), ids=DOUBTFUL)
+def test_doubtful_columns_are_listed(columns, parts):
+    with pytest.raises(UsageError) as caught:
+        resolve(Table(pd.DataFrame(columns), "my.csv", None, None))
+    for part in ["my.csv", *parts]:
+        assert part in str(caught.value)
+
+
+def test_given_columns_are_not_taken_again():
+    frame = pd.DataFrame({"text": PROSE, "review": OTHER_PROSE, "label": YES_NO, "score": YES_NO})
+    assert resolve(Table(frame, "t", ("review",), None)).columns == (("review",), "label")
+    assert resolve(Table(frame, "t", None, "score")).columns == (("text",), "score")
+    whole = Table(frame, "t")
+    assert resolve(whole) is whole
+    without = Table(frame.drop(columns="score"), "t", None, None, group="label")
+    with pytest.raises(UsageError, match="no column looks like a label"):
+        resolve(without)
+
+
+def test_test_tables_follow_the_training_columns():
+    """By themselves the test rows would give another text column and another label."""
+    train = pd.DataFrame({"review": PROSE, "stars": YES_NO, "shop": list("aabb") * 3})
+    test = train.assign(text=OTHER_PROSE, label=["maybe"] * 12)
+    tables = {"t": Table(test, "t", None, None), "u": Table(train.drop(columns="shop"), "u", None, None)}
+    data = prepare(Table(train, "train", None, None, group="shop"), tables, Table(test, "v", None, None))
+    for name in ("t", "validation"):
+        assert data.tests[name]["text"].tolist() == PROSE
+        assert data.tests[name]["group"].tolist() == list("aabb") * 3
+    assert "group" not in data.tests["u"]
+    assert data.table.columns == (("review",), "stars")
+
+
+def test_texts_need_no_label():
+    frame = pd.DataFrame({"a": ["x", "y"], "b": ["u", "v"]})
+    assert texts(Table(frame, "t", ("b", "a"), None)).to_dict("list") == {"text": ["u", "v"], "text_pair": ["x", "y"]}
+    with pytest.raises(UsageError, match="'c' is empty in 1 of 2"):
+        texts(Table(frame.assign(c=["x", " "]), "t", ("c",), None))
+
+
+# ---- multi-label ------------------------------------------------------------------------------------------------
+
+SETS = {
+    "lists": [["b", "a"], [], ["a", "a"]],
+    "tuples": [("b", "a"), (), ("a",)],
+    "sets": [{"b", "a"}, set(), frozenset("a")],
+    "arrays": [np.array(["b", "a"]), np.array([], dtype=str), np.array(["a"])],
+    "written lists": ["['b', 'a']", "[]", '["a"]'],
+}
+
+
+@pytest.mark.parametrize("labels", SETS.values(), ids=SETS)
+def test_lists_of_any_type_become_tuples_in_class_order(labels):
+    rows, target = encoded(labels)
+    assert target == Target(("a", "b"), multi=True)
+    assert target.kind == "multilabel"
+    assert rows["label"].tolist() == [("a", "b"), (), ("a",)]
+
+
+def test_lists_survive_the_files(tmp_path):
+    frame = pd.DataFrame({"text": PROSE[:3], "label": [[10, 9], [], [9]]})
+    frame.to_parquet(tmp_path / "t.parquet")
+    frame.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    for suffix in ("parquet", "jsonl", "csv"):
+        data = prepare(Table.of(tmp_path / f"t.{suffix}", None, None, "train"), {}, validation_share=0)
+        assert data.target.names == ("9", "10")
+        assert data.train["label"].tolist() == [("9", "10"), (), ("9",)]
+
+
+def test_multilabel_labels_are_renamed_and_merged_one_by_one():
+    target = Target(("no", "maybe", "yes"), multi=True)
+    table = Table(problem([[0, 2], [1]]).frame, "t", rename={"0": "no", "1": "maybe", "2": "yes"}, merge={"yes": "no"})
+    assert encode(examples(table), table, target)["label"].tolist() == [("no",), ("maybe",)]
+
+
+BAD_SETS = {
+    "mixed": ([["a"], "b", ["c"]], "auto", ["is not a list in 1 of 3 rows", ": 1)"]),
+    "not lists": (["a", "b", "a"], "multilabel", ["is not a list in 3 of 3"]),
+    "null inside": ([["a"], ["b", None], [float("nan")]], "auto", ["empty entry in 2 of 3 rows", ": 1, 2)"]),
+    "one-hot": ([[0, 1, 1], [1, 0, 0]], "auto", ["lists of 0 and 1", "names"]),
+    "all the same": ([["a", "b"], ["b", "a"]], "auto", ["same classes in every row"]),
+    "one class": ([["a"], []], "auto", ["one class only ('a')"]),
+    "as numbers": ([["a"], ["b"]], "regression", ["not a finite number in 2 of 2"]),
+}
+
+
+@pytest.mark.parametrize(("labels", "kind", "parts"), BAD_SETS.values(), ids=BAD_SETS)
+def test_bad_lists_are_one_clear_error(labels, kind, parts):
+    table = problem(pd.Series(labels, dtype=object), kind)
+    with pytest.raises(UsageError) as caught:
+        find_target(examples(table), table)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_unknown_label_in_a_list_counts_its_rows():
+    train, test = problem([["a"], ["b"]]), problem([["a", "c"], ["d", "c"], ["b"]])
+    target = find_target(examples(train), train)
+    with pytest.raises(UsageError, match=r"label 'c' \(in 2 of 3 rows\) does not occur .* Known: a, b"):
+        encode(examples(test), test, target)
+
+
+def test_a_bracket_is_no_list():
+    assert encoded(["[good]", "[bad", "[good]"])[1] == Target(("[bad", "[good]"))
+
+
+def test_rows_of_many_classes_are_drawn_by_their_rarest():
+    rows, target = encoded([["a", "b"], ["a"], [], ["a"], ["b", "a"], ["c", "a", "b"]])
+    assert strata(rows["label"], target).tolist() == [1, 0, 3, 0, 1, 2]
+    assert membership(rows["label"], target).sum(axis=0).tolist() == [5, 3, 1]
+
+
+def test_multilabel_rows_are_split_described_and_fingerprinted():
+    data = prepare(problem([["a"], ["b", "a"], [], ["a"]] * 10), {}, validation_share=0.2)
+    assert json.loads(json.dumps(data.describe()))["validation"]["labels"] == {"a": 6, "b": 2}
+    assert counts(data.tests["validation"]) == {("a",): 4, ("a", "b"): 2, (): 2}
+
+
+def test_ordered_categories_decide_the_class_order():
+    column = pd.Categorical(["low", "high", "low"], ["low", "middle", "high"], ordered=True)
+    assert encoded(column)[1].names == ("low", "high")
+    assert encoded(column.as_unordered())[1].names == ("high", "low")
+
+
+# ---- groups and folds -------------------------------------------------------------------------------------------
+
+
+def grouped(labels, groups):
+    rows, target = encoded(labels)
+    return rows.assign(group=groups), target
+
+
+def test_group_values_meet_across_types():
+    table = problem(["a", "b"], author=[1.0, 2.0])
+    assert examples(dataclasses.replace(table, group="author"))["group"].tolist() == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("shop", ["x", "y", "z"], "no column 'shp'.* --group NAME"),
+        ("shp", ["x", None, "z"], "group column 'shp' is empty in 1 of 3"),
+    ],
+)
+def test_bad_groups_are_refused(column, values, message):
+    with pytest.raises(UsageError, match=message):
+        examples(Table(GOOD.assign(**{column: values}), "t", group="shp"))
+
+
+def test_group_by_label_is_refused():
+    with pytest.raises(UsageError, match="'label' for both"):
+        examples(Table(GOOD, "t", group="label"))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.4])
+@pytest.mark.parametrize("kind", ["classes", "numbers", "lists"])
+def test_groups_stay_whole_and_the_share_is_met(kind, share):
+    """100 groups of 1 to 4 rows."""
+    groups = np.repeat(np.arange(100), np.arange(100) % 4 + 1).astype(str)
+    cycle = {"classes": ["a", "a", "b"], "numbers": [0.5, 1.0, 2.25, 7.0], "lists": [["a"], ["a", "b"], []]}[kind]
+    rows, target = grouped(pd.Series((cycle * 100)[:250], dtype=object), groups)
+    seen = set()
+    for seed in range(3):
+        train, held_out = split(rows, target, share, seed)
+        assert not set(train["group"]) & set(held_out["group"])
+        assert sorted([*train.index, *held_out.index]) == list(range(250))
+        assert abs(len(held_out) - share * 250) <= 4
+        seen.add(tuple(held_out.index))
+    assert len(seen) == 3
+
+
+def test_groups_are_held_out_in_proportion_to_their_classes():
+    """120 rows of a and 60 of b, in groups of 1 to 3; blind draws of groups hold out 9 to 26 rows of b."""
+    sizes = [1, 2, 3] * 30
+    labels = [label for i, size in enumerate(sizes) for label in ["aab"[i // 3 % 3]] * size]
+    rows, target = grouped(labels, [str(i) for i, size in enumerate(sizes) for _ in range(size)])
+    for seed in range(20):
+        held = counts(split(rows, target, 0.3, seed)[1])
+        assert abs(held["a"] - 36) <= 2
+        assert abs(held["b"] - 18) <= 2
+
+
+def test_a_class_of_one_group_stays_in_training():
+    rows, target = grouped(["a"] * 40 + ["b"] * 4, [str(i // 2) for i in range(40)] + ["last"] * 4)
+    for seed in range(5):
+        assert counts(split(rows, target, 0.5, seed)[0])["b"] == 4
+
+
+def test_groups_too_large_to_hold_out_are_refused():
+    rows, target = grouped(["a", "b"] * 20, ["x"] * 20 + ["y"] * 20)
+    with pytest.raises(UsageError, match="none of the 2 groups can be held out to make 4 of 40"):
+        split(rows, target, 0.1, seed=0)
+
+
+def test_classes_of_one_row_cannot_be_split():
+    rows, target = encoded(["a"] * 9 + ["b", "c"])
+    with pytest.raises(UsageError, match=r"class 'b' has 1 row only .*1 other class.* --validation-share 0"):
+        split(rows, target, 0.2, seed=0)
+
+
+@pytest.mark.parametrize("groups", [None, [str(i // 3) for i in range(60)]])
+@pytest.mark.parametrize("labels", [["a", "a", "b"] * 20, list(np.linspace(0, 1, 60)), [["a"], ["b", "a"], []] * 20])
+def test_folds_hold_every_row_out_once(labels, groups):
+    rows, target = encoded(labels)
+    rows = rows if groups is None else rows.assign(group=groups)
+    cuts = folds(rows, target, 5, seed=1)
+    assert sorted(np.concatenate([held_out for _, held_out in cuts])) == list(range(60))
+    for train, held_out in cuts:
+        assert sorted([*train, *held_out]) == list(range(60))
+        assert len(held_out) == 12
+        if groups is not None:
+            assert not set(rows["group"].iloc[train]) & set(rows["group"].iloc[held_out])
+    again, other = folds(rows, target, 5, seed=1), folds(rows, target, 5, seed=2)
+    assert all((a[1] == b[1]).all() for a, b in zip(cuts, again, strict=True))
+    assert any((a[1] != b[1]).any() for a, b in zip(cuts, other, strict=True))
+
+
+def test_folds_keep_the_proportions():
+    rows, target = encoded(["a"] * 31 + ["b"] * 17 + ["c"] * 4)
+    for _, held_out in folds(rows, target, 4, seed=0):
+        amounts = counts(rows.iloc[held_out])
+        assert (amounts["a"] in (7, 8), amounts["b"] in (4, 5), amounts["c"]) == (True, True, 1)
+
+
+def test_folds_of_groups_keep_the_proportions():
+    """Groups of one class each: large ones must not gather in one fold."""
+    sizes = [6, 5, 4, 3, 2, 1, 1, 1, 1] * 2
+    labels = [label for i, size in enumerate(sizes) for label in ["ab"[i >= 9]] * size]
+    rows, target = grouped(labels, [str(i) for i, size in enumerate(sizes) for _ in range(size)])
+    for _, held_out in folds(rows, target, 3, seed=0):
+        assert counts(rows.iloc[held_out]) == {"a": 8, "b": 8}
+
+
+BAD_FOLDS = {
+    "too many": (["a", "b"] * 3, None, 7, "between 2 and 6, the number of rows, got 7"),
+    "too few": (["a", "b"] * 3, None, 1, "between 2 and 6.* got 1"),
+    "few groups": (["a", "b"] * 3, list("xxyyzz"), 4, "between 2 and 3, the number of groups, got 4"),
+    "one row": (["a"] * 9 + ["b"], None, 2, "class 'b' has 1 row: too few for 2 folds"),
+    "one group": (["a"] * 9 + ["b"] * 3, list("uvwxxyyzzBBB"), 2, "class 'b' has 3 rows, all in one group: too few"),
+}
+
+
+@pytest.mark.parametrize(("labels", "groups", "k", "message"), BAD_FOLDS.values(), ids=BAD_FOLDS)
+def test_impossible_folds_are_refused(labels, groups, k, message):
+    rows, target = encoded(labels)
+    with pytest.raises(UsageError, match=message):
+        folds(rows if groups is None else rows.assign(group=groups), target, k, seed=0)
+
+
+# ---- validation by column ---------------------------------------------------------------------------------------
+
+
+def marked(marks, column="part"):
+    return Table(toy(len(marks)).assign(**{column: marks}), "my.csv", None, None)
+
+
+@pytest.mark.parametrize(
+    ("marks", "validation", "test"),
+    [
+        (["train", "train", "validation", "test"] * 4, 4, 4),
+        (["Train", "TRAINING", " dev ", "Test"] * 4, 4, 4),
+        (["train", "train", "val", "valid"] * 4, 8, None),
+        ([False, False, True, False] * 4, 4, None),
+        (["False", "false", "true", "FALSE"] * 4, 4, None),
+        (["train", "train", "train", "test"] * 4, 1, 4),
+    ],
+    ids=["words", "other words", "two words", "truth values", "written truth values", "no validation rows"],
+)
+def test_a_column_marks_the_split(marks, validation, test):
+    data = prepare(marked(marks), {}, validation_column="part")
+    assert {name: len(rows) for name, rows in data.tests.items()} == (
+        {"validation": validation} | ({} if test is None else {"test": test})
+    )
+    assert len(data.train) + sum(map(len, data.tests.values())) == len(marks)
+    for name, rows in {"train": data.train, **data.tests}.items():
+        told = {str(marks[i]).strip().lower() for i in rows.index}
+        allowed = {"train", "training", "false"}
+        if name == "test" or (name == "validation" and validation != 1):
+            allowed = {"test"} if name == "test" else {"validation", "dev", "val", "valid", "true"}
+        assert told <= allowed
+
+
+def test_a_class_only_test_rows_have_is_unknown():
+    table = marked(["train"] * 8 + ["test"])
+    table.frame.loc[8, "label"] = "sideways"
+    with pytest.raises(UsageError, match=r"label 'sideways'.* does not occur in the training data"):
+        prepare(table, {}, validation_column="part")
+
+
+BAD_MARKS = {
+    "unknown word": (["train", "holdout"] * 4, {}, "must say train, validation or test.*got 'holdout' in 4 of 8"),
+    "empty": (["train", None] * 4, {}, "got 'nan' in 4 of 8|got 'None' in 4 of 8"),
+    "no training": (["dev", "test"] * 4, {}, "no row for training"),
+    "given too": (["train", "dev"] * 4, {"validation": Table(toy(4), "v")}, "marks validation rows, and a validation"),
+    "test given too": (["train", "test"] * 4, {"tests": {"test": Table(toy(4), "t")}}, "marks test rows, and a test"),
+}
+
+
+@pytest.mark.parametrize(("marks", "more", "message"), BAD_MARKS.values(), ids=BAD_MARKS)
+def test_bad_marks_are_refused(marks, more, message):
+    with pytest.raises(UsageError, match=message):
+        prepare(marked(marks), **{"tests": {}, **more}, validation_column="part")
+
+
+def test_missing_mark_column_is_named():
+    with pytest.raises(UsageError, match=r"no column 'prt'.*Did you mean 'part'.*--validation-column"):
+        prepare(marked(["train"] * 4), {}, validation_column="prt")
+
+
+def test_train_size_draws_from_the_training_rows_only():
+    data = prepare(marked(["train", "train", "dev"] * 6), {}, validation_column="part", train_size=7)
+    assert (len(data.train), len(data.tests["validation"])) == (7, 6)
+    assert all(row % 3 < 2 for row in data.train.index)

@@ -519,33 +519,37 @@ def _hold_rows(rows: pd.DataFrame, target: Target, size: int, seed: int) -> np.n
 
 
 def _hold_groups(rows: pd.DataFrame, target: Target, size: int, seed: int) -> np.ndarray:
-    """Groups from large to small, each held out if that brings rows and strata nearer to what is wanted."""
+    """Groups in random order change sides where that brings rows and strata nearer to what is wanted, in two rounds.
+
+    Not from large to small: that would hold out the large ones whatever the seed. The second round mends what the
+    first one found too late.
+    """
     groups, counts, order = _groups(rows, target, seed)
     total = counts.sum(axis=0)
     wanted, held = total * size / len(rows), np.zeros_like(total)
-    chosen: list[int] = []
-    for group in order:
-        after = held + counts[group]
+    chosen: set[int] = set()
+    for group in [*order, *order]:
+        after = held + (-counts[group] if group in chosen else counts[group])
         nearer = ((after - wanted) ** 2).sum() < ((held - wanted) ** 2).sum()
         if nearer and not ((after == total) & (total > 0)).any():
-            held, chosen = after, [*chosen, group]
+            held = after
+            chosen ^= {group}
     if not chosen:
         raise UsageError(
             f"none of the {len(counts)} groups can be held out to make {size} of {len(rows)} validation rows. "
             "Raise --validation-share, give a validation set, or set it to 0."
         )
-    return np.isin(groups, chosen)
+    return np.isin(groups, list(chosen))
 
 
 def _groups(rows: pd.DataFrame, target: Target, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Group number of every row; rows of each (group, stratum), all of the group last; groups from large to small."""
+    """Group number of every row; rows of each (group, stratum), all of the group last; the groups in random order."""
     groups, names = pd.factorize(rows["group"])
     numbers = strata(rows["label"], target)
     counts = np.zeros((len(names), numbers.max() + 2), dtype=int)
     np.add.at(counts, (groups, numbers), 1)
     counts[:, -1] = counts.sum(axis=1)
-    order = np.random.default_rng(seed).permutation(len(names))
-    return groups, counts, order[np.argsort(-counts[order, -1], kind="stable")]
+    return groups, counts, np.random.default_rng(seed).permutation(len(names))
 
 
 def folds(rows: pd.DataFrame, target: Target, k: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -587,7 +591,7 @@ def _fold_groups(rows: pd.DataFrame, target: Target, k: int, seed: int) -> np.nd
     groups, counts, order = _groups(rows, target, seed)
     held = np.zeros((k, counts.shape[1]), dtype=int)
     home = np.empty(len(counts), dtype=int)
-    for group in order:
+    for group in order[np.argsort(-counts[order, -1], kind="stable")]:
         home[group] = (held @ counts[group]).argmin()
         held[home[group]] += counts[group]
     return home[groups]
