@@ -3,6 +3,8 @@
 import inspect
 import json
 import logging
+import subprocess
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -136,3 +138,12 @@ def test_json_says_the_same(unworried):
     found = json.loads(done.stdout)
     assert (done.exit_code, found["ok"], found["verdict"]) == (0, True, "steadytune works here.")
     assert found["sections"]["Machine"] == [{"name": "machine", "ok": True, "found": "", "consequence": ""}]
+
+
+def test_help_waits_for_nothing():
+    code = (
+        "import sys; from typer.testing import CliRunner; from steadytune.cli import app; import steadytune.doctor\n"
+        "assert CliRunner().invoke(app, ['doctor', '--help']).exit_code == 0\n"
+        "print([name for name in ('torch', 'transformers', 'pandas') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -36,7 +36,20 @@ FLOORS = {
     "cli": 6,
 }
 SIDEWAYS = {("views", "method"), ("tasks", "data")}  # on one floor, one way only
-NO_TORCH = ("reading", "guards", "facts", "data", "tasks", "recipe", "output", "fitting", "cli", "__init__")
+NO_TORCH = (
+    "reading",
+    "guards",
+    "facts",
+    "config",
+    "doctor",
+    "data",
+    "tasks",
+    "recipe",
+    "output",
+    "fitting",
+    "cli",
+    "__init__",
+)
 
 
 def modules() -> list[Path]:
