@@ -135,3 +135,43 @@ def test_undefined_correlation_is_none_not_nan():
     assert scores["pearson"] is None
     assert scores["spearman"] is None
     assert score(Target(), np.array([1.0]), np.array([3.0]))["pearson"] is None
+
+
+def sets(*rows):
+    out = np.empty(len(rows), dtype=object)
+    out[:] = [tuple(row) for row in rows]
+    return out
+
+
+@pytest.mark.parametrize(
+    ("gold", "predicted", "micro", "macro", "accuracy"),
+    [
+        (sets("ab", "a", ""), sets("ab", "a", ""), 1.0, 2 / 3, 1.0),  # nobody has c, and nobody said it
+        # a: 1 hit, 1 missed; b: 1 hit, 1 too many; c: 1 too many
+        (sets("ab", "a", ""), sets("ab", "b", "c"), 4 / 7, (2 / 3 + 2 / 3 + 0) / 3, 1 / 3),
+        (sets("", ""), sets("", ""), 0.0, 0.0, 1.0),
+        (sets("ab", "bc"), sets("ba", "cb"), 1.0, 1.0, 1.0),  # the order within a row does not count
+    ],
+    ids=["right", "half right", "nothing to find", "order"],
+)
+def test_multilabel_by_hand(gold, predicted, micro, macro, accuracy):
+    scores = score(Target(("a", "b", "c"), multi=True), gold, predicted)
+    assert scores == pytest.approx({"f1_micro": micro, "f1_macro": macro, "accuracy": accuracy})
+
+
+def test_multilabel_scores_agree_with_scikit_learn():
+    from sklearn.metrics import accuracy_score, f1_score
+
+    rng = np.random.default_rng(0)
+    gold, predicted = (rng.random((50, 4)) < 0.4 for _ in range(2))
+    names = tuple("abcd")
+    rows = [
+        sets(*([n for n, has in zip(names, row, strict=True) if has] for row in table)) for table in (gold, predicted)
+    ]
+    expected = {f"f1_{how}": f1_score(gold, predicted, average=how) for how in ("micro", "macro")}
+    expected["accuracy"] = accuracy_score(gold, predicted)
+    assert score(Target(names, multi=True), *rows) == pytest.approx(expected)
+
+
+def test_multilabel_reports_micro_f1_first():
+    assert next(iter(METRICS["multilabel"])) == "f1_micro"

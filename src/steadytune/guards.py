@@ -94,7 +94,7 @@ def _finding(
     """A finding about the rows where `bad`, whose count stands between `before` and `after`."""
     rows = tuple(int(row) for row in np.asarray(index)[bad][:SHOWN])
     count = int(bad.sum())
-    share = f"{count} of {len(bad)} rows ({100 * count / len(bad):.2g} %)"
+    share = f"{count} of {len(bad)} rows ({100 * count / len(bad):.3g} %)"
     first = ", ".join(map(str, rows)) + (", ..." if count > len(rows) else "")
     return Finding(level, f"{before} {share}{after and ' ' + after} (rows counted from 0: {first}): {remedy}.", rows)
 
