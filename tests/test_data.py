@@ -355,6 +355,20 @@ def test_given_columns_are_not_taken_again():
         resolve(without)
 
 
+def test_one_side_of_a_pair_may_be_the_group():
+    frame = pd.DataFrame({"question": PROSE, "sentence": OTHER_PROSE, "label": YES_NO})
+    assert resolve(Table(frame, "t", None, None, group="question")).columns == (("question", "sentence"), "label")
+    assert resolve(Table(frame, "t", None, None, group="sentence")).columns == (("question", "sentence"), "label")
+
+
+def test_columns_of_one_name_are_refused_only_where_they_are_read():
+    frame = pd.DataFrame({"text": PROSE, "label": YES_NO, "note": PROSE, "more": PROSE})
+    assert resolve(Table(frame.set_axis(["text", "label", "a", "a"], axis=1), "t", None, None)).text == ("text",)
+    twice = Table(frame.set_axis(["text", "label", "text", "a"], axis=1), "t.csv")
+    with pytest.raises(UsageError, match=r"t\.csv: 2 columns are called 'text': rename them"):
+        examples(twice)
+
+
 def test_test_tables_follow_the_training_columns():
     """By themselves the test rows would give another text column and another label."""
     train = pd.DataFrame({"review": PROSE, "stars": YES_NO, "shop": list("aabb") * 3})

@@ -137,7 +137,8 @@ def resolve(table: Table, other: Sequence[str] = ()) -> Table:
     if table.text is not None and table.label is not None:
         return table
     taken = {*other, table.group, *(table.text or ()), table.label}
-    free = [column for column in table.frame.columns if column not in taken]
+    columns = table.frame.columns
+    free = [column for column in columns[~columns.duplicated(keep=False)] if column not in taken]
     label = table.label or _only("label", _by_name(free, LABELS), table)
     free = [column for column in free if column != label]
     text = table.text or _find_text(free, table, spare=label is None)
@@ -169,7 +170,8 @@ def _choose(what: str, columns: Iterable[Any]) -> str:
 def _find_text(columns: Sequence[str], table: Table, spare: int) -> tuple[str, ...]:
     """The text among `columns`, `spare` of which are still to be the label."""
     strings = [column for column in columns if _is_text(table.frame[column])]
-    lower = {str(column).lower(): column for column in strings}
+    # one side of a pair may well be the group: all the answers to a question
+    lower = {str(column).lower(): column for column in (*strings, table.group) if column is not None}
     pairs = [tuple(lower[name] for name in pair) for pair in PAIRS if set(pair) <= set(lower)]
     if len(pairs) > 1:
         found = list(dict.fromkeys(column for pair in pairs for column in pair))
@@ -264,6 +266,8 @@ def _check_column(table: Table, column: str, what: str) -> None:
         raise UsageError(
             f"{table.source}: no column {column!r}.{suggest(column, table.frame.columns)} Choose with --{what} NAME."
         )
+    if (count := int((table.frame.columns == column).sum())) > 1:
+        raise UsageError(f"{table.source}: {count} columns are called {column!r}: rename them.")
 
 
 def _empty(values: pd.Series) -> pd.Series:
