@@ -49,13 +49,16 @@ def save_tiny_gpt2(folder: Path) -> str:
     return str(folder)
 
 
-def toy(rows: int = 40, pair: bool = False) -> pd.DataFrame:
-    """Label 'up' where the first word is kind, 'down' where it is not; a score to match; two of three rows are 'up'."""
+def toy(rows: int = 40, pair: bool = False, start: int = 0) -> pd.DataFrame:
+    """Label 'up' where the first word is kind, 'down' where it is not; a score to match; two of three rows are 'up'.
+
+    Rows are numbered from ``start``, and rows of different numbers have different texts.
+    """
     kind, unkind = WORDS[0::4], WORDS[1::4]
     frame = []
-    for i in range(rows):
+    for i in range(start, start + rows):
         up = i % 3 > 0
-        words = [(kind if up else unkind)[i % 4], WORDS[(7 * i) % 16], WORDS[(5 * i + 3) % 16]][: 2 + i % 2]
+        words = [(kind if up else unkind)[i % 4], WORDS[i // 16 % 16], WORDS[i % 16], *["plot"] * (i % 2)]
         frame.append({"text": " ".join(words), "label": "up" if up else "down", "score": 1.5 * up + (i % 5) / 10})
     table = pd.DataFrame(frame)
     return table.assign(other=[f"{WORDS[i % 16]} plot" for i in range(rows)]) if pair else table

@@ -5,7 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .core import Run as Run
+    from .estimators import SteadyClassifier as SteadyClassifier
+    from .estimators import SteadyRegressor as SteadyRegressor
+    from .fitted import FittedModel as FittedModel
     from .fitting import FitResult as FitResult
+    from .fitting import dry_run as dry_run
     from .fitting import fit as fit
     from .method import Method as Method
     from .method import Weight as Weight
@@ -26,7 +30,9 @@ __version__ = "0.1.0"
 # torch and transformers take seconds to import: a name is looked up where it is first used, `--help` never waits
 _HOMES = {
     "core": ("Run",),
-    "fitting": ("FitResult", "fit"),
+    "estimators": ("SteadyClassifier", "SteadyRegressor"),
+    "fitted": ("FittedModel",),
+    "fitting": ("FitResult", "dry_run", "fit"),
     "method": ("Method", "Weight", "only"),
     "methods": ("EMA", "L2SP", "METHODS", "ClipNorm", "DPSDense", "DPSMix", "Mixout", "RDrop"),
     "step": ("Step",),

@@ -22,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-INPUT, TRAINING, SEEDS, OUTPUT = "Data", "Training", "Seeds", "Output"
+INPUT, TRAINING, SELECTION, SEEDS, OUTPUT = "Data", "Training", "Selection", "Seeds", "Output"
 
 
 def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
@@ -53,15 +53,23 @@ def fit(
     model: Annotated[str, _option(INPUT, "Hugging Face model directory or hub name.")],
     output: Annotated[Path, _option(OUTPUT, "Directory for model and results: new or empty.")],
     train: Annotated[
-        Path | None, typer.Argument(help="CSV, TSV, JSON-lines or Parquet file with labelled text.")
+        str | None,
+        typer.Argument(help="CSV, TSV, JSON-lines or Parquet file with labelled text, or a data set: hub:owner/name."),
     ] = None,
     text: Annotated[
-        list[str] | None, _option(INPUT, "Text column; give it twice for pairs. [dim]\\[default: text][/]")
+        list[str] | None, _option(INPUT, "Text column; give it twice for pairs. [dim]\\[default: found][/]")
     ] = None,
-    label: Annotated[str, _option(INPUT, "Label column.")] = "label",
-    kind: Annotated[str, _option(INPUT, "auto, classification or regression.")] = "auto",
+    label: Annotated[str | None, _option(INPUT, "Label column. [dim]\\[default: found][/]")] = None,
+    group: Annotated[
+        str | None, _option(INPUT, "Column whose equal values keep rows on one side of every split.")
+    ] = None,
+    kind: Annotated[str, _option(INPUT, "auto, classification, multilabel or regression.")] = "auto",
+    metric: Annotated[str | None, _option(INPUT, "Metric that selects and is shown first.")] = None,
     test: Annotated[list[str] | None, _option(INPUT, "Test file, or NAME=FILE; repeatable.")] = None,
     validation: Annotated[Path | None, _option(INPUT, "Validation file.")] = None,
+    validation_column: Annotated[
+        str | None, _option(INPUT, "Instead: column that names each row's split (train, validation, test).")
+    ] = None,
     validation_share: Annotated[
         float, _option(INPUT, "Without a validation file: share of the training rows to hold out; 0 for none.")
     ] = 0.1,
@@ -97,7 +105,29 @@ def fit(
     dropout: Annotated[
         float | None, _option(TRAINING, "One probability for all dropout. [dim]\\[default: the model's own][/]")
     ] = None,
+    lora: Annotated[
+        bool | None, _option(TRAINING, "Train adapters, merged at the end. [dim]\\[default: above 1e9 weights][/]")
+    ] = None,
+    class_weights: Annotated[str, _option(TRAINING, "none, or balanced: by inverse frequency.")] = "none",
     bf16: Annotated[bool, _option(TRAINING, "bfloat16 autocast; weights stay float32.")] = False,
+    evaluations: Annotated[
+        int, _option(SELECTION, "Score the validation rows this often while training and keep the best weights.")
+    ] = 0,
+    patience: Annotated[int | None, _option(SELECTION, "Stop after this many evaluations without a new best.")] = None,
+    seeds: Annotated[int, _option(SELECTION, "Runs with the same head; see --combine.")] = 1,
+    combine: Annotated[
+        str, _option(SELECTION, "Of several runs the best (on the validation rows), a soup, or an ensemble.")
+    ] = "best",
+    refit: Annotated[
+        bool, _option(SELECTION, "Choose the number of steps by cross-validation, train on all rows.", "--refit")
+    ] = False,
+    folds: Annotated[int, _option(SELECTION, "Folds of the cross-validation.")] = 5,
+    calibrate: Annotated[
+        bool, _option(SELECTION, "Fit a temperature on the validation rows, kept in the model.", "--calibrate")
+    ] = False,
+    restarts: Annotated[
+        int, _option(SELECTION, "Begin anew this often when the loss stays above 0.9 log K after 20 % of the steps.")
+    ] = 0,
     seed: Annotated[int, _option(SEEDS, "Seed of everything that has no seed of its own.")] = 0,
     init_seed: Annotated[int | None, _option(SEEDS, "Seed of the new head.")] = None,
     data_seed: Annotated[int | None, _option(SEEDS, "Seed of subset, validation split and row order.")] = None,
@@ -108,6 +138,10 @@ def fit(
         bool, _option(OUTPUT, "Go on from the last checkpoint in the output directory.", "--resume")
     ] = False,
     overwrite: Annotated[bool, _option(OUTPUT, "Replace the run in the output directory.", "--overwrite")] = False,
+    dry_run: Annotated[
+        bool, _option(OUTPUT, "Say what it would take (steps, minutes, memory, files); train nothing.", "--dry-run")
+    ] = False,
+    push_to_hub: Annotated[str | None, _option(OUTPUT, "Upload the finished folder to this repository.")] = None,
     quiet: Annotated[bool, _option(OUTPUT, "No plan, no progress bar.", "--quiet")] = False,
     config: Config = None,
 ) -> None:
@@ -120,38 +154,77 @@ def fit(
     """
     given = dict(locals())
     with _errors_in_one_line():
+        from . import fitting
         from .data import UsageError
-        from .fitting import fit
         from .recipe import Recipe
 
         tests: dict[str, Any] = _named(test or [])
         source: Any = train
-        metric = None
         if task is not None:
-            source, metric, tests = _from_task(given, tests)
+            source, task_metric, tests = _from_task(given, tests)
+            metric = metric or task_metric
         elif out_of_domain:
             raise UsageError("--out-of-domain needs --task: name your own test files with --test NAME=FILE.")
         elif train is None:
             raise UsageError("give a training file, or a benchmark task with --task NAME --data-root DIR.")
+        same = ("model", "output", "label", "group", "kind", "validation", "validation_column", "seeds", "combine",
+                "refit", "folds", "resume", "overwrite", "save_steps", "push_to_hub")  # fmt: skip
+        options = {
+            **{name: given[name] for name in (*same, *(field.name for field in dataclasses.fields(Recipe)))},
+            "text": text or None,
+            "methods": method or [],
+            "tests": tests,
+            "metric": metric,
+            "progress": not quiet,
+        }
         with _speaking(quiet):
-            result = fit(
-                source,
-                model=model,
-                output=output,
-                text=text or ["text"],
-                label=label,
-                kind=kind,  # type: ignore[arg-type]  # checked in fit
-                methods=method or [],
-                tests=tests,
-                validation=validation,
-                metric=metric,
-                resume=resume,
-                overwrite=overwrite,
-                save_steps=save_steps,
-                progress=not quiet,
-                **{field.name: given[field.name] for field in dataclasses.fields(Recipe)},
-            )
+            if dry_run:
+                return Console().print(
+                    str(fitting.dry_run(source, **options)), soft_wrap=True, markup=False, highlight=False
+                )
+            result = fitting.fit(source, **options)
     _show(result)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="The --output of a fit.")],
+    table: Annotated[str, typer.Argument(help="CSV, TSV, JSON-lines or Parquet file with the same text columns.")],
+    output: Annotated[
+        Path, _option(OUTPUT, "File to write: .csv, .tsv, .jsonl or .parquet, one row per row of the table.")
+    ] = Path("predictions.csv"),
+    text: Annotated[
+        list[str] | None, _option(INPUT, "Text column, if it is called otherwise than in training.")
+    ] = None,
+    overwrite: Annotated[bool, _option(OUTPUT, "Replace the file.", "--overwrite")] = False,
+    quiet: Annotated[bool, _option(OUTPUT, "No progress bar.", "--quiet")] = False,
+    config: Config = None,
+) -> None:
+    """Predict labels (and probabilities) for a table of text.
+
+    Example: steadytune predict out new.csv --output labelled.csv
+    """
+    with _errors_in_one_line():
+        from .data import UsageError, suggest
+        from .output import TABLE_WRITERS, write_whole, writing
+
+        writer = TABLE_WRITERS.get(output.suffix.lower())
+        if writer is None:
+            raise UsageError(f"output {output}: unknown ending.{suggest(output.suffix, TABLE_WRITERS)}")
+        if output.exists() and not overwrite:
+            raise UsageError(f"output {output} exists: replace it with --overwrite, or choose another --output FILE.")
+        if not output.absolute().parent.is_dir():
+            raise UsageError(f"output {output}: no such directory {output.parent}. Make it first.")
+        with _speaking(quiet):
+            from .data import Table
+            from .fitted import FittedModel
+
+            fitted = FittedModel.load(model)
+            columns = tuple(text) if text else fitted.text
+            found = fitted.table(Table.of(table, columns, None, "given"), progress=not quiet)
+        with writing(output):
+            write_whole(output, lambda part: writer(found, part))
+    typer.echo(f"{len(found)} predictions: {output}")
 
 
 def _named(tests: list[str]) -> dict[str, Path]:
@@ -271,18 +344,25 @@ def _show(result: Any) -> None:
     """The scores, one row a test set, the metric that counts first."""
     console = Console()
     if result.metrics:
-        names = [result.metric, *(key for scores in result.metrics.values() for key in scores if key != "rows")]
+        names = [
+            result.metric,
+            *(key for scores in result.metrics.values() for key in scores if key not in ("rows", "runs")),
+        ]
         names = list(dict.fromkeys(names))
-        grid = Grid("test set", "rows", *names)
+        grid = Grid("set", "rows", *names)
         for key, scores in result.metrics.items():
-            cells = ("" if name not in scores else _figure(scores[name]) for name in names)
+            cells = ("" if name not in scores else _figure(scores, name) for name in names)
             grid.add_row(key, str(scores["rows"]), *cells)
         console.print(grid)
     console.print(f"{result.steps} steps, {result.seconds:.0f} s. Model: {result.output}", soft_wrap=True, markup=False)
 
 
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _figure(scores: dict[str, Any], name: str) -> str:
+    """A score, with mean and standard deviation over runs where there are several."""
+    if scores[name] is None:
+        return "-"
+    runs = scores.get("runs", {}).get(name)
+    return f"{scores[name]:.4f}" + (f" ({runs['mean']:.4f} ± {runs['sd']:.4f})" if runs else "")
 
 
 @contextlib.contextmanager

@@ -1,151 +1,43 @@
-"""From a table to a fine-tuned model: `fit`, its options, and the folder it writes.
+"""From a table to a fine-tuned model: `fit`, its runs and how they are combined, and the folder it writes.
 
 torch and transformers are imported inside the functions that use them: command-line help and data errors come at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-import math
 import os
 import platform
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from . import __version__
-from .data import Data, Kind, Table, Target, UsageError, one_line, prepare, suggest
-from .output import RECORD, Output, same_run
-from .recipe import MAX_STEPS, Recipe, make_methods, method_record
-from .tasks import METRICS, score
+from .card import model_card
+from .data import Data, Kind, Table, Target, UsageError, folds, prepare, suggest
+from .guards import inspect, raise_errors, truncated
+from .output import MEMBERS, RECORD, Output, same_run, write_json, write_whole, writing
+from .recipe import Recipe, make_methods, method_record
+from .tasks import METRICS, SMALLER_IS_BETTER
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-
     from .core import Method
-    from .trainer import Trainer
+    from .estimate import Estimate
+    from .fitted import FittedModel
+    from .modelling import Source
+    from .training import Bench, FitTrainer, Job, Trained
 
 logger = logging.getLogger("steadytune")
 
-MAX_LENGTH = 128
-
-
-# ---- model and tokens -------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _quiet(warnings: bool = False) -> Iterator[None]:
-    """Silence transformers' own bars and tables for a while; what matters in them is said in our words."""
-    from transformers.utils import logging as hub_logging
-
-    level, bars = hub_logging.get_verbosity(), hub_logging.is_progress_bar_enabled()
-    hub_logging.disable_progress_bar()
-    if not warnings:
-        hub_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hub_logging.set_verbosity(level)
-        if bars:
-            hub_logging.enable_progress_bar()
-
-
-def load(name: str, target: Target, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
-    """Model in float32 with a head for the target, its tokenizer, and the dropout settings in force.
-
-    Whatever the checkpoint's precision, the weights that AdamW moves are float32: at 2e-5 bfloat16 rounds most
-    updates to nothing.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, set_seed
-
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise UsageError(f"model {name!r}: no such directory.")
-    if Path(name).is_dir() and not Path(name, "config.json").is_file():
-        raise UsageError(f"model {name!r} is a directory without config.json: give a Hugging Face model directory.")
-    head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
-    if target.names:
-        head = {
-            "id2label": dict(enumerate(target.names)),
-            "label2id": {label: number for number, label in enumerate(target.names)},
-            "problem_type": "single_label_classification",
-        }
-    try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(name, **head)
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            dropout = set_dropout(config, recipe.dropout)
-            _set_pad(config, tokenizer, name)
-            set_seed(recipe.seeds["init"])
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
-            )
-    except UsageError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UsageError(f"model {name!r} cannot be loaded as a text classifier: {one_line(error)}") from error
-    new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if new:
-        logger.info("new weights, drawn with seed %d: %s", recipe.seeds["init"], ", ".join(new))
-    return model, tokenizer, dropout
-
-
-def set_dropout(config: Any, probability: float | None) -> dict[str, float]:
-    """Set every dropout probability of a config and return them; None only reads."""
-    names = [
-        name
-        for name, value in config.to_dict().items()
-        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, (int, float))
-        and not isinstance(value, bool)
-    ]  # fmt: skip
-    if probability is not None:
-        if not names:
-            raise UsageError(f"dropout {probability}: the config of this {config.model_type} model has no dropout.")
-        for name in names:
-            setattr(config, name, float(probability))
-    return {name: float(getattr(config, name)) for name in names}
-
-
-def _set_pad(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Give decoders a padding token: without one they classify single rows only."""
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise UsageError(f"model {name!r}: its tokenizer has neither a padding nor an end token: set pad_token.")
-        tokenizer.pad_token = tokenizer.eos_token
-        logger.info("no padding token: padding with the end token %r", tokenizer.eos_token)
-    if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = tokenizer.pad_token_id
-
-
-def token_limit(wanted: int | None, config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens per row: what was asked for, else 128, never more than the model has positions for."""
-    limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf)
-    if wanted is not None and wanted > limit:
-        raise UsageError(f"max_length must be at most {int(limit)}, the model's limit, got {wanted}.")
-    return int(min(wanted or MAX_LENGTH, limit))
-
-
-def tokenise(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict[str, Any]]:
-    """One feature dictionary per row, unpadded."""
-    pairs = rows["text_pair"].tolist() if "text_pair" in rows else None
-    encoded = tokenizer(rows["text"].tolist(), pairs, truncation=True, max_length=max_length)
-    return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
-
-
-def _labelled(features: list[dict[str, Any]], rows: pd.DataFrame, target: Target) -> list[dict[str, Any]]:
-    ids = {name: number for number, name in enumerate(target.names)}
-    return [
-        {**feature, "labels": ids[label] if ids else float(label)}
-        for feature, label in zip(features, rows["label"], strict=True)
-    ]
+Combine = Literal["best", "soup", "ensemble"]
+COMBINE = ("best", "soup", "ensemble")
+REFIT_EVALUATIONS = 10  # moments of a fold at which training may end
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,293 +50,439 @@ class Plan:
     data: Data
     steps: int
     metric: str
+    seeds: int
+    combine: Combine
+    refit: bool
+    folds: int
     save_steps: int
     progress: bool
 
-
-# ---- training ---------------------------------------------------------------------------------------------------
-
-
-def arguments(recipe: Recipe, steps: int, output: Output, save_steps: int) -> TrainingArguments:
-    """The recipe in transformers' words."""
-    import torch
-    from transformers import TrainingArguments
-
-    # accelerate shuffles epoch e with data_seed + e: neighbouring seeds would see the same orders one epoch apart
-    data_seed = int(np.random.SeedSequence(recipe.seeds["data"]).generate_state(1)[0])
-    accelerated = torch.accelerator.is_available()
-    args = TrainingArguments(
-        output_dir=str(output.checkpoints),
-        max_steps=steps,
-        learning_rate=recipe.lr,
-        weight_decay=recipe.weight_decay,
-        warmup_steps=recipe.warmup,  # below 1: a share of the steps
-        max_grad_norm=recipe.max_grad_norm,
-        lr_scheduler_type="linear",
-        optim="adamw_torch_fused",
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=4 * recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulation,
-        bf16=recipe.bf16,
-        use_cpu=not accelerated,
-        dataloader_pin_memory=accelerated and torch.cuda.is_available(),
-        seed=recipe.seeds["dropout"],
-        data_seed=data_seed,
-        save_strategy="steps" if save_steps else "no",
-        save_steps=save_steps or MAX_STEPS,
-        save_total_limit=1,
-        logging_steps=max(1, steps // 50),
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,  # the bar is ours
-    )
-    if args.n_gpu > 1:  # transformers would split batches over all devices (DataParallel)
-        args._n_gpu = 1
-        logger.info("training on %s alone", args.device)
-    return args
+    @property
+    def select(self) -> pd.DataFrame | None:
+        """The rows on which runs and moments are chosen: never trained on, and no test set."""
+        return self.data.tests.get("validation")
 
 
-def _progress() -> Any:
-    """One bar over optimizer steps with the running loss, one over the batches of each test set."""
-    from tqdm import tqdm
-    from transformers import TrainerCallback
-
-    class Progress(TrainerCallback):
-        bar: Any = None
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar.update(state.global_step - self.bar.n)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if "loss" in (logs or {}):
-                self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
-
-        def on_prediction_step(
-            self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
-        ) -> None:
-            if self.bar is None:
-                self.bar = tqdm(total=len(eval_dataloader), desc="evaluating", unit="batch")
-            self.bar.update()
-
-        def close(self, *args: Any, **kwargs: Any) -> None:
-            self.bar.close()
-            self.bar = None
-
-        on_train_end = on_predict = close
-
-    return Progress()
-
-
-def make_trainer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    features: list[dict[str, Any]],
-    args: TrainingArguments,
-    plan: Plan,
-) -> Trainer:
-    """Our Trainer with dynamic padding and our bar."""
-    from transformers import DataCollatorWithPadding, PrinterCallback
-
-    from .trainer import Trainer
-
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=features,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        preprocess_logits_for_metrics=_only_logits,
-        callbacks=[_progress()] if plan.progress else None,
-        methods=plan.methods,
-        method_seed=plan.recipe.seeds["method"],
-    )
-    trainer.remove_callback(PrinterCallback)
-    assert trainer.run is not None
-    logger.info("%s", trainer.run.describe())
-    return trainer
-
-
-def _only_logits(logits: Any, labels: Any) -> Any:
-    """Encoder-decoders return more than logits."""
-    return logits[0] if isinstance(logits, (tuple, list)) else logits
-
-
-def predict(trainer: Trainer, features: list[dict[str, Any]]) -> np.ndarray:
-    """Logits (rows, outputs); rows of like length go together, which spares padding."""
-    order = np.argsort([-len(feature["input_ids"]) for feature in features], kind="stable")
-    ordered: Any = [features[i] for i in order]  # to torch a list is a dataset, to its type hints it is not
-    logits = np.asarray(trainer.predict(ordered).predictions, dtype=np.float64)
-    if not np.isfinite(logits).all():
-        raise UsageError("the model's outputs are not numbers: training diverged. Lower lr or raise warmup.")
-    return logits[np.argsort(order)]
-
-
-def judge(name: str, rows: pd.DataFrame, logits: np.ndarray, data: Data) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Predictions and scores of one test set."""
-    target, merge = data.target, data.merges.get(name, {})
-    table = pd.DataFrame({"set": name, "row": rows.index, "label": rows["label"].to_numpy()})
-    if target.names:
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        merged = np.array([merge.get(label, label) for label in target.names], dtype=object)
-        table["prediction"] = merged[logits.argmax(axis=1)]
-        for label, column in zip(target.names, (powers / powers.sum(axis=1, keepdims=True)).T, strict=True):
-            table[f"probability_{label}"] = column
-    else:
-        table["prediction"] = logits[:, 0]
-    gold, predicted = table["label"].to_numpy(), table["prediction"].to_numpy()
-    return table, {"rows": len(table), **score(target, gold, predicted, target.merged(merge))}
-
-
-def evaluate(
-    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, data: Data, max_length: int
-) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
-    """Predictions of all test sets, one under the other, and the scores of each."""
-    tables, scores = [], {}
-    for name, rows in data.tests.items():
-        logger.info("evaluating on %s (%d rows)", name, len(rows))
-        table, scores[name] = judge(name, rows, predict(trainer, tokenise(rows, tokenizer, max_length)), data)
-        tables.append(table)
-    return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), scores
-
-
-# ---- fit --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FitResult:
     """What `fit` leaves behind.
 
     Attributes:
-        output: a plain Hugging Face model directory, with `metrics.json`, `predictions.parquet`, `steadytune.json`.
-        metrics: test set -> metric -> value.
+        output: a plain Hugging Face model directory, with README.md (model card), `metrics.json`,
+            `predictions.parquet`, `steadytune.json`.
+        model: the fitted model; `predict`, `evaluate` and `save_pretrained` are its own.
+        metrics: set -> metric -> value, of the model; with several runs also each metric's mean and spread over them.
         metric: the one to look at first.
-        predictions: a row for every test row: set, row, label, prediction, probabilities.
-        steps: optimizer steps taken.
-        seconds: of training alone (since the last resume).
+        predictions: a row for every row of the sets: set, row, label, prediction, probabilities.
+        runs: one record per training: seeds, steps, seconds, failures, scores.
+        steps: optimizer steps behind the model.
+        seconds: of training alone, all runs (since the last resume).
     """
 
     output: Path
+    model: FittedModel
     metrics: dict[str, dict[str, Any]]
     metric: str
     predictions: pd.DataFrame
+    runs: list[dict[str, Any]]
     steps: int
     seconds: float
 
+    def predict(self, rows: Any) -> np.ndarray:
+        """Class names or numbers for texts, pairs of texts, or a table; see `FittedModel.predict`."""
+        return self.model.predict(rows)
+
+    def predict_proba(self, rows: Any) -> np.ndarray:
+        """Probabilities (rows, classes); see `FittedModel.predict_proba`."""
+        return self.model.predict_proba(rows)
+
+    def evaluate(self, rows: Any) -> dict[str, Any]:
+        """Scores on a table with labels; see `FittedModel.evaluate`."""
+        return self.model.evaluate(rows)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the plain model and tokenizer once more."""
+        self.model.save_pretrained(folder)
+
 
 def fit(
-    train: str | Path | pd.DataFrame | Table,
+    train: Any,
     *,
     model: str | Path,
     output: str | Path,
-    text: str | Sequence[str] = "text",
-    label: str = "label",
+    text: str | Sequence[str] | None = None,
+    label: str | None = None,
+    group: str | None = None,
     methods: str | Method | Sequence[str | Method] = (),
-    tests: Mapping[str, str | Path | pd.DataFrame | Table] | None = None,
-    validation: str | Path | pd.DataFrame | Table | None = None,
+    tests: Mapping[str, Any] | None = None,
+    validation: Any = None,
+    validation_column: str | None = None,
     kind: Kind = "auto",
     metric: str | None = None,
+    seeds: int = 1,
+    combine: Combine = "best",
+    refit: bool = False,
+    folds: int = 5,
     resume: bool = False,
     overwrite: bool = False,
     save_steps: int = 200,
     progress: bool = True,
+    push_to_hub: str | None = None,
     **options: Any,
 ) -> FitResult:
     """Fine-tune a pre-trained model on a table of labelled text and evaluate it.
 
-    The final weights are reported: nothing is selected, so no test set can leak into training.
+    By default the last weights of one run are kept: nothing is selected. ``evaluations``, ``seeds`` and ``calibrate``
+    select on the validation rows, never on a test set; scores on rows that selected are marked in the model card.
 
     Args:
-        train: a CSV, TSV, JSON-lines or Parquet file, a data frame, or a `Table`, which brings its own columns (see
-            `tasks.load`).
+        train: a CSV, TSV, JSON-lines or Parquet file, a data frame, a `datasets.Dataset`, a data set of the hub
+            (``"hub:owner/name"``), or a `Table`, which brings its own columns (see `tasks.load`).
         model: a Hugging Face model directory or hub name.
         output: a new or empty directory.
-        text: one text column, or two for sentence pairs.
-        label: the label column.
-        methods: methods, or their names with options (`"dps_dense:keep=0.7"`), in order of action.
+        text: one text column, or two for sentence pairs; found by name or content if not given.
+        label: the label column; found likewise.
+        group: a column whose equal values keep rows on one side of every split.
+        methods: methods, or their names with options (``"dps_dense:keep=0.7"``), in order of action.
         tests: name -> table; columns as in `train`.
-        validation: a table; without one `validation_share` of the training rows is held out.
-        kind: classification or regression; decided from the labels by default.
-        metric: the metric to report first; accuracy or Pearson's correlation by default.
+        validation: a table; without one ``validation_share`` of the training rows is held out.
+        validation_column: instead, a column of `train` that names each row's split.
+        kind: classification, multilabel or regression; decided from the labels by default.
+        metric: the metric that selects and is reported first; by default the first of the kind.
+        seeds: runs with the same head and other orders, dropout and draws of methods.
+        combine: of several runs the ``"best"`` on the validation rows, a ``"soup"`` (the mean of their weights;
+            Wortsman et al., ICML 2022, arXiv 2203.05482) or an ``"ensemble"`` (the mean of their probabilities).
+        refit: choose the number of steps by cross-validation, then train on all rows.
+        folds: of the cross-validation.
         resume: go on from the last checkpoint in `output`.
         overwrite: replace the run in `output`.
-        save_steps: steps between checkpoints; 0 writes none.
-        progress: show a bar.
-        **options: fields of `Recipe`: lr, batch_size, steps, epochs, max_length, dropout, bf16, train_size,
-            validation_share, seed ...
+        save_steps: steps between checkpoints; 0 writes none. With evaluations there is one at each of them.
+        progress: show bars.
+        push_to_hub: a repository to upload the finished folder to.
+        **options: fields of `Recipe`: lr, batch_size, steps, epochs, max_length, dropout, bf16, lora, class_weights,
+            evaluations, patience, calibrate, restarts, train_size, validation_share, seed ...
 
     Raises:
         UsageError: what was asked for cannot be done; raised before training starts.
+        KeyboardInterrupt: after a checkpoint, on Ctrl-C or SIGTERM.
 
     Example:
         >>> fit("train.csv", text="review", label="stars", model="bert-base-uncased",
         ...     methods=["dps_dense:keep=0.7"], tests={"test": "test.csv"}, output="out")  # doctest: +SKIP
     """
-    recipe = Recipe.of(options)
-    if save_steps < 0:
-        raise UsageError(f"save_steps must be 0 (no checkpoints) or more, got {save_steps}.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("fit runs in one process: start it without torchrun, or use steadytune.Trainer.")
     folder = Output(output)
     previous = folder.check(resume, overwrite)
-    columns = (text,) if isinstance(text, str) else tuple(text)
+    plan = make_plan(
+        train, model=model, text=text, label=label, group=group, methods=methods, tests=tests, validation=validation,
+        validation_column=validation_column, kind=kind, metric=metric, seeds=seeds, combine=combine, refit=refit,
+        folds=folds, save_steps=save_steps, progress=progress, options=options,
+    )  # fmt: skip
+    result = _run(plan, folder, previous)
+    if push_to_hub is not None:
+        upload(folder.path, push_to_hub)
+    return result
+
+
+def dry_run(train: Any, *, output: str | Path, **options: Any) -> Estimate:
+    """What `fit` with the same arguments would take: steps, minutes (from three measured steps), memory, files.
+
+    Raises:
+        UsageError: as `fit`.
+    """
+    from .estimate import estimate
+
+    folder = Output(output)
+    folder.check(options.pop("resume", False), options.pop("overwrite", False))
+    options.pop("push_to_hub", None)
+    named = {key: options.pop(key) for key in list(options) if key in _PLAN_ARGUMENTS}
+    plan = make_plan(train, **{**_PLAN_ARGUMENTS, **named}, options=options)
+    source = open_model(plan)
+    return estimate(lambda checkpoints: bench(plan, source, checkpoints), runs(plan), plan)
+
+
+_PLAN_ARGUMENTS: dict[str, Any] = {
+    "model": None, "text": None, "label": None, "group": None, "methods": (), "tests": None, "validation": None,
+    "validation_column": None, "kind": "auto", "metric": None, "seeds": 1, "combine": "best", "refit": False,
+    "folds": 5, "save_steps": 200, "progress": True,
+}  # fmt: skip
+
+
+def make_plan(
+    train: Any,
+    *,
+    model: str | Path,
+    text: str | Sequence[str] | None,
+    label: str | None,
+    group: str | None,
+    methods: str | Method | Sequence[str | Method],
+    tests: Mapping[str, Any] | None,
+    validation: Any,
+    validation_column: str | None,
+    kind: Kind,
+    metric: str | None,
+    seeds: int,
+    combine: Combine,
+    refit: bool,
+    folds: int,
+    save_steps: int,
+    progress: bool,
+    options: Mapping[str, Any],
+) -> Plan:
+    """Check options and data.
+
+    Raises:
+        UsageError: what was asked for cannot be done.
+    """
+    recipe = Recipe.of(options)
+    if refit and not recipe.evaluations:
+        recipe = dataclasses.replace(recipe, evaluations=REFIT_EVALUATIONS)
+    _check(seeds, combine, refit, folds, save_steps, recipe)
+    chosen = make_methods(methods)
+    columns = (text,) if isinstance(text, str) else None if text is None else tuple(text)
+    table = Table.of(train, columns, label, "train", kind, group)
     data = prepare(
-        Table.of(train, columns, label, "train", kind),
-        {name: Table.of(table, columns, label, name) for name, table in (tests or {}).items()},
+        table,
+        {name: Table.of(t, columns, label, name) for name, t in (tests or {}).items()},
         None if validation is None else Table.of(validation, columns, label, "validation"),
         train_size=recipe.train_size,
-        validation_share=recipe.validation_share,
+        validation_share=0.0 if refit else recipe.validation_share,
+        validation_column=validation_column,
         seed=recipe.seeds["data"],
     )
+    for finding in raise_errors(inspect(data)):
+        logger.warning("%s", finding.message)
     plan = Plan(
-        str(model), make_methods(methods), recipe, data, recipe.total_steps(len(data.train)),
-        _headline(metric, data.target), save_steps, progress,
+        str(model), chosen, recipe, data, recipe.total_steps(len(data.train)),
+        _headline(metric, data.target), seeds, combine, refit, folds, save_steps, progress,
     )  # fmt: skip
-    return _run(plan, folder, previous)
+    _check_selection(plan)
+    return plan
+
+
+def _check(seeds: int, combine: str, refit: bool, folds: int, save_steps: int, recipe: Recipe) -> None:
+    if save_steps < 0:
+        raise UsageError(f"save_steps must be 0 (no checkpoints) or more, got {save_steps}.")
+    if seeds < 1:
+        raise UsageError(f"seeds must be 1 or more, got {seeds}.")
+    if combine not in COMBINE:
+        raise UsageError(f"unknown combine {combine!r}.{suggest(combine, COMBINE)}")
+    if refit and folds < 2:
+        raise UsageError(f"folds must be 2 or more, got {folds}.")
+    if refit and (recipe.calibrate or recipe.patience is not None):
+        what = "calibrate" if recipe.calibrate else "patience"
+        raise UsageError(f"refit trains on all rows, {what} needs validation rows: leave one of them out.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("fit runs in one process: start it without torchrun, or use steadytune.Trainer.")
+
+
+def _check_selection(plan: Plan) -> None:
+    """What selects needs rows to select on."""
+    if plan.refit and plan.select is not None:
+        raise UsageError("refit chooses the number of steps by cross-validation: leave the validation rows out.")
+    if plan.select is None:
+        asked = {
+            "evaluations": bool(plan.recipe.evaluations) and not plan.refit,
+            "calibrate": plan.recipe.calibrate,
+            "combine='best'": plan.seeds > 1 and plan.combine == "best",
+        }
+        for name in (name for name, wanted in asked.items() if wanted):
+            raise UsageError(f"{name} needs validation rows: give a validation table or share, or leave it out.")
+    if plan.recipe.calibrate and plan.data.target.kind != "classification":
+        raise UsageError(f"calibrate is for classification, this is {plan.data.target.kind}: leave it out.")
+    if plan.recipe.class_weights != "none" and not plan.data.target.names:
+        raise UsageError("class_weights are for classification, this is regression: leave them out.")
 
 
 def _headline(metric: str | None, target: Target) -> str:
     known = METRICS[target.kind]
     if metric is not None and metric not in known:
         raise UsageError(f"unknown metric {metric!r} for {target.kind}.{suggest(metric, known)}")
+    if metric == "f1" and len(target.names) != 2:
+        raise UsageError(f"f1 is for two classes, here are {len(target.names)}: choose f1_macro.")
     return metric or next(iter(known))
+
+
+# ---- running ----------------------------------------------------------------------------------------------------
+
+
+def open_model(plan: Plan) -> Source:
+    """Config and tokenizer of the model, before its weights."""
+    from .modelling import Source
+
+    return Source.open(plan.model, plan.data.target, dropout=plan.recipe.dropout, max_length=plan.recipe.max_length)
+
+
+def bench(plan: Plan, source: Source, checkpoints: Path) -> Bench:
+    """What all trainings share."""
+    from .training import Bench
+
+    return Bench(
+        source, plan.methods, plan.recipe, plan.data.target, plan.steps, plan.metric, checkpoints, plan.save_steps,
+        plan.progress, keep=plan.seeds > 1 or plan.refit,
+    )  # fmt: skip
+
+
+def runs(plan: Plan, stop_at: int | None = None) -> list[Job]:
+    """The trainings whose models are combined: same head, other orders, dropout and draws."""
+    from .training import Job
+
+    def seeds(i: int) -> dict[str, int]:
+        return {name: value if name == "init" else value + i for name, value in plan.recipe.seeds.items()}
+
+    names = [f"run-{i}" if plan.seeds > 1 else "training" for i in range(plan.seeds)]
+    return [Job(name, plan.data.train, plan.select, seeds(i), stop_at) for i, name in enumerate(names)]
 
 
 def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResult:
     """Load, train, evaluate, write; everything about the data has been checked."""
-    recipe, data = plan.recipe, plan.data
-    model, tokenizer, dropout = load(plan.model, data.target, recipe)
-    max_length = token_limit(recipe.max_length, model.config, tokenizer)
-    record = _record(plan, max_length, dropout)
-    checkpoint = None
+    source = open_model(plan)
+    record = _record(plan, source)
     if previous is not None:
         same_run(previous, record, folder.path)
-        checkpoint = folder.last_checkpoint()
-    features = tokenise(data.train, tokenizer, max_length)
-    args = arguments(recipe, plan.steps, folder, plan.save_steps)
-    try:
-        trainer = make_trainer(model, tokenizer, _labelled(features, data.train, data.target), args, plan)
-    except ValueError as error:  # a method that cannot act on this model, or two that exclude each other
-        folder.forget_empty()
-        raise UsageError(str(error)) from error
-    _announce(plan, max_length, features)
-    if checkpoint is None:
-        folder.clear()
-        folder.write_json(RECORD, record)
-    else:
-        logger.info("resuming from %s", checkpoint)
-    started = time.perf_counter()
-    with _quiet(warnings=True):  # every checkpoint has a bar
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    seconds = time.perf_counter() - started
-    predictions, scores = evaluate(trainer, tokenizer, data, max_length)
-    result = FitResult(folder.path, scores, plan.metric, predictions, plan.steps, seconds)
-    _write(folder, result, model, tokenizer, {**record, "device": str(args.device)})
+    place = bench(plan, source, folder.checkpoints)
+    jobs = fold_jobs(plan) if plan.refit else runs(plan)
+    with folder.held():
+        try:
+            trainer: FitTrainer | None = place.trainer(jobs[0], jobs[0].seeds, folder.checkpoints / jobs[0].name)
+        except ValueError as error:  # a method that cannot act on this model, or two that exclude each other
+            raise UsageError(str(error)) from error
+        assert trainer.run is not None
+        logger.info("%s", trainer.run.describe())
+        _announce(plan, source, trainer.train_dataset)
+        folder.sweep()
+        if previous is None:
+            folder.clear()
+            write_json(folder.path / RECORD, record)
+        trained: list[Trained] = []
+        stop_at = None
+        if plan.refit:
+            tried = [place.train(job, trainer if not i else None) for i, job in enumerate(jobs)]
+            stop_at, trainer = _best_step(tried, plan), None
+        for i, job in enumerate(runs(plan, stop_at)):
+            trained.append(place.train(job, None if i else trainer))
+        return _finish(plan, source, folder, record, trained)
+
+
+def fold_jobs(plan: Plan) -> list[Job]:
+    """One training per fold, scored on the rows it left out."""
+    from .training import Job
+
+    rows = plan.data.train
+    parts = folds(rows, plan.data.target, plan.folds, plan.recipe.seeds["data"])
+    return [
+        Job(f"fold-{i}", rows.iloc[inside], rows.iloc[outside], plan.recipe.seeds)
+        for i, (inside, outside) in enumerate(parts)
+    ]
+
+
+def _best_step(tried: Sequence[Trained], plan: Plan) -> int:
+    """The step with the best mean score over folds; the earliest of equals."""
+    sign = -1 if plan.metric in SMALLER_IS_BETTER else 1
+    means = {step: np.mean([dict(t.curve)[step] for t in tried]) for step, _ in tried[0].curve}
+    best = max(means, key=lambda step: (sign * means[step], -step))
+    logger.info("best of %d steps on %d folds: %d (%s %.4f)", plan.steps, plan.folds, best, plan.metric, means[best])
+    return best
+
+
+def _finish(plan: Plan, source: Source, folder: Output, record: dict[str, Any], trained: list[Trained]) -> FitResult:
+    """Combine, calibrate, evaluate, write."""
+    from .fitted import FittedModel
+
+    data = plan.data
+    assert data.table is not None
+    text, label = data.table.text or (), data.table.label or ""  # found, if they were not given
+
+    def fitted(models: Sequence[Any]) -> FittedModel:
+        return FittedModel(
+            models,
+            source.tokenizer,
+            data.target,
+            text=text,
+            label=label,
+            max_length=source.max_length,
+            bf16=plan.recipe.bf16,
+        )
+
+    for t in trained:
+        if t.failing:
+            logger.warning("the training loss never fell below 0.9 log K: try --restarts 2, another lr or more steps")
+    temperatures = [_calibrate(t, plan, source) for t in trained] if plan.recipe.calibrate else []
+    scores = [_evaluate(fitted([t.model]), data)[1] for t in trained] if len(trained) > 1 else []
+    model, chosen = _combine(plan, trained, scores, fitted)
+    predictions, metrics = _evaluate(model, data, plan.progress)
+    details = [
+        {**t.record(), **({"scores": s} if scores else {}), **({"temperature": k} if temperatures else {})}
+        for t, s, k in zip(trained, scores or [{}], temperatures or [0.0] * len(trained), strict=True)
+    ]
+    for name in metrics if scores else ():
+        metrics[name]["runs"] = spread([s[name] for s in scores])
+    steps = trained[chosen or 0].steps
+    result = FitResult(
+        folder.path, model, metrics, plan.metric, predictions, details, steps, sum(t.seconds for t in trained)
+    )
+    columns = {"text": list(text), "label": label}
+    record = {**record, "columns": columns, "runs": details, "chosen": chosen, "device": str(model.models[0].device)}
+    _write(folder, result, record)
     return result
 
 
-def _record(plan: Plan, max_length: int, dropout: dict[str, float]) -> dict[str, Any]:
+def _calibrate(trained: Trained, plan: Plan, source: Source) -> float:
+    """Fit a temperature on the validation rows and take it into the model."""
+    from . import modelling
+    from .fitted import logits
+
+    assert plan.select is not None
+    features = modelling.tokenise(plan.select, source.tokenizer, source.max_length)
+    outputs = logits(trained.model, source.tokenizer, features, plan.recipe.bf16)
+    labels = modelling.label_ids(plan.select["label"].tolist(), plan.data.target)
+    found = modelling.temperature(outputs, labels)
+    modelling.cool(trained.model, found)
+    logger.info("calibrated on %d validation rows: temperature %.3f", len(labels), found)
+    return found
+
+
+def _evaluate(model: FittedModel, data: Data, progress: bool = False) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+    """Predictions of all sets, one under the other, and the scores of each."""
+    tables, scores = [], {}
+    for name, rows in data.tests.items():
+        found, scores[name] = model.judge(rows, data.merges.get(name), progress=progress)
+        about = pd.DataFrame({"set": name, "row": rows.index, "label": rows["label"].to_numpy()})
+        tables.append(pd.concat([about, found], axis=1))
+    return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), scores
+
+
+def _combine(
+    plan: Plan, trained: list[Trained], scores: list[dict[str, dict[str, Any]]], fitted: Any
+) -> tuple[FittedModel, int | None]:
+    """The fitted model, and the number of the run chosen, if one was."""
+    from .merge import uniform
+
+    models = [t.model for t in trained]
+    if len(models) == 1:
+        return fitted(models), 0
+    if plan.combine == "ensemble":
+        return fitted(models), None
+    if plan.combine == "soup":
+        models[0].load_state_dict(uniform([m.state_dict() for m in models]))
+        return fitted(models[:1]), None
+    sign = -1 if plan.metric in SMALLER_IS_BETTER else 1
+    found = [s["validation"][plan.metric] for s in scores]
+    chosen = int(np.argmax([-np.inf if value is None else sign * value for value in found]))
+    logger.info("run %d is the best of %d on the validation rows", chosen, len(models))
+    return fitted([models[chosen]]), chosen
+
+
+def spread(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation (n - 1) of each metric over runs; metrics undefined in a run are left out."""
+    names = [name for name in scores[0] if name != "rows" and all(s[name] is not None for s in scores)]
+    values = {name: np.array([s[name] for s in scores]) for name in names}
+    return {name: {"mean": float(v.mean()), "sd": float(v.std(ddof=1)), "n": len(v)} for name, v in values.items()}
+
+
+# ---- records ----------------------------------------------------------------------------------------------------
+
+
+def _record(plan: Plan, source: Source) -> dict[str, Any]:
     """All that is needed to run it again, as JSON; `recipe` decides the weights, together with the training rows."""
     import torch
     import transformers
@@ -461,9 +499,13 @@ def _record(plan: Plan, max_length: int, dropout: dict[str, float]) -> dict[str,
             "optimizer": "AdamW (bias-corrected, fused), linear warm-up and decay",
             **own,
             "steps": plan.steps,
-            "max_length": max_length,
-            "dropout": dropout,
+            "max_length": source.max_length,
+            "dropout": source.dropout,
             "seeds": plan.recipe.seeds,
+            "runs": plan.seeds,
+            "combine": plan.combine,
+            "refit": plan.folds if plan.refit else False,
+            "metric": plan.metric,
         },
         "data": plan.data.describe(),
         "versions": {
@@ -476,40 +518,56 @@ def _record(plan: Plan, max_length: int, dropout: dict[str, float]) -> dict[str,
     }
 
 
-def _write(
-    folder: Output,
-    result: FitResult,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    record: dict[str, Any],
-) -> None:
+def _write(folder: Output, result: FitResult, record: dict[str, Any]) -> None:
     """The model, the results, and last of all the record that calls the run finished."""
-    with _quiet():
-        files = folder.save_model(model, tokenizer)
-    folder.write("predictions.parquet", result.predictions.to_parquet)
-    folder.write_json(
-        "metrics.json",
-        {"metric": result.metric, "steps": result.steps, "seconds": result.seconds, "sets": result.metrics},
-    )
-    files += ["predictions.parquet", "metrics.json"]
-    folder.write_json(RECORD, {**record, "status": "finished", "files": files})
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    from .modelling import quiet
+
+    with writing(folder.path):
+        with quiet():
+            files = folder.save_model(result.model.models[0], result.model.tokenizer)
+            for i, member in enumerate(result.model.models if len(result.model.models) > 1 else ()):
+                member.save_pretrained(folder.path / MEMBERS / str(i))
+        write_whole(folder.path / "predictions.parquet", _storable(result.predictions).to_parquet)
+        metrics = {"metric": result.metric, "steps": result.steps, "seconds": result.seconds, "sets": result.metrics}
+        write_json(folder.path / "metrics.json", metrics)
+        card = model_card(record, result.metrics, result.metric)
+        write_whole(folder.path / "README.md", lambda part: part.write_text(card, encoding="utf-8"))
+        files += ["predictions.parquet", "metrics.json", "README.md"]
+        write_json(folder.path / RECORD, {**record, "status": "finished", "files": files})
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
 
-def _announce(plan: Plan, max_length: int, features: list[dict[str, Any]]) -> None:
+def _storable(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Tuples of labels as lists: Parquet has no tuples."""
+    several = [str(c) for c in predictions if predictions[c].map(lambda v: isinstance(v, tuple)).any()]
+    return predictions.assign(**{c: predictions[c].map(list) for c in several})
+
+
+def upload(folder: Path, repository: str) -> None:
+    """Upload a finished folder to the hub.
+
+    Raises:
+        UsageError: it cannot; the folder stays as it is.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repository)
+    except Exception as error:  # network, names, rights: the hub's words say which
+        raise UsageError(f"the model is in {folder}, but not uploaded to {repository!r}: {error}") from error
+
+
+def _announce(plan: Plan, source: Source, features: Any) -> None:
     """Say what is about to happen, and what in the data may surprise."""
     data, rows_per_step = plan.data, plan.recipe.batch_size * plan.recipe.accumulation
     sizes = ", ".join(f"{name} {len(rows)}" for name, rows in data.tests.items()) or "no test set"
     logger.info("%s, %d training rows (%s)", data.target.kind, len(data.train), sizes)
     epochs = plan.steps * rows_per_step / len(data.train)
-    logger.info("%d steps of %d rows (%.1f epochs)", plan.steps, rows_per_step, epochs)
-    full = sum(len(feature["input_ids"]) >= max_length for feature in features)
-    if full:
-        logger.warning("%d training rows reach max_length %d and may be cut", full, max_length)
-    for name in data.tests:
-        if seen := data.overlap(name):
-            logger.warning("%d rows of %s have a text that is also in the training rows", seen, name)
-    if data.target.kind == "regression":
-        mean, spread = float(data.train["label"].mean()), float(data.train["label"].std(ddof=0))
-        if abs(mean) > 20 or not 0.05 < spread < 20:
-            logger.warning("targets have mean %.3g, spread %.3g: models learn best near 0 and 1, rescale", mean, spread)
+    times = f", {plan.seeds} runs" if plan.seeds > 1 else ""
+    times += f" after {plan.folds} folds" if plan.refit else ""
+    logger.info("%d steps of %d rows (%.1f epochs)%s", plan.steps, rows_per_step, epochs, times)
+    cut = truncated([len(f["input_ids"]) for f in features], source.max_length - 1, "the training rows")
+    if cut:
+        logger.warning("%s", cut.message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -11,12 +12,25 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
 from .data import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RECORD = "steadytune.json"
+MEMBERS = "members"  # the models of an ensemble
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+TABLE_WRITERS: dict[str, Callable[[pd.DataFrame, Path], Any]] = {
+    ".csv": lambda table, path: table.to_csv(path, index=False),
+    ".tsv": lambda table, path: table.to_csv(path, index=False, sep="\t"),
+    ".jsonl": lambda table, path: table.to_json(path, orient="records", lines=True, force_ascii=False),
+    ".parquet": lambda table, path: table.to_parquet(path),
+}
 
 
 class Output:
@@ -65,38 +79,56 @@ class Output:
             raise UsageError(f"--resume: no run in {self.path} (no {RECORD}). Leave --resume out to start one.")
         if record["status"] == "finished":
             raise UsageError(f"--resume: the run in {self.path} is finished. Train anew with --overwrite.")
-        if self.last_checkpoint() is None:
-            raise UsageError(f"--resume: the run in {self.path} has no checkpoint yet. Start it anew with --overwrite.")
         return record
 
-    def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end (the trainer's state comes last)."""
-        found = [path for path in self.checkpoints.glob("checkpoint-*") if _is_whole(path)]
-        return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs out of the folder while this one writes, also after a crash of this one.
+
+        Raises:
+            UsageError: another run holds it, or it cannot be written.
+        """
+        fresh = not self.path.exists()
+        with writing(self.path):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.checkpoints / ".lock")
+            try:
+                lock.acquire(blocking=False)
+            except Timeout as error:
+                raise UsageError(
+                    f"output {self.path} is in use by another run: choose another --output DIR."
+                ) from error
+            try:
+                yield
+            finally:
+                lock.release()
+                if fresh:
+                    self._forget_empty()
 
     def clear(self) -> None:
         """Remove what an earlier run recorded as its own; nothing else is touched."""
         record = self._record()
         for name in record["files"] if record else ():
             (self.path / Path(name).name).unlink(missing_ok=True)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        self.path.mkdir(parents=True, exist_ok=True)
+        for folder in (self.path / MEMBERS, *self.checkpoints.glob("*/")):
+            shutil.rmtree(folder, ignore_errors=True)
 
-    def forget_empty(self) -> None:
+    def sweep(self) -> None:
+        """Remove what a killed run left half-written."""
+        for part in self.path.glob(".*.part"):
+            part.unlink(missing_ok=True)
+        for folder in self.path.glob(".model-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _forget_empty(self) -> None:
         """Take back folders that were made for nothing."""
-        for folder in (self.checkpoints, self.path):
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            for folder in self.checkpoints.glob("*/"):
                 folder.rmdir()
-
-    def write(self, name: str, writer: Callable[[Path], Any]) -> None:
-        """Let `writer` fill a file beside the final place, then rename it."""
-        part = self.path / f".{name}.part"
-        writer(part)
-        os.replace(part, self.path / name)
-
-    def write_json(self, name: str, value: Any) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        self.write(name, lambda path: path.write_text(text, encoding="utf-8"))
+            if {p.name for p in self.checkpoints.iterdir()} <= {".lock"}:
+                (self.checkpoints / ".lock").unlink(missing_ok=True)
+                self.checkpoints.rmdir()
+                self.path.rmdir()
 
     def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Write model and tokenizer; `config.json` comes last, so that the folder loads only when it is complete."""
@@ -107,6 +139,56 @@ class Output:
             for name in names:
                 os.replace(Path(folder, name), self.path / name)
         return names
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full disk or a missing permission, in one sentence.
+
+    Raises:
+        UsageError: instead of what the libraries raise.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in WRITE_ERRORS:
+            raise
+        raise _unwritten(path, os.strerror(error.errno)) from error
+    except (RuntimeError, SafetensorError) as error:  # torch and safetensors hide the system's error in a text
+        found = next((os.strerror(n) for n in WRITE_ERRORS if os.strerror(n) in str(error)), None)
+        if found is None and "PytorchStreamWriter failed writing" not in str(error):
+            raise
+        raise _unwritten(path, found or "the disk may be full") from error
+
+
+def _unwritten(path: Path, why: str) -> UsageError:
+    return UsageError(
+        f"output {path} cannot be written: {why}. Make room or choose another --output DIR; what was saved before is "
+        "whole, and --resume goes on from there."
+    )
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end (the trainer's state comes last)."""
+    found = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def write_whole(path: Path, writer: Callable[[Path], Any]) -> None:
+    """Let `writer` fill a file beside the final place, then rename it."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        writer(part)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON, whole or not at all."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _is_whole(checkpoint: Path) -> bool:

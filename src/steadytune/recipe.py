@@ -40,6 +40,15 @@ class Recipe:
         max_length: tokens per row, longer ones are cut; by default 128 or the model's limit.
         dropout: one probability for every dropout of the model; by default as its config says.
         bf16: bfloat16 autocast; the weights themselves stay float32.
+        lora: train low-rank adapters instead of all weights and merge them at the end; by default for models of more
+            than a billion weights. Needs the extra ``peft``.
+        class_weights: ``"balanced"`` weighs classes by inverse frequency.
+        evaluations: how often the validation rows are scored while training; the best weights of those moments are
+            kept. 0: the last weights are kept, nothing is selected.
+        patience: stop after this many evaluations without a new best.
+        calibrate: fit a temperature on the validation rows and divide the output layer by it.
+        restarts: how often a run whose training loss (penalties included) stays above 0.9 log K after 20 % of its
+            steps is stopped and begun anew with other seeds; for classification.
         train_size: draw this many rows, stratified, and forget the others.
         validation_share: carved out of the training rows where no validation table is given.
         seed: of everything below that is not set.
@@ -60,6 +69,12 @@ class Recipe:
     max_length: int | None = None
     dropout: float | None = None
     bf16: bool = False
+    lora: bool | None = None
+    class_weights: Literal["none", "balanced"] = "none"
+    evaluations: int = 0
+    patience: int | None = None
+    calibrate: bool = False
+    restarts: int = 0
     train_size: int | None = None
     validation_share: float = 0.1
     seed: int = 0
@@ -73,6 +88,10 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise UsageError(f"{name} must be {rule}, got {value}.")
+        if self.class_weights not in ("none", "balanced"):
+            raise UsageError(f"class_weights must be none or balanced, got {self.class_weights!r}.")
+        if self.patience is not None and not self.evaluations:
+            raise UsageError(f"patience ({self.patience}) counts evaluations: set evaluations, for example to 10.")
         if self.steps is not None and self.epochs is not None:
             raise UsageError(f"give steps ({self.steps}) or epochs ({self.epochs}), not both.")
 
@@ -106,8 +125,10 @@ _NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
 _SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 _SEED = ("between 0 and 2**32 - 1", lambda value: 0 <= value < 2**32)  # numpy's range
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("lr", "batch_size", "accumulation", "steps", "epochs", "max_length", "train_size"), _POSITIVE),
-    **dict.fromkeys(("weight_decay", "max_grad_norm"), _NOT_NEGATIVE),
+    **dict.fromkeys(
+        ("lr", "batch_size", "accumulation", "steps", "epochs", "max_length", "patience", "train_size"), _POSITIVE
+    ),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "evaluations", "restarts"), _NOT_NEGATIVE),
     **dict.fromkeys(("warmup", "dropout", "validation_share"), _SHARE),
     **dict.fromkeys(("seed", "init_seed", "data_seed", "dropout_seed", "method_seed"), _SEED),
 }

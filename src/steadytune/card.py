@@ -1,0 +1,107 @@
+"""The model card: what was trained on what, how steadily, and what it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def model_card(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], metric: str) -> str:
+    """Markdown with the hub's YAML head.
+
+    Args:
+        record: as written to steadytune.json.
+        metrics: set -> metric -> value (and ``runs``: mean and spread).
+        metric: the one to show first.
+    """
+    recipe = record["recipe"]
+    head = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "tags": ["steadytune", *(m["name"] for m in recipe["methods"])],
+        "metrics": [metric],
+    }
+    if not Path(recipe["model"]).exists():  # a name on the hub
+        head["base_model"] = recipe["model"]
+    parts = [
+        "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True) + "---\n",
+        f"# {Path(recipe['model']).name}, fine-tuned for {recipe['kind']}\n",
+        *_data(record),
+        *_training(record),
+        *_results(record, metrics, metric),
+        *_limits(record),
+    ]
+    return "\n".join(parts)
+
+
+def _data(record: Mapping[str, Any]) -> Iterator[str]:
+    yield "## Data\n"
+    yield "| set | rows | source | rows also in training |\n|---|---|---|---|"
+    for name, about in record["data"].items():
+        yield f"| {name} | {about['rows']} | {Path(about['source']).name} | {about.get('also_in_train', '')} |"
+    columns = record["columns"]
+    labels = ", ".join(record["recipe"]["labels"]) or "a number"
+    yield f"\nText: {', '.join(columns['text'])}. Label: {columns['label']} ({labels}).\n"
+
+
+def _training(record: Mapping[str, Any]) -> Iterator[str]:
+    recipe = record["recipe"]
+    methods = "; ".join(map(_call, recipe["methods"]))
+    yield "## Training\n"
+    yield f"- base model: {recipe['model']}"
+    yield f"- methods: {methods or 'none (plain fine-tuning)'}"
+    yield (
+        f"- {recipe['optimizer']}; learning rate {recipe['lr']}, {recipe['batch_size'] * recipe['accumulation']} "
+        f"rows a step, {recipe['steps']} steps planned, weight decay {recipe['weight_decay']}"
+    )
+    yield "- dropout: " + (", ".join(f"{name} {value:g}" for name, value in recipe["dropout"].items()) or "none")
+    for i, run in enumerate(record["runs"]):
+        seeds = ", ".join(f"{name} {value}" for name, value in run["seeds"].items())
+        yield f"- run {i}: {run['steps']} steps, {run['seconds']:.0f} s; seeds: {seeds}"
+    failures = sum(run["failures"] for run in record["runs"])
+    if failures:
+        yield f"- runs stopped because their loss did not fall, and begun anew: {failures}"
+    if recipe["runs"] > 1:
+        how = {"best": "the best on the validation rows", "soup": "the mean of their weights"}
+        yield f"- {recipe['runs']} runs, combined: {how.get(recipe['combine'], 'the mean of their probabilities')}"
+    yield f"- made with steadytune {record['versions']['steadytune']}, every option in steadytune.json\n"
+
+
+def _call(method: Mapping[str, Any]) -> str:
+    return f"{method['name']}({', '.join(f'{k}={v}' for k, v in method['options'].items())})"
+
+
+def _results(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], metric: str) -> Iterator[str]:
+    if not metrics:
+        return
+    recipe = record["recipe"]
+    selected = recipe["evaluations"] or recipe["calibrate"] or (recipe["runs"] > 1 and recipe["combine"] == "best")
+    names = list(dict.fromkeys([metric, *(key for s in metrics.values() for key in s if key not in ("rows", "runs"))]))
+    yield "## Results\n"
+    yield "| set | rows | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 2)
+    for name, scores in metrics.items():
+        mark = " (selected on)" if selected and name == "validation" else ""
+        yield f"| {name}{mark} | {scores['rows']} | " + " | ".join(_cell(scores, key) for key in names) + " |"
+    if any("runs" in scores for scores in metrics.values()):
+        yield f"\nIn brackets: mean and standard deviation over the {recipe['runs']} runs.\n"
+    yield "\nTest sets of another domain than the training rows show how far the model carries.\n"
+
+
+def _cell(scores: Mapping[str, Any], key: str) -> str:
+    value = scores.get(key)
+    if value is None:
+        return "-"
+    runs = scores.get("runs", {}).get(key)
+    return f"{value:.4f}" + (f" ({runs['mean']:.4f} ± {runs['sd']:.4f})" if runs else "")
+
+
+def _limits(record: Mapping[str, Any]) -> Iterator[str]:
+    rows, runs = record["data"]["train"]["rows"], record["recipe"]["runs"]
+    yield "## Limits\n"
+    yield f"- Trained on {rows} rows: expect other scores on texts of another kind, length or time."
+    if runs == 1:
+        yield "- One run: another seed gives another score. The spread is not known."
+    yield "- Whatever the base model and the labels got wrong, this model learned too.\n"

@@ -1,0 +1,132 @@
+"""What a `fit` would take, from three measured steps: time, memory, files."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from .modelling import tokenise
+from .training import Bench, ByLength, Job
+
+if TYPE_CHECKING:
+    from .fitting import Plan
+
+MEASURED = 3  # steps, after one that warms up
+FORWARD = 1 / 3  # of a training step's time: the backward pass costs twice the forward
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a `fit` would take.
+
+    Attributes:
+        trainings: folds and runs together.
+        steps: optimizer steps of one training, at most.
+        seconds_per_step: on this machine, for batches of mean length.
+        minutes: of all trainings and evaluations.
+        memory: peak in bytes; of the accelerator, if there is one, else of this process.
+        files: what will be written -> bytes.
+    """
+
+    trainings: int
+    steps: int
+    seconds_per_step: float
+    minutes: float
+    memory: int
+    files: dict[str, int]
+
+    def __str__(self) -> str:
+        written = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in self.files.items())
+        return (
+            f"{self.trainings} training(s) of at most {self.steps} steps, {self.seconds_per_step:.2f} s each: about "
+            f"{self.minutes:.1f} minutes with evaluation. Peak memory about {self.memory / 1e9:.1f} GB. "
+            f"Files: {written}."
+        )
+
+
+def estimate(bench: Callable[[Path], Bench], jobs: Sequence[Job], plan: Plan) -> Estimate:
+    """Measure the first steps of the first job in a temporary folder; nothing else is written.
+
+    Raises:
+        UsageError: as in training.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        place = bench(Path(folder))
+        quiet = dataclasses.replace(
+            place, save_steps=0, progress=False, recipe=dataclasses.replace(place.recipe, evaluations=0, patience=None)
+        )
+        trainer = quiet.trainer(jobs[0], jobs[0].seeds, Path(folder))
+        clock = Clock()
+        trainer.add_callback(clock)
+        trainer.train_here(None)
+        model: Any = trainer.model
+        weights = sum(p.nbytes for p in model.parameters())
+    data: Any = trainer.train_dataset
+    lengths = np.array([len(row["input_ids"]) for row in data])
+    size, steps = plan.recipe.batch_size, plan.recipe.accumulation
+    padded = per_step(lengths[list(ByLength(lengths, size, trainer.args.data_seed or 0))], size, steps)
+    timed = np.resize(padded, len(clock.seconds))[1:]
+    per_token = float(np.sum(clock.seconds[1:]) / np.sum(timed))
+    tests = sum(
+        len(f["input_ids"])
+        for rows in plan.data.tests.values()
+        for f in tokenise(rows, place.source.tokenizer, place.source.max_length)
+    )
+    trainings = plan.seeds + (plan.folds if plan.refit else 0)
+    evaluated = trainings + (trainings * plan.recipe.evaluations)
+    seconds = trainings * plan.steps * padded.mean() * per_token + evaluated * tests * per_token * FORWARD
+    return Estimate(
+        trainings=trainings,
+        steps=plan.steps,
+        seconds_per_step=padded.mean() * per_token,
+        minutes=seconds / 60,
+        memory=peak_memory(),
+        files={
+            "model": weights * (plan.seeds + 1 if plan.combine == "ensemble" and plan.seeds > 1 else 1),
+            "checkpoints while training": 3 * weights * (2 if plan.save_steps or plan.recipe.evaluations else 0),
+            "predictions and records": 200 * sum(len(rows) for rows in plan.data.tests.values()) + 20_000,
+        },
+    )
+
+
+class Clock(TrainerCallback):
+    """Times the first steps and ends the training."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.started = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self.seconds.append(time.perf_counter() - self.started)
+        control.should_training_stop |= len(self.seconds) > MEASURED
+
+
+def per_step(lengths: np.ndarray, batch_size: int, accumulation: int) -> np.ndarray:
+    """Padded tokens of each optimizer step of an epoch in this order of rows."""
+    batches = [lengths[i : i + batch_size] for i in range(0, len(lengths), batch_size)]
+    tokens = [len(batch) * int(batch.max()) for batch in batches]
+    return np.array([sum(tokens[i : i + accumulation]) for i in range(0, len(tokens), accumulation)])
+
+
+def peak_memory() -> int:
+    """Bytes held at most so far: of the accelerator, if there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

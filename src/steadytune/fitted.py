@@ -1,0 +1,256 @@
+"""What `fit` leaves behind: a model that predicts labels for tables of text, from memory or from its folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .data import Table, Target, UsageError, encode, examples, one_line
+from .modelling import quiet, tokenise
+from .output import MEMBERS, RECORD
+from .tasks import score
+from .training import decide, device
+
+logger = logging.getLogger("steadytune")
+
+Rows = str | Path | pd.DataFrame | Table | Sequence[str] | Sequence[Sequence[str]]
+
+
+class FittedModel:
+    """One model, or several whose answers are averaged.
+
+    Attributes:
+        models: plain transformers models.
+        tokenizer: theirs.
+        target: what is predicted; ``target.names`` are the columns of probabilities.
+        text: the text columns of tables: one, or two for pairs.
+        label: the label column.
+        max_length: tokens per row.
+        bf16: bfloat16 autocast, as in training.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase,
+        target: Target,
+        *,
+        text: Sequence[str] = ("text",),
+        label: str = "label",
+        max_length: int = 128,
+        bf16: bool = False,
+    ) -> None:
+        self.models, self.tokenizer, self.target = list(models), tokenizer, target
+        self.text, self.label, self.max_length, self.bf16 = tuple(text), label, max_length, bf16
+
+    @classmethod
+    def load(cls, folder: str | Path) -> FittedModel:
+        """Read what `fit` wrote.
+
+        Raises:
+            UsageError: no finished run there.
+        """
+        record = read_record(folder)
+        recipe, columns = record["recipe"], record["columns"]
+        members = sorted(Path(folder, MEMBERS).glob("*")) or [Path(folder)]
+        try:
+            with quiet():
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+                models = [
+                    AutoModelForSequenceClassification.from_pretrained(m, dtype=torch.float32).to(device()).eval()
+                    for m in members
+                ]
+        except Exception as error:  # damaged files raise what their parsers raise
+            raise UsageError(f"{folder}: the model cannot be loaded: {one_line(error)[:500]}") from error
+        target = Target(tuple(recipe["labels"]), **({"multi": True} if recipe["kind"] == "multilabel" else {}))
+        return cls(
+            models,
+            tokenizer,
+            target,
+            text=columns["text"],
+            label=columns["label"],
+            max_length=recipe["max_length"],
+            bf16=recipe["bf16"],
+        )
+
+    # ---- predictions
+
+    def scores(self, rows: Rows, *, progress: bool = False) -> np.ndarray:
+        """Probabilities (rows, classes), or numbers (rows, 1) for regression; several models averaged.
+
+        Args:
+            rows: texts, pairs of texts, or a table with the text columns of the training table.
+            progress: show a bar.
+
+        Raises:
+            UsageError: a table without those columns, empty texts, or outputs that are no numbers.
+        """
+        return self._scores(self._texts(rows), progress)
+
+    def _scores(self, frame: pd.DataFrame, progress: bool) -> np.ndarray:
+        features = tokenise(frame, self.tokenizer, self.max_length)
+        found = [self._activated(logits(m, self.tokenizer, features, self.bf16, progress)) for m in self.models]
+        return np.mean(found, axis=0)
+
+    def _activated(self, outputs: np.ndarray) -> np.ndarray:
+        if self.target.kind == "regression":
+            return outputs
+        if self.target.kind == "multilabel":
+            return 1 / (1 + np.exp(-outputs))
+        powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+        return powers / powers.sum(axis=1, keepdims=True)
+
+    def predict_proba(self, rows: Rows) -> np.ndarray:
+        """Probabilities (rows, classes), columns in the order of ``target.names``.
+
+        Raises:
+            UsageError: a regression model has none.
+        """
+        if self.target.kind == "regression":
+            raise UsageError("predict_proba: a regression model predicts numbers: use predict.")
+        return self.scores(rows)
+
+    def predict(self, rows: Rows) -> np.ndarray:
+        """Class names, tuples of class names (several labels), or numbers: one per row."""
+        return self._decide(self.scores(rows))
+
+    def _decide(self, scores: np.ndarray) -> np.ndarray:
+        return decide(scores - 0.5 if self.target.kind == "multilabel" else scores, self.target)
+
+    def table(self, rows: Rows, merge: Mapping[str, str] | None = None, *, progress: bool = False) -> pd.DataFrame:
+        """Columns ``prediction`` and, for classes, ``probability_<class>``; one row per row.
+
+        Args:
+            rows: as for `scores`.
+            merge: class name to the coarser name it is reported under.
+            progress: show a bar.
+        """
+        return self._report(self._texts(rows), merge or {}, progress)
+
+    def _report(self, frame: pd.DataFrame, merge: Mapping[str, str], progress: bool) -> pd.DataFrame:
+        scores = self._scores(frame, progress)
+        predictions = self._decide(scores)
+        if merge:
+            predictions = np.array([merge.get(name, name) for name in predictions], dtype=object)
+        columns = {f"probability_{name}": column for name, column in zip(self.target.names, scores.T, strict=False)}
+        return pd.DataFrame({"prediction": predictions, **columns})
+
+    def evaluate(self, rows: str | Path | pd.DataFrame | Table) -> dict[str, float | None]:
+        """Every metric of the kind on a table with labels.
+
+        Raises:
+            UsageError: unreadable tables, unknown labels.
+        """
+        table = Table.of(rows, self.text, self.label, "given")
+        checked = encode(examples(table), table, self.target)
+        return self.judge(checked, table.merge)[1]
+
+    def judge(
+        self, rows: pd.DataFrame, merge: Mapping[str, str] | None = None, *, progress: bool = False
+    ) -> tuple[pd.DataFrame, dict[str, Any]]:
+        """Predictions and scores of checked rows."""
+        merge = merge or {}
+        found = self._report(rows, merge, progress)
+        gold = np.fromiter(rows["label"], dtype=object if self.target.names else float, count=len(rows))
+        scores = score(self.target, gold, found["prediction"].to_numpy(), self.target.merged(merge))
+        return found, {"rows": len(rows), **scores}
+
+    def _texts(self, rows: Rows) -> pd.DataFrame:
+        """Frame with `text` (and `text_pair`)."""
+        names = ["text", "text_pair"][: len(self.text)]
+        if isinstance(rows, (str, Path)):
+            rows = Table.of(rows, self.text, self.label, "given")
+        frame = rows.frame if isinstance(rows, Table) else rows
+        if isinstance(frame, pd.DataFrame):
+            columns = rows.text or self.text if isinstance(rows, Table) else self.text
+            missing = [c for c in columns if c not in frame.columns]
+            if missing:
+                known = ", ".join(map(str, frame.columns))
+                raise UsageError(f"no text column {missing[0]!r} in the table to predict. Known: {known}.")
+            values = frame[list(columns)].to_numpy()
+        else:
+            values = np.array([[row] if isinstance(row, str) else list(row) for row in frame], dtype=object)
+        if len(values) == 0:
+            raise UsageError("the table to predict has no rows.")
+        if values.ndim != 2 or values.shape[1] != len(names):
+            raise UsageError(f"the model reads {len(names)} text(s) a row, got rows of another shape.")
+        bad = [i for i, row in enumerate(values) if not all(isinstance(t, str) and t.strip() for t in row)]
+        if bad:
+            raise UsageError(
+                f"texts to predict must be strings that are not empty; {len(bad)} of {len(values)} rows are not "
+                f"(rows counted from 0: {', '.join(map(str, bad[:5]))})."
+            )
+        return pd.DataFrame({name: values[:, i] for i, name in enumerate(names)})
+
+    # ---- files
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the plain model (of several the first) and its tokenizer."""
+        with quiet():
+            self.models[0].save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """The record of a finished run.
+
+    Raises:
+        UsageError: there is none.
+    """
+    file = Path(folder, RECORD)
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if record["format"] != 1 or record["status"] != "finished":
+            raise UsageError(f"{folder}: the run is {record['status']}, not finished: run fit with --resume first.")
+        return record
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"{folder}: no model that steadytune fit has written (no readable {RECORD}): give the --output of a fit."
+        ) from error
+
+
+def logits(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    features: list[dict[str, Any]],
+    bf16: bool = False,
+    progress: bool = False,
+    batch_size: int = 64,
+) -> np.ndarray:
+    """Outputs (rows, outputs) in the order of the rows; rows of like length go together, which spares padding.
+
+    Raises:
+        UsageError: outputs that are not finite.
+    """
+    order = np.argsort([-len(feature["input_ids"]) for feature in features], kind="stable")
+    starts = range(0, len(order), batch_size)
+    training, found = model.training, []
+    model.eval()
+    with torch.inference_mode(), _autocast(model, bf16):
+        for start in tqdm(starts, desc="predicting", unit="batch") if progress else starts:
+            batch = tokenizer.pad([features[i] for i in order[start : start + batch_size]], return_tensors="pt")
+            outputs = model(**batch.to(model.device)).logits
+            found.append(outputs.double().cpu().numpy())
+    model.train(training)
+    values = np.concatenate(found)
+    if not np.isfinite(values).all():
+        raise UsageError("the model's outputs are not numbers: training diverged. Lower lr or raise warmup.")
+    return values[np.argsort(order)]
+
+
+@contextlib.contextmanager
+def _autocast(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        yield

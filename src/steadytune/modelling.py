@@ -1,0 +1,258 @@
+"""Model, tokens and labels: what a table and a model directory become before training."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.utils import logging as hub_logging
+
+from .data import Target, UsageError, one_line
+
+logger = logging.getLogger("steadytune")
+
+MAX_LENGTH = 128
+PROBLEMS = {"classification": "single_label_classification", "multilabel": "multi_label_classification"}
+LORA_ABOVE = 1_000_000_000  # parameters from which on adapters are trained unless told otherwise
+
+
+@contextlib.contextmanager
+def quiet(warnings: bool = False) -> Iterator[None]:
+    """Silence transformers' own bars and tables for a while; what matters in them is said in our words."""
+    level, bars = hub_logging.get_verbosity(), hub_logging.is_progress_bar_enabled()
+    hub_logging.disable_progress_bar()
+    if not warnings:
+        hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(level)
+        if bars:
+            hub_logging.enable_progress_bar()
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A pre-trained model, opened: every `load` is the same model with a head drawn anew.
+
+    Attributes:
+        name: directory or hub name.
+        config: with a head for the target and the dropout wanted.
+        tokenizer: with a padding token.
+        max_length: tokens per row.
+        dropout: the settings in force.
+    """
+
+    name: str
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    dropout: dict[str, float]
+
+    @classmethod
+    def open(cls, name: str, target: Target, *, dropout: float | None = None, max_length: int | None = None) -> Source:
+        """Read config and tokenizer.
+
+        Raises:
+            UsageError: no such model, no model, or one that cannot do what was asked for.
+        """
+        if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+            raise UsageError(f"model {name!r}: no such directory.")
+        if Path(name).is_dir() and not Path(name, "config.json").is_file():
+            raise UsageError(f"model {name!r} is a directory without config.json: give a Hugging Face model directory.")
+        with quiet(), _loading(name):
+            config = AutoConfig.from_pretrained(name, **head_options(target))
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        in_force = set_dropout(config, dropout)
+        _set_pad(config, tokenizer, name)
+        return cls(name, config, tokenizer, token_limit(max_length, config, tokenizer), in_force)
+
+    def load(self, seed: int) -> PreTrainedModel:
+        """The model in float32, new weights drawn with ``seed``.
+
+        Whatever the checkpoint's precision, the weights that AdamW moves are float32: at 2e-5 bfloat16 rounds most
+        updates to nothing.
+        """
+        with quiet(), _loading(self.name):
+            set_seed(seed)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                self.name,
+                config=copy.deepcopy(self.config),
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+        if new:
+            logger.info("new weights, drawn with seed %d: %s", seed, ", ".join(new))
+        return model
+
+
+def head_options(target: Target) -> dict[str, Any]:
+    """What the config needs to know of the target."""
+    if not target.names:
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {
+        "id2label": dict(enumerate(target.names)),
+        "label2id": {label: number for number, label in enumerate(target.names)},
+        "problem_type": PROBLEMS[target.kind],
+    }
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Whatever the library says when a directory or hub model cannot be read, in one sentence.
+
+    Raises:
+        UsageError: instead.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:  # damaged files raise what their parsers raise
+        raise UsageError(
+            f"model {name!r} cannot be loaded as a text classifier: {one_line(error)[:500]} "
+            "Check the name, the files and the connection."
+        ) from error
+
+
+def set_dropout(config: Any, probability: float | None) -> dict[str, float]:
+    """Set every dropout probability of a config and return them; None only reads."""
+    names = [
+        name
+        for name, value in config.to_dict().items()
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, (int, float))
+        and not isinstance(value, bool)
+    ]  # fmt: skip
+    if probability is not None:
+        if not names:
+            raise UsageError(f"dropout {probability}: the config of this {config.model_type} model has no dropout.")
+        for name in names:
+            setattr(config, name, float(probability))
+    return {name: float(getattr(config, name)) for name in names}
+
+
+def _set_pad(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Give decoders a padding token: without one they classify single rows only."""
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UsageError(f"model {name!r}: its tokenizer has neither a padding nor an end token: set pad_token.")
+        tokenizer.pad_token = tokenizer.eos_token
+        logger.info("no padding token: padding with the end token %r", tokenizer.eos_token)
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def token_limit(wanted: int | None, config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens per row: what was asked for, else 128, never more than the model has positions for."""
+    limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf)
+    if wanted is not None and wanted > limit:
+        raise UsageError(f"max_length must be at most {int(limit)}, the model's limit, got {wanted}.")
+    return int(min(wanted or MAX_LENGTH, limit))
+
+
+def tokenise(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict[str, Any]]:
+    """One feature dictionary per row, unpadded."""
+    pairs = rows["text_pair"].tolist() if "text_pair" in rows else None
+    encoded = tokenizer(rows["text"].tolist(), pairs, truncation=True, max_length=max_length)
+    return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+
+
+def label_ids(labels: Sequence[Any], target: Target) -> list[Any]:
+    """Labels as the model takes them: class numbers, rows of 0.0 and 1.0 (several labels), or numbers."""
+    if not target.names:
+        return [float(label) for label in labels]
+    ids = {name: number for number, name in enumerate(target.names)}
+    if target.kind == "multilabel":
+        return [[float(name in label) for name in target.names] for label in labels]
+    return [ids[label] for label in labels]
+
+
+# ---- large models -----------------------------------------------------------------------------------------------
+
+
+def adapted(model: PreTrainedModel, wanted: bool | None) -> nn.Module:
+    """The model with LoRA adapters on all linear layers and a trainable head, if wanted or too large to train whole.
+
+    Rank 16, alpha 32, dropout 0.05 (Hu et al., ICLR 2022, arXiv 2106.09685; on all layers as Dettmers et al., NeurIPS
+    2023, arXiv 2305.14314). Needs the extra ``peft``. `merged` takes them back into the weights.
+
+    Raises:
+        UsageError: peft is not installed.
+    """
+    size = sum(p.numel() for p in model.parameters())
+    if wanted is False or (wanted is None and size < LORA_ABOVE):
+        return model
+    try:
+        from peft import LoraConfig, TaskType, get_peft_model
+    except ImportError as error:
+        raise UsageError(
+            f"a model of {size / 1e9:.1f} billion weights is trained with LoRA: pip install 'steadytune[peft]', "
+            "or train all weights with lora=False (--no-lora)."
+        ) from error
+    config = LoraConfig(task_type=TaskType.SEQ_CLS, r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
+    found: Any = get_peft_model(model, config)
+    trained = sum(p.numel() for p in found.parameters() if p.requires_grad)
+    logger.info("LoRA of rank 16 on all linear layers: %d weights are trained instead of %d", trained, size)
+    return found
+
+
+def merged(model: nn.Module) -> PreTrainedModel:
+    """A plain model: adapters, if there are any, taken into the weights."""
+    unload: Any = getattr(model, "merge_and_unload", None)
+    return unload() if unload else model  # type: ignore[return-value]
+
+
+# ---- calibration ------------------------------------------------------------------------------------------------
+
+
+def temperature(logits: np.ndarray, labels: Sequence[int]) -> float:
+    """The temperature in [0.05, 20] under which the labels are most probable (Guo et al., ICML 2017, arXiv 1706.04599).
+
+    Args:
+        logits: (rows, classes).
+        labels: class numbers.
+    """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import log_softmax
+
+    rows = np.arange(len(labels))
+    found = minimize_scalar(
+        lambda power: -log_softmax(logits / np.exp(power), axis=1)[rows, labels].mean(),
+        bounds=(math.log(0.05), math.log(20)),
+        method="bounded",
+    )
+    return float(np.exp(found.x))
+
+
+def cool(model: PreTrainedModel, temperature: float) -> None:
+    """Divide a classifier's logits by a temperature for good, in its last linear layer: any user of the model sees it.
+
+    Raises:
+        UsageError: the model's outputs do not come from one linear layer.
+    """
+    outputs = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
+    if not outputs:
+        raise UsageError(f"calibrate: a {model.config.model_type} model has no linear output layer: leave it out.")
+    with torch.no_grad():
+        for p in outputs[-1].parameters():
+            p.div_(temperature)
