@@ -147,6 +147,7 @@ class SteadyClassifier(ClassifierMixin, _Steady):
 
     def predict(self, X: Any) -> np.ndarray:
         """Labels (rows,), of the type given to `fit`."""
+        check_is_fitted(self, "model_")
         return self.classes_[self.predict_proba(X).argmax(axis=1)]
 
 

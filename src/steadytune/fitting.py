@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .estimate import Estimate
     from .fitted import FittedModel
     from .modelling import Source
-    from .training import Bench, FitTrainer, Job, Trained
+    from .training import Bench, Job, Trained
 
 logger = logging.getLogger("steadytune")
 
@@ -343,9 +343,10 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
     jobs = fold_jobs(plan) if plan.refit else runs(plan)
     with folder.held():
         try:
-            trainer: FitTrainer | None = place.trainer(jobs[0], jobs[0].seeds, folder.checkpoints / jobs[0].name)
+            trainer = place.trainer(jobs[0], jobs[0].seeds, folder.checkpoints / jobs[0].name)
         except ValueError as error:  # a method that cannot act on this model, or two that exclude each other
             raise UsageError(str(error)) from error
+        _check_tokens(trainer.train_dataset, source)
         assert trainer.run is not None
         logger.info("%s", trainer.run.describe())
         _announce(plan, source, trainer.train_dataset)
@@ -353,14 +354,23 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
         if previous is None:
             folder.clear()
             write_json(folder.path / RECORD, record)
-        trained: list[Trained] = []
-        stop_at = None
+        trained = [place.train(job, None if i else trainer) for i, job in enumerate(jobs)]
         if plan.refit:
-            tried = [place.train(job, trainer if not i else None) for i, job in enumerate(jobs)]
-            stop_at, trainer = _best_step(tried, plan), None
-        for i, job in enumerate(runs(plan, stop_at)):
-            trained.append(place.train(job, None if i else trainer))
+            stop_at = _best_step(trained, plan)
+            trained = [place.train(job) for job in runs(plan, stop_at)]
         return _finish(plan, source, folder, record, trained)
+
+
+def _check_tokens(features: Any, source: Source) -> None:
+    """A directory without tokenizer files gives a tokenizer without words."""
+    from .modelling import unknown_share
+
+    share = unknown_share(features, source.tokenizer)
+    if share > 0.5:
+        raise UsageError(
+            f"{share:.0%} of the tokens are unknown to the tokenizer of {source.name!r}: its files are missing, or it "
+            "was made for another language or alphabet. Give a model whose tokenizer knows the texts."
+        )
 
 
 def fold_jobs(plan: Plan) -> list[Job]:

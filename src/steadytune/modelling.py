@@ -177,6 +177,13 @@ def tokenise(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length:
     return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 
 
+def unknown_share(features: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> float:
+    """Share of tokens that the tokenizer does not know, special ones not counted."""
+    ids = np.concatenate([f["input_ids"] for f in features])
+    ids = ids[~np.isin(ids, [i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id])]
+    return float((ids == tokenizer.unk_token_id).mean()) if tokenizer.unk_token_id is not None and len(ids) else 0.0
+
+
 def label_ids(labels: Sequence[Any], target: Target) -> list[Any]:
     """Labels as the model takes them: class numbers, rows of 0.0 and 1.0 (several labels), or numbers."""
     if not target.names:

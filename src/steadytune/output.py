@@ -52,7 +52,7 @@ class Output:
         record = self._record()
         if resume:
             return self._resumable(record)
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if self._in_use():
             if record is None:
                 raise UsageError(f"output {self.path} is not empty and holds no run: choose another --output DIR.")
             if not overwrite:
@@ -61,6 +61,13 @@ class Output:
                     "go on with --resume, start anew with --overwrite, or choose another --output DIR."
                 )
         return None
+
+    def _in_use(self) -> bool:
+        """Whether the folder holds anything but what a run leaves that was killed before it had written its record."""
+        if not self.path.is_dir():
+            return False
+        others = any(p != self.checkpoints and not p.name.startswith(f".{RECORD}") for p in self.path.iterdir())
+        return others or any(self.checkpoints.glob("*/*"))
 
     def _record(self) -> dict[str, Any] | None:
         file = self.path / RECORD

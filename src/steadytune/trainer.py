@@ -167,7 +167,10 @@ class Trainer(transformers.Trainer):
             self._give_clip_back()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor | int | None]:
-        """Pass on the token count only to losses that use it."""
+        """Pass on the token count only to losses that use it; no batches once the training is over."""
+        if self._over():
+            self.control.should_training_stop = True
+            return [], None
         batches, items = super().get_batch_samples(*args, **kwargs)
         if items is not None and batches:
             if self._counts is None:
@@ -177,6 +180,10 @@ class Trainer(transformers.Trainer):
             if not self._counts:
                 items = None
         return batches, items
+
+    def _over(self) -> bool:
+        """Whether the last step was taken: resumed from its checkpoint, the stock Trainer would take one more."""
+        return self.state.global_step >= self.state.max_steps
 
     def _uses_count(self, batch: dict[str, Any], items: Any) -> bool:
         """Whether the loss of a batch halves when the count doubles."""

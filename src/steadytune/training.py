@@ -31,7 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from .data import Target
+from .data import Target, UsageError, one_line
 from .modelling import Source, adapted, label_ids, merged, quiet, tokenise
 from .output import last_checkpoint, write_json
 from .recipe import MAX_STEPS, Recipe
@@ -200,6 +200,7 @@ class Bench:
             method_seed=seeds["method"],
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.create_optimizer()  # attaches the methods: what they refuse is known before anything is written
         return trainer
 
     def features(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
@@ -385,6 +386,8 @@ class ByLength(Sampler):
 class FitTrainer(Trainer):
     """Our Trainer with rows of like length together, and what a job wants to know of it."""
 
+    ended = False  # whether the checkpoint resumed from was the last one of its training
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(row["input_ids"]) for row in rows]
@@ -395,13 +398,27 @@ class FitTrainer(Trainer):
 
         Raises:
             Interrupted: a signal came; the last step is in a checkpoint.
+            UsageError: the checkpoint cannot be read.
         """
         if checkpoint is not None:
             logger.info("resuming from %s", checkpoint)
+        self.ended = checkpoint is not None and was_stopped(checkpoint)
         started = time.perf_counter()
-        with quiet(warnings=True), Interrupt.listening(self):  # every checkpoint has a bar
-            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        begun = Begun()
+        self.add_callback(begun)
+        try:
+            with quiet(warnings=True), Interrupt.listening(self):  # every checkpoint has a bar
+                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except Exception as error:  # damaged files raise what their parsers raise
+            if begun.yes or checkpoint is None:
+                raise
+            raise UsageError(
+                f"{checkpoint}: the checkpoint cannot be resumed: {one_line(error)[:500]} Start anew with --overwrite."
+            ) from error
         return time.perf_counter() - started
+
+    def _over(self) -> bool:
+        return super()._over() or self.ended
 
     def failing(self, classes: int) -> bool:
         """Whether the loss never fell below 0.9 log K after 20 % of the steps."""
@@ -416,6 +433,12 @@ class FitTrainer(Trainer):
         if self.state.best_model_checkpoint is not None:
             steps = int(self.state.best_model_checkpoint.rpartition("-")[2])
         return Trained(merged(self.model).eval(), steps, seconds, curve, seeds, failures, failing)
+
+
+def was_stopped(checkpoint: Path) -> bool:
+    """Whether a callback (early stopping, the step chosen, a loss that did not fall) had ended the training there."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return bool(state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"])
 
 
 def judged_at(steps: int) -> int:
@@ -441,6 +464,15 @@ class StopFailing(TrainerCallback):
             control.should_training_stop = True
 
 
+class Begun(TrainerCallback):
+    """Whether a first step has begun, that is, everything was read."""
+
+    yes = False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.yes = True
+
+
 class StopAt(TrainerCallback):
     """End a training at a step of a longer schedule."""
 
@@ -457,8 +489,10 @@ class Interrupt(TrainerCallback):
     received: int | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.received is not None:
-            control.should_save = control.should_training_stop = True
+        control.should_save |= self.received is not None
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= self.received is not None  # not in the checkpoint: the training is not over
 
     @classmethod
     def listening(cls, trainer: FitTrainer) -> _Listening:

@@ -1,0 +1,22 @@
+"""One `fit` in a process of its own, for test_killed.py: from the start, or on from where the last one was killed."""
+
+import json
+from pathlib import Path
+
+
+def train(folder: str, output: str) -> None:
+    import torch
+
+    from fit_helpers import toy
+    from steadytune import fit
+
+    torch.set_num_threads(1)
+    record = Path(folder, output, "steadytune.json")
+    status = json.loads(record.read_text())["status"] if record.exists() else None
+    if status == "finished":
+        return
+    fit(
+        toy(40), model=str(Path(folder, "bert")), output=Path(folder, output), tests={"test": toy(20, start=100)},
+        methods=["dps_mix:update_ratio=0.1", "ema"], steps=80, batch_size=4, lr=1e-3, save_steps=4, progress=False,
+        text="text", label="label", resume=status is not None,
+    )  # fmt: skip

@@ -1,0 +1,447 @@
+"""Several runs in one model, moments chosen on validation rows, restarts, calibration, and the estimators."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import signal
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.special import log_softmax
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, TrainerCallback
+
+from fit_helpers import save_tiny_bert, save_tiny_gpt2, toy, word_tokenizer
+from steadytune import FittedModel, SteadyClassifier, SteadyRegressor, dry_run, fit, modelling, training
+from steadytune.data import Target, UsageError
+from steadytune.estimate import per_step
+from steadytune.merge import uniform
+from steadytune.output import last_checkpoint
+from steadytune.recipe import Recipe
+
+QUICK = {"steps": 40, "batch_size": 8, "lr": 5e-3, "save_steps": 0, "progress": False, "text": "text", "label": "label"}
+TESTS = {"test": toy(30, start=200)}
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    return save_tiny_bert(tmp_path_factory.mktemp("bert"))
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---- several runs -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, bert):
+    """The three runs that seeds=3 makes, each on its own."""
+    folder = tmp_path_factory.mktemp("alone")
+    return [
+        fit(toy(60), model=bert, output=folder / str(i), tests=TESTS, **QUICK, data_seed=0, dropout_seed=i,
+            method_seed=i)
+        for i in range(3)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory, bert):
+    folder = tmp_path_factory.mktemp("together")
+    return {
+        how: fit(toy(60), model=bert, output=folder / how, tests=TESTS, seeds=3, combine=how, **QUICK)
+        for how in ("best", "soup", "ensemble")
+    }
+
+
+def test_runs_share_head_and_rows_and_differ_in_everything_else(together):
+    seeds = [run["seeds"] for run in together["soup"].runs]
+    assert [s["init"] for s in seeds] == [0, 0, 0]
+    assert [tuple(s.values()) for s in seeds] == [(0, 0, 0, 0), (0, 1, 1, 1), (0, 2, 2, 2)]
+    members = [weights(p) for p in sorted((together["ensemble"].output / "members").iterdir())]
+    assert len(members) == 3
+    assert not any(same(a, b) for a, b in itertools.combinations(members, 2))
+
+
+def test_the_first_of_several_runs_is_the_single_run(together, alone):
+    members = together["ensemble"].output / "members"
+    assert same(weights(members / "0"), weights(alone[0].output))
+
+
+def test_soup_is_the_mean_of_the_weights(together):
+    members = [weights(p) for p in sorted((together["ensemble"].output / "members").iterdir())]
+    soup = weights(together["soup"].output)
+    for name, values in soup.items():
+        assert torch.equal(values, torch.stack([m[name].double() for m in members]).mean(0).float()), name
+
+
+def test_ensemble_is_the_mean_of_the_probabilities_and_loads_again(together):
+    result = together["ensemble"]
+    texts = TESTS["test"]["text"].tolist()
+    each = []
+    for folder in sorted((result.output / "members").iterdir()):
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        with torch.no_grad():
+            each.append(model(**word_tokenizer()(texts, padding=True, return_tensors="pt")).logits.softmax(-1).numpy())
+    rows = result.predictions.query("set == 'test'")
+    np.testing.assert_allclose(rows[["probability_down", "probability_up"]], np.mean(each, axis=0), atol=1e-6)
+    again = FittedModel.load(result.output)
+    assert len(again.models) == 3
+    np.testing.assert_allclose(again.predict_proba(texts), np.mean(each, axis=0), atol=1e-6)
+
+
+def test_best_is_the_run_with_the_best_validation_score_not_test_score(together):
+    result = together["best"]
+    record = json.loads((result.output / "steadytune.json").read_text())
+    scores = [run["scores"]["validation"]["accuracy"] for run in result.runs]
+    assert record["chosen"] == int(np.argmax(scores))
+    members = together["ensemble"].output / "members"
+    assert same(weights(result.output), weights(members / str(record["chosen"])))
+
+
+def test_mean_and_spread_over_runs(together):
+    for result in together.values():
+        each = [run["scores"]["test"]["accuracy"] for run in result.runs]
+        found = result.metrics["test"]["runs"]["accuracy"]
+        assert found == {"mean": pytest.approx(np.mean(each)), "sd": pytest.approx(np.std(each, ddof=1)), "n": 3}
+        assert f"{np.mean(each):.4f} ±" in (result.output / "README.md").read_text()
+
+
+class StopAt(TrainerCallback):
+    """Ctrl-C in the middle of the n-th step that begins."""
+
+    left = 0
+
+    def __init__(self, name):
+        pass
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        StopAt.left -= 1
+        if StopAt.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("options", [{"seeds": 2, "combine": "soup"}, {"refit": True, "folds": 2, "evaluations": 4}])
+def test_interrupted_between_and_in_runs_resumes_bitwise(tmp_path, bert, monkeypatch, options):
+    monkeypatch.setattr(training, "Progress", StopAt)
+    own = {**QUICK, "steps": 12, "save_steps": 5, "progress": True, **options}
+    StopAt.left = 0
+    straight = fit(toy(40), model=bert, output=tmp_path / "straight", **own)
+    StopAt.left, resume = 8, False
+    for _ in range(9):
+        try:
+            cut = fit(toy(40), model=bert, output=tmp_path / "cut", resume=resume, **own)
+            break
+        except KeyboardInterrupt:
+            StopAt.left, resume = 8, True
+    assert resume
+    assert same(weights(straight.output), weights(cut.output))
+    assert [run["curve"] for run in straight.runs] == [run["curve"] for run in cut.runs]
+
+
+def test_uniform_refuses_other_architectures_and_other_buffers():
+    with pytest.raises(ValueError, match="one architecture"):
+        uniform([{"a": torch.ones(2)}, {"a": torch.ones(3)}])
+    with pytest.raises(ValueError, match="one architecture"):
+        uniform([{"a": torch.ones(2)}, {"b": torch.ones(2)}])
+    with pytest.raises(ValueError, match="different values in 'n'"):
+        uniform([{"n": torch.tensor(1)}, {"n": torch.tensor(2)}])
+    found = uniform(
+        [{"a": torch.tensor([1.0, 2.0]), "n": torch.tensor(1)}, {"a": torch.tensor([3.0, 2.0]), "n": torch.tensor(1)}]
+    )
+    assert found["a"].tolist() == [2.0, 2.0]
+
+
+# ---- moments ----------------------------------------------------------------------------------------------------
+
+
+def test_the_best_moment_is_kept_and_no_test_row_chose_it(tmp_path, bert):
+    own = {**QUICK, "evaluations": 8, "validation_share": 0.3}
+    result = fit(toy(60), model=bert, output=tmp_path / "o", tests=TESTS, **own)
+    curve = dict(result.runs[0]["curve"])
+    assert list(curve) == [5, 10, 15, 20, 25, 30, 35, 40]
+    assert result.steps == max(curve, key=lambda step: (curve[step], -step))
+    assert result.metrics["validation"]["accuracy"] == max(curve.values())
+    other = fit(toy(60), model=bert, output=tmp_path / "p", tests={"test": toy(30, start=400)}, **own)
+    assert same(weights(result.output), weights(other.output))
+    assert "(selected on)" in (result.output / "README.md").read_text()
+
+
+def test_patience_counts_evaluations_without_a_new_best(tmp_path, bert):
+    own = {**QUICK, "lr": 1e-7, "evaluations": 8, "patience": 3}  # nothing changes: the first is the best
+    result = fit(toy(60), model=bert, output=tmp_path / "o", **own)
+    assert [step for step, _ in result.runs[0]["curve"]] == [5, 10, 15, 20]
+    assert result.steps == 5
+
+
+def test_a_smaller_error_is_better(tmp_path, bert):
+    own = {**QUICK, "label": "score", "evaluations": 8, "metric": "rmse", "validation_share": 0.3}
+    result = fit(toy(60), model=bert, output=tmp_path / "o", **own)
+    curve = dict(result.runs[0]["curve"])
+    assert result.steps == min(curve, key=lambda step: (curve[step], step))
+    assert curve[result.steps] < curve[5]
+
+
+def test_refit_trains_on_all_rows_to_the_best_mean_step(tmp_path, bert, monkeypatch):
+    stopped = []
+    init = training.StopAt.__init__
+    monkeypatch.setattr(training.StopAt, "__init__", lambda self, step: stopped.append(step) or init(self, step))
+    seen = []
+    train = training.Bench.train
+    monkeypatch.setattr(training.Bench, "train", lambda s, job, *a: seen.append(train(s, job, *a)) or seen[-1])
+    result = fit(toy(60), model=bert, output=tmp_path / "o", tests=TESTS, refit=True, folds=3, evaluations=4, **QUICK)
+    folds, final = seen[:3], seen[3]
+    means = {step: np.mean([dict(f.curve)[step] for f in folds]) for step in (10, 20, 30, 40)}
+    assert stopped == [max(means, key=lambda step: (means[step], -step))]
+    assert final.steps == result.steps == stopped[0]
+    record = json.loads((result.output / "steadytune.json").read_text())
+    assert record["data"]["train"]["rows"] == 60
+    assert list(result.metrics) == ["test"]
+
+
+# ---- failing runs -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_loss_does_not_fall_is_stopped_counted_and_begun_anew(tmp_path, bert):
+    own = {**QUICK, "steps": 60, "validation_share": 0}
+    result = fit(toy(60), model=bert, output=tmp_path / "o", restarts=2, **{**own, "lr": 1e-7})
+    run = result.runs[0]
+    assert (run["failures"], run["failing"], run["steps"]) == (2, True, 60)  # the last one runs to its end
+    assert run["seeds"] not in (
+        {"init": 0, "data": 0, "dropout": 0, "method": 0},
+        training.restarted(dict.fromkeys(run["seeds"], 0), 1),
+    )
+    assert "begun anew: 2" in (result.output / "README.md").read_text()
+    learns = fit(toy(60), model=bert, output=tmp_path / "p", restarts=2, **{**own, "lr": 2e-2})
+    assert (learns.runs[0]["failures"], learns.runs[0]["failing"]) == (0, False)
+
+
+class State:
+    def __init__(self, step, losses):
+        self.global_step, self.log_history = step, [{"loss": loss} for loss in losses]
+
+
+@pytest.mark.parametrize(
+    ("state", "classes", "failing"),
+    [
+        (State(20, [0.7, 0.63]), 2, True),  # 0.9 log 2 is 0.624
+        (State(20, [0.7, 0.62]), 2, False),
+        (State(20, [0.62, 0.7]), 2, False),  # it fell once
+        (State(19, [0.7]), 2, False),  # too early to tell
+        (State(20, [1.0]), 3, True),  # 0.9 log 3 is 0.989
+        (State(20, [0.98]), 3, False),
+    ],
+)  # fmt: skip
+def test_failing_is_a_loss_that_stays_above_nine_tenths_of_chance(state, classes, failing):
+    assert training._failing(state, classes, 20) == failing
+
+
+# ---- weights of classes, calibration, adapters, several labels --------------------------------------------------
+
+
+def test_class_weights_by_hand():
+    two = Target(("a", "b"))
+    rows = pd.DataFrame({"label": ["a"] * 6 + ["b"] * 2})
+    weights = training.class_weights(rows, two)
+    assert weights.tolist() == pytest.approx([8 / 12, 8 / 4])
+    loss = training.weighted_loss(Recipe(class_weights="balanced"), rows, two)
+    logits, labels = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1])
+    each = [np.log(1 + np.exp(-1)), np.log(2)]
+    output = type("Output", (), {"logits": logits})
+    assert float(loss(output, labels)) == pytest.approx((each[0] * 2 / 3 + each[1] * 2) / (2 / 3 + 2))
+    assert training.weighted_loss(Recipe(), rows, two) is None
+
+
+def test_class_weights_reach_the_training(tmp_path, bert):
+    table = pd.concat([toy(60).query("label == 'up'"), toy(15).query("label == 'down'")])
+    own = {**QUICK, "validation_share": 0}
+    share = [
+        fit(table, model=bert, output=tmp_path / kind, class_weights=kind, **own).predict_proba(["film"])[0, 0]
+        for kind in ("none", "balanced")
+    ]
+    assert share[1] > share[0] + 0.05  # 'down' is the rare class
+
+
+def test_temperature_is_the_best_one_and_lies_in_the_weights(tmp_path, bert):
+    own = {**QUICK, "validation_share": 0.4}
+    plain = fit(toy(60), model=bert, output=tmp_path / "p", **own)
+    cooled = fit(toy(60), model=bert, output=tmp_path / "c", calibrate=True, **own)
+    found = cooled.runs[0]["temperature"]
+    texts = toy(60)["text"].tolist()
+    logits = [np.diff(np.log(FittedModel.load(tmp_path / name).predict_proba(texts)), axis=1) for name in ("p", "c")]
+    np.testing.assert_allclose(logits[0], logits[1] * found, rtol=1e-3)
+    assert (cooled.predict(texts) == plain.predict(texts)).all()
+    rows = plain.predictions.query("set == 'validation'")
+    scores = np.log(rows[["probability_down", "probability_up"]].to_numpy())
+    truth = (rows["label"] == "up").astype(int).to_numpy()
+
+    def cost(t):
+        return -log_softmax(scores / t, axis=1)[np.arange(len(truth)), truth].mean()
+
+    assert cost(found) <= min(cost(t) for t in np.geomspace(0.05, 20, 200)) + 1e-6
+
+
+def test_temperature_of_a_known_distribution():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(20000, 3))
+    powers = np.exp(logits / 2.5)
+    labels = [rng.choice(3, p=p / p.sum()) for p in powers]
+    assert modelling.temperature(logits, labels) == pytest.approx(2.5, rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_adapters_are_merged_into_a_plain_model(tmp_path, bert):
+    pytest.importorskip("peft")
+    own = {**QUICK, "validation_share": 0}
+    result = fit(toy(60), model=bert, output=tmp_path / "o", lora=True, **own)
+    before = BertForSequenceClassification.from_pretrained(bert, num_labels=2).state_dict()
+    after = BertForSequenceClassification.from_pretrained(result.output).state_dict()
+    assert after.keys() == before.keys()
+    moved = {n for n in after if after[n].shape == before[n].shape and not torch.equal(after[n], before[n])}
+    assert "bert.encoder.layer.0.attention.self.query.weight" in moved
+    assert not any("embeddings" in n or "LayerNorm" in n for n in moved)
+    change = (
+        after["bert.encoder.layer.0.intermediate.dense.weight"]
+        - before["bert.encoder.layer.0.intermediate.dense.weight"]
+    )
+    assert torch.linalg.matrix_rank(change) <= 16
+    assert (
+        modelling.adapted(
+            BertForSequenceClassification(
+                BertConfig(hidden_size=16, num_attention_heads=2, intermediate_size=8, vocab_size=9)
+            ),
+            None,
+        ).__class__
+        is BertForSequenceClassification
+    )
+
+
+def test_several_labels_a_row(tmp_path, bert):
+    def several(*where):
+        table = toy(*where)
+        kind = [("film" in text, label == "up") for text, label in zip(table["text"], table["label"], strict=True)]
+        return table.assign(label=[["film"] * film + ["kind"] * up for film, up in kind])
+
+    tests = {"t": several(20, False, 300)}
+    result = fit(several(60), model=bert, output=tmp_path / "o", tests=tests, **{**QUICK, "steps": 150, "lr": 1e-2})
+    assert result.metric == "f1_micro"
+    assert result.metrics["t"]["f1_micro"] > 0.7
+    assert set(result.predict(["good film", "bad play"])) <= {(), ("film",), ("kind",), ("film", "kind")}
+    loaded = AutoModelForSequenceClassification.from_pretrained(result.output)
+    assert loaded.config.problem_type == "multi_label_classification"
+    assert isinstance(pd.read_parquet(result.output / "predictions.parquet")["prediction"].iloc[0], np.ndarray)
+
+
+# ---- signals, dry run -------------------------------------------------------------------------------------------
+
+
+class Signal(TrainerCallback):
+    """The system asks for the end in the middle of a step."""
+
+    def __init__(self, step, number):
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_signals_leave_a_checkpoint_of_the_last_step(tmp_path, bert, monkeypatch, number):
+    own = {**QUICK, "steps": 12, "progress": True, "methods": "dps_mix:update_ratio=0.2"}
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "Progress", lambda name: Signal(6, number))
+        with pytest.raises(training.Interrupted):
+            fit(toy(40), model=bert, output=tmp_path / "cut", **own)
+    assert last_checkpoint(tmp_path / "cut" / "checkpoints" / "training").name == "checkpoint-7"
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    cut = fit(toy(40), model=bert, output=tmp_path / "cut", resume=True, **own)
+    straight = fit(toy(40), model=bert, output=tmp_path / "straight", **own)
+    assert same(weights(cut.output), weights(straight.output))
+
+
+def test_a_dry_run_measures_and_writes_nothing(tmp_path, bert):
+    found = dry_run(toy(60), model=bert, output=tmp_path / "o", tests=TESTS, seeds=2, combine="ensemble", **QUICK)
+    assert not (tmp_path / "o").exists()
+    assert (found.trainings, found.steps) == (2, 40)
+    size = sum(t.nbytes for t in AutoModelForSequenceClassification.from_pretrained(bert).state_dict().values())
+    assert found.files["model"] == 3 * size
+    assert found.seconds_per_step > 0
+    assert found.minutes >= 2 * 40 * found.seconds_per_step / 60
+    assert found.memory > size
+    with pytest.raises(UsageError, match="unknown option 'lrr'"):
+        dry_run(toy(60), model=bert, output=tmp_path / "o", lrr=1)
+
+
+def test_padded_tokens_of_a_step_by_hand():
+    assert per_step(np.array([3, 5, 2, 2, 7]), 2, 1).tolist() == [10, 4, 7]
+    assert per_step(np.array([3, 5, 2, 2, 7]), 2, 2).tolist() == [14, 7]
+
+
+# ---- estimators -------------------------------------------------------------------------------------------------
+
+
+FAST = {"steps": 100, "batch_size": 8, "lr": 1e-2}
+
+
+def test_classifier_is_a_scikit_learn_classifier(bert):
+    table = toy(60)
+    texts, labels = table["text"].to_numpy(), np.where(table["label"] == "up", 7, -2)
+    model = SteadyClassifier(bert, **FAST)
+    assert clone(model).get_params() == model.get_params()
+    assert cross_val_score(model, texts, labels, cv=2).mean() > 0.8
+    model.fit(texts, labels)
+    assert model.classes_.tolist() == [-2, 7]
+    assert model.predict(texts[:5]).dtype == labels.dtype
+    found = model.predict_proba(texts)
+    assert found.shape == (60, 2)
+    assert ((found.argmax(1) == 1) == (model.predict(texts) == 7)).all()
+    assert model.score(texts, labels) > 0.8
+    search = GridSearchCV(SteadyClassifier(bert, **FAST), {"methods": [(), ("ema:decay=0.5",)]}, cv=2).fit(
+        texts, labels
+    )
+    assert set(search.cv_results_["param_methods"].tolist()) == {(), ("ema:decay=0.5",)}
+
+
+def test_columns_of_probabilities_follow_the_labels_where_text_order_differs(bert):
+    """As text '10' comes before '9'; as numbers after it."""
+    table = toy(60)
+    labels = np.where(table["label"] == "up", 10, 9)
+    model = SteadyClassifier(bert, **FAST).fit(table["text"].tolist(), labels)
+    assert model.classes_.tolist() == [9, 10]
+    assert (model.predict(table["text"].tolist()) == labels).mean() > 0.8
+
+
+def test_pairs_frames_and_numbers(bert, tmp_path):
+    table = toy(60, pair=True)
+    pairs = table[["text", "other"]]
+    gpt2 = save_tiny_gpt2(tmp_path / "gpt2")
+    model = SteadyRegressor(gpt2, **FAST).fit(pairs, table["score"])
+    assert model.predict(pairs).shape == (60,)
+    np.testing.assert_allclose(model.predict(pairs), model.predict(pairs.to_numpy().tolist()))
+    with pytest.raises(UsageError, match="2 text"):
+        model.predict(["one text"])
+
+
+@pytest.mark.parametrize("call", [lambda m: m.predict(["a"]), lambda m: m.predict_proba(["a"])])
+def test_an_estimator_that_was_not_fitted_says_so(bert, call):
+    with pytest.raises(Exception, match="not fitted"):
+        call(SteadyClassifier(bert))
+
+
+def test_estimators_refuse_rows_that_do_not_match(bert):
+    with pytest.raises(UsageError, match="X has 2 rows, y has 3"):
+        SteadyClassifier(bert).fit(["a", "b"], [0, 1, 0])
+    with pytest.raises(UsageError, match="no rows"):
+        SteadyClassifier(bert).fit([], [])
