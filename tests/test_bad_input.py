@@ -339,7 +339,7 @@ def test_predict(here, model):
     refused(here, ["predict", "m", "new.csv", "--output", "p.xlsx"], "unknown ending", ".csv")
     refused(here, ["predict", "m", "new.csv", "--output", "no/p.csv"], "no such directory")
     refused(here, [*words, "--text", "txt"], "'txt'")
-    refused(here, ["predict", "m", write("e.csv", "text\n" "\n")], "empty")
+    refused(here, ["predict", "m", write("e.jsonl", '{"text": " "}\n')], "empty")
     assert run(*words).exit_code == 0
     found = pd.read_csv("p.csv")
     assert list(found.columns) == ["prediction", "probability_down", "probability_up"]
