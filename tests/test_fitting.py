@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from fit_helpers import WORDS, save_tiny_bert, save_tiny_gpt2, toy, word_tokenizer
-from steadytune import fitted, modelling, training
+from steadytune import fitted, fitting, modelling, training
 from steadytune.data import Target, UsageError
 from steadytune.fitted import FittedModel, logits
 from steadytune.fitting import fit
@@ -627,3 +627,44 @@ def test_three_classes_are_scored_on_two_by_the_arg_max_of_three(monkeypatch):
     assert table["prediction"].tolist() == ["entailment", "not_entailment"]
     assert table["probability_contradiction"].tolist() == pytest.approx([0.3, 0.7])
     assert scores["accuracy"] == 1.0
+
+
+# ---- the hub ----------------------------------------------------------------------------------------------------
+
+
+def test_uploads_only_when_asked_and_a_failure_costs_nothing(tmp_path, bert, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, name, exist_ok):
+            calls.append((name, exist_ok))
+
+        def upload_folder(self, folder_path, repo_id):
+            calls.append((repo_id, sorted(p.name for p in folder_path.iterdir())))
+            if repo_id == "me/down":
+                raise OSError("no connection")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    fit(toy(30), model=bert, output=tmp_path / "a", **QUICK)
+    assert not calls
+    fit(toy(30), model=bert, output=tmp_path / "b", push_to_hub="me/model", **QUICK)
+    assert calls[0] == ("me/model", True)
+    assert {"model.safetensors", "README.md", "steadytune.json"} <= set(calls[1][1])
+    with pytest.raises(UsageError, match=r"is in .*c, but not uploaded to 'me/down': no connection"):
+        fit(toy(30), model=bert, output=tmp_path / "c", push_to_hub="me/down", **QUICK)
+    assert same(weights(tmp_path / "b"), weights(tmp_path / "c"))
+
+
+def test_a_finished_checkpoint_takes_no_further_step(tmp_path, bert):
+    """Stock code resumed from the last checkpoint in the middle of an epoch takes one more; an average would move."""
+    own = {**QUICK, "methods": "ema:decay=0.9", "save_steps": 4, "lr": 1e-2}
+    straight = fit(toy(30), model=bert, output=tmp_path / "s", **own)
+    plan = fitting.make_plan(toy(30), model=bert, **own)
+    place = fitting.bench(plan, fitting.open_model(plan), tmp_path / "checkpoints")
+    (job,) = fitting.runs(plan)
+    steps = []
+    for _ in range(2):
+        trained = place.train(job)
+        steps.append(trained.steps)
+        assert same(weights(straight.output), trained.model.state_dict())
+    assert steps == [12, 12]

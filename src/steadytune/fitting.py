@@ -175,7 +175,7 @@ def fit(
     plan = make_plan(
         train, model=model, text=text, label=label, group=group, methods=methods, tests=tests, validation=validation,
         validation_column=validation_column, kind=kind, metric=metric, seeds=seeds, combine=combine, refit=refit,
-        folds=folds, save_steps=save_steps, progress=progress, options=options,
+        folds=folds, save_steps=save_steps, progress=progress, **options,
     )  # fmt: skip
     result = _run(plan, folder, previous)
     if push_to_hub is not None:
@@ -194,41 +194,33 @@ def dry_run(train: Any, *, output: str | Path, **options: Any) -> Estimate:
     folder = Output(output)
     folder.check(options.pop("resume", False), options.pop("overwrite", False))
     options.pop("push_to_hub", None)
-    named = {key: options.pop(key) for key in list(options) if key in _PLAN_ARGUMENTS}
-    plan = make_plan(train, **{**_PLAN_ARGUMENTS, **named}, options=options)
+    plan = make_plan(train, **options)
     source = open_model(plan)
     return estimate(lambda checkpoints: bench(plan, source, checkpoints), runs(plan), plan)
-
-
-_PLAN_ARGUMENTS: dict[str, Any] = {
-    "model": None, "text": None, "label": None, "group": None, "methods": (), "tests": None, "validation": None,
-    "validation_column": None, "kind": "auto", "metric": None, "seeds": 1, "combine": "best", "refit": False,
-    "folds": 5, "save_steps": 200, "progress": True,
-}  # fmt: skip
 
 
 def make_plan(
     train: Any,
     *,
     model: str | Path,
-    text: str | Sequence[str] | None,
-    label: str | None,
-    group: str | None,
-    methods: str | Method | Sequence[str | Method],
-    tests: Mapping[str, Any] | None,
-    validation: Any,
-    validation_column: str | None,
-    kind: Kind,
-    metric: str | None,
-    seeds: int,
-    combine: Combine,
-    refit: bool,
-    folds: int,
-    save_steps: int,
-    progress: bool,
-    options: Mapping[str, Any],
+    text: str | Sequence[str] | None = None,
+    label: str | None = None,
+    group: str | None = None,
+    methods: str | Method | Sequence[str | Method] = (),
+    tests: Mapping[str, Any] | None = None,
+    validation: Any = None,
+    validation_column: str | None = None,
+    kind: Kind = "auto",
+    metric: str | None = None,
+    seeds: int = 1,
+    combine: Combine = "best",
+    refit: bool = False,
+    folds: int = 5,
+    save_steps: int = 200,
+    progress: bool = True,
+    **options: Any,
 ) -> Plan:
-    """Check options and data.
+    """Check options and data; arguments as of `fit`.
 
     Raises:
         UsageError: what was asked for cannot be done.
@@ -366,11 +358,14 @@ def _check_tokens(features: Any, source: Source) -> None:
     from .modelling import unknown_share
 
     share = unknown_share(features, source.tokenizer)
-    if share > 0.5:
-        raise UsageError(
-            f"{share:.0%} of the tokens are unknown to the tokenizer of {source.name!r}: its files are missing, or it "
-            "was made for another language or alphabet. Give a model whose tokenizer knows the texts."
-        )
+    message = (
+        f"{share:.0%} of the tokens are unknown to the tokenizer of {source.name!r}: its files are missing, or it was "
+        "made for another language or alphabet. Give a model whose tokenizer knows the texts."
+    )
+    if share > 0.95:
+        raise UsageError(message)
+    if share > 0.2:
+        logger.warning("%s", message)
 
 
 def fold_jobs(plan: Plan) -> list[Job]:

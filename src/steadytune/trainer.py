@@ -183,7 +183,7 @@ class Trainer(transformers.Trainer):
 
     def _over(self) -> bool:
         """Whether the last step was taken: resumed from its checkpoint, the stock Trainer would take one more."""
-        return self.state.global_step >= self.state.max_steps
+        return 0 < self.state.max_steps <= self.state.global_step
 
     def _uses_count(self, batch: dict[str, Any], items: Any) -> bool:
         """Whether the loss of a batch halves when the count doubles."""
