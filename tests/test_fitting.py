@@ -660,7 +660,7 @@ def test_a_finished_checkpoint_takes_no_further_step(tmp_path, bert):
     own = {**QUICK, "methods": "ema:decay=0.9", "save_steps": 4, "lr": 1e-2}
     straight = fit(toy(30), model=bert, output=tmp_path / "s", **own)
     plan = fitting.make_plan(toy(30), model=bert, **own)
-    place = fitting.bench(plan, fitting.open_model(plan), tmp_path / "checkpoints")
+    place = fitting.setup(plan, fitting.open_model(plan), tmp_path / "checkpoints")
     (job,) = fitting.runs(plan)
     steps = []
     for _ in range(2):

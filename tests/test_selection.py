@@ -197,8 +197,8 @@ def test_refit_trains_on_all_rows_to_the_best_mean_step(tmp_path, bert, monkeypa
     init = training.StopAt.__init__
     monkeypatch.setattr(training.StopAt, "__init__", lambda self, step: stopped.append(step) or init(self, step))
     seen = []
-    train = training.Bench.train
-    monkeypatch.setattr(training.Bench, "train", lambda s, job, *a: seen.append(train(s, job, *a)) or seen[-1])
+    train = training.Setup.train
+    monkeypatch.setattr(training.Setup, "train", lambda s, job, *a: seen.append(train(s, job, *a)) or seen[-1])
     result = fit(toy(60), model=bert, output=tmp_path / "o", tests=TESTS, refit=True, folds=3, evaluations=4, **QUICK)
     folds, final = seen[:3], seen[3]
     means = {step: np.mean([dict(f.curve)[step] for f in folds]) for step in (10, 20, 30, 40)}

@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from .modelling import tokenise
-from .training import Bench, ByLength, Job
+from .training import ByLength, Job, Setup
 
 if TYPE_CHECKING:
     from .fitting import Plan
@@ -55,14 +55,14 @@ class Estimate:
         )
 
 
-def estimate(bench: Callable[[Path], Bench], jobs: Sequence[Job], plan: Plan) -> Estimate:
+def estimate(setup: Callable[[Path], Setup], jobs: Sequence[Job], plan: Plan) -> Estimate:
     """Measure the first steps of the first job in a temporary folder; nothing else is written.
 
     Raises:
         UsageError: as in training.
     """
     with tempfile.TemporaryDirectory() as folder:
-        place = bench(Path(folder))
+        place = setup(Path(folder))
         quiet = dataclasses.replace(
             place, save_steps=0, progress=False, recipe=dataclasses.replace(place.recipe, evaluations=0, patience=None)
         )

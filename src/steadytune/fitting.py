@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .estimate import Estimate
     from .fitted import FittedModel
     from .modelling import Source
-    from .training import Bench, Job, Trained
+    from .training import Job, Setup, Trained
 
 logger = logging.getLogger("steadytune")
 
@@ -196,7 +196,7 @@ def dry_run(train: Any, *, output: str | Path, **options: Any) -> Estimate:
     options.pop("push_to_hub", None)
     plan = make_plan(train, **options)
     source = open_model(plan)
-    return estimate(lambda checkpoints: bench(plan, source, checkpoints), runs(plan), plan)
+    return estimate(lambda checkpoints: setup(plan, source, checkpoints), runs(plan), plan)
 
 
 def make_plan(
@@ -304,11 +304,11 @@ def open_model(plan: Plan) -> Source:
     return Source.open(plan.model, plan.data.target, dropout=plan.recipe.dropout, max_length=plan.recipe.max_length)
 
 
-def bench(plan: Plan, source: Source, checkpoints: Path) -> Bench:
+def setup(plan: Plan, source: Source, checkpoints: Path) -> Setup:
     """What all trainings share."""
-    from .training import Bench
+    from .training import Setup
 
-    return Bench(
+    return Setup(
         source, plan.methods, plan.recipe, plan.data.target, plan.steps, plan.metric, checkpoints, plan.save_steps,
         plan.progress, keep=plan.seeds > 1 or plan.refit,
     )  # fmt: skip
@@ -331,7 +331,7 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
     record = _record(plan, source)
     if previous is not None:
         same_run(previous, record, folder.path)
-    place = bench(plan, source, folder.checkpoints)
+    place = setup(plan, source, folder.checkpoints)
     jobs = fold_jobs(plan) if plan.refit else runs(plan)
     with folder.held():
         try:

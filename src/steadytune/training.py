@@ -100,7 +100,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
+class Setup:
     """What all trainings of one `fit` share.
 
     Attributes:
