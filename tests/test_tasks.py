@@ -175,3 +175,15 @@ def test_multilabel_scores_agree_with_scikit_learn():
 
 def test_multilabel_reports_micro_f1_first():
     assert next(iter(METRICS["multilabel"])) == "f1_micro"
+
+
+@pytest.mark.parametrize(
+    "file", ["sst2/train", "imdb/test", "yelp/test", "amazon/test", "imdb_counterfactual/test_original"]
+)
+def test_what_is_called_negative_is_negative(file):
+    """The IMDB file numbers its labels the other way round: read as described, a sentiment model is right on a quarter."""
+    rows = prepare(tasks.read_set(data_root(), file), {}, validation_share=0.0).train
+    bad = rows["text"].str.contains(r"\b(?:worst|awful|waste of|terrible|horrible)\b", case=False)
+    assert (rows["label"][bad] == "negative").mean() > 0.7
+    good = rows["text"].str.contains(r"\b(?:wonderful|excellent|superb|masterpiece)\b", case=False)
+    assert (rows["label"][good] == "positive").mean() > 0.6

@@ -30,7 +30,7 @@ PREMISE, QUESTIONS = ("premise", "hypothesis"), ("question1", "question2")
 COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cola": (ONE, ("unacceptable", "acceptable")),
     "sst2": (ONE, SENTIMENT),
-    "imdb": (ONE, SENTIMENT),
+    "imdb": (ONE, SENTIMENT[::-1]),  # numbered the other way round in the file, whatever its description says
     "imdb_counterfactual": (ONE, SENTIMENT),
     "yelp": (ONE, SENTIMENT),
     "amazon": (ONE, SENTIMENT),
