@@ -181,7 +181,7 @@ def test_multilabel_reports_micro_f1_first():
     "file", ["sst2/train", "imdb/test", "yelp/test", "amazon/test", "imdb_counterfactual/test_original"]
 )
 def test_what_is_called_negative_is_negative(file):
-    """The IMDB file numbers its labels the other way round: read as described, a sentiment model is right on a quarter."""
+    """The IMDB file numbers its labels the other way round: a sentiment model seems right on a quarter of its rows."""
     rows = prepare(tasks.read_set(data_root(), file), {}, validation_share=0.0).train
     bad = rows["text"].str.contains(r"\b(?:worst|awful|waste of|terrible|horrible)\b", case=False)
     assert (rows["label"][bad] == "negative").mean() > 0.7
