@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
@@ -62,6 +63,16 @@ def toy(rows: int = 40, pair: bool = False, start: int = 0) -> pd.DataFrame:
         frame.append({"text": " ".join(words), "label": "up" if up else "down", "score": 1.5 * up + (i % 5) / 10})
     table = pd.DataFrame(frame)
     return table.assign(other=[f"{WORDS[i % 16]} plot" for i in range(rows)]) if pair else table
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """What a folder that `fit` wrote holds."""
+    return load_file(folder / "model.safetensors")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def data_root() -> Path:

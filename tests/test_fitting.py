@@ -10,10 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
-from fit_helpers import WORDS, save_tiny_bert, save_tiny_gpt2, toy, word_tokenizer
+from fit_helpers import WORDS, same, save_tiny_bert, save_tiny_gpt2, toy, weights, word_tokenizer
 from steadytune import fitted, fitting, modelling, training
 from steadytune.data import Target, UsageError
 from steadytune.fitted import FittedModel, logits
@@ -30,14 +29,6 @@ QUICK = {"steps": 12, "batch_size": 4, "lr": 1e-3, "save_steps": 5, "progress": 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory):
     return save_tiny_bert(tmp_path_factory.mktemp("bert"))
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 # ---- recipe -----------------------------------------------------------------------------------------------------
@@ -668,3 +659,16 @@ def test_a_finished_checkpoint_takes_no_further_step(tmp_path, bert):
         steps.append(trained.steps)
         assert same(weights(straight.output), trained.model.state_dict())
     assert steps == [12, 12]
+
+
+def test_a_training_that_stopped_early_stays_stopped_after_a_resume(tmp_path, bert):
+    """Killed between its last checkpoint and its result: the stock code would spend the patience once more."""
+    own = {**QUICK, "evaluations": 6, "patience": 1, "lr": 1e-7}
+    plan = fitting.make_plan(toy(30), model=bert, **own)
+    place = fitting.setup(plan, fitting.open_model(plan), tmp_path / "checkpoints")
+    (job,) = fitting.runs(plan)
+    first, again = place.train(job), place.train(job)
+    assert [step for step, _ in first.curve] == [2, 4]
+    assert again.curve == first.curve
+    assert (first.steps, again.steps) == (2, 2)
+    assert same(first.model.state_dict(), again.model.state_dict())

@@ -10,13 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
 from scipy.special import log_softmax
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, TrainerCallback
 
-from fit_helpers import save_tiny_bert, save_tiny_gpt2, toy, word_tokenizer
+from fit_helpers import same, save_tiny_bert, save_tiny_gpt2, toy, weights, word_tokenizer
 from steadytune import FittedModel, SteadyClassifier, SteadyRegressor, dry_run, fit, modelling, training
 from steadytune.data import Target, UsageError
 from steadytune.estimate import per_step
@@ -31,14 +30,6 @@ TESTS = {"test": toy(30, start=200)}
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory):
     return save_tiny_bert(tmp_path_factory.mktemp("bert"))
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 # ---- several runs -----------------------------------------------------------------------------------------------

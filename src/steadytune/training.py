@@ -176,21 +176,20 @@ class Setup:
             ValueError: a method that cannot act on this model, or two that exclude each other.
         """
         model = adapted(self.source.load(seeds["init"]), self.recipe.lora)
-        train, select = (None if r is None else self.features(r) for r in (job.rows, job.select))
-        assert train is not None
         callbacks: list[TrainerCallback] = [Interrupt()]
         if self.progress:
             callbacks.append(Progress(job.name))
         if job.stop_at is not None:
             callbacks.append(StopAt(job.stop_at))
-        selecting = bool(self.recipe.evaluations) and select is not None
+        select = self.features(job.select) if self.recipe.evaluations and job.select is not None else None
+        selecting = select is not None
         if selecting and self.recipe.patience is not None:
             callbacks.append(EarlyStoppingCallback(early_stopping_patience=self.recipe.patience))
         trainer = FitTrainer(
             model=model,
             args=arguments(self.recipe, seeds, self.steps, folder, self.save_steps, self.metric if selecting else None),
-            train_dataset=train,
-            eval_dataset=select if selecting else None,
+            train_dataset=self.features(job.rows),
+            eval_dataset=select,
             data_collator=DataCollatorWithPadding(self.source.tokenizer),
             preprocess_logits_for_metrics=only_logits,
             compute_metrics=self.measure if selecting else None,
@@ -227,10 +226,10 @@ class Setup:
     def _read(self, folder: Path) -> Trained:
         record = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         record["curve"] = [tuple(point) for point in record["curve"]]
-        return Trained(read_model(folder / "model", self.source), **record)
+        return Trained(read_model(folder / "model"), **record)
 
 
-def read_model(folder: Path, source: Source) -> PreTrainedModel:
+def read_model(folder: Path) -> PreTrainedModel:
     """A model written by an earlier job, on the device it was trained on."""
     with quiet():
         model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
