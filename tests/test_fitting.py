@@ -661,14 +661,23 @@ def test_a_finished_checkpoint_takes_no_further_step(tmp_path, bert):
     assert steps == [12, 12]
 
 
-def test_a_training_that_stopped_early_stays_stopped_after_a_resume(tmp_path, bert):
-    """Killed between its last checkpoint and its result: the stock code would spend the patience once more."""
-    own = {**QUICK, "evaluations": 6, "patience": 1, "lr": 1e-7}
+class KillAfterSave(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+
+def test_a_training_that_stopped_early_stays_stopped_after_a_resume(tmp_path, bert, monkeypatch):
+    """Killed between its last checkpoint and its result: the stock code would go on to another evaluation."""
+    own = {**QUICK, "evaluations": 6, "patience": 1, "lr": 1e-7, "progress": True}
     plan = fitting.make_plan(toy(30), model=bert, **own)
     place = fitting.setup(plan, fitting.open_model(plan), tmp_path / "checkpoints")
     (job,) = fitting.runs(plan)
-    first, again = place.train(job), place.train(job)
-    assert [step for step, _ in first.curve] == [2, 4]
-    assert again.curve == first.curve
-    assert (first.steps, again.steps) == (2, 2)
-    assert same(first.model.state_dict(), again.model.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "Progress", lambda name: KillAfterSave())
+        with pytest.raises(KeyboardInterrupt):
+            place.train(job)
+    assert last_checkpoint(tmp_path / "checkpoints" / job.name).name == "checkpoint-4"
+    found = place.train(job)
+    assert [step for step, _ in found.curve] == [2, 4]
+    assert found.steps == 2
