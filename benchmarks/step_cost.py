@@ -26,15 +26,42 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
 import steadytune
-from steadytune import EMA, L2SP, ClipNorm, DPSDense, DPSMix, Mixout, RDrop, Run
+from steadytune import (
+    EMA,
+    L2SP,
+    SIFT,
+    SWA,
+    BiDrop,
+    ChildTuningD,
+    ChildTuningF,
+    ClipNorm,
+    DPSDense,
+    DPSMix,
+    Mixout,
+    RDrop,
+    RecAdam,
+    ROSEEnsemble,
+    ROSEFirst,
+    ROSESecond,
+    Run,
+)
 
 RECIPES = {
     "plain": [],
     "DPSDense": [DPSDense()],
     "DPSMix": [DPSMix()],
+    "ChildTuningF": [ChildTuningF()],
+    "ChildTuningD": [ChildTuningD()],
+    "ROSEFirst": [ROSEFirst()],
+    "ROSESecond": [ROSESecond()],
+    "ROSEEnsemble": [ROSEEnsemble()],
+    "BiDrop": [BiDrop()],
+    "SIFT": [SIFT()],
     "Mixout": [Mixout()],
     "EMA": [EMA()],
+    "SWA": [SWA(start=0.0)],
     "L2SP": [L2SP()],
+    "RecAdam": [RecAdam()],
     "ClipNorm": [ClipNorm()],
     "RDrop": [RDrop()],
 }
@@ -53,7 +80,9 @@ class Contestant:
         )
         self.model = BertForSequenceClassification(config).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 2e-5, fused=True)
-        self.run = Run(self.model, methods, total_steps=400).attach(self.optimizer) if methods else None
+        look = {"input_ids": torch.arange(64).view(4, 16), "labels": torch.tensor([0, 1, 1, 0])}
+        run = Run(self.model, methods, total_steps=400, data=lambda: [look])
+        self.run = run.attach(self.optimizer) if methods else None
         self.bytes: list[int] = []
         self.bytes_during = 0
 

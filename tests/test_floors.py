@@ -30,11 +30,14 @@ FLOORS = {
     "guards": 2,
     "modelling": 2,
     "core": 2,
+    "delta": 2,
+    "masks": 2,
     "methods": 3,
     "trainer": 4,
     "catalogue": 4,
     "config": 5,
     "doctor": 5,
+    "merging": 5,
     "training": 5,
     "fitted": 6,
     "estimate": 6,
@@ -42,13 +45,14 @@ FLOORS = {
     "estimators": 8,
     "cli": 8,
 }
-SIDEWAYS = {("views", "method"), ("tasks", "data")}  # on one floor, one way only
+SIDEWAYS = {("views", "method"), ("tasks", "data"), ("masks", "core")}  # on one floor, one way only
 NO_TORCH = (
     "reading",
     "guards",
     "facts",
     "config",
     "doctor",
+    "merging",
     "data",
     "tasks",
     "recipe",

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .core import Run as Run
+    from .delta import apply_delta as apply_delta
+    from .delta import save_delta as save_delta
     from .estimators import SteadyClassifier as SteadyClassifier
     from .estimators import SteadyRegressor as SteadyRegressor
     from .fitted import FittedModel as FittedModel
@@ -17,11 +19,20 @@ if TYPE_CHECKING:
     from .methods import EMA as EMA
     from .methods import L2SP as L2SP
     from .methods import METHODS as METHODS
+    from .methods import SIFT as SIFT
+    from .methods import SWA as SWA
+    from .methods import BiDrop as BiDrop
+    from .methods import ChildTuningD as ChildTuningD
+    from .methods import ChildTuningF as ChildTuningF
     from .methods import ClipNorm as ClipNorm
     from .methods import DPSDense as DPSDense
     from .methods import DPSMix as DPSMix
     from .methods import Mixout as Mixout
     from .methods import RDrop as RDrop
+    from .methods import RecAdam as RecAdam
+    from .methods import ROSEEnsemble as ROSEEnsemble
+    from .methods import ROSEFirst as ROSEFirst
+    from .methods import ROSESecond as ROSESecond
     from .step import Step as Step
     from .trainer import Trainer as Trainer
 
@@ -30,11 +41,30 @@ __version__ = "0.1.0"
 # torch and transformers take seconds to import: a name is looked up where it is first used, `--help` never waits
 _HOMES = {
     "core": ("Run",),
+    "delta": ("apply_delta", "save_delta"),
     "estimators": ("SteadyClassifier", "SteadyRegressor"),
     "fitted": ("FittedModel",),
     "fitting": ("FitResult", "dry_run", "fit"),
     "method": ("Method", "Weight", "only"),
-    "methods": ("EMA", "L2SP", "METHODS", "ClipNorm", "DPSDense", "DPSMix", "Mixout", "RDrop"),
+    "methods": (
+        "EMA",
+        "L2SP",
+        "METHODS",
+        "SIFT",
+        "SWA",
+        "BiDrop",
+        "ChildTuningD",
+        "ChildTuningF",
+        "ClipNorm",
+        "DPSDense",
+        "DPSMix",
+        "Mixout",
+        "RDrop",
+        "RecAdam",
+        "ROSEEnsemble",
+        "ROSEFirst",
+        "ROSESecond",
+    ),
     "step": ("Step",),
     "trainer": ("Trainer",),
 }

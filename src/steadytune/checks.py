@@ -33,6 +33,19 @@ def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
 
 
+DROPOUT_FIELDS = ("p", "drop_prob", "dropout", "dropout_p", "dropout_prob", "attention_dropout", "activation_dropout")
+
+
+def check_dropout(model: nn.Module, name: str) -> None:
+    """Raise for a model without active dropout, on behalf of the method ``name``."""
+    values = (getattr(module, field, None) for module in model.modules() for field in DROPOUT_FIELDS)
+    if not any(isinstance(v, float) and 0 < v < 1 for v in values):
+        raise ValueError(
+            f"{name} compares two dropout draws, but this model has no active dropout, so they would be equal: set "
+            f"dropout in the model's config (or lora_dropout), or leave {name} out"
+        )
+
+
 def check_model(model: nn.Module) -> None:
     """Raise for DataParallel."""
     if isinstance(model, nn.DataParallel):

@@ -312,6 +312,31 @@ def _show_method(console: Console, page: Any) -> None:
 
 
 @app.command()
+def merge(
+    models: Annotated[list[Path], typer.Argument(help="Hugging Face model directories of one architecture.")],
+    output: Annotated[Path, _option(OUTPUT, "Directory for the merged model: new or empty.")],
+    how: Annotated[
+        str,
+        typer.Option(
+            help="uniform: their mean (a soup); interpolate: (1 - alpha) base + alpha model (WiSE-FT); "
+            "add: base + alpha times the sum of (model - base) (task arithmetic)."
+        ),
+    ] = "uniform",
+    base: Annotated[Path | None, typer.Option(help="Directory of the pre-trained model, for the last two.")] = None,
+    alpha: Annotated[float, typer.Option(help="Share of the model, or factor of the sum.")] = 0.5,
+) -> None:
+    """Merge models of one beginning into one Hugging Face model directory.
+
+    Example: steadytune merge run-1 run-2 run-3 --output soup
+    """
+    with _errors_in_one_line():
+        from .merging import merge_folders
+
+        merge_folders(models, output, how=how, base=base, alpha=alpha)
+    typer.echo(f"Model: {output}")
+
+
+@app.command()
 def tasks() -> None:
     """List the benchmark tasks with their labels, metric and test sets."""
     from .tasks import TASKS

@@ -308,11 +308,12 @@ class Run:
         for method in self.methods:
             if method.exclusive is None:
                 continue
+            article = "an" if method.exclusive[0] in "aeiou" else "a"
             for w in self.weights(method, getattr(method, "scope", "all")):
                 other = owners.setdefault((method.exclusive, w.name), method)
                 if other is not method:
                     raise ValueError(
-                        f"{type(other).__name__} and {type(method).__name__} are both an {method.exclusive} of "
+                        f"{type(other).__name__} and {type(method).__name__} are both {article} {method.exclusive} of "
                         f"{w.name!r}, a weight can have one: remove one, or keep them apart with only()"
                     )
 
@@ -347,7 +348,7 @@ class Run:
         penalties = [m for m in self.methods if overrides(m, "penalty")]
         if penalties:
             self._save_rng()
-        loss, outputs = self._compute(self.wrapper, repeated(inputs, copies) if copies > 1 else inputs, copies)
+        loss, outputs = self.task(inputs, copies=copies)
         if not penalties:
             return loss
         self._micro = len(self.batch)
@@ -359,6 +360,18 @@ class Run:
                 loss = loss + penalty * penalty_scale
         self._micro = 0
         return loss
+
+    def task(self, inputs: Inputs, model: nn.Module | None = None, *, copies: int = 1) -> tuple[Tensor, Any]:
+        """The task's loss and outputs of one batch as the trainer computes them, without penalties.
+
+        Args:
+            inputs: one batch.
+            model: the wrapper by default; ``run.model`` for a gradient that is not averaged over ranks.
+            copies: how often the batch passes in the one forward, each under a dropout draw of its own; the outputs
+                are those of all copies, one after the other.
+        """
+        given = repeated(inputs, copies) if copies > 1 else inputs
+        return self._compute(self.wrapper if model is None else model, given, copies)
 
     def enter(self) -> None:
         """Begin a step: live E -> R, then the forward view. A loop that calls the model itself calls this first.
@@ -549,7 +562,7 @@ class Run:
             dropout_seed: for a chosen dropout draw.
         """
         batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
-        loss = loss or (lambda batch: self._compute(self.wrapper, batch, 1)[0])
+        loss = loss or (lambda batch: self.task(batch)[0])
         share = len(batches) if self.items is None else 1
         shards.reshard(self.model)
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}

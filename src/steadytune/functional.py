@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -52,6 +53,14 @@ def rescaled(mask: Tensor, keep: float, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype, copy=True).mul_(1 / keep if keep else 0.0)
 
 
+def byte_mask(shape: Sequence[int], share: float, generator: torch.Generator) -> Tensor:
+    """Boolean entries, each True with probability ``share``, a multiple of 1/256 below 1, from one random byte each."""
+    n = math.prod(shape)
+    words = torch.empty(-(-n // 8), dtype=torch.int64, device=generator.device)
+    words.random_(-(2**63), None, generator=generator)  # all 64 bits: without bounds the sign bit would stay 0
+    return (words.view(torch.uint8)[:n] < round(share * 256)).view(*shape)
+
+
 def exchange(a: Tensor, b: Tensor) -> None:
     """Swap the contents of two contiguous tensors of one shape, with a buffer of `CHUNK` elements."""
     a, b = a.view(-1), b.view(-1)
@@ -77,6 +86,16 @@ def stage_length(total_steps: int, update_ratio: float) -> int:
 def selecting(index: int, stage: int) -> bool:
     """Whether 0-based step ``index`` lies in a stage II (subnetwork) of DPS with stages of ``stage`` steps."""
     return (index // stage) % 2 == 1
+
+
+def anneal(t: float, t0: float, k: float, schedule: str) -> float:
+    """RecAdam's weight of the task at step ``t``: ``"sigmoid"``, 1 / (1 + exp(-k (t - t0))), or ``"linear"``, t / t0.
+
+    Linear stops at 1; k belongs to the sigmoid only.
+    """
+    if schedule == "linear":
+        return min(1.0, t / t0) if t0 else 1.0
+    return 1 / (1 + math.exp(min(-k * (t - t0), 700.0)))
 
 
 def frequency_score(squares: Tensor, frequency: Tensor, stage: int, *, penalty: bool) -> Tensor:

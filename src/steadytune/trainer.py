@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,7 +69,7 @@ class Trainer(transformers.Trainer):
     def _bind(self, model: nn.Module) -> None:
         """Make the Run for the model that will be trained."""
         self._check_setup()
-        self.run = Run(model, self.methods, seed=self._method_seed())
+        self.run = Run(model, self.methods, seed=self._method_seed(), data=self._first_look)
         self._own_clip = self._counts = None
         if self.methods and any(
             p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()
@@ -77,6 +78,17 @@ class Trainer(transformers.Trainer):
                 "The model's weights are in half precision: small updates round to nothing. Load it with "
                 "dtype=torch.float32 and set bf16=True in the arguments instead."
             )
+
+    def _first_look(self) -> Iterator[list[dict[str, Any]]]:
+        """One pass over the training rows, a list of micro-batches per optimizer step, for `Run.data`."""
+        loader = self.get_train_dataloader()
+        try:
+            batches: Any = map(self._prepare_inputs, loader)
+            while group := list(islice(batches, self.args.gradient_accumulation_steps)):
+                yield group
+        finally:
+            if hasattr(loader, "end"):  # accelerate's: else it would count as the one that training reads from
+                loader.end()
 
     def _check_setup(self) -> None:
         if self.args.n_gpu > 1:

@@ -1,20 +1,38 @@
 """The methods, written out: the name on the command line and the class."""
 
 from ..core import Method
+from .bi_drop import BiDrop as BiDrop
+from .child_tuning import ChildTuningD as ChildTuningD
+from .child_tuning import ChildTuningF as ChildTuningF
 from .clip_norm import ClipNorm as ClipNorm
 from .dps import DPSDense as DPSDense
 from .dps import DPSMix as DPSMix
 from .ema import EMA as EMA
+from .ema import SWA as SWA
 from .l2sp import L2SP as L2SP
 from .mixout import Mixout as Mixout
 from .rdrop import RDrop as RDrop
+from .recadam import RecAdam as RecAdam
+from .rose import ROSEEnsemble as ROSEEnsemble
+from .rose import ROSEFirst as ROSEFirst
+from .rose import ROSESecond as ROSESecond
+from .sift import SIFT as SIFT
 
 METHODS: dict[str, type[Method]] = {
     "dps_dense": DPSDense,
     "dps_mix": DPSMix,
+    "child_tuning_f": ChildTuningF,
+    "child_tuning_d": ChildTuningD,
+    "rose_first": ROSEFirst,
+    "rose_second": ROSESecond,
+    "rose_ensemble": ROSEEnsemble,
+    "bi_drop": BiDrop,
+    "sift": SIFT,
     "mixout": Mixout,
     "rdrop": RDrop,
     "l2sp": L2SP,
+    "recadam": RecAdam,
     "clip_norm": ClipNorm,
     "ema": EMA,
+    "swa": SWA,
 }

@@ -28,8 +28,7 @@ from torch import Tensor
 from ..core import Method, Run, Scope, Weight, in_unit, multiply, one_of, select
 from ..facts import Cost, Paper
 from ..functional import frequency_score, selecting, stage_length
-
-Tensors = dict[str, Tensor]
+from ..masks import Tensors, top_masks
 
 
 @dataclass
@@ -59,6 +58,7 @@ class DPSDense(Method):
 
     null: ClassVar = {"keep": 1.0}
     needs_steps: ClassVar = True
+    exclusive: ClassVar = "mask"
     conflicts: ClassVar[tuple[str, ...]] = ("optimizers with packed or factored state, if frozen",)
     cost: ClassVar = Cost(held={"stage I": 4, "stage II": 1})
     paper: ClassVar = Paper(
@@ -235,11 +235,3 @@ def add_squares(squares: Tensors, weights: Sequence[Weight]) -> None:
     if old:
         again = [found[name] for name in old]
         torch._foreach_addcmul_([squares[name] for name in old], again, again)
-
-
-def top_masks(run: Run, scores: Tensors, keep: float, threshold: str) -> Tensors:
-    """Boolean masks of the largest scores; entries tied with the threshold are all kept."""
-    if threshold == "global" and scores:
-        least = run.kth(list(scores.values()), keep)
-        return {name: score >= least for name, score in scores.items()}
-    return {name: score >= run.kth(score, keep) for name, score in scores.items()}

@@ -1,7 +1,10 @@
-"""Exponential moving average of the weights along a run (Polyak, Juditsky 1992; Tarvainen, Valpola, NeurIPS 2017,
-arXiv 1703.01780).
+"""Averages of the weights along a run, which are evaluated and saved instead of the weights.
 
-    average <- decay * average + (1 - decay) * W        after every step; the first is W itself
+EMA, exponential moving average: Polyak, Juditsky 1992; Tarvainen, Valpola, NeurIPS 2017, arXiv 1703.01780.
+SWA, stochastic weight averaging: Izmailov, Podoprikhin, Garipov, Vetrov, Wilson, UAI 2018, arXiv 1803.05407.
+
+    EMA    average <- decay * average + (1 - decay) * W        after every step; the first is W itself
+    SWA    average <- mean of the W after every `every`-th step, from the share `start` of the training on
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..core import Method, Run, Scope, Weight, select
+from ..core import Method, Run, Scope, Weight, in_unit, select
 from ..facts import Cost, Paper
 
 
@@ -55,3 +58,59 @@ class EMA(Method):
 
     def evaluated(self, run: Run, weights: Sequence[Weight]) -> dict[str, float]:
         return {w.name: 1 - self.decay for w in select(weights, self.scope)}
+
+
+@dataclass
+class SWA(Method):
+    """Evaluate and save the plain mean of the weights of late steps; until the first of them, the weights themselves.
+
+    Args:
+        start in [0, 1]: share of the training before the first weights that count; the authors' 0.75.
+        every in [1, inf): steps from one addition to the next; the authors' one epoch.
+        scope: which weights are averaged.
+
+    The average gains most where the weights still move: with a learning rate that stays high to the end. Buffers
+    (BatchNorm statistics) are not averaged.
+
+    Departures:
+        No learning-rate schedule of its own (the authors' is cyclical or constant); no recomputed BatchNorm statistics,
+        which transformers do not have.
+    """
+
+    start: float = 0.75
+    every: int = 1
+    scope: Scope = "all"
+
+    null: ClassVar = {"start": 1.0}
+    needs_steps: ClassVar = True
+    exclusive: ClassVar = "average"
+    cost: ClassVar = Cost(held={"": 4})
+    paper: ClassVar = Paper(
+        authors=(
+            "Pavel Izmailov",
+            "Dmitrii Podoprikhin",
+            "Timur Garipov",
+            "Dmitry Vetrov",
+            "Andrew Gordon Wilson",
+        ),
+        title="Averaging Weights Leads to Wider Optima and Better Generalization",
+        booktitle="Conference on Uncertainty in Artificial Intelligence",
+        venue="UAI",
+        year=2018,
+        arxiv="1803.05407",
+    )
+
+    def __post_init__(self) -> None:
+        in_unit("start", self.start, zero=True)
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, got {self.every}")
+
+    def setup(self, run: Run) -> None:
+        run.require(self, self.scope)
+
+    def evaluated(self, run: Run, weights: Sequence[Weight]) -> dict[str, float] | None:
+        since = run.index - int(run.steps(self) * self.start)
+        if since < 0:
+            return None
+        added, rest = divmod(since, self.every)
+        return {w.name: 0.0 if rest else 1 / (added + 1) for w in select(weights, self.scope)}

@@ -11,14 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import shards
+from ..checks import check_dropout
 from ..core import Method, Run, Step, not_negative
 from ..facts import Cost, Paper
 from ..functional import symmetric_kl
-
-DROPOUT_FIELDS = ("p", "drop_prob", "dropout", "dropout_p", "dropout_prob", "attention_dropout", "activation_dropout")
 
 
 @dataclass
@@ -60,11 +59,7 @@ class RDrop(Method):
         not_negative("alpha", self.alpha)
 
     def setup(self, run: Run) -> None:
-        if not any(has_dropout(module) for module in run.model.modules()):
-            raise ValueError(
-                "RDrop compares two dropout draws, but this model has no active dropout, so its penalty would be "
-                "exactly zero: set dropout in the model's config (or lora_dropout), or leave RDrop out"
-            )
+        check_dropout(run.model, type(self).__name__)
 
     def penalty(self, step: Step) -> Tensor:
         first, second = step.outputs["logits"], step.second()["logits"]
@@ -95,9 +90,3 @@ def shifts_labels(model: Any) -> bool:
         return name.endswith("LMHeadModel") and not name.startswith("XLNet") and "With" not in name
     decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return kind == "ForCausalLM" or (kind.endswith("ForConditionalGeneration") and not decodes)
-
-
-def has_dropout(module: nn.Module) -> bool:
-    """Whether a module drops activations in training mode."""
-    values = (getattr(module, field, None) for field in DROPOUT_FIELDS)
-    return any(isinstance(v, float) and 0 < v < 1 for v in values)

@@ -1,0 +1,99 @@
+"""Bi-Drop: update the weights on which the gradients of two dropout draws of one batch agree.
+
+Tong, Xia, Dai, Xu, Liu, Lin, Cao, Sui: Bi-Drop: Enhancing Fine-tuning Generalization via Synchronous sub-net
+Estimation and Optimization. Findings of EMNLP 2023, arXiv 2305.14760.
+
+With g1, g2 the gradients under two dropout draws and mu their mean:
+
+    stability  |mu| / sqrt((g1 - mu)^2 + (g2 - mu)^2) = |g1 + g2| / (sqrt(2) |g1 - g2|)
+    scale      |mu| / |W|
+    g <- mu * M       M = [score among the largest keep of its tensor]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..checks import check_dropout
+from ..core import Method, Run, Scope, Weight, gradients, in_unit, multiply, one_of, select
+from ..facts import Cost, Paper
+from ..masks import top_masks
+
+TINY = 1e-30  # of a quotient: a gradient that is zero twice scores nothing
+
+
+@dataclass
+class BiDrop(Method):
+    """Take each gradient twice, under two dropout draws; use their mean where they agree.
+
+    Args:
+        keep in (0, 1]: share of entries of each tensor that is updated.
+        score: what ranks them: ``"stability"`` over draws, ``"scale"`` relative to the weight, or their product,
+            ``"both"``.
+        scope: which weights are masked. All others take the mean gradient whole.
+
+    Penalties of other methods enter the first gradient only, so they count half. Masked entries are not frozen:
+    momentum and decay go on moving them. ``keep = 1`` is the mean over two draws, not plain fine-tuning.
+
+    Departures:
+        Written from the abstract and second-hand accounts; no code of the authors was found. How they combine the two
+        factors, and over which unit they rank, is our choice, as is two as the number of draws.
+
+    Raises:
+        ValueError: in setup, for a model without active dropout: both gradients would be equal.
+    """
+
+    keep: float = 0.5
+    score: Literal["stability", "scale", "both"] = "both"
+    scope: Scope = "encoder"
+
+    exclusive: ClassVar = "mask"
+    conflicts: ClassVar[tuple[str, ...]] = ("models without active dropout",)
+    cost: ClassVar = Cost(passes=2.0)
+    paper: ClassVar = Paper(
+        authors=(
+            "Shoujie Tong", "Heming Xia", "Damai Dai", "Runxin Xu", "Tianyu Liu", "Binghuai Lin", "Yunbo Cao",
+            "Zhifang Sui",
+        ),
+        title="Bi-Drop: Enhancing Fine-tuning Generalization via Synchronous sub-net Estimation and Optimization",
+        booktitle="Findings of the Association for Computational Linguistics: EMNLP 2023",
+        venue="EMNLP Findings",
+        year=2023,
+        arxiv="2305.14760",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        in_unit("keep", self.keep)
+        one_of("score", self.score, ("stability", "scale", "both"))
+
+    def setup(self, run: Run) -> None:
+        run.require(self, self.scope)
+        check_dropout(run.model, type(self).__name__)
+
+    def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
+        again = run.gradient(run.batch, dropout_seed=run.draw_seed("bi-drop", rank=True))
+        weights = [w for w in weights if w.name in again]
+        second = [again[w.name] for w in weights]
+        chosen = {w.name for w in select(weights, self.scope)}
+        scores = {
+            w.name: self.rank(w, g) for w, g in zip(weights, second, strict=True) if w.name in chosen and self.keep < 1
+        }
+        torch._foreach_lerp_(gradients(weights), second, 0.5)
+        masks = top_masks(run, scores, self.keep, "tensor")
+        weights = [w for w in weights if w.name in masks]
+        multiply(weights, [masks[w.name] for w in weights])
+
+    def rank(self, weight: Weight, second: Tensor) -> Tensor:
+        """The score of every entry; what no factor changes is left out."""
+        assert weight.grad is not None
+        total = (weight.grad + second).abs()
+        stability = total / (weight.grad - second).abs().clamp(min=TINY)
+        if self.score == "stability":
+            return stability
+        scale = total / weight.data.abs().clamp(min=TINY)
+        return scale if self.score == "scale" else stability * scale

@@ -1,0 +1,208 @@
+"""Child-Tuning: update a child network only, drawn anew at each step (F) or chosen once by Fisher information (D).
+
+Xu, Luo, Zhang, Tan, Chang, Huang, Huang: Raise a Child in Large Language Model: Towards Effective and Generalizable
+Fine-tuning. EMNLP 2021, arXiv 2109.05687.
+
+    F    g <- g * B / keep        B ~ Bernoulli(keep), every entry, every step; E[B / keep] = 1
+    D    g <- g * M               M = [F among the largest keep], F = mean of squared gradients at the start
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import inf
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..core import Method, Run, Scope, Weight, in_unit, multiply, one_of, select
+from ..facts import Cost, Paper
+from ..functional import byte_mask
+from ..masks import Batch, StaticMask, Tensors, top_masks
+from ..step import Inputs, batch_size
+
+PAPER = Paper(
+    authors=(
+        "Runxin Xu", "Fuli Luo", "Zhiyuan Zhang", "Chuanqi Tan", "Baobao Chang", "Songfang Huang", "Fei Huang",
+    ),
+    title="Raise a Child in Large Language Model: Towards Effective and Generalizable Fine-tuning",
+    booktitle="Proceedings of the 2021 Conference on Empirical Methods in Natural Language Processing",
+    venue="EMNLP",
+    year=2021,
+    arxiv="2109.05687",
+)  # fmt: skip
+
+
+@dataclass
+class ChildTuningF(Method):
+    """Give a random share of the gradient's entries to the optimizer at each step, enlarged so that the mean stays.
+
+    Args:
+        keep in (0, 1]: share of entries that get their gradient; the authors' p_F, 0.2 to 0.4. Rounded to a multiple
+            of 1/256, at least one: each entry costs one random byte.
+        scope: which weights are masked.
+
+    Masked entries are not frozen: momentum and decay go on moving them. Under Adam the factor cancels almost, which
+    leaves smaller steps: the second moment grows by 1 / keep, the first does not.
+
+    Departures:
+        One draw per optimizer step, the same on all ranks.
+    """
+
+    keep: float = 0.3
+    scope: Scope = "all"
+
+    null: ClassVar = {"keep": 1.0}
+    exclusive: ClassVar = "mask"
+    paper: ClassVar = PAPER
+
+    def __post_init__(self) -> None:
+        in_unit("keep", self.keep)
+
+    @property
+    def share(self) -> float:
+        """``keep`` as it is drawn."""
+        return max(1, round(self.keep * 256)) / 256
+
+    def setup(self, run: Run) -> None:
+        run.require(self, self.scope)
+
+    def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
+        if self.share < 1:
+            weights = select(weights, self.scope)
+            multiply(weights, [self.draw(run, w) for w in weights])
+            multiply(weights, 1 / self.share)
+
+    def draw(self, run: Run, weight: Weight) -> Tensor:
+        """B: True for the entries of a weight (on a shard: of this rank's piece) that get their gradient."""
+        full = run.model.get_parameter(weight.name)
+        return run.local(weight.name, byte_mask(full.shape, self.share, run.rng(self, weight.name)))
+
+
+@dataclass
+class ChildTuningD(StaticMask):
+    """Before training, rank weights by their Fisher information on the training rows; update the largest only.
+
+    Args:
+        keep in (0, 1]: share of entries that stays trainable; the authors' p_D, 0.1 to 0.3.
+        scope: which weights are ranked and masked, all together. Others train as usual.
+        per: whose gradients are squared: those of a ``"batch"`` of an optimizer step (as the authors' code), or of each
+            ``"example"`` (as the paper defines; one backward pass per row).
+        labels: the ``"true"`` ones (both paper and code), or ``"sampled"`` from the model's own prediction, which is
+            what Fisher information means. For tasks with one class label per row.
+        clip in (0, inf]: largest norm of one tensor's gradient before it is squared; inf does not clip, the authors'
+            code has 1.
+        batches in [0, inf): batches to look at; 0 is one pass over all rows, as the authors'.
+        frozen: keep masked entries and their optimizer state bit for bit. False, as in the authors' code: their
+            gradient is zero, but decay (and momentum that others bring) still moves them.
+
+    The look at the data costs one epoch without updates. Dropout is as in training.
+
+    Departures:
+        No clipping by default; ranks rank the same, by the mean over all ranks; ``ceil(n * keep)`` entries are kept
+        where the authors' interpolated percentile may keep one fewer; a resumed run keeps its masks, where the
+        authors' code ranks anew by half-trained weights.
+    """
+
+    keep: float = 0.3
+    scope: Scope = "encoder"
+    per: Literal["batch", "example"] = "batch"
+    labels: Literal["true", "sampled"] = "true"
+    clip: float = inf
+    batches: int = 0
+    frozen: bool = False
+
+    null: ClassVar = {"keep": 1.0}
+    conflicts: ClassVar[tuple[str, ...]] = ("optimizers with packed or factored state, if frozen",)
+    cost: ClassVar = Cost(held={"": 1})
+    paper: ClassVar = PAPER
+
+    def __post_init__(self) -> None:
+        in_unit("keep", self.keep)
+        one_of("per", self.per, ("batch", "example"))
+        one_of("labels", self.labels, ("true", "sampled"))
+        if not self.clip > 0:
+            raise ValueError(f"clip must be positive, got {self.clip}: inf does not clip")
+        if self.batches < 0:
+            raise ValueError(f"batches must be at least 0 (0 is all of them), got {self.batches}")
+
+    def setup(self, run: Run) -> None:
+        super().setup(run)
+        if self.per == "example" and run.sharded:
+            raise ValueError("per='example' needs whole weights on every rank; FSDP2 cuts them: use per='batch'")
+
+    def choose(self, run: Run, weights: Sequence[Weight], batches: Iterable[Batch]) -> Tensors:
+        return top_masks(run, self.fisher(run, weights, batches), self.keep, "global")
+
+    def fisher(self, run: Run, weights: Sequence[Weight], batches: Iterable[Batch]) -> Tensors:
+        """Mean of squared gradients, by weight name, in at least float32."""
+        scope = {w.name for w in select(weights, self.scope)}
+        sums: Tensors = {}
+        count = 0
+        for i, batch in enumerate(islice(batches, self.batches or None)):
+            for part in [batch] if self.per == "batch" else examples(batch):
+                seed = run.draw_seed("fisher", i, count, rank=True)
+                found = run.gradient(part, self.loss(run), dropout_seed=seed)
+                self.add(run, sums, {name: g for name, g in found.items() if name in scope})
+                count += 1
+        if not sums:
+            raise ValueError(f"{type(self).__name__} found no gradient in scope {self.scope!r}: is `data` empty?")
+        fisher = list(sums.values())
+        torch._foreach_div_(fisher, count)
+        if self.per == "example":
+            run.all_reduce(fisher)
+        return sums
+
+    def loss(self, run: Run) -> Callable[[Inputs], Tensor]:
+        """The task's loss of a batch; of single examples around the wrapper, which would average over ranks."""
+        model = run.model if self.per == "example" else run.wrapper
+
+        def loss(batch: Inputs) -> Tensor:
+            if self.labels == "sampled":
+                with torch.no_grad():
+                    batch = {**batch, "labels": sampled(run.task(batch, model)[1]["logits"], batch["labels"])}
+            return run.task(batch, model)[0]
+
+        return loss
+
+    def add(self, run: Run, sums: Tensors, gradients: Tensors) -> None:
+        """``sums += clipped gradient squared``."""
+        found = {n: g.to(torch.promote_types(g.dtype, torch.float32)) for n, g in gradients.items()}
+        if self.clip < inf:
+            for g, norm in zip(found.values(), run.norms(list(found.values())), strict=True):
+                g.mul_((self.clip / (norm + 1e-6)).clamp(max=1.0))
+        for name, g in found.items():
+            if name in sums:
+                sums[name].addcmul_(g, g)
+            else:
+                sums[name] = g.square()
+
+
+def examples(batch: Batch) -> Iterable[Inputs]:
+    """The rows of a batch, each as a batch of one."""
+    for part in [batch] if isinstance(batch, Mapping) else batch:
+        size = batch_size(part)
+        for i in range(size):
+            yield {k: v[i : i + 1] if batch_first(v, size) else v for k, v in part.items()}
+
+
+def batch_first(value: Any, size: int) -> bool:
+    """Whether an input has one entry per row."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.size(0) == size
+
+
+def sampled(logits: Tensor, labels: Tensor) -> Tensor:
+    """Class labels (batch,) drawn from the prediction.
+
+    Raises:
+        ValueError: logits that are not (batch, classes), or labels that are not (batch,).
+    """
+    if logits.dim() != 2 or logits.size(-1) == 1 or labels.dim() != 1:
+        raise ValueError(
+            f"labels='sampled' needs one class label per row, got logits {tuple(logits.shape)} and labels "
+            f"{tuple(labels.shape)}: use labels='true'"
+        )
+    return torch.multinomial(logits.float().softmax(-1), 1).squeeze(-1)

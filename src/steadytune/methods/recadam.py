@@ -1,0 +1,120 @@
+"""RecAdam: begin at the pre-trained weights' leash and let it out as training goes on.
+
+Chen, Hou, Cui, Che, Liu, Yu: Recall and Learn: Fine-tuning Deep Pretrained Language Models with Less Forgetting.
+EMNLP 2020, arXiv 2004.12651.
+
+    lambda(t) = 1 / (1 + exp(-k (t - t0)))                     t = 1, 2, ... optimizer steps
+    W <- W + lambda * update                                   of the optimizer, without decay
+    W <- W - lr * (1 - lambda) * gamma * (W - W0)              the gradient of gamma / 2 * ||W - W0||^2
+    W <- W - lr * weight_decay * W
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from ..core import Method, Run, Scope, Weight, not_negative, one_of, select
+from ..facts import Cost, Paper
+from ..functional import anneal
+
+
+@dataclass
+class RecAdam(Method):
+    """Weigh the task's update against a pull to the pre-trained weights; over time the task takes all.
+
+    Args:
+        gamma in [0, inf): strength of the pull. ``lr * gamma`` must stay below 1, or a step would overshoot the
+            pre-trained weight.
+        t0 in [0, inf): where task and pull weigh the same, in units of the whole training or in steps, see ``unit``.
+        k in [0, inf): steepness there, per unit; the way from 0.1 to 0.9 takes 4.4 / k units.
+        unit: of t0 and k: the whole ``"training"``, or ``"steps"`` as the authors count (their t0 is 100 to 1000, their
+            k 0.05 to 1), which in a short training never lets go.
+        schedule: ``"sigmoid"`` as above; ``"linear"``: min(1, t / t0); ``"constant"``: 1, the pull never acts.
+        scope: which weights are pulled; those without a pre-trained value train as usual.
+        replace_decay: apply the optimizer's weight decay after the pull, for all weights, as above. False leaves it to
+            the optimizer.
+
+    Works with any optimizer, which need not be Adam.
+
+    Departures:
+        ``t0`` and ``k`` as shares of the training; a learning rate at which the pull diverges (the authors' own
+        default, 1e-3 with gamma = 5000) is an error.
+
+    Raises:
+        ValueError: in attach, for ``lr * gamma >= 1``.
+    """
+
+    gamma: float = 5000.0
+    t0: float = 0.2
+    k: float = 40.0
+    unit: Literal["training", "steps"] = "training"
+    schedule: Literal["sigmoid", "linear", "constant"] = "sigmoid"
+    scope: Scope = "all"
+    replace_decay: bool = True
+
+    null: ClassVar = {"schedule": "constant", "replace_decay": False}
+    needs_steps: ClassVar = True
+    exclusive: ClassVar = "anchor"
+    conflicts: ClassVar[tuple[str, ...]] = ("adapters, which have no pre-trained value",)
+    cost: ClassVar = Cost(held={"": 4})
+    paper: ClassVar = Paper(
+        authors=("Sanyuan Chen", "Yutai Hou", "Yiming Cui", "Wanxiang Che", "Ting Liu", "Xiangzhan Yu"),
+        title="Recall and Learn: Fine-tuning Deep Pretrained Language Models with Less Forgetting",
+        booktitle="Proceedings of the 2020 Conference on Empirical Methods in Natural Language Processing",
+        venue="EMNLP",
+        year=2020,
+        arxiv="2004.12651",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("gamma", "t0", "k"):
+            not_negative(name, getattr(self, name))
+        one_of("unit", self.unit, ("training", "steps"))
+        one_of("schedule", self.schedule, ("sigmoid", "linear", "constant"))
+
+    def setup(self, run: Run) -> None:
+        self.pulled = {w.name for w in run.require(self, self.scope, reference=True)}
+        self.decay: dict[str, float] = {}  # what the optimizer would have decayed
+        self.before: list[torch.Tensor] = []  # pulled weights before the step under way
+
+    def attach(self, run: Run) -> None:
+        weights = run.weights()
+        lr = max((float(w.group["lr"]) for w in weights if w.name in self.pulled), default=0.0)
+        if lr * self.gamma >= 1 and self.schedule != "constant":
+            raise ValueError(
+                f"RecAdam needs lr * gamma below 1, got {lr:g} * {self.gamma:g} = {lr * self.gamma:g}: the pull would "
+                f"overshoot the pre-trained weights. Choose gamma below {1 / lr:g}, or a smaller learning rate"
+            )
+        if self.replace_decay:
+            self.decay = {w.name: w.group["weight_decay"] for w in weights}
+            for w in weights:
+                w.group["weight_decay"] = 0.0
+
+    def task_share(self, run: Run) -> float:
+        """Lambda of the step under way."""
+        if self.schedule == "constant":
+            return 1.0
+        unit = run.steps(self) if self.unit == "training" else 1
+        return anneal(run.index + 1, self.t0 * unit, self.k / unit, self.schedule)
+
+    def pulled_of(self, weights: Sequence[Weight]) -> list[Weight]:
+        """The weights that are pulled in this step."""
+        return [w for w in select(weights, self.scope) if w.name in self.pulled and w.grad is not None]
+
+    def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
+        share = self.task_share(run)
+        self.before = [w.data.clone() for w in self.pulled_of(weights)] if share < 1 else []
+
+    def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
+        share = self.task_share(run)
+        for w, before in zip(self.pulled_of(weights) if self.before else [], self.before, strict=True):
+            moved = torch.lerp(before, w.data, share)
+            w.data.copy_(moved.lerp_(run.reference(w.name), w.group["lr"] * (1 - share) * self.gamma))
+        self.before = []
+        for w in weights if self.where is None else run.weights():  # taken over from the optimizer: also beyond `only`
+            if self.decay.get(w.name) and w.grad is not None:
+                w.data.mul_(1 - w.group["lr"] * self.decay[w.name])

@@ -1,0 +1,321 @@
+"""ROSE: let only robust weights take the step, those that a perturbation moves least.
+
+Jiang, Zhou, Lin, Li, Zhou, Jiang: ROSE: Robust Selective Fine-tuning for Pre-trained Language Models.
+EMNLP 2022, arXiv 2210.09658.
+
+With a risk s of every weight (of a tensor its norm) and M = [s among the smallest keep]:
+
+    First      s = |dR/dW|,  R = KL divergence between two dropout draws of the batch
+    Second     s = |m' / m - 1|,  the relative change of the momentum, m' = beta m + (1 - beta) g
+    Ensemble   M = (1 - gamma) M_Second + gamma M_First
+
+    g <- M g + (1 - M) m          W <- W + M * update          M = 0: weight and momentum stay
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..checks import check_dropout
+from ..core import Method, Run, Scope, Weight, in_unit, one_of, select
+from ..facts import Cost, Paper
+from ..functional import symmetric_kl
+from ..masks import Tensors, top_masks
+from ..shards import local
+from ..step import Inputs, batch_size, split
+
+PAPER = Paper(
+    authors=("Lan Jiang", "Hao Zhou", "Yankai Lin", "Peng Li", "Jie Zhou", "Rui Jiang"),
+    title="ROSE: Robust Selective Fine-tuning for Pre-trained Language Models",
+    booktitle="Proceedings of the 2022 Conference on Empirical Methods in Natural Language Processing",
+    venue="EMNLP",
+    year=2022,
+    arxiv="2210.09658",
+)
+TINY = 1e-30  # of a quotient: 0 / 0 is no risk
+
+
+class ROSE(Method):
+    """Base of the three: how a mask acts on a step, and how risks become masks."""
+
+    keep: float
+    granularity: str
+    scope: Scope
+    update: str
+
+    soft: ClassVar[bool] = False  # whether masks have values between 0 and 1
+    exclusive: ClassVar = "mask"
+
+    def mask(self, run: Run, weights: Sequence[Weight]) -> Tensors:
+        """M by weight name: of one element, or of the weight's shape; weights without one train as usual."""
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        in_unit("keep", self.keep)
+        one_of("granularity", self.granularity, ("tensor", "element"))
+        one_of("update", self.update, ("frozen", "authors"))
+
+    def setup(self, run: Run) -> None:
+        run.require(self, self.scope)
+        self.decay: dict[str, float] = {}  # what the optimizer would have decayed
+        self.masks: Tensors = {}  # of the step under way
+        self.before: Tensors = {}  # weights before the step under way
+
+    def attach(self, run: Run) -> None:
+        if self.update == "authors":
+            self.decay = {w.name: w.group["weight_decay"] for w in run.weights()}
+            for w in run.weights():
+                w.group["weight_decay"] = 0.0
+
+    def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
+        self.masks, self.before = {}, {}
+        if self.keep == 1:
+            return
+        weights = select(weights, self.scope)
+        self.masks = self.mask(run, weights)
+        for w in weights:
+            if w.name not in self.masks:
+                continue
+            assert w.grad is not None
+            mask = self.masks[w.name]
+            if self.soft or self.update == "authors":
+                self.before[w.name] = w.data.clone()
+                w.grad.copy_(torch.lerp(momentum(run, w), w.grad, mask.to(w.grad.dtype)))
+            else:
+                w.grad.mul_(mask)
+            if self.update == "frozen":
+                run.freeze(w, (mask > 0).expand_as(w.data))
+
+    def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
+        for w in weights:
+            if w.name in self.before:
+                mask = self.masks[w.name].to(w.data.dtype)
+                w.data.copy_(torch.lerp(self.before[w.name], w.data, mask))
+        for w in weights if self.where is None else run.weights():  # taken over from the optimizer: also beyond `only`
+            if self.decay.get(w.name) and w.grad is not None:
+                w.data.mul_(1 - w.group["lr"] * self.decay[w.name] * self.masks.get(w.name, 1.0))
+        self.masks, self.before = {}, {}
+
+    def smallest(self, run: Run, risks: Tensors) -> Tensors:
+        """Masks of the smallest elementwise risks, or of the tensors whose risks (of one element) are smallest."""
+        if self.granularity == "element":
+            return top_masks(run, {name: -risk for name, risk in risks.items()}, self.keep, "tensor")
+        if not risks:
+            return {}
+        together = torch.stack(list(risks.values()))
+        chosen = together <= torch.quantile(together, self.keep)
+        return dict(zip(risks, chosen.unbind(), strict=True))
+
+    def sizes(self, run: Run, tensors: Tensors) -> Tensors:
+        """Absolute values, or norms of tensors."""
+        if self.granularity == "element":
+            return {name: t.abs() for name, t in tensors.items()}
+        norms = run.norms([t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors.values()])
+        return dict(zip(tensors, norms, strict=True))
+
+    def first(self, run: Run, weights: Sequence[Weight]) -> Tensors:
+        """M by the gradient of the divergence between two dropout draws."""
+        found = run.gradient(
+            run.batch, lambda batch: divergence(run, batch), dropout_seed=run.draw_seed("rose", rank=True)
+        )
+        return self.smallest(run, self.sizes(run, {w.name: found[w.name] for w in weights if w.name in found}))
+
+    def second(self, run: Run, weights: Sequence[Weight], score: str) -> Tensors:
+        """M by the relative change of the momentum; none before there is one."""
+        weights = [w for w in weights if w.grad is not None and has_momentum(run, w)]
+        before = {w.name: momentum(run, w) for w in weights}
+        sizes = self.sizes(run, before)
+        if score == "authors":
+            steps = self.sizes(run, {w.name: w.grad for w in weights if w.grad is not None})
+            return self.smallest(run, {n: (0.1 * steps[n] / sizes[n].clamp(min=TINY) - 1).abs() for n in sizes})
+        changes = self.sizes(run, {w.name: w.grad - before[w.name] for w in weights if w.grad is not None})
+        share = {w.name: 1 - w.group["betas"][0] for w in weights}
+        return self.smallest(run, {n: share[n] * changes[n] / sizes[n].clamp(min=TINY) for n in sizes})
+
+
+@dataclass
+class ROSEFirst(ROSE):
+    """Freeze, for one step, the weights most sensitive to dropout: by the gradient of a divergence of two draws.
+
+    The loss is the mean over two dropout draws of each batch; a second pass finds the risks.
+
+    Args:
+        keep in (0, 1]: share of tensors (or entries) that take the step; the authors' upper quantile, 0.5 to 0.8.
+        granularity: ``"tensor"`` masks whole tensors by the norm of their risks, as the authors' code; ``"element"``
+            masks entries, of each tensor the riskiest, as the paper speaks of parameters.
+        scope: which weights are masked.
+        update: ``"frozen"``: of what is masked, weight and optimizer state stay bit for bit. ``"authors"``: the second
+            moment moves on by the squared first one, and decay comes after the update, as in their optimizer.
+
+    Departures:
+        The extra gradient is right under accumulation, which breaks the authors' code; the second moment stays too;
+        biases of the blocks are masked as weights are; the lower end of the authors' window, 0 in all their scripts,
+        is left out; their warm-up without masks as well.
+
+    Raises:
+        ValueError: in setup, for a model without active dropout: all risks would be zero.
+    """
+
+    keep: float = 0.7
+    granularity: Literal["tensor", "element"] = "tensor"
+    scope: Scope = "encoder"
+    update: Literal["frozen", "authors"] = "frozen"
+
+    copies: ClassVar = 2
+    conflicts: ClassVar[tuple[str, ...]] = (
+        "models without active dropout",
+        "optimizers with packed or factored state",
+    )
+    cost: ClassVar = Cost(passes=4.0)
+    paper: ClassVar = PAPER
+
+    def setup(self, run: Run) -> None:
+        super().setup(run)
+        check_dropout(run.model, type(self).__name__)
+
+    def mask(self, run: Run, weights: Sequence[Weight]) -> Tensors:
+        return self.first(run, weights)
+
+
+@dataclass
+class ROSESecond(ROSE):
+    """Freeze, for one step, the weights whose momentum the new gradient would change most.
+
+    Args:
+        keep in (0, 1]: as in `ROSEFirst`; the authors' 0.3 to 0.6.
+        granularity: as in `ROSEFirst`.
+        scope: which weights are masked.
+        update: as in `ROSEFirst`.
+        score: ``"change"``: the relative change of the momentum. ``"authors"``: their code's abs(0.1 norm(g) / norm(m)
+            - 1), which ignores directions and, while gradients are noisy, keeps the weights that change most.
+
+    Departures:
+        Those of `ROSEFirst`, and the score.
+
+    Raises:
+        ValueError: in attach, for an optimizer without Adam's first moment.
+    """
+
+    keep: float = 0.6
+    granularity: Literal["tensor", "element"] = "tensor"
+    scope: Scope = "encoder"
+    update: Literal["frozen", "authors"] = "frozen"
+    score: Literal["change", "authors"] = "change"
+
+    null: ClassVar = {"keep": 1.0}
+    conflicts: ClassVar[tuple[str, ...]] = ("optimizers without Adam's moments",)
+    paper: ClassVar = PAPER
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("score", self.score, ("change", "authors"))
+
+    def attach(self, run: Run) -> None:
+        check_betas(run, type(self).__name__)
+        super().attach(run)
+
+    def mask(self, run: Run, weights: Sequence[Weight]) -> Tensors:
+        return self.second(run, weights, self.score)
+
+
+@dataclass
+class ROSEEnsemble(ROSE):
+    """Mix the masks of `ROSEFirst` and `ROSESecond`: what only one of them would freeze takes a part of the step.
+
+    Args:
+        keep in (0, 1]: as in `ROSEFirst`; the authors' 0.3 to 0.9.
+        gamma in [0, 1]: weight of the first mask; the authors' 0.5.
+        granularity: as in `ROSEFirst`.
+        scope: which weights are masked.
+        update: as in `ROSEFirst`.
+        score: as in `ROSESecond`.
+
+    Departures:
+        Those of `ROSEFirst` and `ROSESecond`.
+
+    Raises:
+        ValueError: in setup without active dropout; in attach without Adam's first moment.
+    """
+
+    keep: float = 0.7
+    gamma: float = 0.5
+    granularity: Literal["tensor", "element"] = "tensor"
+    scope: Scope = "encoder"
+    update: Literal["frozen", "authors"] = "frozen"
+    score: Literal["change", "authors"] = "change"
+
+    soft: ClassVar = True
+    copies: ClassVar = 2
+    conflicts: ClassVar[tuple[str, ...]] = ("models without active dropout", "optimizers without Adam's moments")
+    cost: ClassVar = Cost(passes=4.0)
+    paper: ClassVar = PAPER
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("score", self.score, ("change", "authors"))
+        in_unit("gamma", self.gamma, zero=True)
+
+    def setup(self, run: Run) -> None:
+        super().setup(run)
+        check_dropout(run.model, type(self).__name__)
+
+    def attach(self, run: Run) -> None:
+        check_betas(run, type(self).__name__)
+        super().attach(run)
+
+    def mask(self, run: Run, weights: Sequence[Weight]) -> Tensors:
+        first, second = self.first(run, weights), self.second(run, weights, self.score)
+        parts = {
+            n: (m.float(), second[n].float() if n in second else torch.ones_like(m.float())) for n, m in first.items()
+        }
+        return {n: (1 - self.gamma) * two + self.gamma * one for n, (one, two) in parts.items()}
+
+
+def divergence(run: Run, batch: Inputs) -> Tensor:
+    """Symmetric KL divergence between two dropout draws of a batch, summed over rows, or over labelled tokens.
+
+    Only the order of its gradients counts, so that no mean is needed, which would depend on micro-batches.
+    """
+    one, other = (part["logits"] for part in split(run.task(batch, copies=2)[1], 2, batch_size(batch)))
+    if one.size(-1) == 1:
+        return (one - other).square().sum()
+    found, labels = symmetric_kl(one, other), batch.get("labels")
+    if isinstance(labels, Tensor) and labels.shape == found.shape and not labels.is_floating_point():
+        found = found * (labels != -100)
+    return found.sum()
+
+
+def has_momentum(run: Run, weight: Weight) -> bool:
+    """Whether the optimizer has taken a step for a weight."""
+    assert run.optimizer is not None
+    return bool(run.optimizer.state.get(weight.parameter))
+
+
+def momentum(run: Run, weight: Weight) -> Tensor:
+    """Adam's first moment of a weight (on a shard: of this rank's piece); zeros before its first step, and for SGD.
+
+    Raises:
+        ValueError: an optimizer that keeps it in another form.
+    """
+    assert run.optimizer is not None
+    held = run.optimizer.state.get(weight.parameter, {})
+    if "betas" in weight.group and held and "exp_avg" not in held:
+        raise ValueError(
+            f"{type(run.optimizer).__name__} keeps {sorted(held)} for {weight.name!r} and no plain first moment, which "
+            "ROSE compares gradients with: use torch.optim.AdamW"
+        )
+    return local(held["exp_avg"]) if "exp_avg" in held else torch.zeros_like(weight.data)
+
+
+def check_betas(run: Run, name: str) -> None:
+    """Raise unless the optimizer keeps Adam's first moment."""
+    if any("betas" not in w.group for w in run.weights()):
+        raise ValueError(
+            f"{name} compares gradients with Adam's first moment, which {type(run.optimizer).__name__} does not keep: "
+            "use AdamW, or ROSEFirst"
+        )

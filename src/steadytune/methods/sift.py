@@ -1,0 +1,74 @@
+"""SIFT: train the few entries whose gradient is largest at the start, and nothing else.
+
+Song, Li, Zhang, Zhao, Du: Sparse is Enough in Fine-tuning Pre-trained Large Language Models.
+ICML 2024, arXiv 2312.11875.
+
+    M = [|g| among the largest keep of its tensor], g = gradient of the first batches at the pre-trained weights
+    W <- W + M * update
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import ClassVar
+
+from ..core import Run, Scope, Weight, in_unit, select
+from ..facts import Cost, Paper
+from ..masks import Batch, StaticMask, Tensors, top_masks
+from ..step import Inputs
+
+
+@dataclass
+class SIFT(StaticMask):
+    """Train a fixed, sparse part of each weight, chosen by the first gradients; a new head is trained whole.
+
+    Args:
+        keep in (0, 1]: share of entries of each tensor that is trained; the authors' 0.008.
+        batches in [1, inf): batches of an optimizer step whose mean gradient chooses.
+        scope: which weights are trained sparsely. All others train as usual: freeze those that shall not.
+        frozen: the other entries, and their optimizer state, stay bit for bit, so that `steadytune.delta` stores the
+            run in little space. Costs up to (1 - keep) * 12 bytes per weight during a step of AdamW. False leaves
+            them to momentum and decay: the same without weight decay.
+
+    Gradients and optimizer state are as large as in plain fine-tuning; what is small is the difference to the
+    pre-trained model.
+
+    Departures:
+        Several batches choose, not one; the batch that chooses is no training step; an update acts at once, where the
+        authors' code applies it in the next backward pass and loses the last; ``ceil(n * keep)`` entries where the
+        authors keep ``int(n * keep) + 1``; their scripts train four matrices of each block and the head only.
+    """
+
+    keep: float = 0.008
+    batches: int = 8
+    scope: Scope = "all"
+    frozen: bool = True
+
+    null: ClassVar = {"keep": 1.0}
+    conflicts: ClassVar[tuple[str, ...]] = ("optimizers with packed or factored state, if frozen",)
+    cost: ClassVar = Cost(held={"": 1})
+    paper: ClassVar = Paper(
+        authors=("Weixi Song", "Zuchao Li", "Lefei Zhang", "Hai Zhao", "Bo Du"),
+        title="Sparse is Enough in Fine-tuning Pre-trained Large Language Models",
+        booktitle="International Conference on Machine Learning",
+        venue="ICML",
+        year=2024,
+        arxiv="2312.11875",
+    )
+
+    def __post_init__(self) -> None:
+        in_unit("keep", self.keep)
+        if self.batches < 1:
+            raise ValueError(f"batches must be at least 1, got {self.batches}")
+
+    def choose(self, run: Run, weights: Sequence[Weight], batches: Iterable[Batch]) -> Tensors:
+        first: list[Inputs] = []
+        for batch in islice(batches, self.batches):
+            first += [batch] if isinstance(batch, Mapping) else batch
+        if not first:
+            raise ValueError("SIFT found no batch to choose by: `data` is empty")
+        gradient = run.gradient(first, dropout_seed=run.draw_seed("sift", rank=True))
+        scope = {w.name for w in select(weights, self.scope) if not w.head}
+        return top_masks(run, {n: g.abs() for n, g in gradient.items() if n in scope}, self.keep, "tensor")

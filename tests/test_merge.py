@@ -1,0 +1,233 @@
+"""Soups, interpolation and task arithmetic: recorded results of the authors' code, hand numbers, refusals, the verb."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner
+
+from fit_helpers import save_tiny_bert
+from helpers import assert_same, copied
+from steadytune import merge
+from steadytune.cli import app
+
+ATOL = 1e-10
+
+
+# ---------------------------------------------------------------- recorded
+
+
+def soup_of(golden):
+    states = [{"W": w, "b": b} for w, b in zip(golden["W"], golden["b"], strict=True)]
+
+    def score(state):
+        return float(((golden["X"] @ state["W"].T + state["b"]).argmax(1) == golden["Y"]).double().mean())
+
+    return states, score
+
+
+def test_uniform_soup_equals_the_authors(golden):
+    golden = golden("soups")
+    states, score = soup_of(golden)
+    assert_same(merge.uniform(states), {"W": golden["uniform_W"], "b": golden["uniform_b"]}, atol=ATOL)
+    assert score(merge.uniform(states)) == pytest.approx(float(golden["uniform_score"]), abs=ATOL)
+
+
+@pytest.mark.parametrize("rule", ["strict", "ties"])
+def test_greedy_soup_equals_the_authors(golden, rule):
+    golden = golden("soups")
+    states, score = soup_of(golden)
+    tried = []
+
+    def watched(state):
+        tried.append(score(state))
+        return tried[-1]
+
+    soup, chosen = merge.greedy(states, watched, strict=rule == "strict")
+    assert chosen == golden[f"greedy_{rule}_ingredients"].tolist()
+    assert tried[:8] == pytest.approx(golden["score"].tolist(), abs=ATOL)
+    assert tried[8:] == pytest.approx(golden[f"greedy_{rule}_candidate_scores"].tolist(), abs=ATOL)
+    assert_same(soup, {"W": golden[f"greedy_{rule}_W"], "b": golden[f"greedy_{rule}_b"]}, atol=ATOL)
+
+
+def test_wise_ft_equals_the_authors(golden):
+    golden = golden("wise_ft")
+    names = [key.removeprefix("theta0/") for key in golden.keys("theta0/")]
+    start, end = ({n: golden[f"theta{i}/{n}"] for n in names} for i in (0, 1))
+    fisher = tuple({n: golden[f"fisher{i}/{n}"] for n in names if f"fisher{i}/{n}" in golden} for i in (0, 1))
+    assert 0 < len(fisher[0]) < len(names)
+    for i, alpha in enumerate(golden["alphas"].tolist()):
+        plain = merge.interpolate(start, end, alpha)
+        assert_same(plain, {n: golden[f"plain/{n}"][i] for n in names}, atol=ATOL)
+        weighted = merge.interpolate(start, end, alpha, fisher=fisher, floor=golden.meta["fisher_floor"])
+        assert_same(weighted, {n: golden[f"fisher_weighted/{n}"][i] for n in names}, atol=ATOL)
+
+
+# ---------------------------------------------------------------- hand numbers
+
+
+def state(*values: float, head: float | None = None, count: int = 0) -> dict[str, torch.Tensor]:
+    found = {"w": torch.tensor(values), "count": torch.tensor(count)}
+    return found if head is None else {**found, "head": torch.tensor([head])}
+
+
+def test_greedy_begins_with_the_best_and_leaves_out_what_harms():
+    soup, chosen = merge.greedy([state(0.0), state(4.0), state(10.0), state(6.0)], lambda s: -abs(float(s["w"]) - 5))
+    assert (chosen, float(soup["w"])) == ([1, 3], 5.0)
+
+
+def test_greedy_accepts_a_tie_unless_strict():
+    same = [state(1.0), state(1.0)]
+    assert merge.greedy(same, lambda s: 0.0)[1] == [0, 1]
+    assert merge.greedy(same, lambda s: 0.0, strict=True)[1] == [0]
+
+
+def test_interpolation_takes_a_new_head_and_buffers_from_the_tuned_model():
+    found = merge.interpolate(state(1.0, 2.0), state(3.0, 6.0, head=7.0, count=9), 0.25)
+    assert_same(found, state(1.5, 3.0, head=7.0, count=9))
+    assert_same(merge.interpolate(state(1.0), state(3.0), 0.0)["w"], torch.tensor([1.0]))
+    assert_same(merge.interpolate(state(1.0), state(3.0), 1.0)["w"], torch.tensor([3.0]))
+
+
+def test_paint_takes_the_best_alpha_and_the_smaller_of_two():
+    found, alpha = merge.paint(state(0.0), state(10.0), lambda s: -abs(float(s["w"]) - 3))
+    assert (alpha, float(found["w"])) == (0.3, 3.0)
+    assert merge.paint(state(0.0), state(10.0), lambda s: 0.0)[1] == 0.0
+
+
+def test_task_arithmetic_adds_and_forgets():
+    base = state(1.0, 1.0, count=3)
+    vectors = [merge.task_vector(base, tuned) for tuned in (state(2.0, 1.0), state(1.0, 5.0))]
+    assert_same(merge.add_vectors(base, vectors, 0.5), state(1.5, 3.0, count=3))
+    assert_same(merge.add_vectors(base, vectors[:1], -1.0), state(0.0, 1.0, count=3))
+    assert vectors[0].keys() == {"w"}  # no integer buffers
+
+
+def test_types_stay_and_sums_are_exact():
+    halves = [{"w": torch.tensor([1.0, 3e4]).half()}, {"w": torch.tensor([2.0, 6e4]).half()}]
+    assert_same(merge.uniform(halves), {"w": torch.tensor([1.5, 4.5e4]).half()})  # their sum is beyond half precision
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: merge.uniform([]), "nothing to merge"),
+        (lambda: merge.uniform([state(1.0), state(1.0, 2.0)]), r"'w' has shape \(1,\) in one and \(2,\) in another"),
+        (lambda: merge.uniform([state(1.0), state(1.0, head=2.0)]), "not all of them have 'head'"),
+        (lambda: merge.uniform([state(1.0), state(1.0, count=1)]), "different values in 'count'"),
+        (lambda: merge.interpolate(state(1.0, head=0.0), state(1.0), 0.5), "not all of them have 'head'"),
+        (lambda: merge.interpolate(state(1.0), state(1.0), 1.5), r"alpha must lie in \[0, 1\], got 1.5"),
+        (lambda: merge.interpolate(state(1.0), state(1.0), 0.5, floor=0.0), "floor must be above 0, got 0"),
+        (lambda: merge.task_vector(state(1.0, head=0.0), state(1.0)), "not all of them have 'head'"),
+        (lambda: merge.add_vectors(state(1.0), [{"v": torch.ones(1)}]), "not all of them have 'v'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# ---------------------------------------------------------------- the verb
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """Folders of a pre-trained model, two models tuned from it with one head, and one with another head."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny_bert(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained("base", num_labels=3)
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    for i, name in enumerate(("one", "two")):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * (i + 1))
+        model.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    return lambda *words: CliRunner().invoke(app, ["merge", *map(str, words)])
+
+
+def weights(folder):
+    return copied(AutoModelForSequenceClassification.from_pretrained(folder))
+
+
+def test_the_verb_makes_a_plain_model_directory(desk, tmp_path):
+    done = desk("one", "two", "--output", "soup")
+    assert done.exit_code == 0, done.output
+    model, report = AutoModelForSequenceClassification.from_pretrained("soup", output_loading_info=True)
+    assert not any(report.values())
+    assert_same(copied(model), merge.uniform([weights("one"), weights("two")]))
+    assert AutoTokenizer.from_pretrained("soup")("a b").input_ids
+    assert not list(tmp_path.glob(".soup*"))
+
+
+def test_the_verb_interpolates_the_body_and_leaves_the_head(desk):
+    done = desk("one", "--how", "interpolate", "--base", "base", "--alpha", "0.25", "--output", "out")
+    assert done.exit_code == 0, done.output
+    found, one = weights("out"), weights("one")
+    for name, tuned in one.items():
+        expected = tuned if name.startswith("classifier") else tuned - 0.75 * 0.1  # the base lies 0.1 below
+        assert (found[name] - expected).abs().max() < 1e-6, name
+
+
+def test_the_verb_adds_task_vectors(desk):
+    done = desk("one", "two", "--how", "add", "--base", "base", "--alpha", "0.5", "--output", "out")
+    assert done.exit_code == 0, done.output
+    found, one = weights("out"), weights("one")
+    name = "bert.pooler.dense.weight"  # base + 0.5 * (0.1 + 0.3), one = base + 0.1
+    assert (found[name] - one[name] - 0.1).abs().max() < 1e-6
+    assert torch.equal(found["classifier.weight"], one["classifier.weight"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["one", "--output", "x"], "needs at least two models, got 1"),
+        (["one", "two", "--how", "unifrom", "--output", "x"], "Did you mean 'uniform'?"),
+        (["one", "two", "--how", "interpolate", "--base", "base", "--output", "x"], "one model, got 2"),
+        (["one", "--how", "add", "--output", "x"], "needs the pre-trained model: --base DIR"),
+        (["one", "two", "--base", "base", "--output", "x"], "has no base"),
+        (["one", "absent", "--output", "x"], "absent is no Hugging Face model directory"),
+        (["one", "two", "--output", "base"], "output base exists and is not empty"),
+        (["one", "two", "--output", "no/where"], "no such directory no"),
+        (
+            ["one", "--how", "interpolate", "--base", "base", "--alpha", "2", "--output", "x"],
+            "alpha must lie in [0, 1], got 2",
+        ),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line_exit_code_2_and_write_nothing(desk, tmp_path, words, message):
+    before = sorted(tmp_path.rglob("*"))
+    done = desk(*words)
+    assert done.exit_code == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_models_of_other_labels_or_heads_are_refused(desk, tmp_path):
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    named = {**config, "id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    (tmp_path / "two" / "config.json").write_text(json.dumps(named))
+    assert "other labels" in desk("one", "two", "--output", "x").stderr
+    (tmp_path / "two" / "config.json").write_text(json.dumps(config))
+    for name, seed in (("one", 0), ("two", 1)):
+        (tmp_path / name / "steadytune.json").write_text(json.dumps({"recipe": {"seeds": {"init": seed}}}))
+    assert "drawn with different seeds (one with 0, two with 1)" in desk("one", "two", "--output", "x").stderr
+
+
+def test_a_failed_write_leaves_nothing(desk, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
+    before = sorted(tmp_path.rglob("*"))
+    done = desk("one", "two", "--output", "soup")
+    assert (done.exit_code, "cannot be written" in done.stderr) == (2, True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
