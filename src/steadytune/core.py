@@ -607,7 +607,7 @@ class Run:
 
     def norms(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """L2 norm of each tensor, over all its pieces."""
-        norms = list(torch._foreach_norm(list(tensors)))
+        norms = list(torch._foreach_norm(list(tensors))) if tensors else []
         group = self._group()
         if group is None or not norms:
             return norms

@@ -77,15 +77,15 @@ class ROSE(Method):
         if self.keep == 1:
             return
         weights = select(weights, self.scope)
-        self.masks = self.mask(run, weights)
+        found = self.mask(run, weights)
         for w in weights:
-            if w.name not in self.masks:
+            if w.name not in found:
                 continue
             assert w.grad is not None
-            mask = self.masks[w.name]
+            mask = self.masks[w.name] = found[w.name].to(w.data.dtype)
             if self.soft or self.update == "authors":
                 self.before[w.name] = w.data.clone()
-                w.grad.copy_(torch.lerp(momentum(run, w), w.grad, mask.to(w.grad.dtype)))
+                w.grad.copy_(torch.lerp(momentum(run, w), w.grad, mask))
             else:
                 w.grad.mul_(mask)
             if self.update == "frozen":
@@ -94,8 +94,7 @@ class ROSE(Method):
     def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
         for w in weights:
             if w.name in self.before:
-                mask = self.masks[w.name].to(w.data.dtype)
-                w.data.copy_(torch.lerp(self.before[w.name], w.data, mask))
+                w.data.copy_(torch.lerp(self.before[w.name], w.data, self.masks[w.name]))
         for w in weights if self.where is None else run.weights():  # taken over from the optimizer: also beyond `only`
             if self.decay.get(w.name) and w.grad is not None:
                 w.data.mul_(1 - w.group["lr"] * self.decay[w.name] * self.masks.get(w.name, 1.0))
@@ -270,10 +269,12 @@ class ROSEEnsemble(ROSE):
 
     def mask(self, run: Run, weights: Sequence[Weight]) -> Tensors:
         first, second = self.first(run, weights), self.second(run, weights, self.score)
-        parts = {
-            n: (m.float(), second[n].float() if n in second else torch.ones_like(m.float())) for n, m in first.items()
-        }
-        return {n: (1 - self.gamma) * two + self.gamma * one for n, (one, two) in parts.items()}
+        masks = {}
+        for w in weights:
+            if w.name in first:
+                one, two = (part.get(w.name, torch.ones_like(first[w.name])).to(w.data.dtype) for part in (first, second))
+                masks[w.name] = (1 - self.gamma) * two + self.gamma * one
+        return masks
 
 
 def divergence(run: Run, batch: Inputs) -> Tensor:
