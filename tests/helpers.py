@@ -161,7 +161,8 @@ def hashed_mask(example: str, place: int, p: float, width: int) -> Tensor:
 class HashedDropout(nn.Module):
     """Dropout whose mask depends on the example's tokens, its copy in the batch and the place, and on nothing else.
 
-    So a batch of 16 and four of 4, padded alike or not, drop the same activations.
+    So a batch of 16 and four of 4, padded alike or not, drop the same activations. A pass with a seed of its own, as
+    `Run.gradient` makes, drops others.
     """
 
     def __init__(self, p: float, place: int, examples: list[str]) -> None:
@@ -183,10 +184,13 @@ def hash_dropout(model: Any, p: float = 0.2) -> Any:
     def remember(module: nn.Module, args: tuple, inputs: dict[str, Any]) -> None:
         seen: Counter[str] = Counter()
         examples.clear()
+        draw = (
+            " again" if torch.initial_seed() >= 2**32 else ""
+        )  # tests seed with small numbers, steadytune with hashes
         for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
             content = str(ids[mask.bool()].tolist())
             seen[content] += 1
-            examples.append(f"{content} copy {seen[content]}")
+            examples.append(f"{content} copy {seen[content]}{draw}")
 
     model.register_forward_pre_hook(remember, with_kwargs=True)
     place = 0

@@ -39,7 +39,29 @@ from helpers import (
     rows,
     tensors,
 )
-from steadytune import EMA, L2SP, METHODS, ClipNorm, DPSDense, DPSMix, Mixout, RDrop, Run, Trainer, only, state
+from steadytune import (
+    EMA,
+    L2SP,
+    METHODS,
+    SIFT,
+    SWA,
+    BiDrop,
+    ChildTuningD,
+    ChildTuningF,
+    ClipNorm,
+    DPSDense,
+    DPSMix,
+    Mixout,
+    RDrop,
+    RecAdam,
+    ROSEEnsemble,
+    ROSEFirst,
+    ROSESecond,
+    Run,
+    Trainer,
+    only,
+    state,
+)
 from steadytune.core import Method, Weight
 
 TOTAL = 8
@@ -56,15 +78,30 @@ SINGLE: dict[str, list[Method]] = {
     "dps_dense_global": [DPSDense(threshold="global", **DPS)],
     "dps_mix": [DPSMix(**DPS)],
     "dps_mix_authors": [DPSMix(rescale_gradient=False, frequency_penalty="on", frozen=True, **DPS)],
+    "child_tuning_f": [ChildTuningF(keep=0.5)],
+    "child_tuning_d": [ChildTuningD(keep=0.3)],
+    "child_tuning_d_example": [ChildTuningD(keep=0.3, per="example", clip=1.0, scope="linear", frozen=True)],
+    "rose_first": [ROSEFirst(keep=0.5)],
+    "rose_first_element": [ROSEFirst(keep=0.5, granularity="element", update="authors")],
+    "rose_second": [ROSESecond(keep=0.5)],
+    "rose_second_authors": [ROSESecond(keep=0.5, score="authors", update="authors")],
+    "rose_second_element": [ROSESecond(keep=0.5, granularity="element")],
+    "rose_ensemble": [ROSEEnsemble(keep=0.5, gamma=0.3)],
+    "bi_drop": [BiDrop(keep=0.5)],
+    "sift": [SIFT(keep=0.1, batches=2)],
     "mixout": [Mixout(keep=0.7)],
     "rdrop": [RDrop(alpha=1.0)],
     "l2sp": [L2SP(alpha=0.5)],
     "l2sp_coupled": [L2SP(alpha=0.5, decoupled=False, replace_decay=False)],
+    "recadam": [RecAdam(gamma=3.0, t0=0.4, k=10.0)],
+    "recadam_linear": [RecAdam(gamma=3.0, t0=6.0, unit="steps", schedule="linear", replace_decay=False)],
     "clip_norm": [ClipNorm(max_norm=0.3)],
     "ema": [EMA(decay=0.8)],
+    "swa": [SWA(start=0.25, every=2)],
 }
 COMBINED: dict[str, list[Method]] = {
     "recipe_of_five": [DPSMix(**DPS), RDrop(), EMA(decay=0.8), L2SP(alpha=0.5), ClipNorm(max_norm=0.3)],
+    "recipe_of_children": [ChildTuningF(keep=0.5), RDrop(), RecAdam(gamma=3.0), SWA(start=0.0), ClipNorm(max_norm=0.3)],
     "recipe_of_masks": [
         only(Mixout(keep=0.7), in_first_block),
         DPSDense(frozen=True, **DPS),
@@ -73,7 +110,21 @@ COMBINED: dict[str, list[Method]] = {
     ],
 }
 RECIPES = {**SINGLE, **COMBINED}  # the same objects in every test: no run may leave a trace in them
-DRAWS = {"dps_mix", "dps_mix_authors", "mixout", "recipe_of_five", "recipe_of_masks"}  # have randomness of their own
+TWO_DRAWS = {
+    "rdrop",
+    "rose_first",
+    "rose_first_element",
+    "rose_ensemble",
+    "bi_drop",
+    "recipe_of_five",
+    "recipe_of_children",
+}
+MOMENTS = {"rose_second", "rose_second_authors", "rose_second_element", "rose_ensemble"}  # of Adam are looked at
+DRAWS = {  # have randomness of their own
+    *("dps_mix", "dps_mix_authors", "mixout", "recipe_of_five", "recipe_of_masks", "recipe_of_children"),
+    *("child_tuning_f", "child_tuning_d", "child_tuning_d_example", "sift"),
+    *("rose_first", "rose_first_element", "rose_ensemble", "bi_drop"),
+}
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 
 
@@ -100,7 +151,8 @@ class Loop:
     ) -> None:
         self.model = bert() if model is None else model
         self.optimizer = optimizer(self.model.parameters())
-        self.run = Run(self.model, recipe, total_steps=total, seed=seed).attach(self.optimizer)
+        data = functools.partial(batches, 2, seed=9)
+        self.run = Run(self.model, recipe, total_steps=total, seed=seed, data=data).attach(self.optimizer)
         torch.manual_seed(1)  # of dropout
 
     def train(self, data: list[dict[str, Tensor]], micro: int = 1) -> Loop:
@@ -204,7 +256,7 @@ def test_every_method_has_a_row():
 def test_what_declares_a_null_setting_names_its_own_fields():
     for cls in METHODS.values():
         assert set(cls.null or {}) <= {f.name for f in dataclasses.fields(cls)}
-    assert set(NULLABLE) == set(RECIPES) - {"rdrop", "recipe_of_five"}
+    assert set(NULLABLE) == set(RECIPES) - TWO_DRAWS
 
 
 # ---------------------------------------------------------------- null settings
@@ -342,9 +394,11 @@ def test_references_are_the_weights_before_training_also_after_a_resume(name):
 # ---------------------------------------------------------------- accumulation
 
 
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    """Plain descent: AdamW would hide a gradient that is too large by a factor."""
-    return torch.optim.SGD(parameters, lr=0.2, weight_decay=0.01)
+def descent(name: str) -> Any:
+    """Plain descent, or Adam made like it by eps: AdamW would hide a gradient that is too large by a factor."""
+    if name in MOMENTS:
+        return functools.partial(torch.optim.AdamW, lr=0.2, eps=1.0, weight_decay=0.01)
+    return functools.partial(torch.optim.SGD, lr=0.2, weight_decay=0.01)
 
 
 @pytest.mark.parametrize("equal", [True, False], ids=["equal", "unequal"])
@@ -354,7 +408,7 @@ def test_16_at_once_equals_4_times_4_in_a_plain_loop(name, equal):
     for size in (16, 4):
         model = hash_dropout(bert(dtype=torch.float64))
         data = batches(4 * 16 // size, size, equal=equal)
-        loop = Loop(RECIPES[name], model, optimizer=sgd).train(data, micro=16 // size)
+        loop = Loop(RECIPES[name], model, optimizer=descent(name)).train(data, micro=16 // size)
         assert loop.run.index == 4  # through a stage I and a stage II
         ends.append(loop.all())
     assert_same(*ends, atol=1e-10)
@@ -377,7 +431,8 @@ def test_16_at_once_equals_4_times_4_in_the_trainer(name, tokens, tmp_path):
             callbacks=[Stop(4)],
             per_device_train_batch_size=size,
             gradient_accumulation_steps=16 // size,
-            optim="sgd",
+            optim="adamw_torch" if name in MOMENTS else "sgd",
+            adam_epsilon=1.0,
             learning_rate=0.2,
         )
         trainer.train()
@@ -477,7 +532,7 @@ def test_every_method_composes_with_every_other(first):
         owned = [m.exclusive for m in recipe if m.exclusive]
         if len(owned) != len(set(owned)):
             names = " and ".join(type(m).__name__ for m in recipe)
-            with pytest.raises(ValueError, match=f"{names} are both an {owned[0]} of 'bert"):
+            with pytest.raises(ValueError, match=f"{names} are both an? {owned[0]} of 'bert"):
                 Loop(recipe)
             continue
         loop = Loop(recipe).train(data)

@@ -229,5 +229,3 @@ def test_a_failed_write_leaves_nothing(desk, tmp_path, monkeypatch):
     done = desk("one", "two", "--output", "soup")
     assert (done.exit_code, "cannot be written" in done.stderr) == (2, True)
     assert sorted(tmp_path.rglob("*")) == before
-
-
