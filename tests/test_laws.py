@@ -88,7 +88,7 @@ SINGLE: dict[str, list[Method]] = {
     "rose_second_element": [ROSESecond(keep=0.5, granularity="element")],
     "rose_ensemble": [ROSEEnsemble(keep=0.5, gamma=0.3)],
     "bi_drop": [BiDrop(keep=0.5)],
-    "sift": [SIFT(keep=0.1, batches=2)],
+    "sift": [SIFT(keep=0.1, batches=2, scope="linear")],
     "mixout": [Mixout(keep=0.7)],
     "rdrop": [RDrop(alpha=1.0)],
     "l2sp": [L2SP(alpha=0.5)],

@@ -272,7 +272,9 @@ class ROSEEnsemble(ROSE):
         masks = {}
         for w in weights:
             if w.name in first:
-                one, two = (part.get(w.name, torch.ones_like(first[w.name])).to(w.data.dtype) for part in (first, second))
+                one, two = (
+                    part.get(w.name, torch.ones_like(first[w.name])).to(w.data.dtype) for part in (first, second)
+                )
                 masks[w.name] = (1 - self.gamma) * two + self.gamma * one
         return masks
 
