@@ -58,7 +58,7 @@ def byte_mask(shape: Sequence[int], share: float, generator: torch.Generator) ->
     n = math.prod(shape)
     words = torch.empty(-(-n // 8), dtype=torch.int64, device=generator.device)
     words.random_(-(2**63), None, generator=generator)  # all 64 bits: without bounds the sign bit would stay 0
-    return (words.view(torch.uint8)[:n] < round(share * 256)).view(*shape)
+    return (words.view(torch.uint8)[:n] < round(share * 256)).view(tuple(shape))
 
 
 def exchange(a: Tensor, b: Tensor) -> None:
