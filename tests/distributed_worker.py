@@ -32,7 +32,28 @@ from transformers import (
 from transformers import Trainer as StockTrainer
 
 from helpers import LENGTH, VOCABULARY, arguments, collate, hash_dropout, llama, rows
-from steadytune import EMA, L2SP, ClipNorm, DPSDense, DPSMix, Method, Mixout, RDrop, Run, Trainer, Weight
+from steadytune import (
+    EMA,
+    L2SP,
+    SIFT,
+    SWA,
+    BiDrop,
+    ChildTuningD,
+    ChildTuningF,
+    ClipNorm,
+    DPSDense,
+    DPSMix,
+    Method,
+    Mixout,
+    RDrop,
+    RecAdam,
+    ROSEEnsemble,
+    ROSEFirst,
+    ROSESecond,
+    Run,
+    Trainer,
+    Weight,
+)
 
 STEPS = 8  # stages of two: squares, masks, squares, masks
 ROWS = 8  # of one optimizer step, over all ranks and micro-batches
@@ -201,12 +222,27 @@ DDP_RECIPES = {
     "dense": lambda: [DPSDense(**STAGES), ClipNorm(0.5)],
     "mixout_l2sp": lambda: [Mixout(keep=0.6), L2SP(0.3)],
     "rdrop": lambda: [RDrop(2.0)],
+    "child_f": lambda: [ChildTuningF(0.5), SWA(0.25, every=2)],
+    "child_d": lambda: [ChildTuningD(0.3, scope="linear"), RecAdam(gamma=30.0)],
+    "child_d_example": lambda: [ChildTuningD(0.3, scope="linear", per="example", clip=1.0)],
+    "rose_first": lambda: [ROSEFirst(0.5)],
+    "rose_second": lambda: [ROSESecond(0.5)],
+    "rose_ensemble": lambda: [ROSEEnsemble(0.5)],
+    "bi_drop": lambda: [BiDrop(0.5, scope="linear")],
+    "sift": lambda: [SIFT(0.1, batches=2, scope="linear")],
 }
+TWO_DRAWS = ("rdrop", "rose_first", "rose_ensemble", "bi_drop")
+
+
+def look(model: nn.Module) -> list[list[dict]]:
+    """What methods see first: this rank's micro-batches of two steps."""
+    return [parts(batch(200 + i, model), *place(), 2) for i in range(2)]
 
 
 def ddp_recipe(name: str, kind: str = "adamw", *, micro: int = 2) -> dict:
-    model = hash_dropout(bert()) if name == "rdrop" else bert()
-    run = Run(ddp(model), DDP_RECIPES[name](), total_steps=STEPS).attach(optimizer_of(model, kind))
+    model = hash_dropout(bert()) if name in TWO_DRAWS else bert()
+    run = Run(ddp(model), DDP_RECIPES[name](), total_steps=STEPS, data=lambda: look(model))
+    run.attach(optimizer_of(model, kind))
     return train(run, micro=micro)
 
 
@@ -362,6 +398,10 @@ SHARDED_RECIPES = {
     "dense_global": (bert, lambda: [DPSDense(**STAGES, threshold="global", frozen=True), ClipNorm(0.5)]),
     "one_output": (lambda: bert(labels=1), lambda: [DPSMix(**STAGES, frozen=True), EMA(0.8)]),
     "mixout_l2sp_ema": (bert, lambda: [Mixout(keep=0.6), L2SP(0.3), EMA(0.8), ClipNorm(0.5)]),
+    "child_f": (bert, lambda: [ChildTuningF(0.5), SWA(0.25, every=2)]),
+    "child_d": (bert, lambda: [ChildTuningD(0.3, scope="linear", frozen=True), RecAdam(gamma=30.0)]),
+    "rose_second": (bert, lambda: [ROSESecond(0.5)]),
+    "sift": (bert, lambda: [SIFT(0.1, batches=2, scope="linear")]),
     "conv1d": (gpt2, lambda: [Mixout(keep=0.6), DPSMix(**STAGES), EMA(0.8)]),
     "everywhere": (gpt2, lambda: [DPSMix(**STAGES, scope=has_gradient, threshold="global"), L2SP(0.3)]),
 }
@@ -394,7 +434,7 @@ def sharded(name: str, *, run_first: bool = True, look: str = "never", kind: str
     make, recipe = SHARDED_RECIPES[name]
     model = make()
     if run_first:
-        run = Run(model, recipe(), total_steps=STEPS)
+        run = Run(model, recipe(), total_steps=STEPS, data=lambda: look(model))
         shard(model)
     else:
         run = Run(shard(model), recipe(), total_steps=STEPS)

@@ -151,6 +151,11 @@ def differs(a: Any, b: Any) -> bool:
     return any(not torch.equal(a[name], b[name]) for name in a)
 
 
+def is_extra_pass() -> bool:
+    """Whether a forward has a seed of its own: tests seed with small numbers, steadytune with 63-bit hashes."""
+    return torch.initial_seed() >= 2**32
+
+
 @functools.cache
 def hashed_mask(example: str, place: int, p: float, width: int) -> Tensor:
     digest = hashlib.blake2b(f"{example} {place}".encode(), digest_size=7).digest()
@@ -184,9 +189,7 @@ def hash_dropout(model: Any, p: float = 0.2) -> Any:
     def remember(module: nn.Module, args: tuple, inputs: dict[str, Any]) -> None:
         seen: Counter[str] = Counter()
         examples.clear()
-        draw = (
-            " again" if torch.initial_seed() >= 2**32 else ""
-        )  # tests seed with small numbers, steadytune with hashes
+        draw = " again" if is_extra_pass() else ""
         for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
             content = str(ids[mask.bool()].tolist())
             seen[content] += 1
@@ -207,13 +210,17 @@ def hash_dropout(model: Any, p: float = 0.2) -> Any:
 
 
 def interrupt(model: nn.Module, after: int, error: type[BaseException] = KeyboardInterrupt) -> Callable[[], None]:
-    """Raise in the middle of the ``after``-th training forward from now (1-based); returns what takes it back."""
+    """Raise in the middle of the ``after``-th training forward from now (1-based); returns what takes it back.
+
+    Passes of `Run.gradient` are not counted.
+    """
     calls = 0
 
     def hook(module: nn.Module, args: tuple) -> None:
         nonlocal calls
-        calls += model.training
-        if calls == after and model.training:
+        counts = model.training and not is_extra_pass()
+        calls += counts
+        if calls == after and counts:
             raise error
 
     last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
