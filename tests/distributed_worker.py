@@ -234,14 +234,14 @@ DDP_RECIPES = {
 TWO_DRAWS = ("rdrop", "rose_first", "rose_ensemble", "bi_drop")
 
 
-def look(model: nn.Module) -> list[list[dict]]:
+def first_look(model: nn.Module) -> list[list[dict]]:
     """What methods see first: this rank's micro-batches of two steps."""
     return [parts(batch(200 + i, model), *place(), 2) for i in range(2)]
 
 
 def ddp_recipe(name: str, kind: str = "adamw", *, micro: int = 2) -> dict:
     model = hash_dropout(bert()) if name in TWO_DRAWS else bert()
-    run = Run(ddp(model), DDP_RECIPES[name](), total_steps=STEPS, data=lambda: look(model))
+    run = Run(ddp(model), DDP_RECIPES[name](), total_steps=STEPS, data=lambda: first_look(model))
     run.attach(optimizer_of(model, kind))
     return train(run, micro=micro)
 
@@ -434,7 +434,7 @@ def sharded(name: str, *, run_first: bool = True, look: str = "never", kind: str
     make, recipe = SHARDED_RECIPES[name]
     model = make()
     if run_first:
-        run = Run(model, recipe(), total_steps=STEPS, data=lambda: look(model))
+        run = Run(model, recipe(), total_steps=STEPS, data=lambda: first_look(model))
         shard(model)
     else:
         run = Run(shard(model), recipe(), total_steps=STEPS)
