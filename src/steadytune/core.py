@@ -576,7 +576,7 @@ class Run:
                     torch.manual_seed(dropout_seed)
                 for i, batch in enumerate(batches):
                     last = i == len(batches) - 1
-                    with contextlib.nullcontext() if last else shards.no_sync(self.wrapper):
+                    with shards.sync(self.wrapper) if last else shards.no_sync(self.wrapper):
                         (loss(batch) / share).backward()
             found = {n: shards.local(p.grad) for n, p in parameters.items() if p.grad is not None}
             return {n: g.clone() for n, g in found.items()} if views else found

@@ -109,3 +109,18 @@ def no_sync(wrapper: nn.Module) -> Iterator[None]:
             wrapper.set_requires_gradient_sync(True)
     else:
         yield
+
+
+@contextlib.contextmanager
+def sync(wrapper: nn.Module) -> Iterator[None]:
+    """Backward passes inside average over ranks, also where the caller is inside its own `no_sync`."""
+    if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+        before, wrapper.require_backward_grad_sync = wrapper.require_backward_grad_sync, True
+        try:
+            yield
+        finally:
+            wrapper.require_backward_grad_sync = before
+    else:
+        if FSDPModule != () and isinstance(wrapper, FSDPModule):
+            wrapper.set_requires_gradient_sync(True)  # it stays: a micro-batch reduced too early is as right
+        yield
