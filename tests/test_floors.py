@@ -40,7 +40,8 @@ FLOORS = {
     "estimate": 6,
     "fitting": 7,
     "estimators": 8,
-    "cli": 8,
+    "bench": 8,
+    "cli": 9,
 }
 SIDEWAYS = {("views", "method"), ("tasks", "data")}  # on one floor, one way only
 NO_TORCH = (
