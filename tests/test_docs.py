@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from fit_helpers import save_tiny_bert, toy
 from steadytune import cli, config, recipe
+from steadytune.bench.spec import Study
 from steadytune.recipe import make_methods
 
 ROOT = Path(__file__).parent.parent
@@ -84,8 +85,11 @@ def test_python_blocks_run(desk, code, request):
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))
-def test_yaml_blocks_are_configs_of_fit(desk, text):
+def test_yaml_blocks_are_studies_or_configs_of_fit(desk, text, request):
     Path("run.yaml").write_text(text)
+    if "studies" in request.node.callspec.id:
+        assert list(Study.read("run.yaml").draws())
+        return
     found = config.defaults(Path("run.yaml"), cli.fit)
     assert make_methods(found["method"])
     assert Path(found["train"]).is_file()

@@ -52,7 +52,8 @@ def test_number_of_steps(rows, options, steps):
 
 
 def test_seeds_default_to_the_one_seed():
-    assert Recipe(seed=7, data_seed=0).seeds == {"init": 7, "data": 0, "dropout": 7, "method": 7}
+    assert Recipe(seed=7, data_seed=0).seeds == {"init": 7, "subset": 0, "data": 0, "dropout": 7, "method": 7}
+    assert Recipe(data_seed=3, subset_seed=5).seeds == {"init": 0, "subset": 5, "data": 3, "dropout": 0, "method": 0}
 
 
 @pytest.mark.parametrize(
@@ -284,6 +285,22 @@ def test_length_is_cut_at_the_limit_and_pairs_share_it(bert):
         modelling.token_limit(65, config, tokenizer)
 
 
+def test_a_row_that_just_fits_is_not_counted_as_cut(bert):
+    """Naive: the tokens of the cut rows; those of 8 and of 9 tokens look alike."""
+    source = Source.open(bert, TWO, max_length=8)
+    rows = pd.DataFrame({"text": ["good " * words for words in (6, 7, 2, 60)]}, index=[5, 6, 7, 8])
+    features = tokenise(rows, source.tokenizer, source.max_length)
+    assert [len(f["input_ids"]) for f in features] == [8, 8, 4, 8]
+    assert modelling.token_counts(rows, features, source).tolist() == [8, 9, 4, 62]
+
+
+def test_cut_rows_are_named_by_their_number_in_the_file(tmp_path, bert, caplog):
+    table = toy(30)
+    table.loc[17, "text"] = "good " * 30
+    fit(table, model=bert, output=tmp_path / "out", **{**QUICK, "validation_share": 0.0, "max_length": 16})
+    assert "1 of 30 rows (3.33 %) have more than 16 tokens and are cut (rows counted from 0: 17)" in caplog.text
+
+
 # ---- the whole run ----------------------------------------------------------------------------------------------
 
 
@@ -405,7 +422,7 @@ def test_a_crash_after_training_costs_no_training(tmp_path, bert, monkeypatch):
     assert same(weights(straight.output), weights(resumed.output))
 
 
-def test_four_seeds_are_four_separate_things(tmp_path, bert):
+def test_five_seeds_are_five_separate_things(tmp_path, bert):
     def trained(**seeds):
         name = "-".join(f"{key}{value}" for key, value in seeds.items()) or "none"
         result = fit(toy(30), model=bert, output=tmp_path / name, methods="mixout", **{**QUICK, "steps": 3}, **seeds)
@@ -417,8 +434,11 @@ def test_four_seeds_are_four_separate_things(tmp_path, bert):
         changed, changed_rows = trained(**{seed: 1})
         assert not same(base, changed), seed
         assert changed_rows == rows, seed
-    changed, changed_rows = trained(data_seed=1)
-    assert changed_rows != rows
+    for seeds in ({"data_seed": 1}, {"subset_seed": 1}):
+        assert trained(**seeds)[1] != rows, seeds
+    ordered, same_rows = trained(data_seed=1, subset_seed=0)
+    assert same_rows == rows
+    assert not same(base, ordered)
 
 
 def test_regression_with_pairs_on_a_decoder_without_padding_token(tmp_path):

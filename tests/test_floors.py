@@ -43,7 +43,8 @@ FLOORS = {
     "estimate": 6,
     "fitting": 7,
     "estimators": 8,
-    "cli": 8,
+    "bench": 8,
+    "cli": 9,
 }
 SIDEWAYS = {("views", "method"), ("tasks", "data"), ("masks", "core")}  # on one floor, one way only
 NO_TORCH = (

@@ -22,6 +22,7 @@ from steadytune.estimate import per_step
 from steadytune.merge import uniform
 from steadytune.output import last_checkpoint
 from steadytune.recipe import Recipe
+from test_anatomy import CONFIGS, tiny
 
 QUICK = {"steps": 40, "batch_size": 8, "lr": 5e-3, "save_steps": 0, "progress": False, "text": "text", "label": "label"}
 TESTS = {"test": toy(30, start=200)}
@@ -168,8 +169,20 @@ def test_the_best_moment_is_kept_and_no_test_row_chose_it(tmp_path, bert):
     assert "(selected on)" in (result.output / "README.md").read_text()
 
 
-def test_patience_counts_evaluations_without_a_new_best(tmp_path, bert):
+def test_without_checkpoints_the_best_moment_is_kept_in_memory(tmp_path, bert, monkeypatch):
+    own = {"tests": TESTS, "methods": "ema:decay=0.8", **QUICK, "evaluations": 8, "validation_share": 0.3}
+    disk = fit(toy(60), model=bert, output=tmp_path / "d", **{**own, "save_steps": 5})
+    monkeypatch.setattr(training.FitTrainer, "_save_checkpoint", None)
+    memory = fit(toy(60), model=bert, output=tmp_path / "m", **own)
+    assert (memory.steps, memory.runs[0]["curve"]) == (disk.steps, disk.runs[0]["curve"])
+    assert memory.steps < 40, "the last moment is not the best: the naive version keeps it"
+    assert same(weights(memory.output), weights(disk.output))
+
+
+@pytest.mark.parametrize("save_steps", [0, 1])
+def test_patience_counts_evaluations_without_a_new_best(tmp_path, bert, save_steps):
     own = {**QUICK, "lr": 1e-7, "evaluations": 8, "patience": 3}  # nothing changes: the first is the best
+    own["save_steps"] = save_steps
     result = fit(toy(60), model=bert, output=tmp_path / "o", **own)
     assert [step for step, _ in result.runs[0]["curve"]] == [5, 10, 15, 20]
     assert result.steps == 5
@@ -280,6 +293,29 @@ def test_temperature_is_the_best_one_and_lies_in_the_weights(tmp_path, bert):
         return -log_softmax(scores / t, axis=1)[np.arange(len(truth)), truth].mean()
 
     assert cost(found) <= min(cost(t) for t in np.geomspace(0.05, 20, 200)) + 1e-6
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_cooling_divides_the_logits_of_every_architecture(architecture):
+    model = tiny(architecture, num_labels=3).eval()
+    feature = {"input_ids": [3, 4, 5, 2], "attention_mask": [1, 1, 1, 1]}
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    modelling.check_cooling(model, feature)
+    assert same(before, model.state_dict()), "trying leaves no trace"
+    inputs = {name: torch.tensor([values]) for name, values in feature.items()}
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        modelling.cool(model, 3.0)
+        torch.testing.assert_close(model(**inputs).logits, logits / 3)
+
+
+def test_a_model_whose_logits_are_not_those_of_its_last_linear_layer_is_refused():
+    model = tiny("Bert", num_labels=3)
+    model.classifier = torch.nn.Sequential(model.classifier, torch.nn.Tanh())
+    weights = model.classifier[0].weight.clone()
+    with pytest.raises(UsageError, match="calibrate: the logits of this model are not those of its last linear"):
+        modelling.check_cooling(model, {"input_ids": [3, 4, 5]})
+    assert torch.equal(weights, model.classifier[0].weight)
 
 
 def test_temperature_of_a_known_distribution():

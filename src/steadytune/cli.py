@@ -130,7 +130,10 @@ def fit(
     ] = 0,
     seed: Annotated[int, _option(SEEDS, "Seed of everything that has no seed of its own.")] = 0,
     init_seed: Annotated[int | None, _option(SEEDS, "Seed of the new head.")] = None,
-    data_seed: Annotated[int | None, _option(SEEDS, "Seed of subset, validation split and row order.")] = None,
+    subset_seed: Annotated[
+        int | None, _option(SEEDS, "Seed of subset and validation split. [dim]\\[default: the data seed][/]")
+    ] = None,
+    data_seed: Annotated[int | None, _option(SEEDS, "Seed of the row order.")] = None,
     dropout_seed: Annotated[int | None, _option(SEEDS, "Seed of dropout.")] = None,
     method_seed: Annotated[int | None, _option(SEEDS, "Seed of the methods' masks and noise.")] = None,
     save_steps: Annotated[int, _option(OUTPUT, "Steps between checkpoints; 0 for none.")] = 200,
@@ -225,6 +228,77 @@ def predict(
         with writing(output):
             write_whole(output, lambda part: writer(found, part))
     typer.echo(f"{len(found)} predictions: {output}")
+
+
+@app.command()
+def bench(
+    study: Annotated[str, typer.Argument(help="Study file (YAML), or a preset: stick, glue-small, low-resource ...")],
+    output: Annotated[
+        Path | None, _option(OUTPUT, "Folder of the records. [dim]\\[default: runs/NAME-OF-THE-STUDY][/]")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        _option(INPUT, "Model directory or hub name, or NAME=MODEL, instead of the study's; repeatable."),
+    ] = None,
+    data_root: Annotated[
+        Path | None, _option(INPUT, "Folder of the benchmark tasks.", envvar="STEADYTUNE_DATA")
+    ] = None,
+    seeds: Annotated[int | None, _option(SEEDS, "Seeds 0 to this less one, instead of the study's.")] = None,
+    filters: Annotated[
+        list[str] | None,
+        _option(
+            SELECTION,
+            "Only runs with KEY=PATTERN (or PATTERN|PATTERN), KEY one of model, task, recipe, size, seed; repeatable.",
+            "--filter",
+        ),
+    ] = None,
+    workers: Annotated[int, _option(TRAINING, "Processes; they share cores and GPUs.")] = 1,
+    timeout: Annotated[float | None, _option(TRAINING, "Seconds after which a run counts as failed.")] = None,
+    retry_failed: Annotated[bool, _option(TRAINING, "Do failed runs again.", "--retry-failed")] = False,
+    dry_run: Annotated[bool, _option(OUTPUT, "List the runs; train nothing.", "--dry-run")] = False,
+    quiet: Annotated[bool, _option(OUTPUT, "No progress.", "--quiet")] = False,
+    config: Config = None,
+) -> None:
+    """Run a study: models x tasks x sizes x recipes x seeds, one record each. What has a record is not run again.
+
+    Example: steadytune bench stick --model bert-base-uncased --data-root data --workers 2; then: steadytune report
+    runs/stick
+    """
+    with _errors_in_one_line("goes on with the runs that have no record"):
+        from .bench.spec import Study
+        from .bench.study import run_study
+
+        models = None if not model else dict(_pair(item) for item in model)
+        found = Study.read(study, models=models, seeds=seeds)
+        folder = output or Path("runs", found.name)
+        if dry_run:
+            return _show_runs(found, folder, data_root, filters or [])
+        with _speaking(quiet):
+            result = run_study(
+                found, folder, data_root=data_root, workers=workers, filters=filters or [], timeout=timeout,
+                retry_failed=retry_failed, progress=not quiet,
+            )  # fmt: skip
+    typer.echo(f"{result.done} runs done, {result.failed} failed: {result.folder}")
+    if result.failed:
+        raise typer.Exit(1)
+
+
+def _pair(item: str) -> tuple[str, str]:
+    """`NAME=MODEL`, or a model under its own name."""
+    name, equals, path = item.partition("=")
+    return (name, path) if equals and not Path(item).exists() else (Path(item).name, item)
+
+
+def _show_runs(study: Any, folder: Path, data_root: Path | None, filters: list[str]) -> None:
+    """What a study would do."""
+    from .bench.store import Store
+    from .bench.study import chosen
+
+    store, runs = Store(folder), chosen(study, data_root, filters)
+    done = {run.id for run in runs if store.has(run.id)}
+    for run in runs:
+        typer.echo(f"{run.id} {'done' if run.id in done else 'to do'}: {run.title}")
+    typer.echo(f"{len(runs)} runs, {len(done)} of them done; records go to {folder}")
 
 
 def _named(tests: list[str]) -> dict[str, Path]:
@@ -409,7 +483,7 @@ def _speaking(quiet: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _errors_in_one_line() -> Iterator[None]:
+def _errors_in_one_line(go_on: str = "with --resume goes on from the last checkpoint") -> Iterator[None]:
     """A user's mistake is a sentence and exit code 2, Ctrl-C is 130; a traceback is for our own bugs."""
     from .data import UsageError
 
@@ -419,7 +493,7 @@ def _errors_in_one_line() -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
-        typer.echo("\ninterrupted: the same command with --resume goes on from the last checkpoint.", err=True)
+        typer.echo(f"\ninterrupted: the same command {go_on}.", err=True)
         raise typer.Exit(130) from error
 
 

@@ -156,7 +156,8 @@ def fit(
         folds: of the cross-validation.
         resume: go on from the last checkpoint in `output`.
         overwrite: replace the run in `output`.
-        save_steps: steps between checkpoints; 0 writes none. With evaluations there is one at each of them.
+        save_steps: steps between checkpoints; with evaluations there is one at each of them instead. 0 writes none, and
+            the best weights are kept in memory.
         progress: show bars.
         push_to_hub: a repository to upload the finished folder to.
         **options: fields of `Recipe`: lr, batch_size, steps, epochs, max_length, dropout, bf16, lora, class_weights,
@@ -239,7 +240,7 @@ def make_plan(
         train_size=recipe.train_size,
         validation_share=0.0 if refit else recipe.validation_share,
         validation_column=validation_column,
-        seed=recipe.seeds["data"],
+        seed=recipe.seeds["subset"],
     )
     for finding in raise_errors(inspect(data)):
         logger.warning("%s", finding.message)
@@ -319,7 +320,8 @@ def runs(plan: Plan, stop_at: int | None = None) -> list[Job]:
     from .training import Job
 
     def seeds(i: int) -> dict[str, int]:
-        return {name: value if name == "init" else value + i for name, value in plan.recipe.seeds.items()}
+        same = ("init", "subset")
+        return {name: value if name in same else value + i for name, value in plan.recipe.seeds.items()}
 
     names = [f"run-{i}" if plan.seeds > 1 else "training" for i in range(plan.seeds)]
     return [Job(name, plan.data.train, plan.select, seeds(i), stop_at) for i, name in enumerate(names)]
@@ -327,6 +329,8 @@ def runs(plan: Plan, stop_at: int | None = None) -> list[Job]:
 
 def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResult:
     """Load, train, evaluate, write; everything about the data has been checked."""
+    from .modelling import check_cooling
+
     source = open_model(plan)
     record = _record(plan, source)
     if previous is not None:
@@ -338,10 +342,13 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
             trainer = place.trainer(jobs[0], jobs[0].seeds, folder.checkpoints / jobs[0].name)
         except ValueError as error:  # a method that cannot act on this model, or two that exclude each other
             raise UsageError(str(error)) from error
-        _check_tokens(trainer.train_dataset, source)
+        features: Any = trainer.train_dataset
+        _check_tokens(features, source)
+        if plan.recipe.calibrate:
+            check_cooling(trainer.model, features[0])
         assert trainer.run is not None
         logger.info("%s", trainer.run.describe())
-        _announce(plan, source, trainer.train_dataset)
+        _announce(plan, source, features)
         folder.sweep()
         if previous is None:
             folder.clear()
@@ -373,7 +380,7 @@ def fold_jobs(plan: Plan) -> list[Job]:
     from .training import Job
 
     rows = plan.data.train
-    parts = folds(rows, plan.data.target, plan.folds, plan.recipe.seeds["data"])
+    parts = folds(rows, plan.data.target, plan.folds, plan.recipe.seeds["subset"])
     return [
         Job(f"fold-{i}", rows.iloc[inside], rows.iloc[outside], plan.recipe.seeds)
         for i, (inside, outside) in enumerate(parts)
@@ -391,30 +398,15 @@ def _best_step(tried: Sequence[Trained], plan: Plan) -> int:
 
 def _finish(plan: Plan, source: Source, folder: Output, record: dict[str, Any], trained: list[Trained]) -> FitResult:
     """Combine, calibrate, evaluate, write."""
-    from .fitted import FittedModel
-
-    data = plan.data
-    assert data.table is not None
-    text, label = data.table.text or (), data.table.label or ""  # found, if they were not given
-
-    def fitted(models: Sequence[Any]) -> FittedModel:
-        return FittedModel(
-            models,
-            source.tokenizer,
-            data.target,
-            text=text,
-            label=label,
-            max_length=source.max_length,
-            bf16=plan.recipe.bf16,
-        )
-
     for t in trained:
         if t.failing:
             logger.warning("the training loss never fell below 0.9 log K: try --restarts 2, another lr or more steps")
     temperatures = [_calibrate(t, plan, source) for t in trained] if plan.recipe.calibrate else []
-    scores = [_evaluate(fitted([t.model]), data)[1] for t in trained] if len(trained) > 1 else []
-    model, chosen = _combine(plan, trained, scores, fitted)
-    predictions, metrics = _evaluate(model, data, plan.progress)
+    single = [fitted_model(plan, source, [t.model]) for t in trained] if len(trained) > 1 else []
+    scores = [evaluate(model, plan.data)[1] for model in single]
+    models, chosen = _combine(plan, trained, scores)
+    model = fitted_model(plan, source, models)
+    predictions, metrics = evaluate(model, plan.data, plan.progress)
     details = [
         {**t.record(), **({"scores": s} if scores else {}), **({"temperature": k} if temperatures else {})}
         for t, s, k in zip(trained, scores or [{}], temperatures or [0.0] * len(trained), strict=True)
@@ -425,10 +417,27 @@ def _finish(plan: Plan, source: Source, folder: Output, record: dict[str, Any], 
     result = FitResult(
         folder.path, model, metrics, plan.metric, predictions, details, steps, sum(t.seconds for t in trained)
     )
-    columns = {"text": list(text), "label": label}
+    columns = {"text": list(model.text), "label": model.label}
     record = {**record, "columns": columns, "runs": details, "chosen": chosen, "device": str(model.models[0].device)}
     _write(folder, result, record)
     return result
+
+
+def fitted_model(plan: Plan, source: Source, models: Sequence[Any]) -> FittedModel:
+    """Trained models as one that reads tables like the training table."""
+    from .fitted import FittedModel
+
+    table = plan.data.table
+    assert table is not None
+    return FittedModel(
+        models,
+        source.tokenizer,
+        plan.data.target,
+        text=table.text or (),
+        label=table.label or "",  # found, if they were not given
+        max_length=source.max_length,
+        bf16=plan.recipe.bf16,
+    )
 
 
 def _calibrate(trained: Trained, plan: Plan, source: Source) -> float:
@@ -446,7 +455,7 @@ def _calibrate(trained: Trained, plan: Plan, source: Source) -> float:
     return found
 
 
-def _evaluate(model: FittedModel, data: Data, progress: bool = False) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+def evaluate(model: FittedModel, data: Data, progress: bool = False) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
     """Predictions of all sets, one under the other, and the scores of each."""
     tables, scores = [], {}
     for name, rows in data.tests.items():
@@ -457,24 +466,24 @@ def _evaluate(model: FittedModel, data: Data, progress: bool = False) -> tuple[p
 
 
 def _combine(
-    plan: Plan, trained: list[Trained], scores: list[dict[str, dict[str, Any]]], fitted: Any
-) -> tuple[FittedModel, int | None]:
-    """The fitted model, and the number of the run chosen, if one was."""
+    plan: Plan, trained: list[Trained], scores: list[dict[str, dict[str, Any]]]
+) -> tuple[list[Any], int | None]:
+    """The models whose predictions are averaged, and the number of the run chosen, if one was."""
     from .merge import uniform
 
     models = [t.model for t in trained]
     if len(models) == 1:
-        return fitted(models), 0
+        return models, 0
     if plan.combine == "ensemble":
-        return fitted(models), None
+        return models, None
     if plan.combine == "soup":
         models[0].load_state_dict(uniform([m.state_dict() for m in models]))
-        return fitted(models[:1]), None
+        return models[:1], None
     sign = -1 if plan.metric in SMALLER_IS_BETTER else 1
     found = [s["validation"][plan.metric] for s in scores]
     chosen = int(np.argmax([-np.inf if value is None else sign * value for value in found]))
     logger.info("run %d is the best of %d on the validation rows", chosen, len(models))
-    return fitted([models[chosen]]), chosen
+    return [models[chosen]], chosen
 
 
 def spread(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -532,7 +541,7 @@ def _write(folder: Output, result: FitResult, record: dict[str, Any]) -> None:
             files = folder.save_model(result.model.models[0], result.model.tokenizer)
             for i, member in enumerate(result.model.models if len(result.model.models) > 1 else ()):
                 member.save_pretrained(folder.path / MEMBERS / str(i))
-        write_whole(folder.path / "predictions.parquet", _storable(result.predictions).to_parquet)
+        write_whole(folder.path / "predictions.parquet", storable(result.predictions).to_parquet)
         metrics = {"metric": result.metric, "steps": result.steps, "seconds": result.seconds, "sets": result.metrics}
         write_json(folder.path / "metrics.json", metrics)
         card = model_card(record, result.metrics, result.metric)
@@ -542,7 +551,7 @@ def _write(folder: Output, result: FitResult, record: dict[str, Any]) -> None:
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
 
-def _storable(predictions: pd.DataFrame) -> pd.DataFrame:
+def storable(predictions: pd.DataFrame) -> pd.DataFrame:
     """Tuples of labels as lists: Parquet has no tuples."""
     several = [str(c) for c in predictions if predictions[c].map(lambda v: isinstance(v, tuple)).any()]
     return predictions.assign(**{c: predictions[c].map(list) for c in several})
@@ -566,6 +575,8 @@ def upload(folder: Path, repository: str) -> None:
 
 def _announce(plan: Plan, source: Source, features: Any) -> None:
     """Say what is about to happen, and what in the data may surprise."""
+    from .modelling import token_counts
+
     data, rows_per_step = plan.data, plan.recipe.batch_size * plan.recipe.accumulation
     sizes = ", ".join(f"{name} {len(rows)}" for name, rows in data.tests.items()) or "no test set"
     logger.info("%s, %d training rows (%s)", data.target.kind, len(data.train), sizes)
@@ -573,6 +584,7 @@ def _announce(plan: Plan, source: Source, features: Any) -> None:
     times = f", {plan.seeds} runs" if plan.seeds > 1 else ""
     times += f" after {plan.folds} folds" if plan.refit else ""
     logger.info("%d steps of %d rows (%.1f epochs)%s", plan.steps, rows_per_step, epochs, times)
-    cut = truncated([len(f["input_ids"]) for f in features], source.max_length - 1, "the training rows")
+    counts = token_counts(data.train, features, source)
+    cut = truncated(counts, source.max_length, "the training rows", list(data.train.index))
     if cut:
         logger.warning("%s", cut.message)

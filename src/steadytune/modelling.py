@@ -170,11 +170,21 @@ def token_limit(wanted: int | None, config: Any, tokenizer: PreTrainedTokenizerB
     return int(min(wanted or MAX_LENGTH, limit))
 
 
-def tokenise(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict[str, Any]]:
-    """One feature dictionary per row, unpadded."""
+def tokenise(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> list[dict[str, Any]]:
+    """One feature dictionary per row, unpadded, cut to ``max_length`` tokens (None: whole)."""
     pairs = rows["text_pair"].tolist() if "text_pair" in rows else None
-    encoded = tokenizer(rows["text"].tolist(), pairs, truncation=True, max_length=max_length)
+    cut: dict[str, Any] = {"truncation": True, "max_length": max_length} if max_length is not None else {}
+    encoded = tokenizer(rows["text"].tolist(), pairs, verbose=False, **cut)
     return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+
+
+def token_counts(rows: pd.DataFrame, features: Sequence[dict[str, Any]], source: Source) -> list[int]:
+    """Tokens of every row before anything is cut; only rows as long as the limit are tokenised again."""
+    counts = np.array([len(feature["input_ids"]) for feature in features])
+    full = np.flatnonzero(counts == source.max_length)
+    if len(full):
+        counts[full] = [len(f["input_ids"]) for f in tokenise(rows.iloc[full], source.tokenizer, None)]
+    return counts.tolist()
 
 
 def unknown_share(features: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> float:
@@ -251,7 +261,7 @@ def temperature(logits: np.ndarray, labels: Sequence[int]) -> float:
     return float(np.exp(found.x))
 
 
-def cool(model: PreTrainedModel, temperature: float) -> None:
+def cool(model: Any, temperature: float) -> None:
     """Divide a classifier's logits by a temperature for good, in its last linear layer: any user of the model sees it.
 
     Raises:
@@ -263,3 +273,32 @@ def cool(model: PreTrainedModel, temperature: float) -> None:
     with torch.no_grad():
         for p in outputs[-1].parameters():
             p.div_(temperature)
+
+
+def check_cooling(model: Any, feature: dict[str, Any]) -> None:
+    """Try on one row that `cool` does divide the logits of this model, and put its weights back.
+
+    Args:
+        model: as it will be trained; with adapters it is not tried, as `cool` acts after they are merged.
+        feature: a tokenised row.
+
+    Raises:
+        UsageError: the logits are computed otherwise.
+    """
+    if hasattr(model, "peft_config"):
+        return
+    inputs = {k: torch.tensor([v], device=next(model.parameters()).device) for k, v in feature.items() if k != "labels"}
+
+    def outputs() -> torch.Tensor:
+        with torch.inference_mode():
+            return model(**inputs).logits
+
+    training = model.training
+    model.eval()
+    before = outputs()
+    cool(model, 2.0)
+    after = outputs()
+    cool(model, 0.5)  # powers of two: exact
+    model.train(training)
+    if not torch.allclose(2 * after, before, rtol=1e-4, atol=1e-6):
+        raise UsageError("calibrate: the logits of this model are not those of its last linear layer: leave it out.")

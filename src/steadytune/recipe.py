@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # where a table is large enough to need no repetition (Mosbach et al. 2021; Zhang et al. 2021).
 EPOCHS, MIN_STEPS, MAX_STEPS = 20, 400, 2000
 
+SEEDS = ("init", "subset", "data", "dropout", "method")  # the head, the rows, their order, dropout, masks and noise
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -53,7 +55,8 @@ class Recipe:
         validation_share: carved out of the training rows where no validation table is given.
         seed: of everything below that is not set.
         init_seed: new weights (the head).
-        data_seed: subset, validation split and order of rows.
+        subset_seed: subset and validation split; by default the data seed.
+        data_seed: order of rows.
         dropout_seed: dropout.
         method_seed: draws of the methods (masks, noise).
     """
@@ -79,6 +82,7 @@ class Recipe:
     validation_share: float = 0.1
     seed: int = 0
     init_seed: int | None = None
+    subset_seed: int | None = None
     data_seed: int | None = None
     dropout_seed: int | None = None
     method_seed: int | None = None
@@ -106,8 +110,10 @@ class Recipe:
 
     @property
     def seeds(self) -> dict[str, int]:
-        """The four seeds in force."""
-        own = {name: getattr(self, f"{name}_seed") for name in ("init", "data", "dropout", "method")}
+        """The five seeds in force."""
+        own = {name: getattr(self, f"{name}_seed") for name in SEEDS}
+        if own["subset"] is None:
+            own["subset"] = own["data"]
         return {name: self.seed if value is None else value for name, value in own.items()}
 
     def total_steps(self, rows: int) -> int:
@@ -130,7 +136,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     **dict.fromkeys(("weight_decay", "max_grad_norm", "evaluations", "restarts"), _NOT_NEGATIVE),
     **dict.fromkeys(("warmup", "dropout", "validation_share"), _SHARE),
-    **dict.fromkeys(("seed", "init_seed", "data_seed", "dropout_seed", "method_seed"), _SEED),
+    **dict.fromkeys(("seed", *(f"{name}_seed" for name in SEEDS)), _SEED),
 }
 
 

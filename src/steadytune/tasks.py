@@ -124,6 +124,42 @@ TASKS = {
 }  # fmt: skip
 
 
+# What well-known models had seen before, by a part of their name: set -> how. From their model cards.
+_ALL_MODELS = {
+    "snli": "trained on it",
+    "mnli": "trained on it",
+    "qqp": "trained on Quora duplicates",
+    "qnli": "trained on SQuAD, of which it is made",
+    "stsb": "trained on Flickr 30k captions, of which a part is made",
+    "sick": "trained on Flickr 30k captions, of which it is made",
+}
+SEEN = {
+    "all-minilm": _ALL_MODELS,
+    "all_minilm": _ALL_MODELS,
+    "all-mpnet": _ALL_MODELS,
+    "all-distilroberta": _ALL_MODELS,
+    "paraphrase-": {name: _ALL_MODELS[name] for name in ("snli", "mnli", "qqp", "stsb", "sick")},
+    "-mnli": {"mnli": "trained on it"},
+    "-nli": {"snli": "trained on it", "mnli": "trained on it"},
+}
+
+
+def seen_by(names: Sequence[str], task: Task, beyond: bool, also: Sequence[str] = ()) -> tuple[str, ...]:
+    """What a model knew before of a task's training and test sets, as `set: how`: its scores there are no fair test.
+
+    Args:
+        names: under which the model is known, its path among them.
+        task: that it is trained on.
+        beyond: whether the out-of-domain sets are used.
+        also: sets it has seen beside those known of models of these names.
+    """
+    told = dict.fromkeys(also, "said to be seen")
+    known = [about for part, about in SEEN.items() if any(part in name.lower() for name in names)]
+    seen = {set_: how for about in (*known, told) for set_, how in about.items()}
+    used = dict.fromkeys(f.partition("/")[0] for f in (task.name, *task.tests, *(task.beyond if beyond else ())))
+    return tuple(f"{name}: {seen[name]}" for name in used if name in seen)
+
+
 def find(name: str) -> Task:
     """The task of that name, or an error with the nearest one."""
     if name not in TASKS:

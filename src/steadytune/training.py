@@ -80,6 +80,7 @@ class Trained:
         seeds: those in force after restarts.
         failures: runs that were stopped because their loss did not fall.
         failing: whether the loss of this one did not fall either.
+        loss: the last training loss logged, a mean over 2 % of the steps, penalties included.
     """
 
     model: PreTrainedModel
@@ -89,6 +90,7 @@ class Trained:
     seeds: dict[str, int]
     failures: int = 0
     failing: bool = False
+    loss: float | None = None
 
     def record(self) -> dict[str, Any]:
         """All but the model, for JSON."""
@@ -179,6 +181,8 @@ class Setup:
         callbacks: list[TrainerCallback] = [Interrupt()]
         if self.progress:
             callbacks.append(Progress(job.name))
+        if not self.save_steps:
+            callbacks.append(KeepBest(self.metric))
         if job.stop_at is not None:
             callbacks.append(StopAt(job.stop_at))
         select = self.features(job.select) if self.recipe.evaluations and job.select is not None else None
@@ -298,16 +302,17 @@ def weighted_loss(recipe: Recipe, rows: pd.DataFrame, target: Target) -> Callabl
 def arguments(
     recipe: Recipe, seeds: dict[str, int], steps: int, folder: Path, save_steps: int, metric: str | None = None
 ) -> TrainingArguments:
-    """The recipe in transformers' words; with a metric, the best of several checkpoints is kept."""
+    """The recipe in transformers' words; with a metric and checkpoints, the best of several checkpoints is kept."""
     accelerated = torch.accelerator.is_available()
     every = save_steps
     selection: dict[str, Any] = {}
     if metric is not None:
-        every = max(1, steps // recipe.evaluations)
+        between = max(1, steps // recipe.evaluations)
+        every = between if save_steps else 0
         selection = {
             "eval_strategy": "steps",
-            "eval_steps": every,
-            "load_best_model_at_end": True,
+            "eval_steps": between,
+            "load_best_model_at_end": bool(save_steps),  # else `KeepBest`
             "metric_for_best_model": metric,
             "greater_is_better": metric not in SMALLER_IS_BETTER,
             "restore_callback_states_from_checkpoint": True,  # the patience already spent
@@ -431,7 +436,12 @@ class FitTrainer(Trainer):
         steps = self.state.global_step
         if self.state.best_model_checkpoint is not None:
             steps = int(self.state.best_model_checkpoint.rpartition("-")[2])
-        return Trained(merged(self.model).eval(), steps, seconds, curve, seeds, failures, failing)
+        for kept in (c for c in self.callback_handler.callbacks if isinstance(c, KeepBest) and c.weights):
+            self.model.load_state_dict(kept.weights)
+            steps = kept.step
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        loss = losses[-1] if losses and math.isfinite(losses[-1]) else None
+        return Trained(merged(self.model).eval(), steps, seconds, curve, seeds, failures, failing, loss)
 
 
 def was_stopped(checkpoint: Path) -> bool:
@@ -480,6 +490,21 @@ class StopAt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop |= state.global_step >= self.step
+
+
+class KeepBest(TrainerCallback):
+    """The best of the evaluated weights in memory, for trainings that write no checkpoints."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric, self.sign = f"eval_{metric}", -1 if metric in SMALLER_IS_BETTER else 1
+        self.best, self.step = -math.inf, 0
+        self.weights: dict[str, Tensor] = {}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        value = self.sign * given["metrics"][self.metric]
+        if value > self.best:
+            self.best, self.step = value, state.global_step
+            self.weights = {n: t.detach().to("cpu", copy=True) for n, t in given["model"].state_dict().items()}
 
 
 class Interrupt(TrainerCallback):

@@ -1,0 +1,248 @@
+"""Warm worker processes: each loads the libraries once and does one task after another. No torch here.
+
+A worker that dies (killed, out of memory) or takes too long is replaced and loses only its task. An engine beyond one
+machine would be another class with the same `map`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import multiprocessing
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol
+
+SPAWN = multiprocessing.get_context("spawn")  # forked torch threads and CUDA contexts do not work
+GRACE = 5.0  # seconds for a worker to end by itself
+BEGUN, AGAIN = "begun", "again"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task.
+
+    Attributes:
+        task: as it was given.
+        value: what the work returned.
+        error: why there is no value: the worker died or took too long. None if all went well.
+        attempts: how often it was begun.
+    """
+
+    task: Any
+    value: Any = None
+    error: str | None = None
+    attempts: int = 1
+
+
+class Engine(Protocol):
+    """Does tasks somewhere."""
+
+    def map(self, tasks: Iterable[Any]) -> Iterator[Outcome]:
+        """One outcome per task, in the order in which they end."""
+        ...
+
+
+@dataclass(frozen=True)
+class Here:
+    """Tasks in this process, one after another.
+
+    Args:
+        work: as for `Pool`.
+    """
+
+    work: str
+
+    def map(self, tasks: Iterable[Any]) -> Iterator[Outcome]:
+        """One outcome per task."""
+        for task in tasks:
+            yield Outcome(task, _function(self.work)(task))
+
+
+def slots(workers: int, cores: int, gpus: Sequence[str] = ()) -> list[dict[str, str]]:
+    """The environment of each worker: its share of the cores, and its GPU (several workers may share one).
+
+    Threads that fight for cores make each other several times slower, as they spin while they wait.
+
+    Args:
+        workers: how many.
+        cores: of the machine.
+        gpus: names for CUDA_VISIBLE_DEVICES.
+    """
+    threads = str(max(1, cores // workers))
+    shared = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    return [{**shared, **({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})} for i in range(workers)]
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def visible_gpus() -> list[str]:
+    """GPUs as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name for name in given.split(",") if name]
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+@dataclass(eq=False)
+class Pool:
+    """Worker processes on this machine.
+
+    Args:
+        work: the function that does a task, as ``module:function``; it is imported in the worker, after its
+            environment is set.
+        environments: of the workers, one each.
+        timeout: seconds for a task, the worker's own start not counted; None for no limit.
+        retries: how often a task is begun again after its worker died. Tasks that took too long are not.
+    """
+
+    work: str
+    environments: Sequence[Mapping[str, str]]
+    timeout: float | None = None
+    retries: int = 1
+    _workers: list[_Worker] = field(default_factory=list)
+
+    def map(self, tasks: Iterable[Any]) -> Iterator[Outcome]:
+        """One outcome per task, in the order in which they end; exceptions of the work itself are raised here."""
+        waiting: deque[_Item] = deque(_Item(task) for task in tasks)
+        environments = self.environments[: len(waiting)]
+        self._workers = [_Worker(self.work, environment) for environment in environments]
+        try:
+            while waiting or any(w.item for w in self._workers):
+                for worker in self._workers:
+                    if worker.item is None and waiting:
+                        worker.begin(waiting.popleft())
+                for worker in self._ready():
+                    message = self._message(worker)
+                    if message is BEGUN:
+                        worker.started = time.monotonic()
+                        continue
+                    item, worker.item = worker.item, None
+                    if message is AGAIN:
+                        waiting.append(item)
+                    else:
+                        yield message
+        finally:
+            for worker in self._workers:
+                worker.stop()
+
+    def _ready(self) -> list[_Worker]:
+        """Workers whose task has ended in one way or another."""
+        busy = [w for w in self._workers if w.item]
+        limits = [w.started + self.timeout - time.monotonic() for w in busy] if self.timeout is not None else []
+        limit = min(limits, default=math.inf)
+        heard = wait([w.pipe for w in busy], None if limit == math.inf else max(0.0, limit))
+        late = [w for w in busy if self.timeout is not None and time.monotonic() - w.started >= self.timeout]
+        return [w for w in busy if w.pipe in heard or w in late]
+
+    def _message(self, worker: _Worker) -> Any:
+        """BEGUN, AGAIN (the worker died, the task is to be begun again), or an outcome."""
+        item = worker.item
+        assert item is not None
+        if not worker.pipe.poll():
+            worker.replace()
+            return Outcome(item.task, error=f"stopped after {self.timeout:g} seconds", attempts=item.attempts)
+        try:
+            message = worker.pipe.recv()
+        except (EOFError, ConnectionError):
+            code = worker.replace()
+            if item.attempts <= self.retries:
+                return AGAIN
+            return Outcome(item.task, error=f"the worker process died ({_cause(code)})", attempts=item.attempts)
+        if message == BEGUN:
+            return BEGUN
+        value, error = message
+        if error is not None:
+            raise error
+        return Outcome(item.task, value, attempts=item.attempts)
+
+
+@dataclass(eq=False)
+class _Item:
+    task: Any
+    attempts: int = 0
+
+
+@dataclass(eq=False)
+class _Worker:
+    work: str
+    environment: Mapping[str, str]
+    item: _Item | None = None
+    started: float = math.inf  # when it began its task
+    pipe: Connection = field(init=False)
+    process: BaseProcess = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self.pipe, theirs = SPAWN.Pipe()
+        self.process = SPAWN.Process(target=_serve, args=(theirs, self.work, dict(self.environment)), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the death of the worker is heard as the end of its pipe
+
+    def begin(self, item: _Item) -> None:
+        self.item, self.started = item, math.inf
+        item.attempts += 1
+        with contextlib.suppress(ConnectionError):  # a dead worker is noticed when its answer is read
+            self.pipe.send(item.task)
+
+    def replace(self) -> int | None:
+        """A new process for one that died or hangs; returns how the old one ended."""
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+        code = self.process.exitcode
+        self._start()
+        return code
+
+    def stop(self) -> None:
+        """End an idle worker politely and a busy one at once."""
+        self.pipe.close()
+        if self.item is not None:
+            self.process.kill()
+        self.process.join(GRACE)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def _serve(pipe: Connection, work: str, environment: Mapping[str, str]) -> None:
+    """A worker's life: tasks in, results out, until the other end of the pipe is gone."""
+    os.environ.update(environment)
+    function = _function(work)
+    while True:
+        try:
+            task = pipe.recv()
+        except (EOFError, ConnectionError, KeyboardInterrupt):
+            return
+        with contextlib.suppress(ConnectionError):  # nobody is left to tell; the result is on disk
+            pipe.send(BEGUN)
+        try:
+            result: tuple[Any, BaseException | None] = function(task), None
+        except KeyboardInterrupt:
+            return
+        except Exception as error:
+            result = None, error
+        with contextlib.suppress(ConnectionError):
+            pipe.send(result)
+
+
+def _function(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _cause(code: int | None) -> str:
+    return f"signal {-code}; out of memory?" if code is not None and code < 0 else f"exit code {code}"

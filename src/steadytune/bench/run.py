@@ -1,0 +1,259 @@
+"""One run of a study in this process: draw the rows, train, test, record."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import logging
+import os
+import platform
+import re
+import subprocess
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from .. import __version__, fitting
+from ..data import Data, Table, Target
+from ..recipe import SEEDS
+from ..tasks import find, load, score
+from .spec import FORMAT, Run
+from .store import Store
+
+if TYPE_CHECKING:
+    from ..training import Trained
+
+TEST_ROWS_SEED = 0  # which rows of a test set are used is the same for every run
+
+
+def perform(given: tuple[str, Run]) -> str:
+    """Do a run and record it, unless it is done or another process is at work on it.
+
+    Args:
+        given: folder of the study, and the run.
+
+    Returns:
+        "done" or "failed"; "before" if it was done; "elsewhere" if another process does it.
+    """
+    folder, run = given
+    store = Store(folder)
+    logging.getLogger("steadytune").setLevel(logging.ERROR)
+    with store.claim(run.id) as mine:
+        if not mine:
+            return "elsewhere"
+        if store.has(run.id):
+            return "before"
+        started = time.perf_counter()
+        try:
+            record, predictions = execute(run, store)
+        except Exception as error:
+            record, predictions = failed(run, traceback.format_exc(), time.perf_counter() - started, str(error)), None
+        store.write(record, predictions)
+    gc.collect()
+    return str(record["status"])
+
+
+def execute(run: Run, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Train and test; returns the record and the predictions."""
+    started = time.perf_counter()
+    _reset_peak()
+    plan = make_plan(run)
+    source = fitting.open_model(plan)
+    with tempfile.TemporaryDirectory(prefix="steadytune-") as scratch:
+        place = fitting.setup(plan, source, Path(scratch))
+        (job,) = fitting.runs(plan)
+        trainer = place.trainer(job, job.seeds, Path(scratch, job.name))
+        passes = sum((m.cost.passes - 1 for m in plan.methods), 1.0)
+        trained = place.train(job, trainer)
+        model = fitting.fitted_model(plan, source, [trained.model])
+        predictions, scores = fitting.evaluate(model, plan.data)
+        if run.keep_model:
+            model.save_pretrained(store.model(run.id))
+    record = {
+        **_header(run, "done"),
+        "error": None,
+        "sets": {name: {**_about(name, run, plan.data, predictions), **s} for name, s in scores.items()},
+        "training": _training(trained, plan),
+        "cost": {
+            "seconds": time.perf_counter() - started,
+            "train_seconds": trained.seconds,
+            "passes": passes,
+            "peak_memory": _peak(),
+        },
+    }
+    return record, fitting.storable(predictions)
+
+
+def make_plan(run: Run) -> fitting.Plan:
+    """The plan of `fit` for this run."""
+    spec = run.spec
+    task = find(spec["task"]["name"])
+    table, tests = load(task.name, run.data_root, beyond=spec["tests"]["out_of_domain"])
+    rows = spec["tests"]["rows"]
+    plan = fitting.make_plan(
+        table,
+        model=run.model,
+        methods=run.methods,
+        tests=tests if rows is None else {name: _head(test, rows) for name, test in tests.items()},
+        metric=spec["metric"],
+        train_size=spec["train_size"],
+        save_steps=0,
+        progress=False,
+        **spec["options"],
+        **{f"{name}_seed": spec["seeds"][name] for name in SEEDS},
+    )
+    data = dataclasses.replace(plan.data, train=corrupted(plan.data.train, plan.data.target, spec))
+    return dataclasses.replace(plan, data=data)
+
+
+def _head(table: Table, rows: int) -> Table:
+    """A fixed draw of the rows of a test set."""
+    frame = table.frame
+    kept = frame.sample(min(rows, len(frame)), random_state=TEST_ROWS_SEED).sort_index()
+    return dataclasses.replace(table, frame=kept)
+
+
+def corrupted(rows: pd.DataFrame, target: Target, spec: Mapping[str, Any]) -> pd.DataFrame:
+    """Training rows with labels replaced, and classes thinned out, drawn with the seed of the subset.
+
+    Args:
+        rows: column `label` holds class names.
+        target: the classes.
+        spec: ``corruption`` with ``label_noise`` (share of the rows that get another class, uniform over the others)
+            and ``imbalance`` (share that stays of every class but the first of the largest), ``seeds.subset``.
+    """
+    noise, imbalance = spec["corruption"]["label_noise"], spec["corruption"]["imbalance"]
+    rng = np.random.default_rng([spec["seeds"]["subset"], 1])
+    labels = rows["label"].to_numpy(copy=True)
+    if noise:
+        names = np.array(target.names, dtype=object)
+        hit = rng.choice(len(rows), round(noise * len(rows)), replace=False)
+        shift = rng.integers(1, len(names), len(hit))
+        numbers = {name: i for i, name in enumerate(target.names)}
+        labels[hit] = names[(np.array([numbers[label] for label in labels[hit]], dtype=int) + shift) % len(names)]
+        rows = rows.assign(label=labels)
+    if imbalance is not None:
+        counts = rows["label"].value_counts().reindex(target.names)
+        keep = [
+            rng.permutation(np.flatnonzero(labels == name))[: max(1, round(imbalance * count))]
+            for name, count in counts.items()
+            if name != counts.idxmax()
+        ]
+        rows = rows.iloc[np.sort(np.concatenate([np.flatnonzero(labels == counts.idxmax()), *keep]))]
+    return rows
+
+
+def failed(run: Run, error: str, seconds: float, message: str | None = None) -> dict[str, Any]:
+    """The record of a run that gave no model."""
+    text = error if message is None or message in error else f"{error}\n{message}"
+    return {**_header(run, "failed"), "error": text, "sets": {}, "training": None, "cost": {"seconds": seconds}}
+
+
+def _header(run: Run, status: str) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "id": run.id,
+        "spec": run.spec,
+        "status": status,
+        "metric": run.spec["metric"],
+        "seen": list(run.seen),
+        "context": context(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _about(name: str, run: Run, data: Data, predictions: pd.DataFrame) -> dict[str, Any]:
+    """Which domain a set belongs to, and the score of a constant prediction on it."""
+    task = find(run.spec["task"]["name"])
+    inside = {file.partition(":")[0] for file in task.tests}
+    domain = "select" if name == "validation" else "in" if name in inside else "out"
+    return {"domain": domain, "baseline": _baseline(data.tests[name], data, name, run.spec["metric"])}
+
+
+def _baseline(rows: pd.DataFrame, data: Data, name: str, metric: str) -> float | None:
+    """The best score of predicting one class for all rows; None where a constant has no score."""
+    if not data.target.names:
+        return None
+    merge = data.merges.get(name) or {}
+    names = data.target.merged(merge)
+    gold = np.array(rows["label"], dtype=object)
+    return max(score(data.target, gold, np.full(len(gold), n, dtype=object), names)[metric] for n in names)
+
+
+def _training(trained: Trained, plan: fitting.Plan) -> dict[str, Any]:
+    return {
+        "rows": len(plan.data.train),
+        "steps": trained.steps,
+        "loss": trained.loss,
+        "failing": trained.failing,
+        "restarts": trained.failures,
+        "curve": [list(point) for point in trained.curve],
+    }
+
+
+# ---- context and cost -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def context() -> dict[str, Any]:
+    """What may change the last digits of a result: versions, hardware, threads."""
+    import torch
+    import transformers
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = "cpu" if accelerator is None else accelerator.type
+    return {
+        "steadytune": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "device": device,
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    found = None
+    if Path("/proc/cpuinfo").is_file():
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of a source checkout; None for an installed package."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _reset_peak() -> None:
+    """Start measuring anew: a worker's runs follow each other in one process."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _peak() -> int | None:
+    """Most bytes held since: of the GPU, or of the process where the system tells."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii")) if status.is_file() else None
+    return 1024 * int(found[1]) if found else None

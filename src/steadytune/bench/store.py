@@ -1,0 +1,97 @@
+"""A folder of records: one run, one file, written once. Several invocations may work on it at the same time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from ..data import UsageError
+from ..output import write_json, write_whole, writing
+
+STUDY = "study.yaml"
+
+
+class Store:
+    """Records, predictions and locks of a study.
+
+    A record is written last and whole: a run without one has not happened. A lock says that somebody is at work on a
+    run; the system lets go of it when its process ends, however that ends.
+
+    Args:
+        folder: of the study; made when something is written.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def record(self, id: str) -> Path:
+        return self.folder / "records" / f"{id}.json"
+
+    def predictions(self, id: str) -> Path:
+        return self.folder / "predictions" / f"{id}.parquet"
+
+    def model(self, id: str) -> Path:
+        return self.folder / "models" / id
+
+    def has(self, id: str) -> bool:
+        """Whether the run is done, well or badly."""
+        return self.record(id).is_file()
+
+    def begin(self, study: str) -> None:
+        """Make the folder and keep the study file in it.
+
+        Raises:
+            UsageError: the folder cannot be written.
+        """
+        with writing(self.folder):
+            for name in ("records", "predictions", "locks"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / STUDY, lambda part: part.write_text(study, encoding="utf-8"))
+
+    @contextlib.contextmanager
+    def claim(self, id: str) -> Iterator[bool]:
+        """Hold a run while working on it; False if another process does."""
+        lock = FileLock(self.folder / "locks" / f"{id}.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def write(self, record: dict[str, Any], predictions: pd.DataFrame | None = None) -> None:
+        """Write the results of a run, the record last.
+
+        Raises:
+            UsageError: the folder cannot be written.
+        """
+        with writing(self.folder):
+            if predictions is not None:
+                write_whole(self.predictions(record["id"]), predictions.to_parquet)
+            write_json(self.record(record["id"]), record)
+
+    def forget(self, id: str) -> None:
+        """Remove a record, so that the run is done again."""
+        self.record(id).unlink(missing_ok=True)
+
+
+def checked(folder: str | Path) -> Path:
+    """The folder, if it may hold a study: new, empty, or one that does.
+
+    Raises:
+        UsageError: it holds something else.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output {folder} is a file: choose another --output DIR.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "records").is_dir():
+        raise UsageError(f"output {folder} is not empty and holds no study: choose another --output DIR.")
+    return folder

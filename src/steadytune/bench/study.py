@@ -1,0 +1,198 @@
+"""Runs of a study through a pool into a folder; what is interrupted goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..data import UsageError
+from ..tasks import SMALLER_IS_BETTER
+from .pool import Engine, Here, Outcome, Pool, cores, slots, visible_gpus
+from .spec import Run, Study
+from .store import Store, checked
+
+logger = logging.getLogger("steadytune")
+
+WORK = "steadytune.bench.run:perform"
+PATIENCE = 2.0  # seconds between looks at runs that another invocation is doing
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an invocation leaves behind.
+
+    Attributes:
+        folder: of the study.
+        done: runs with scores, those of earlier invocations included.
+        failed: runs without.
+    """
+
+    folder: Path
+    done: int
+    failed: int
+
+
+def run_study(
+    study: Study,
+    output: str | Path,
+    *,
+    data_root: str | Path | None = None,
+    workers: int = 1,
+    filters: Sequence[str] = (),
+    timeout: float | None = None,
+    retry_failed: bool = False,
+    engine: Engine | None = None,
+    progress: bool = True,
+) -> Result:
+    """Do every run of a study that the folder has no record of.
+
+    Several invocations on one folder, on one machine or on a shared disk, share the work.
+
+    Args:
+        study: what to run.
+        output: folder of the records: new, or one of a study.
+        data_root: folder of the benchmark tasks, instead of the study's own.
+        workers: processes, each with its share of the cores; they share the GPUs. 0: this process does it all.
+        filters: as in ``task=sst2``; only runs that match all of them.
+        timeout: seconds for a run; one that takes longer is recorded as failed.
+        retry_failed: do failed runs again.
+        engine: instead of processes on this machine; its work is `WORK`.
+        progress: say what is going on: a bar on a terminal, else a line per run.
+
+    Raises:
+        UsageError: a model, a data file, a filter or the folder is not right.
+    """
+    store = Store(checked(output))
+    runs = chosen(study, data_root, filters)
+    if workers < 0:
+        raise UsageError(f"workers must be 0 (none but this process) or more, got {workers}.")
+    store.begin(study.text())
+    if retry_failed:
+        for run in runs:
+            if store.has(run.id) and _status(store, run) == "failed":
+                store.forget(run.id)
+    engine = engine or _engine(workers, timeout)
+    with Progress(store, runs, progress) as shown:
+        while missing := [run for run in runs if not store.has(run.id)]:
+            elsewhere = 0
+            for outcome in engine.map([(str(store.folder), run) for run in missing]):
+                elsewhere += _settle(store, outcome)
+                shown.update(outcome.task[1])
+            if elsewhere == len(missing):
+                time.sleep(PATIENCE)
+    return Result(store.folder, shown.counts["done"], shown.counts["failed"])
+
+
+def _engine(workers: int, timeout: float | None) -> Engine:
+    return Pool(WORK, slots(workers, cores(), visible_gpus()), timeout) if workers else Here(WORK)
+
+
+def chosen(study: Study, data_root: str | Path | None, filters: Sequence[str] = ()) -> list[Run]:
+    """The runs of a study that match.
+
+    Raises:
+        UsageError: none does, or as `Study.runs`.
+    """
+    found = [run for run in study.runs(data_root) if run.matches(filters)]
+    if not found:
+        raise UsageError(f"no run matches the filter {' '.join(filters)}.")
+    return found
+
+
+def _settle(store: Store, outcome: Outcome) -> bool:
+    """Record what the worker could not record itself; whether the run is another invocation's."""
+    _, run = outcome.task
+    if outcome.error is not None:
+        from .run import failed
+
+        with store.claim(run.id) as mine:
+            if mine and not store.has(run.id):
+                store.write(failed(run, outcome.error, 0.0))
+    return outcome.value == "elsewhere"
+
+
+def _status(store: Store, run: Run) -> str:
+    return str(_read(store, run)["status"])
+
+
+def _read(store: Store, run: Run) -> dict[str, Any]:
+    file = store.record(run.id)
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} is no record: remove it, so that the run is done again.") from error
+
+
+class Progress:
+    """Done, failed, remaining and the best recipe so far: a bar on a terminal, else a line per run."""
+
+    def __init__(self, store: Store, runs: Sequence[Run], shown: bool) -> None:
+        self.store, self.total, self.shown = store, len(runs), shown
+        self.counts: Counter[str] = Counter()
+        self.scores: dict[tuple[str, str], list[float]] = {}
+        self.seen: set[str] = set()
+        for run in runs:
+            self._count(run)
+        self.bar = tqdm(total=self.total, initial=len(self.seen), unit="run", disable=not shown or not _terminal())
+
+    def __enter__(self) -> Progress:
+        if self.shown and not _terminal():
+            logger.info("%d runs, %d of them done before", self.total, len(self.seen))
+        return self
+
+    def __exit__(self, *about: object) -> None:
+        self.bar.close()
+
+    def update(self, run: Run) -> None:
+        """A run may have ended."""
+        if not self._count(run):
+            return
+        self.bar.update()
+        self.bar.set_postfix_str(self.line(run))
+        if self.shown and not _terminal():
+            logger.info("%d/%d %s: %s", len(self.seen), self.total, run.title, self.line(run))
+
+    def _count(self, run: Run) -> bool:
+        """Read the record of a run that has one by now."""
+        if run.id in self.seen or not self.store.has(run.id):
+            return False
+        record = _read(self.store, run)
+        self.seen.add(run.id)
+        self.counts[record["status"]] += 1
+        value = headline(record)
+        if value is not None:
+            self.scores.setdefault((run.spec["task"]["name"], run.spec["recipe"]), []).append(value)
+        return True
+
+    def line(self, run: Run) -> str:
+        """Counts, and the best recipe on the task of this run."""
+        task = run.spec["task"]["name"]
+        remaining = self.total - len(self.seen)
+        best = max(self._means(task, run.spec["metric"]), default=None)
+        ahead = "" if best is None else f", best on {task}: {best[1]} {abs(best[0]):.3f}"
+        return f"{self.counts['failed']} failed, {remaining} to do{ahead}"
+
+    def _means(self, task: str, metric: str) -> Iterator[tuple[float, str]]:
+        sign = -1 if metric in SMALLER_IS_BETTER else 1
+        for (name, recipe), values in self.scores.items():
+            if name == task:
+                yield sign * sum(values) / len(values), recipe
+
+
+def headline(record: dict[str, Any]) -> float | None:
+    """The score to look at first: the task's metric on its first in-domain test set."""
+    inside = [about for about in record["sets"].values() if about["domain"] == "in"]
+    return inside[0].get(record["metric"]) if inside else None
+
+
+def _terminal() -> bool:
+    return sys.stderr.isatty()

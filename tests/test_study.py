@@ -1,0 +1,431 @@
+"""Studies: what a file asks for, one record a run, what is interrupted goes on, several invocations share the work."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import bench_helpers
+from bench_helpers import Counting, comparable, make_root, predictions, records, small
+from steadytune import cli
+from steadytune.bench.pool import Outcome
+from steadytune.bench.run import corrupted, make_plan
+from steadytune.bench.spec import Study, preset, presets
+from steadytune.bench.store import Store
+from steadytune.bench.study import run_study
+from steadytune.data import Target, UsageError
+from steadytune.tasks import TASKS, find, seen_by
+
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_root(tmp_path_factory.mktemp("root"))
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    """A small study, done."""
+    folder = tmp_path_factory.mktemp("studies") / "small"
+    result = run_study(small(root), folder, data_root=root, workers=0, progress=False)
+    assert (result.done, result.failed) == (4, 0)
+    return folder
+
+
+# ---- what a study asks for
+
+
+def test_runs_are_the_product_with_the_same_seeds_for_every_recipe(root):
+    study = small(root, tasks=["sst2", "stsb"], train_sizes=[16, None], seeds=3)
+    runs = study.runs(root)
+    assert len(runs) == len({run.id for run in runs}) == 2 * 2 * 2 * 3
+    per_recipe = Counter((r.spec["recipe"], tuple(r.spec["seeds"].values())) for r in runs)
+    assert per_recipe == {(recipe, (s,) * 5): 4 for recipe in ("plain", "dps_mix") for s in range(3)}
+    assert {r.spec["metric"] for r in runs} == {"accuracy", "spearman"}
+
+
+def test_factorial_seeds_vary_on_their_own(root):
+    study = small(root, recipes={"plain": {}}, seeds=[3, 5], factorial=["init", "data"])
+    drawn = [run.spec["seeds"] for run in study.runs(root)]
+    assert [(s["init"], s["data"]) for s in drawn] == [(3, 3), (3, 5), (5, 3), (5, 5)]
+    assert {(s["subset"], s["dropout"], s["method"]) for s in drawn} == {(3, 3, 3)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"options": {"steps": 7, "batch_size": 8, "lr": 1e-3}},
+        {"recipes": {"plain": {"dropout": 0.0}, "dps_mix": {"methods": ["dps_mix:update_ratio=0.5"]}}},
+        {"train_sizes": [31]},
+        {"out_of_domain": True},
+        {"test_rows": 10},
+        {"label_noise": 0.1},
+        {"imbalance": 0.5},
+        {"metric": "f1"},
+    ],
+    ids=str,
+)
+def test_whatever_decides_a_result_is_in_the_name_of_its_record(root, change):
+    before, after = ({run.id for run in small(root, **c).runs(root)} for c in ({}, change))
+    assert not before & after
+
+
+def test_another_model_or_other_data_are_other_runs_and_their_place_is_not(root, tmp_path):
+    before = {run.id for run in small(root).runs(root)}
+    moved = make_root(tmp_path)
+    assert {run.id for run in small(moved).runs(moved)} == before
+    (moved / "bert" / "config.json").write_text((moved / "bert" / "config.json").read_text() + " ")
+    assert not {run.id for run in small(moved).runs(moved)} & before
+    other = make_root(tmp_path / "other")
+    bench_helpers.put(other, "sst2/validation", sentence=["good film"] * 2, label=[0, 1])
+    assert not {run.id for run in small(other).runs(other)} & before
+
+
+def test_the_study_file_reads_back_as_the_same_study(root, tmp_path):
+    study = small(root, test_rows=7, factorial=["init"], label_noise=0.25)
+    (tmp_path / "again.yaml").write_text(study.text())
+    again = Study.read(tmp_path / "again.yaml")
+    assert [r.id for r in again.runs(root)] == [r.id for r in study.runs(root)]
+
+
+def test_a_file_builds_on_a_preset_and_arguments_win(root, tmp_path):
+    (tmp_path / "mine.yaml").write_text("preset: stick\nseeds: [4]\noptions: {steps: 5, lr: 2e-4}\n")
+    study = Study.read(tmp_path / "mine.yaml", models={"tiny": str(root / "bert")})
+    assert (study.name, study.seeds, study.tasks, study.train_sizes) == ("mine", (4,), ("sst2", "stsb"), (500,))
+    assert study.recipe("mixout").lr == 2e-4, "YAML 1.1 takes 2e-4 for text"
+    assert study.recipe("mixout").steps == 5
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_are_studies(root, name):
+    study = Study.of({"models": {"tiny": str(root / "bert")}, **preset(name)})
+    assert set(study.tasks) <= set(TASKS)
+    for recipe in study.recipes:
+        assert study.recipe(recipe).validation_share == 0.0, "nothing selects, so no row is held out"
+
+
+def test_rows_are_held_out_for_what_selects(root):
+    study = small(
+        root, recipes={"plain": {}, "best": {"evaluations": 2}, "mine": {"evaluations": 2, "validation_share": 0.3}}
+    )
+    assert [study.recipe(name).validation_share for name in study.recipes] == [0.0, 0.1, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": ["sst2"]}, "unknown key 'task'. Did you mean 'tasks'"),
+        ({"models": []}, "models is missing"),
+        ({"models": {"tiny": {"pfad": "x"}}}, "models.tiny: unknown key 'pfad'"),
+        ({"tasks": ["sst3"]}, "unknown task 'sst3'. Did you mean 'sst2'"),
+        ({"recipes": {"x": {"learning_rate": 1}}}, "recipe 'x': unknown option 'learning_rate'"),
+        ({"recipes": {"x": {"lr": "fast"}}}, "recipe 'x': lr must be a number, got 'fast'"),
+        ({"recipes": {"x": {"lr": -1}}}, "lr must be above 0, got -1"),
+        ({"recipes": {"x": {"methods": ["dps"]}}}, "unknown method 'dps'. Did you mean 'dps_"),
+        ({"recipes": {"x": {"seed": 3}}}, "recipe 'x': unknown option 'seed'"),
+        ({"seeds": 0}, "seeds must be a whole number from 1 on, got 0"),
+        ({"seeds": [1, 1]}, "seeds must be different numbers"),
+        ({"factorial": ["order"]}, "factorial: unknown seed 'order'"),
+        ({"train_sizes": [0]}, "train_sizes must be a whole number from 1 on, got 0"),
+        ({"label_noise": 2}, "label_noise must be a share from 0 to 1, got 2"),
+        ({"tasks": ["stsb"], "label_noise": 0.1}, "need classes, task stsb has none"),
+        ({"tasks": ["stsb"], "metric": "accuracy"}, "task stsb is a regression, its metrics are pearson"),
+        ({"out_of_domain": "yes"}, "out_of_domain must be true or false, got 'yes'"),
+    ],
+    ids=str,
+)
+def test_what_a_study_cannot_be_is_said_in_one_sentence(root, change, message):
+    with pytest.raises(UsageError) as error:
+        small(root, **change)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("break_", "message"),
+    [
+        (lambda root: (root / "bert" / "config.json").unlink(), "has no config.json or no weights"),
+        (
+            lambda root: (root / "sst2" / "validation.parquet").unlink(),
+            "no such file: give the folder of the benchmark",
+        ),
+    ],
+    ids=["model", "data"],
+)
+def test_a_missing_model_or_file_is_named_before_anything_runs(tmp_path, break_, message):
+    root = make_root(tmp_path)
+    break_(root)
+    with pytest.raises(UsageError, match=message):
+        run_study(small(root), tmp_path / "out", data_root=root, workers=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_refused(root, tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(UsageError, match="is not empty and holds no study"):
+        run_study(small(root), tmp_path, data_root=root, workers=0)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_filters_choose_by_pattern(root):
+    runs = small(root, seeds=12).runs(root)
+
+    def count(*filters):
+        return sum(run.matches(filters) for run in runs)
+
+    assert count("recipe=plain") == count("recipe=p*") == 12
+    assert count("recipe=plain|dps*", "seed=1") == 2, "seed 1, not 10 or 11"
+    assert count("size=32") == 24
+    assert count("size=all") == 0
+    with pytest.raises(UsageError, match="filter 'steps=3' must be one of model, task, recipe, size, seed"):
+        count("steps=3")
+
+
+def test_what_the_model_has_seen_is_told(root):
+    assert seen_by(["sentence-transformers/all-MiniLM-L6-v2"], find("qnli"), False) == (
+        "qnli: trained on SQuAD, of which it is made",
+    )
+    assert seen_by(["minilm"], find("sst2"), True, ["imdb"]) == ("imdb: said to be seen",)
+    beyond = seen_by(["x/all_minilm_l6_v2/model"], find("rte"), True)
+    assert [text.partition(":")[0] for text in beyond] == ["sick", "snli", "mnli"]
+    assert seen_by(["bert-base-uncased"], find("mnli"), True) == ()
+
+
+# ---- runs and records
+
+
+def test_a_record_says_what_was_run_and_what_came_out(root, finished):
+    runs = {run.id: run for run in small(root).runs(root)}
+    found = records(finished)
+    assert found.keys() == runs.keys()
+    for id, record in found.items():
+        assert (record["id"], record["format"], record["status"], record["error"]) == (id, 1, "done", None)
+        assert record["spec"] == json.loads(json.dumps(runs[id].spec))
+        assert record["training"]["steps"] == 6
+        assert record["training"]["rows"] == 32
+        assert record["cost"]["train_seconds"] < record["cost"]["seconds"] < 60
+        assert record["context"]["device"] == "cpu"
+        (about,) = record["sets"].values()
+        frame = pd.read_parquet(finished / "predictions" / f"{id}.parquet")
+        assert about["accuracy"] == np.mean(frame["label"] == frame["prediction"])
+        assert (about["rows"], about["domain"]) == (30, "in")
+        assert about["baseline"] == frame["label"].value_counts(normalize=True).max()
+
+
+def test_paired_runs_share_rows_and_head_and_their_subset_differs_from_seed_to_seed(root):
+    runs = small(root).runs(root)
+    rows = {(r.spec["recipe"], r.spec["seeds"]["subset"]): set(make_plan(r).data.train.index) for r in runs}
+    assert rows["plain", 0] == rows["dps_mix", 0]
+    assert rows["plain", 0] != rows["plain", 1]
+
+
+def test_out_of_domain_sets_are_marked_and_cut_to_the_same_rows(root, tmp_path):
+    study = small(root, recipes={"plain": {}}, out_of_domain=True, test_rows=10)
+    run_study(study, tmp_path, data_root=root, workers=0, progress=False)
+    one, two = records(tmp_path).values()
+    assert {name: about["domain"] for name, about in one["sets"].items()} == {
+        "sst2/validation": "in",
+        **dict.fromkeys((*TASKS["sst2"].beyond,), "out"),
+    }
+    assert {about["rows"] for about in one["sets"].values()} == {10}
+    drawn = [pd.read_parquet(tmp_path / "predictions" / f"{r['id']}.parquet")[["set", "row"]] for r in (one, two)]
+    pd.testing.assert_frame_equal(*drawn)
+
+
+def test_a_regression_has_no_baseline_and_selection_is_marked(root, tmp_path):
+    study = small(root, tasks=["stsb"], recipes={"best": {"evaluations": 2}}, seeds=1)
+    run_study(study, tmp_path, data_root=root, workers=0, progress=False)
+    (record,) = records(tmp_path).values()
+    assert {name: about["domain"] for name, about in record["sets"].items()} == {
+        "validation": "select",
+        "stsb/validation": "in",
+    }
+    assert record["sets"]["stsb/validation"]["baseline"] is None
+    assert [step for step, _ in record["training"]["curve"]] == [3, 6]
+
+
+def rows(labels):
+    return pd.DataFrame({"text": [str(i) for i in range(len(labels))], "label": labels})
+
+
+def corruption(label_noise=0.0, imbalance=None, subset=0):
+    return {"corruption": {"label_noise": label_noise, "imbalance": imbalance}, "seeds": {"subset": subset}}
+
+
+def test_label_noise_replaces_exactly_its_share_by_other_classes():
+    target = Target(("a", "b", "c"))
+    before = rows(["a", "b", "c", "c"] * 50)
+    after = corrupted(before, target, corruption(0.3))
+    assert (before["label"] != after["label"]).sum() == 60
+    assert set(after["label"]) == {"a", "b", "c"}
+    assert before["label"].tolist() == ["a", "b", "c", "c"] * 50, "the rows that were given stay as they are"
+    again, other = (corrupted(before, target, corruption(0.3, subset=s)) for s in (0, 1))
+    assert after["label"].equals(again["label"])
+    assert not after["label"].equals(other["label"])
+
+
+def test_imbalance_thins_all_classes_but_the_largest():
+    after = corrupted(rows(["a"] * 40 + ["b"] * 60 + ["c"] * 10), Target(("a", "b", "c")), corruption(imbalance=0.1))
+    assert after["label"].value_counts().to_dict() == {"b": 60, "a": 4, "c": 1}
+    assert after.index.is_monotonic_increasing
+
+
+def test_a_run_that_fails_is_a_record_with_its_traceback_and_the_others_go_on(root, tmp_path):
+    study = small(root, recipes={"plain": {}, "none": {"dropout": 0.0, "methods": ["rdrop"]}}, seeds=1)
+    result = run_study(study, tmp_path, data_root=root, workers=0, progress=False)
+    assert (result.done, result.failed) == (1, 1)
+    failed = next(r for r in records(tmp_path).values() if r["status"] == "failed")
+    assert (failed["sets"], failed["training"], failed["spec"]["recipe"]) == ({}, None, "none")
+    assert failed["error"].startswith("Traceback")
+    assert "no active dropout" in failed["error"]
+
+
+def test_what_has_a_record_is_not_run_again_unless_failed_ones_are_asked_for(root, tmp_path):
+    study = small(root, recipes={"plain": {}, "none": {"dropout": 0.0, "methods": ["rdrop"]}}, seeds=1)
+    logs = [tmp_path / f"{i}.log" for i in range(3)]
+    for log, retry in zip(logs, (False, False, True), strict=True):
+        log.touch()
+        options = {"engine": Counting(log), "retry_failed": retry, "progress": False}
+        run_study(study, tmp_path / "out", data_root=root, **options)
+    done, again, retried = (log.read_text().split() for log in logs)
+    failed = [r["id"] for r in records(tmp_path / "out").values() if r["status"] == "failed"]
+    assert len(done) == 2
+    assert again == []
+    assert retried == failed
+
+
+def test_what_a_worker_could_not_record_is_recorded(root, tmp_path):
+    class Dying:
+        def map(self, tasks):
+            yield from (Outcome(task, error="the worker process died (signal 9)") for task in tasks)
+
+    result = run_study(small(root), tmp_path, data_root=root, engine=Dying(), progress=False)
+    assert (result.done, result.failed) == (0, 4)
+    assert {r["error"] for r in records(tmp_path).values()} == {"the worker process died (signal 9)"}
+
+
+def test_workers_give_the_same_records_as_this_process(root, finished, tmp_path):
+    """A worker has half the cores here: one thread, as the tests."""
+    run_study(small(root), tmp_path / "out", data_root=root, workers=2, progress=False)
+    assert comparable(tmp_path / "out") == comparable(finished)
+    assert predictions(tmp_path / "out") == predictions(finished)
+
+
+# ---- interruption
+
+
+def test_killed_at_random_moments_all_records_equal_an_uninterrupted_study(root, tmp_path):
+    """None lost, none double, none half: the log of each process names the runs that it brought to their end."""
+    processes = multiprocessing.get_context("forkserver")  # imports once: moments of runs are hit, not of imports
+    processes.set_forkserver_preload(["steadytune.training", "steadytune.bench.run", "steadytune.fitted"])
+
+    def conduct(output, seconds):
+        process = processes.Process(target=bench_helpers.conduct, args=(str(root), str(tmp_path / output)))
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        return process.exitcode == 0
+
+    assert conduct("warm", None)
+    started = time.monotonic()
+    assert conduct("straight", None)
+    whole = time.monotonic() - started
+    draw, kills, studies = random.Random(0), 0, 1
+    while kills < KILLS:
+        if conduct(f"cut{studies}", draw.uniform(0, 0.5 * whole)):
+            studies += 1
+        else:
+            kills += 1
+    assert conduct(f"cut{studies}", None)
+    for cut in (f"cut{n}" for n in range(1, studies + 1)):
+        assert comparable(tmp_path / cut) == comparable(tmp_path / "straight")
+        assert predictions(tmp_path / cut) == predictions(tmp_path / "straight")
+        ended = [id for log in tmp_path.glob(f"{cut}.*.log") for id in log.read_text().split()]
+        assert len(ended) == len(set(ended)), "a run was done twice"
+
+
+def test_two_invocations_on_one_folder_share_the_work(root, tmp_path):
+    processes = multiprocessing.get_context("spawn")
+    both = [processes.Process(target=bench_helpers.conduct, args=(str(root), str(tmp_path / "both"))) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    shares = [log.read_text().split() for log in tmp_path.glob("both.*.log")]
+    assert sorted(id for share in shares for id in share) == sorted(records(tmp_path / "both"))
+    bench_helpers.conduct(str(root), str(tmp_path / "one"))
+    assert comparable(tmp_path / "both") == comparable(tmp_path / "one")
+
+
+def test_a_run_that_another_invocation_holds_is_waited_for(root, tmp_path, monkeypatch):
+    """It dies without a record: the run is done here."""
+    study = small(root, seeds=1, recipes={"plain": {}})
+    (run,) = study.runs(root)
+    other = Store(tmp_path)
+    other.begin("")
+    held = other.claim(run.id)
+    assert held.__enter__()
+    monkeypatch.setattr("steadytune.bench.study.time.sleep", lambda seconds: held.__exit__(None, None, None))
+    assert run_study(study, tmp_path, data_root=root, workers=0, progress=False).done == 1
+
+
+# ---- the verb
+
+
+def bench(root, *arguments):
+    command = ["bench", *map(str, arguments)]
+    return CliRunner().invoke(cli.app, command, env={"STEADYTUNE_DATA": str(root), "COLUMNS": "200"})
+
+
+def test_the_verb_runs_a_file_says_what_is_to_do_and_counts(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(yaml.safe_dump({**yaml.safe_load(small(root).text()), "name": "mine"}))
+    planned = bench(root, "mine.yaml", "--dry-run", "--filter", "recipe=plain")
+    assert planned.exit_code == 0, planned.output
+    assert planned.output.count("to do: sst2 32 plain tiny seed") == 2
+    assert not Path("runs").exists()
+    done = bench(root, "mine.yaml", "--workers", 0, "--filter", "recipe=plain")
+    assert (done.exit_code, done.stdout) == (0, "2 runs done, 0 failed: runs/mine\n"), done.output
+    assert "2/2 sst2 32 plain tiny seed 1: 0 failed, 0 to do, best on sst2: plain" in done.stderr
+    assert bench(root, "mine.yaml", "--dry-run").output.count(" done: ") == 2
+
+
+def test_the_verb_says_which_runs_failed_with_its_exit_code(root, tmp_path):
+    arguments = ["--model", f"tiny={root / 'bert'}", "--output", tmp_path / "out", "--seeds", 1, "--workers", 0]
+    found = bench(root, "stick", *arguments, "--filter", "task=sst2", "--filter", "recipe=plain")
+    assert found.exit_code == 1, found.output
+    assert "0 runs done, 1 failed" in found.output
+    (record,) = records(tmp_path / "out").values()
+    assert "500" in record["error"], "the toy set has fewer rows"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing.yaml"], "nothing.yaml: no such study file; presets are glue-small, imbalance"),
+        (["stick"], "stick: models is missing: name at least one."),
+        (["stick", "--model", "nowhere/at/all/"], "model 'nowhere/at/all/'"),
+        (["stick", "--model", "./no"], "model './no': no such directory."),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line_and_exit_code_2(root, tmp_path, arguments, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = bench(root, *arguments)
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert found.stderr.startswith("error: ")
+    assert message in found.stderr
+    assert "Traceback" not in found.output
+    assert list(tmp_path.iterdir()) == []
