@@ -127,10 +127,10 @@ def test_paper_agrees_with_the_module(name):
 
 
 def test_bibtex():
-    paper = Paper(("Ada B. Lovelace", "Alan Turing"), "On a new X", "Proceedings of Y", "Y", 1950, "5001.00001")
-    assert paper.short == "Lovelace and Turing, Y 1950"
+    paper = Paper(("Ada B. Lovelace", "Alan Turing"), "On a new X", "Proceedings of Y", "Y Notes", 1950, "5001.00001")
+    assert paper.short == "Lovelace and Turing, Y Notes 1950"
     entry = paper.bibtex()
-    assert entry.startswith("@inproceedings{lovelace1950y,\n")
+    assert entry.startswith("@inproceedings{lovelace1950ynotes,\n")  # no space, or BibTeX refuses it
     assert "author = {Ada B. Lovelace and Alan Turing}" in entry
     assert entry.count("{") == entry.count("}")
 

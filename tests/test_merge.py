@@ -92,6 +92,11 @@ def test_interpolation_takes_a_new_head_and_buffers_from_the_tuned_model():
     assert_same(merge.interpolate(state(1.0), state(3.0), 1.0)["w"], torch.tensor([3.0]))
 
 
+def test_a_share_of_interpolation_is_not_rounded_to_single_precision():
+    found = merge.interpolate({"w": torch.zeros(1).double()}, {"w": torch.ones(1).double()}, 0.1)
+    assert float(found["w"]) == 0.1
+
+
 def test_paint_takes_the_best_alpha_and_the_smaller_of_two():
     found, alpha = merge.paint(state(0.0), state(10.0), lambda s: -abs(float(s["w"]) - 3))
     assert (alpha, float(found["w"])) == (0.3, 3.0)

@@ -560,8 +560,16 @@ class Run:
             inputs: one batch, or several micro-batches over which the loss is averaged (`Run.batch`).
             loss: of one batch; by default the task's own, without penalties.
             dropout_seed: for a chosen dropout draw.
+
+        Raises:
+            RuntimeError: no batch, as `Run.batch` in a loop that calls the model itself.
         """
         batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+        if not batches:
+            raise RuntimeError(
+                "a gradient of no batch: methods that pass a step's batch once more need run.loss(batch), which knows "
+                "it, instead of run.enter()"
+            )
         loss = loss or (lambda batch: self.task(batch)[0])
         share = len(batches) if self.items is None else 1
         shards.reshard(self.model)

@@ -46,7 +46,7 @@ class Paper:
     @property
     def key(self) -> str:
         """The BibTeX key, as in "zhang2022neurips"."""
-        return f"{self.families[0]}{self.year}{self.venue}".lower()
+        return f"{self.families[0]}{self.year}{self.venue.replace(' ', '')}".lower()
 
     def bibtex(self) -> str:
         """The entry for a reference list."""

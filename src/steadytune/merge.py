@@ -85,11 +85,9 @@ def interpolate(
     for name, old in start.items():
         if not old.is_floating_point():
             continue
-        new, a, b = end[name].double(), torch.tensor(1.0 - alpha).double(), torch.tensor(alpha).double()
-        if fisher is not None:
-            f, g = (part.get(name, torch.ones(())).double().clamp(min=floor) for part in fisher)
-            a, b = a * f, b * g
-        merged[name] = ((a * old.double() + b * new) / (a + b)).to(end[name].dtype)
+        f, g = (part.get(name, torch.ones(())).double().clamp(min=floor) for part in fisher or ({}, {}))
+        a, b = (1 - alpha) * f, alpha * g
+        merged[name] = ((a * old.double() + b * end[name].double()) / (a + b)).to(end[name].dtype)
     return merged
 
 

@@ -197,6 +197,15 @@ def test_two_equal_draws_are_refused(name):
         Run(bert(dropout=0.0), [METHODS[name]()])
 
 
+@pytest.mark.parametrize("name", ["rose_first", "rose_ensemble", "bi_drop"])
+def test_a_loop_that_hides_its_batches_is_refused(name):
+    run = run_of(METHODS[name]())
+    run.enter()
+    run.model(**batches(1)[0]).loss.backward()
+    with pytest.raises(RuntimeError, match=r"need run\.loss\(batch\)"):
+        run.optimizer.step()
+
+
 def test_bi_drop_scores_by_hand():
     """Agreement |g1 + g2| / |g1 - g2|; a gradient that is zero twice scores nothing, equal ones more than all."""
     run = run_of(BiDrop())

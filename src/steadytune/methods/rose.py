@@ -76,7 +76,8 @@ class ROSE(Method):
         self.masks, self.before = {}, {}
         if self.keep == 1:
             return
-        weights = [w for w in select(weights, self.scope) if not w.name.endswith("bias")]  # the keys' is round-off
+        # the gradient of the keys' biases is round-off, as softmax ignores them: it would rank first or last by chance
+        weights = [w for w in select(weights, self.scope) if not w.name.endswith("bias")]
         found = self.mask(run, weights)
         for w in weights:
             if w.name not in found:
@@ -152,9 +153,8 @@ class ROSEFirst(ROSE):
             moment moves on by the squared first one, and decay comes after the update, as in their optimizer.
 
     Departures:
-        The extra gradient is right under accumulation, which breaks the authors' code; the second moment stays too;
-        the lower end of the authors' window, 0 in all their scripts,
-        is left out; their warm-up without masks as well.
+        The extra gradient is right under accumulation, which breaks the authors' code; the second moment stays too; the
+        lower end of the authors' window, 0 in all their scripts, and their warm-up without masks are left out.
 
     Raises:
         ValueError: in setup, for a model without active dropout: all risks would be zero.
@@ -272,9 +272,8 @@ class ROSEEnsemble(ROSE):
         masks = {}
         for w in weights:
             if w.name in first:
-                one, two = (
-                    part.get(w.name, torch.ones_like(first[w.name])).to(w.data.dtype) for part in (first, second)
-                )
+                one = first[w.name].to(w.data.dtype)
+                two = second[w.name].to(w.data.dtype) if w.name in second else torch.ones_like(one)
                 masks[w.name] = (1 - self.gamma) * two + self.gamma * one
         return masks
 
