@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -253,11 +254,22 @@ def test_laws_of_holm(p, random):
 # ---------------------------------------------------------------- is it really steadier?
 
 
-def test_the_interval_ends_where_the_test_of_pitman_and_morgan_says_5_percent():
-    a, b = normal(2, 9) * [[2], [1]] + normal(9, seed=1)
-    for bound in log_sd_interval(a, b):
-        scaled = a / math.exp(bound)
-        assert stats.pearsonr(scaled + b, scaled - b).pvalue == pytest.approx(0.05)
+def test_interval_of_the_log_ratio_is_that_of_leaving_out_each_seed():
+    a, b = normal(2, 9) * [[2], [1]]
+
+    def ratio(keep):
+        return math.log(np.std(a[keep], ddof=1) / np.std(b[keep], ddof=1))
+
+    every = np.arange(9)
+    pseudo = np.array([9 * ratio(every) - 8 * ratio(every != i) for i in every])
+    assert log_sd_interval(a, b) == pytest.approx(stats.t.interval(LEVEL, 8, pseudo.mean(), stats.sem(pseudo)))
+    assert np.isnan(log_sd_interval([0.1, 0.1, 0.1, 0.7], [1, 2, 4, 3])).all()  # without the last: no spread
+
+
+def test_spread_by_hand():
+    # medians 2 and 6
+    assert sd_test([1, 2, 3, 4, 0], [0, 6, 8, 10, 1]) == sign_flip([1 - 6, 0, 1 - 2, 2 - 4, 2 - 5])
+    assert sd_test([1, 2, 3], [5, 6, 7]) == 1
 
 
 def test_a_smaller_spread_is_found_and_turns_with_its_sides():
@@ -389,3 +401,58 @@ def test_statistics_never_import_torch():
 
 
 # ---------------------------------------------------------------- calibration
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    spec = importlib.util.spec_from_file_location("steadytune_calibration", ROOT / "benchmarks" / "calibration.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def unlucky(rate, repetitions):
+    """Three standard errors of a share."""
+    return 3 * math.sqrt(rate * (1 - rate) / repetitions)
+
+
+def test_tests_in_use_seldom_err_where_others_do(calibration):
+    found = {
+        (law, r["name"]): r["rate"]
+        for law in ("normal", "heavy tails (t, 3 degrees)", "one run in ten fails")
+        for r in calibration.false_positives(law, 10, 300)
+        if r["measure"] == "false positives"
+    }
+    used = {name: rate for name, rate in found.items() if "not used" not in name[1]}
+    assert len(used) == 3 * 7
+    assert max(used.values()) <= 0.05 + unlucky(0.05, 300)
+    assert found["one run in ten fails", "SD: Pitman-Morgan (not used)"] > 0.3
+    assert found["one run in ten fails", "SD: sign flip of squared deviations (not used)"] > 0.12
+    # and a test that never errs is no test
+    assert min(found["normal", name] for name in ("sign flip", "SD: Brown-Forsythe", "t interval as a test")) > 0.01
+
+
+def test_intervals_of_the_mean_cover_where_a_plain_bootstrap_does_not(calibration):
+    five, thirty = (
+        {r["name"]: r["rate"] for r in calibration.mean_coverage("normal", n, count)}
+        for n, count in ((5, 400), (30, 120))
+    )
+    assert five["mean of one recipe"] >= 0.95 - unlucky(0.95, 400)
+    assert five["mean of one recipe, BCa at 95 % (not used)"] < 0.88
+    assert thirty["mean of one recipe"] >= 0.95 - unlucky(0.95, 120)
+
+
+def test_the_published_calibration_holds(calibration):
+    published = json.loads((ROOT / "docs" / "results" / "calibration.json").read_text())
+    used = [r for r in published if "not used" not in r["name"]]
+    errors = {(r["name"], r["law"], r["n"]): r["rate"] for r in used if r["measure"] == "false positives"}
+    assert {law for _, law, _ in errors} == set(calibration.LAWS)
+    assert {n for *_, n in errors} == {5, 10, 20}
+    assert max(errors.values()) <= calibration.MOST
+    tame = ("normal", "normal, pairs correlated 0.5", "mildly skewed (gamma, skewness 0.5)", "accuracy on 277 rows")
+    covered = {(r["name"], r["law"], r["n"]): r["rate"] for r in used if r["measure"] == "coverage"}
+    assert min(rate for (_, law, _), rate in covered.items() if law in tame) >= calibration.LEAST
+    assert {n for name, law, n in covered if (name, law) == ("mean of one recipe", "normal")} == {5, 10, 20, 30, 50}
+    assert all(r["of"] >= 1000 for r in used if r["name"] != "seeds by examples")

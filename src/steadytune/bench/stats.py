@@ -6,7 +6,7 @@ nothing else. With d = a - b and e in {-1, 1}^n, the paired test is the sign fli
     p = share of e with |sum_i e_i d_i| >= |sum_i d_i|                  (smallest possible: 2^(1 - n))
 
 which holds for every law of the scores, as long as swapping two equally good recipes would change nothing. The same
-test of d_i = (a_i - mean a)^2 - (b_i - mean b)^2 asks whether one recipe is steadier than the other.
+test of d_i = |a_i - median a| - |b_i - median b| asks whether one recipe is steadier than the other.
 
 Intervals are 95 %. What is not defined (the SD of one score, the interval of scores that are all equal) is None, never
 NaN or infinite. Everything random takes a ``seed``. How often each test errs and each interval covers, law by law and
@@ -112,13 +112,11 @@ def mean_interval(values: ArrayLike, *, seed: int = 0) -> Array:
     """
     x = _finite("values", values)
     n = x.shape[-1]
+    if n < BOOTSTRAP_FROM:
+        return _t_interval(x)
     found = np.full((*x.shape[:-1], 2), np.nan)
     spread = _spreads(x)
-    if not spread.any():
-        return found
-    if n < BOOTSTRAP_FROM:
-        low, high = stats.t.interval(LEVEL, n - 1, x[spread].mean(-1), stats.sem(x[spread], axis=-1))
-    else:
+    if spread.any():
         wider = stats.t.isf((1 - LEVEL) / 2, n - 1) * math.sqrt(n / (n - 1))
         low, high = stats.bootstrap(
             (x[spread],),
@@ -129,7 +127,7 @@ def mean_interval(values: ArrayLike, *, seed: int = 0) -> Array:
             method="BCa",
             random_state=np.random.default_rng(seed),
         ).confidence_interval
-    found[spread] = np.stack([low, high], -1)
+        found[spread] = np.stack([low, high], -1)
     return found
 
 
@@ -338,7 +336,7 @@ class Steadiness:
     """SD over seeds of recipe A against recipe B; A is steadier where ``log_ratio`` = log(SD_A / SD_B) is negative.
 
     ``p`` is of the paired test, ``brown_forsythe`` of the unpaired one (Levene's test about the medians). All but ``p``
-    are None where a recipe's scores are all equal.
+    are None where a recipe's scores are all equal, the interval also where all but one are.
     """
 
     n: int
@@ -371,7 +369,11 @@ def steadiness(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Steadiness:
 
 
 def sd_test(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Array:
-    """Two-sided p of equal SD of paired samples: the sign flip of differences of squared deviations.
+    """Two-sided p of equal spread of paired samples: the sign flip of differences of distances from the median.
+
+    Brown and Forsythe's distances (Journal of the American Statistical Association 1974) in a test that uses the pairs.
+    Distances from the mean, their squares, and the test of Pitman and Morgan find a little more under a normal law, but
+    err in 20 to 40 % of studies when one run in ten fails.
 
     Args:
         a: shape (..., n).
@@ -379,28 +381,36 @@ def sd_test(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Array:
         seed: of random sign flips.
     """
     a, b = _paired(a, b, axes=None)
-    return sign_flip(_deviations(a) ** 2 - _deviations(b) ** 2, seed=seed)
+    return sign_flip(_distances(a) - _distances(b), seed=seed)
 
 
 def log_sd_interval(a: ArrayLike, b: ArrayLike) -> Array:
-    """95 % interval of log(SD_A / SD_B) for paired samples of n >= 3, over the last axis; shape (..., 2).
+    """95 % interval of log(SD_A / SD_B) for paired samples, over the last axis: t over jackknife pseudo-values.
 
-    Inverts the test of Pitman and Morgan (both Biometrika 1939), exact for a bivariate normal law: with r the
-    correlation of the pairs and t the quantile with n - 2 degrees of freedom,
+    Leaving out each seed in turn learns from the sample how uncertain its SD is (Miller, Jackknifing Variances, Annals
+    of Mathematical Statistics 1968), where F and Pitman-Morgan intervals trust that the law is normal. With heavy tails
+    or failing runs it still covers too little: `sd_test` is what to believe there.
 
-        log(SD_a / SD_b) -+ arccosh(1 + 2 (1 - r^2) t^2 / (n - 2)) / 2
+    Args:
+        a: shape (..., n), n >= 3.
+        b: the same shape.
 
-    NaN where one of the samples is all equal.
+    Returns:
+        Shape (..., 2), NaN where all values of a sample, or all but one, are equal.
     """
     a, b = _paired(a, b, least=3, axes=None)
-    n = a.shape[-1]
-    products = (_deviations(a) * _deviations(b)).sum(-1)
-    squares_a, squares_b = (np.where(_spreads(x), (_deviations(x) ** 2).sum(-1), np.nan) for x in (a, b))
-    unexplained = 1 - products**2 / (squares_a * squares_b)
-    t = stats.t.isf((1 - LEVEL) / 2, n - 2)
-    half = np.arccosh(1 + 2 * unexplained.clip(min=0) * t**2 / (n - 2)) / 2
-    centre = np.log(squares_a / squares_b) / 2
-    return np.stack([centre - half, centre + half], -1)
+    return _t_interval(_pseudo_log_sd(a) - _pseudo_log_sd(b))
+
+
+def _pseudo_log_sd(x: Array) -> Array:
+    """``n f(x) - (n - 1) f(x without i)`` for f the logarithm of the SD."""
+    n = x.shape[-1]
+    squares = (x - x.mean(-1, keepdims=True)) ** 2
+    total = squares.sum(-1, keepdims=True)
+    without = total - squares * n / (n - 1)
+    defined = _spreads(x)[..., None] & (without > 1e-12 * total)
+    without, total = np.where(defined, without, np.nan), np.where(defined, total, np.nan)
+    return (n * np.log(total / (n - 1)) - (n - 1) * np.log(without / (n - 2))) / 2
 
 
 # ---------------------------------------------------------------- what could have been seen
@@ -610,13 +620,19 @@ def _spreads(x: Array) -> Any:
     return np.ptp(x, axis=-1) > 1e-12 * np.abs(x).max(-1)
 
 
-def _deviations(values: ArrayLike) -> Array:
-    x = np.asarray(values, float)
-    return x - x.mean(-1, keepdims=True)
+def _distances(x: Array) -> Array:
+    return np.abs(x - np.median(x, -1, keepdims=True))
+
+
+def _t_interval(x: Array) -> Array:
+    """NaN where nothing spreads."""
+    n = x.shape[-1]
+    error = np.where(_spreads(x), x.std(-1, ddof=min(1, n - 1)) / math.sqrt(n), np.nan)
+    return np.stack(stats.t.interval(LEVEL, n - 1, x.mean(-1), error), -1)
 
 
 def _brown_forsythe(a: Array, b: Array) -> float | None:
-    if not any(_spreads(np.abs(x - np.median(x))) for x in (a, b)):
+    if not any(_spreads(_distances(x)) for x in (a, b)):
         return None  # all as far from their medians: F would be 0 / 0 or infinite
     return float(stats.levene(a, b, center="median").pvalue)
 
@@ -639,7 +655,7 @@ def _signs(n: int, seed: int, block: int) -> Iterator[Array]:
         return
     start = 0
     for count in _blocks(2 ** (n - 1), block):  # the other half mirrors this one: the last sign stays
-        yield 1.0 - 2 * (np.arange(start, start + count)[:, None] >> np.arange(n) & 1)
+        yield np.where(np.arange(start, start + count)[:, None] >> np.arange(n) & 1, -1.0, 1.0)
         start += count
 
 
