@@ -31,6 +31,7 @@ from steadytune.bench.stats import (
     sign_flip,
     steadiness,
     stratified,
+    stratified_interval,
     summary,
     two_way_bootstrap,
 )
@@ -380,6 +381,7 @@ def test_two_way_bootstrap_is_read_from_its_cache(tmp_path):
         (lambda: stratified({}, {}), "at least one"),
         (lambda: steadiness([1, 2], [1, 3]), "at least 3"),
         (lambda: sign_flip([1, math.nan]), "differences must hold finite"),
+        (lambda: stratified_interval([[1, 2], [3]]), r"at least 2, got shape \(1,\)"),
         (lambda: mean_interval(math.nan), "values must hold finite"),
         (lambda: expected_max([]), "scores must hold finite"),
         (lambda: holm([0.5, math.nan]), "p-values"),
@@ -456,3 +458,5 @@ def test_the_published_calibration_holds(calibration):
     assert min(rate for (_, law, _), rate in covered.items() if law in tame) >= calibration.LEAST
     assert {n for name, law, n in covered if (name, law) == ("mean of one recipe", "normal")} == {5, 10, 20, 30, 50}
     assert all(r["of"] >= 1000 for r in used if r["name"] != "seeds by examples")
+    text = (ROOT / "docs" / "results" / "calibration.md").read_text()
+    assert text.splitlines()[3:] == calibration.page(published, 2000).splitlines()[3:]  # up to the versions
