@@ -590,8 +590,9 @@ def _finite(name: str, values: ArrayLike, *, least: int = 1) -> Array:
     x = np.asarray(values, float)
     if not x.ndim or x.shape[-1] < least or not np.isfinite(x).all():
         raise ValueError(
-            f"{name} must hold finite numbers, at least {least}, got shape {x.shape} with {int((~np.isfinite(x)).sum())} "
-            "not finite: score failed runs by what they predict, or leave their seeds out everywhere"
+            f"{name} must hold finite numbers, at least {least}, got shape {x.shape} with "
+            f"{int((~np.isfinite(x)).sum())} not finite: score failed runs by what they predict, or leave "
+            "their seeds out everywhere"
         )
     return x
 
