@@ -20,6 +20,8 @@ FLOORS = {
     "facts": 0,
     "card": 0,
     "merge": 0,
+    "bench": 0,
+    "bench.stats": 0,
     "method": 1,
     "step": 1,
     "views": 1,
@@ -42,9 +44,13 @@ FLOORS = {
     "fitted": 6,
     "estimate": 6,
     "fitting": 7,
+    "bench.pool": 0,
+    "bench.store": 3,
+    "bench.spec": 6,
+    "bench.run": 8,
+    "bench.study": 9,
     "estimators": 8,
-    "bench": 8,
-    "cli": 9,
+    "cli": 10,
 }
 SIDEWAYS = {("views", "method"), ("tasks", "data"), ("masks", "core")}  # on one floor, one way only
 NO_TORCH = (
@@ -61,6 +67,12 @@ NO_TORCH = (
     "card",
     "fitting",
     "cli",
+    "bench/pool",
+    "bench/run",
+    "bench/spec",
+    "bench/stats",
+    "bench/store",
+    "bench/study",
     "__init__",
 )
 
@@ -70,7 +82,12 @@ def modules() -> list[Path]:
 
 
 def room(path: Path) -> str:
-    return path.relative_to(SRC).parts[0].removesuffix(".py")
+    """The module, or the folder it is in; in ``bench`` each module has a floor of its own."""
+    return named(path.relative_to(SRC).with_suffix("").parts)
+
+
+def named(parts: tuple[str, ...]) -> str:
+    return ".".join(parts[:2]) if ".".join(parts[:2]) in FLOORS else parts[0]
 
 
 def imported(path: Path) -> set[str]:
@@ -89,10 +106,11 @@ def imported(path: Path) -> set[str]:
         base = path.relative_to(SRC).parts[: -node.level] if node.level else None
         if base is None:
             if (node.module or "").split(".")[0] == "steadytune":
-                found.add((node.module or "").split(".")[1] if "." in (node.module or "") else "__init__")
+                parts = tuple((node.module or "").split(".")[1:])
+                found |= {named((*parts, alias.name)) for alias in node.names} if parts else {"__init__"}
             continue
-        parts = [*base, *(node.module or "").split(".")] if node.module else [*base]
-        found |= {parts[0]} if parts else {alias.name for alias in node.names}
+        parts = (*base, *(node.module or "").split(".")) if node.module else base
+        found |= {named((*parts, alias.name)) for alias in node.names}
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -13,7 +14,7 @@ import subprocess
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,8 +46,7 @@ def perform(given: tuple[str, Run]) -> str:
     """
     folder, run = given
     store = Store(folder)
-    logging.getLogger("steadytune").setLevel(logging.ERROR)
-    with store.claim(run.id) as mine:
+    with _silent(), store.claim(run.id) as mine:
         if not mine:
             return "elsewhere"
         if store.has(run.id):
@@ -59,6 +59,18 @@ def perform(given: tuple[str, Run]) -> str:
         store.write(record, predictions)
     gc.collect()
     return str(record["status"])
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """What `fit` says of one run would bury the progress of many."""
+    logger = logging.getLogger("steadytune")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def execute(run: Run, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:

@@ -1,0 +1,666 @@
+"""What scores over seeds show: summaries, paired comparisons, steadiness, and how small a gain could be seen.
+
+The unit is the seed: ``a[i]`` and ``b[i]`` are scores of two recipes with the same seed i, so that a pair differs in
+nothing else. With d = a - b and e in {-1, 1}^n, the paired test is the sign flip
+
+    p = share of e with |sum_i e_i d_i| >= |sum_i d_i|                  (smallest possible: 2^(1 - n))
+
+which holds for every law of the scores, as long as swapping two equally good recipes would change nothing. The same
+test of d_i = |a_i - median a| - |b_i - median b| asks whether one recipe is steadier than the other.
+
+Intervals are 95 %. What is not defined (the SD of one score, the interval of scores that are all equal) is None, never
+NaN or infinite. Everything random takes a ``seed``. How often each test errs and each interval covers, law by law and
+for 5 to 50 seeds, is measured by ``benchmarks/calibration.py`` and printed in ``docs/results/calibration.md``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize, stats
+
+Array = NDArray[np.float64]
+Interval = tuple[float, float] | None
+
+LEVEL = 0.95  # of all intervals
+EXACT = 16  # pairs up to which all sign flips are enumerated
+DRAWS = 9999  # random sign flips above, and bootstrap samples
+BOOTSTRAP_FROM = 30  # seeds from which on the interval of a mean is a bootstrap one
+BLOCK = 1 << 22  # numbers held at once
+
+
+# ---------------------------------------------------------------- one recipe
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Scores of one recipe on one task over ``n`` seeds, in the unit of the scores.
+
+    ``sd`` has ddof 1 and is None for one seed; ``iqm`` is the mean of the middle half (25 % trimmed mean); ``failed``
+    is the share of failed runs, None where nobody said what failing is; ``interval`` is that of the mean.
+    """
+
+    n: int
+    mean: float
+    sd: float | None
+    median: float
+    iqm: float
+    minimum: float
+    maximum: float
+    failed: float | None
+    interval: Interval
+
+
+def summary(
+    scores: ArrayLike, *, threshold: float | None = None, failed: ArrayLike | None = None, seed: int = 0
+) -> Summary:
+    """Describe the scores of one recipe, one per seed.
+
+    Args:
+        scores: shape (n,), n >= 1.
+        threshold: runs that score no more than this have failed, for example majority baseline + 0.01.
+        failed: or, instead, one flag per run.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: no scores, a score that is not finite, both ``threshold`` and ``failed``, or too few flags.
+    """
+    x = _scores("scores", scores)
+    if threshold is not None and failed is not None:
+        raise ValueError("summary takes a threshold or flags of failed runs, got both: leave one out")
+    flags = x <= threshold if threshold is not None else None
+    if failed is not None:
+        flags = np.asarray(failed, bool)
+        if flags.shape != x.shape:
+            raise ValueError(f"failed must hold one flag per score, got shape {flags.shape} for {x.shape}")
+    return Summary(
+        n=len(x),
+        mean=float(x.mean()),
+        sd=float(x.std(ddof=1)) if len(x) > 1 else None,
+        median=float(np.median(x)),
+        iqm=float(stats.trim_mean(x, 0.25)),
+        minimum=float(x.min()),
+        maximum=float(x.max()),
+        failed=None if flags is None else float(flags.mean()),
+        interval=_interval(mean_interval(x, seed=seed)),
+    )
+
+
+def mean_interval(values: ArrayLike, *, seed: int = 0) -> Array:
+    """95 % interval of the mean over the last axis: t below 30 values, expanded BCa bootstrap from there on.
+
+    BCa knows skewness but covers too little in small samples (0.83 for 5 values). Both its causes, the bootstrap's
+    variance (n - 1) / n and normal instead of t quantiles, are undone by asking for a higher level (Hesterberg, What
+    Teachers Should Know About the Bootstrap, The American Statistician 2015, arXiv 1411.5279). No interval knows of
+    failures that did not happen: with rare failed runs the mean of few seeds is uncertain beyond what this says.
+
+    Args:
+        values: shape (..., n).
+        seed: of the bootstrap, which draws the same indices for all leading axes.
+
+    Returns:
+        Shape (..., 2), NaN where all values are equal or n is 1.
+    """
+    x = _finite("values", values)
+    n = x.shape[-1]
+    if n < BOOTSTRAP_FROM:
+        return _t_interval(x)
+    found = np.full((*x.shape[:-1], 2), np.nan)
+    spread = _spreads(x)
+    if spread.any():
+        wider = stats.t.isf((1 - LEVEL) / 2, n - 1) * math.sqrt(n / (n - 1))
+        low, high = stats.bootstrap(
+            (x[spread],),
+            np.mean,
+            n_resamples=DRAWS,
+            axis=-1,
+            confidence_level=1 - 2 * stats.norm.sf(wider),
+            method="BCa",
+            random_state=np.random.default_rng(seed),
+        ).confidence_interval
+        found[spread] = np.stack([low, high], -1)
+    return found
+
+
+def expected_max(scores: ArrayLike) -> Array:
+    """Expected validation performance: the mean best of k = 1 .. N trials drawn with replacement from N.
+
+    E[max of k] = sum_i v_(i) [(i / N)^k - ((i - 1) / N)^k] (Dodge, Gururangan, Card, Schwartz, Smith: Show Your Work,
+    EMNLP 2019, arXiv 1909.03004).
+
+    Args:
+        scores: validation scores of N >= 1 trials of a recipe's hyperparameters, higher is better.
+
+    Returns:
+        Shape (N,): from the mean of all to what N trials are expected to find.
+    """
+    v = np.sort(_scores("scores", scores))
+    trials = np.arange(1, len(v) + 1)[:, None]
+    return np.diff((np.arange(len(v) + 1) / len(v)) ** trials, axis=1) @ v
+
+
+# ---------------------------------------------------------------- two recipes
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Recipe A against recipe B on one task, paired by seed; gains of A are positive.
+
+    ``sd`` is that of the differences, ``better`` is P(A > B) with ties as one half, ``p`` is two-sided, and
+    ``detectable`` the gain this many seeds find in 80 % of studies (None where the differences are all equal).
+    """
+
+    n: int
+    difference: float
+    sd: float
+    interval: Interval
+    p: float
+    better: float
+    better_interval: Interval
+    detectable: float | None
+
+
+def compare(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Comparison:
+    """Compare two recipes by their scores with the same seeds.
+
+    Args:
+        a: scores of A, shape (n,), n >= 2.
+        b: scores of B, the same seeds in the same order.
+        seed: of the bootstrap and of random sign flips.
+
+    Raises:
+        ValueError: unequal lengths, fewer than two seeds, or a score that is not finite.
+    """
+    a, b = _paired(a, b)
+    d = a - b
+    n, sd = len(d), float(d.std(ddof=1)) if _spreads(d) else 0.0
+    wins = _wins(d)
+    return Comparison(
+        n=n,
+        difference=float(d.mean()),
+        sd=sd,
+        interval=_interval(mean_interval(d, seed=seed)),
+        p=float(sign_flip(d, seed=seed)),
+        better=wins,
+        better_interval=_interval(proportion_interval(wins, n)),
+        detectable=detectable_gain(n, sd) if sd else None,
+    )
+
+
+@dataclass(frozen=True)
+class Stratified:
+    """Recipe A against recipe B over several tasks of equal weight; fields as in `Comparison`."""
+
+    tasks: dict[str, Comparison]
+    difference: float
+    interval: Interval
+    p: float
+    better: float
+    better_interval: Interval
+
+
+def stratified(a: Mapping[str, ArrayLike], b: Mapping[str, ArrayLike], *, seed: int = 0) -> Stratified:
+    """Compare two recipes by the mean over tasks of their paired differences, each task weighted equally.
+
+    Every pair within every task is flipped on its own, and the interval (t with Satterthwaite's degrees of freedom)
+    adds up the variances of the tasks. Both take differences on different tasks for independent. When one seed list
+    serves all tasks, that assumes that a seed good for A on one task says nothing of the next: true of data order and
+    dropout, less so of heads initialised alike. To be free of it, give `compare` the means over tasks per seed, which
+    flips whole seeds.
+
+    Args:
+        a: task -> scores of A, shape (n,); tasks may differ in n.
+        b: the same tasks, seeds and order.
+        seed: of the bootstrap and of random sign flips.
+
+    Raises:
+        ValueError: other tasks in ``b``, no task, or what `compare` refuses.
+    """
+    if not a or a.keys() != b.keys():
+        raise ValueError(f"stratified needs the same tasks, at least one, in both recipes, got {list(a)} and {list(b)}")
+    tasks = {name: compare(a[name], b[name], seed=seed) for name in a}
+    differences = [np.subtract(a[name], b[name]) for name in a]
+    better = float(np.mean([task.better for task in tasks.values()]))
+    seeds = len(tasks) ** 2 / sum(1 / task.n for task in tasks.values())  # with the variance of the mean of shares
+    return Stratified(
+        tasks=tasks,
+        difference=float(np.mean([task.difference for task in tasks.values()])),
+        interval=_interval(stratified_interval(differences)),
+        p=float(stratified_sign_flip(differences, seed=seed)),
+        better=better,
+        better_interval=_interval(proportion_interval(better, seeds)),
+    )
+
+
+def stratified_interval(differences: Sequence[ArrayLike]) -> Array:
+    """95 % interval of the mean over tasks of mean differences: t with Satterthwaite's degrees of freedom.
+
+    Args:
+        differences: per task, shape (..., n) with n >= 2 of its own.
+
+    Returns:
+        Shape (..., 2), NaN where all differences of every task are equal.
+    """
+    found = [_finite("differences", d, least=2) for d in differences]
+    n = np.array([d.shape[-1] for d in found])
+    variances = np.stack([np.where(_spreads(d), d.var(-1, ddof=1), 0.0) for d in found], -1) / n
+    total = variances.sum(-1)
+    total = np.where(total > 0, total, np.nan)
+    freedom = total**2 / (variances**2 / (n - 1)).sum(-1)
+    centre = np.mean([d.mean(-1) for d in found], axis=0)
+    return np.stack(stats.t.interval(LEVEL, freedom, centre, np.sqrt(total) / len(n)), -1)
+
+
+def stratified_sign_flip(differences: Sequence[ArrayLike], *, seed: int = 0) -> Array:
+    """Two-sided p of the mean over tasks of mean differences, each pair of each task flipped on its own.
+
+    Args:
+        differences: per task, shape (..., n) with n of its own.
+        seed: of random sign flips.
+    """
+    found = [_finite("differences", d) for d in differences]
+    return sign_flip(np.concatenate([d / d.shape[-1] for d in found], -1), seed=seed)  # sum of means, one weight a task
+
+
+def sign_flip(differences: ArrayLike, *, seed: int = 0) -> Array:
+    """Two-sided p of the paired sign-flip test of the sum, over the last axis.
+
+    All flips up to 16 differences; above, 9,999 random ones, to which the observed one is added so that p is valid and
+    never 0 (Phipson and Smyth, Permutation P-values Should Never Be Zero, 2010, arXiv 1603.05766).
+
+    Args:
+        differences: shape (..., n).
+        seed: of the random flips, the same for all leading axes.
+
+    Returns:
+        Shape (...), in [2^(1 - n), 1].
+    """
+    x = _finite("differences", differences)
+    n = x.shape[-1]
+    # a flip that ties with the observed signs counts, whatever rounding makes of it
+    least = (np.abs(x.sum(-1)) - 1e-12 * np.abs(x).sum(-1))[..., None]
+    found, flips = np.zeros(x.shape[:-1]), 0
+    for signs in _signs(n, seed, BLOCK // max(n, x.size // n)):
+        found += (np.abs(x @ signs.T) >= least).sum(-1)
+        flips += len(signs)
+    return found / flips if n <= EXACT else (found + 1) / (flips + 1)
+
+
+def proportion_interval(share: ArrayLike, n: ArrayLike) -> Array:
+    """95 % Clopper-Pearson interval of a share of ``n`` trials, continued to half wins; shape (..., 2)."""
+    share, n = np.asarray(share, float), np.asarray(n, float)
+    if not ((share >= 0) & (share <= 1) & (n > 0)).all():
+        raise ValueError(f"share must lie in [0, 1] and n be positive, got {share} of {n}")
+    tail, wins = (1 - LEVEL) / 2, share * n
+    low = np.where(share > 0, stats.beta.ppf(tail, wins, n - wins + 1), 0.0)
+    high = np.where(share < 1, stats.beta.isf(tail, wins + 1, n - wins), 1.0)
+    return np.stack([low, high], -1)
+
+
+def holm(pvalues: ArrayLike) -> Array:
+    """Holm's adjusted p over the last axis: reject those up to 0.05, and the family errs in at most 5 % of studies.
+
+    Holm, A Simple Sequentially Rejective Multiple Test Procedure, Scandinavian Journal of Statistics 1979.
+
+    Args:
+        pvalues: shape (..., m), each in [0, 1].
+
+    Raises:
+        ValueError: a p outside [0, 1].
+    """
+    p = np.asarray(pvalues, float)
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"p-values must lie in [0, 1], got {p}")
+    m = p.shape[-1]
+    order = np.argsort(p, axis=-1)
+    steps = np.take_along_axis(p, order, -1) * np.arange(m, 0, -1)
+    adjusted = np.empty_like(p)
+    np.put_along_axis(adjusted, order, np.maximum.accumulate(steps, -1).clip(max=1), -1)
+    return adjusted
+
+
+# ---------------------------------------------------------------- is it really steadier?
+
+
+@dataclass(frozen=True)
+class Steadiness:
+    """SD over seeds of recipe A against recipe B; A is steadier where ``log_ratio`` = log(SD_A / SD_B) is negative.
+
+    ``p`` is of the paired test, ``brown_forsythe`` of the unpaired one (Levene's test about the medians). All but ``p``
+    are None where a recipe's scores are all equal, the interval also where all but one are.
+    """
+
+    n: int
+    log_ratio: float | None
+    interval: Interval
+    p: float
+    brown_forsythe: float | None
+
+
+def steadiness(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Steadiness:
+    """Test whether one recipe varies less from seed to seed than another.
+
+    Args:
+        a: scores of A, shape (n,), n >= 3.
+        b: scores of B, the same seeds in the same order.
+        seed: of random sign flips.
+
+    Raises:
+        ValueError: unequal lengths, fewer than three seeds, or a score that is not finite.
+    """
+    a, b = _paired(a, b, least=3)
+    defined = _spreads(a) and _spreads(b)
+    return Steadiness(
+        n=len(a),
+        log_ratio=math.log(a.std(ddof=1) / b.std(ddof=1)) if defined else None,
+        interval=_interval(log_sd_interval(a, b)),
+        p=float(sd_test(a, b, seed=seed)),
+        brown_forsythe=_brown_forsythe(a, b) if defined else None,
+    )
+
+
+def sd_test(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Array:
+    """Two-sided p of equal spread of paired samples: the sign flip of differences of distances from the median.
+
+    Brown and Forsythe's distances (Journal of the American Statistical Association 1974) in a test that uses the pairs.
+    Below 6 seeds it finds nothing. Squared deviations from the mean, and the test of Pitman and Morgan, find a little
+    more under a normal law but err in 13 to 44 % of studies of 10 or 20 seeds when one run in ten fails.
+
+    Args:
+        a: shape (..., n).
+        b: the same shape.
+        seed: of random sign flips.
+    """
+    a, b = _paired(a, b, axes=None)
+    return sign_flip(_distances(a) - _distances(b), seed=seed)
+
+
+def log_sd_interval(a: ArrayLike, b: ArrayLike) -> Array:
+    """95 % interval of log(SD_A / SD_B) for paired samples, over the last axis: t over jackknife pseudo-values.
+
+    Leaving out each seed in turn learns from the sample how uncertain its SD is (Miller, Jackknifing Variances, Annals
+    of Mathematical Statistics 1968), where F and Pitman-Morgan intervals trust that the law is normal. With heavy tails
+    or failing runs it still covers too little: `sd_test` is what to believe there.
+
+    Args:
+        a: shape (..., n), n >= 3.
+        b: the same shape.
+
+    Returns:
+        Shape (..., 2), NaN where all values of a sample, or all but one, are equal.
+    """
+    a, b = _paired(a, b, least=3, axes=None)
+    return _t_interval(_pseudo_log_sd(a) - _pseudo_log_sd(b))
+
+
+def _pseudo_log_sd(x: Array) -> Array:
+    """``n f(x) - (n - 1) f(x without i)`` for f the logarithm of the SD."""
+    n = x.shape[-1]
+    squares = (x - x.mean(-1, keepdims=True)) ** 2
+    total = squares.sum(-1, keepdims=True)
+    without = total - squares * n / (n - 1)
+    defined = _spreads(x)[..., None] & (without > 1e-12 * total)
+    without, total = np.where(defined, without, np.nan), np.where(defined, total, np.nan)
+    return (n * np.log(total / (n - 1)) - (n - 1) * np.log(without / (n - 2))) / 2
+
+
+# ---------------------------------------------------------------- what could have been seen
+
+
+def power(gain: ArrayLike, sd: ArrayLike, n: ArrayLike, *, alpha: float = 0.05) -> Array:
+    """Chance that the two-sided paired t test finds a true gain, by the noncentral t distribution.
+
+    Args:
+        gain: true mean difference, in the unit of ``sd``.
+        sd: of the paired differences, > 0.
+        n: number of seeds, >= 2.
+        alpha: level of the test.
+    """
+    n = np.asarray(n)
+    shift = np.abs(gain) / np.asarray(sd) * np.sqrt(n)
+    critical = stats.t.isf(alpha / 2, n - 1)
+    # the second term mirrors cdf(-critical, shift), which SciPy gives as NaN for large shifts
+    return stats.nct.sf(critical, n - 1, shift) + stats.nct.sf(critical, n - 1, -shift)
+
+
+def detectable_gain(n: int, sd: float, *, chance: float = 0.8, alpha: float = 0.05) -> float:
+    """Smallest true gain that ``n`` seeds find with the given chance: the root of `power`, in the unit of ``sd``.
+
+    Args:
+        n: number of seeds, >= 2.
+        sd: of the paired differences, > 0.
+        chance: power asked for, in (alpha, 1).
+        alpha: level of the two-sided test.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+    if n < 2 or not 0 < sd < math.inf or not 0 < alpha < chance < 1:
+        raise ValueError(
+            f"detectable_gain needs n >= 2, sd > 0 and 0 < alpha < chance < 1, got n={n}, sd={sd}, alpha={alpha}, "
+            f"chance={chance}"
+        )
+
+    def lacking(gain: float) -> float:
+        return float(power(gain, 1.0, n, alpha=alpha)) - chance
+
+    enough = 1.0
+    while lacking(enough) < 0:
+        enough *= 2
+    return sd * optimize.brentq(lacking, 0.0, enough)
+
+
+# ---------------------------------------------------------------- equal compute
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A recipe's scores, one per seed, and what one training costs in forward-backward passes."""
+
+    scores: Sequence[float]
+    passes: float
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A recipe beside plain fine-tuning with at least its compute; None where no plain run was long enough."""
+
+    recipe: str
+    baseline: str | None
+    passes: float
+    baseline_passes: float | None
+    comparison: Comparison | None
+
+
+def compute_matched(
+    recipes: Mapping[str, Trained], baselines: Mapping[str, Trained], *, seed: int = 0
+) -> list[Matched]:
+    """Pair each recipe with the cheapest plain baseline that costs no less, and compare them.
+
+    Args:
+        recipes: name -> scores and cost.
+        baselines: plain fine-tuning of several lengths, with the same seeds.
+        seed: as in `compare`.
+
+    Raises:
+        ValueError: what `compare` refuses.
+    """
+    rows = []
+    for name, recipe in recipes.items():
+        enough = [other for other in baselines if baselines[other].passes >= recipe.passes]
+        best = min(enough, key=lambda other: baselines[other].passes, default=None)
+        plain = None if best is None else baselines[best]
+        rows.append(
+            Matched(
+                recipe=name,
+                baseline=best,
+                passes=recipe.passes,
+                baseline_passes=None if plain is None else plain.passes,
+                comparison=None if plain is None else compare(recipe.scores, plain.scores, seed=seed),
+            )
+        )
+    return rows
+
+
+# ---------------------------------------------------------------- seeds by examples
+
+
+@dataclass(frozen=True)
+class TwoWay:
+    """Mean difference over seeds and examples, with an interval for new seeds and new examples."""
+
+    difference: float
+    interval: Interval
+
+
+def two_way_bootstrap(
+    a: ArrayLike, b: ArrayLike, *, draws: int = DRAWS, seed: int = 0, cache: str | os.PathLike | None = None
+) -> TwoWay:
+    """Bootstrap a difference over seeds and test examples at once, as claims about the population need.
+
+    Seeds and examples are drawn with replacement independently, and a cell counts as often as its row times its column
+    (Owen, The Pigeonhole Bootstrap, Annals of Applied Statistics 2007, arXiv 0712.1111); the interval is that of the
+    percentiles.
+
+    Args:
+        a: correctness (or any score) of A, shape (seeds, examples), at least 2 by 2.
+        b: that of B, the same seeds and examples.
+        draws: bootstrap samples.
+        seed: of the draws.
+        cache: folder where the result is kept as JSON, under the hash of the arrays and arguments.
+
+    Raises:
+        ValueError: unequal shapes, fewer than two seeds or examples, or a value that is not finite.
+    """
+    a, b = _paired(a, b, axes=2)
+    d = a - b
+    path = None if cache is None else Path(cache, f"two-way-{_digest(d, draws, seed)}.json")
+    if path is not None and path.exists():
+        record = json.loads(path.read_text())
+        return TwoWay(record["difference"], record["interval"] and tuple(record["interval"]))
+    result = TwoWay(float(d.mean()), _percentiles(np.concatenate(list(_two_way_means(d, draws, seed)))))
+    if path is not None:
+        _write(path, asdict(result))
+    return result
+
+
+def _two_way_means(d: Array, draws: int, seed: int) -> Iterator[Array]:
+    rng = np.random.default_rng(seed)
+    seeds, examples = d.shape
+    for count in _blocks(draws, BLOCK // examples):
+        rows = rng.multinomial(seeds, np.full(seeds, 1 / seeds), count)
+        columns = rng.multinomial(examples, np.full(examples, 1 / examples), count)
+        yield np.einsum("ke,ke->k", rows @ d, columns) / d.size
+
+
+def _percentiles(means: Array) -> Interval:
+    if not _spreads(means):
+        return None
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _digest(d: Array, *arguments: Any) -> str:
+    digest = hashlib.sha256(repr((d.shape, LEVEL, *arguments)).encode())
+    digest.update(np.ascontiguousarray(d).tobytes())
+    return digest.hexdigest()
+
+
+def _write(path: Path, record: Mapping[str, Any]) -> None:
+    """JSON, whole or not at all, also when several processes write the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(record))
+    os.replace(part, path)
+
+
+# ---------------------------------------------------------------- shared
+
+
+def _finite(name: str, values: ArrayLike, *, least: int = 1) -> Array:
+    x = np.asarray(values, float)
+    if not x.ndim or x.shape[-1] < least or not np.isfinite(x).all():
+        raise ValueError(
+            f"{name} must hold finite numbers, at least {least}, got shape {x.shape} with "
+            f"{int((~np.isfinite(x)).sum())} not finite: score failed runs by what they predict, or leave "
+            "their seeds out everywhere"
+        )
+    return x
+
+
+def _scores(name: str, values: ArrayLike) -> Array:
+    x = _finite(name, values)
+    if x.ndim != 1:
+        raise ValueError(f"{name} must hold one number per run, got shape {x.shape}")
+    return x
+
+
+def _paired(a: ArrayLike, b: ArrayLike, *, least: int = 2, axes: int | None = 1) -> tuple[Array, Array]:
+    """Two finite arrays of one shape with at least ``least`` seeds (and examples); ``axes`` None: any, seeds last."""
+    a, b = _finite("a", a), _finite("b", b)
+    if a.shape != b.shape or a.ndim != (axes or a.ndim) or min(a.shape[-(axes or 1) :]) < least:
+        kind = "(seeds, examples)" if axes == 2 else "(seeds,)"
+        raise ValueError(
+            f"a and b must come from the same seeds, shape {kind} with at least {least} of each, got {a.shape} and "
+            f"{b.shape}: pair the runs by seed first"
+        )
+    return a, b
+
+
+def _spreads(x: Array) -> Any:
+    """Whether values differ along the last axis by more than rounding."""
+    return np.ptp(x, axis=-1) > 1e-12 * np.abs(x).max(-1)
+
+
+def _distances(x: Array) -> Array:
+    return np.abs(x - np.median(x, -1, keepdims=True))
+
+
+def _t_interval(x: Array) -> Array:
+    """NaN where nothing spreads."""
+    n = x.shape[-1]
+    error = np.where(_spreads(x), x.std(-1, ddof=min(1, n - 1)) / math.sqrt(n), np.nan)
+    return np.stack(stats.t.interval(LEVEL, n - 1, x.mean(-1), error), -1)
+
+
+def _brown_forsythe(a: Array, b: Array) -> float | None:
+    if not any(_spreads(_distances(x)) for x in (a, b)):
+        return None  # all as far from their medians: F would be 0 / 0 or infinite
+    return float(stats.levene(a, b, center="median").pvalue)
+
+
+def _wins(d: Array) -> float:
+    return float(((d > 0) + 0.5 * (d == 0)).mean())
+
+
+def _interval(bounds: Array) -> Interval:
+    low, high = bounds.tolist()
+    return None if math.isnan(low) else (low, high)
+
+
+def _signs(n: int, seed: int, block: int) -> Iterator[Array]:
+    """Sign flips of n numbers, ``block`` at a time."""
+    if n > EXACT:
+        rng = np.random.default_rng(seed)
+        for count in _blocks(DRAWS, block):
+            yield rng.choice([-1.0, 1.0], (count, n))
+        return
+    start = 0
+    for count in _blocks(2 ** (n - 1), block):  # the other half mirrors this one: the last sign stays
+        yield np.where(np.arange(start, start + count)[:, None] >> np.arange(n) & 1, -1.0, 1.0)
+        start += count
+
+
+def _blocks(total: int, block: int) -> Iterator[int]:
+    block = max(1, block)
+    for start in range(0, total, block):
+        yield min(block, total - start)
