@@ -129,6 +129,7 @@ class Pool:
                         worker.started = time.monotonic()
                         continue
                     item, worker.item = worker.item, None
+                    assert item is not None
                     if message is AGAIN:
                         waiting.append(item)
                     else:
