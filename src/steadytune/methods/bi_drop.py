@@ -78,15 +78,11 @@ class BiDrop(Method):
     def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
         again = run.gradient(run.batch, dropout_seed=run.draw_seed("bi-drop", rank=True))
         weights = [w for w in weights if w.name in again]
-        second = [again[w.name] for w in weights]
-        chosen = {w.name for w in select(weights, self.scope)}
-        scores = {
-            w.name: self.rank(w, g) for w, g in zip(weights, second, strict=True) if w.name in chosen and self.keep < 1
-        }
-        torch._foreach_lerp_(gradients(weights), second, 0.5)
+        chosen = select(weights, self.scope) if self.keep < 1 else []
+        scores = {w.name: self.rank(w, again[w.name]) for w in chosen}
+        torch._foreach_lerp_(gradients(weights), [again[w.name] for w in weights], 0.5)
         masks = top_masks(run, scores, self.keep, "tensor")
-        weights = [w for w in weights if w.name in masks]
-        multiply(weights, [masks[w.name] for w in weights])
+        multiply(chosen, [masks[w.name] for w in chosen])
 
     def rank(self, weight: Weight, second: Tensor) -> Tensor:
         """The score of every entry; what no factor changes is left out."""

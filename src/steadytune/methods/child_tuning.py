@@ -142,9 +142,9 @@ class ChildTuningD(StaticMask):
         scope = {w.name for w in select(weights, self.scope)}
         sums: Tensors = {}
         count = 0
-        for i, batch in enumerate(islice(batches, self.batches or None)):
+        for batch in islice(batches, self.batches or None):
             for part in [batch] if self.per == "batch" else examples(batch):
-                seed = run.draw_seed("fisher", i, count, rank=True)
+                seed = run.draw_seed("fisher", count, rank=True)
                 found = run.gradient(part, self.loss(run), dropout_seed=seed)
                 self.add(run, sums, {name: g for name, g in found.items() if name in scope})
                 count += 1
