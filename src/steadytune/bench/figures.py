@@ -6,6 +6,7 @@ everywhere. The same data give the same bytes.
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import re
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -28,7 +29,7 @@ COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#5
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 WIDTH = 3.6  # inches; also about the width of a phone
 LABEL = 26  # characters of a name in a plot
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: the page's own font, small files, words that can be searched
     "font.size": 8.5,
     "axes.spines.top": False,
@@ -58,6 +59,7 @@ def looks(recipes: Sequence[str]) -> dict[str, Look]:
     return {recipe: Look(*pair) for recipe, pair in zip(recipes, pairs, strict=False)}
 
 
+@functools.cache
 def key(look: Look) -> str:
     """The marker alone, for a legend."""
     with _panel(0.2, 0.2, "", margins=(0, 0, 0, 0)) as (figure, axes):
@@ -96,18 +98,20 @@ def forest(gains: pd.DataFrame, title: str, xlabel: str, limits: tuple[float, fl
         xlabel: what a gain is.
         limits: of the horizontal axis, so that panels can be compared.
     """
-    lines = [line for group, rows in gains.groupby("group", sort=False) for line in (group, *rows.itertuples())]
+    lines: list[Any] = []
+    groups: Any = gains.groupby("group", sort=False)
+    for group, rows in groups:
+        lines += [str(group), *rows.itertuples()]
     labels = [line if isinstance(line, str) else f"  {line.label}" for line in lines]
     with _panel(WIDTH, 0.75 + 0.21 * len(lines), title, _beside(labels)) as (figure, axes):
-        for place, row in enumerate(lines):
-            if not isinstance(row, str):
-                axes.plot([row.low, row.high], [place] * 2, color=row.look.colour, linewidth=1.6)
-                axes.plot(row.gain, place, row.look.marker, color=row.look.colour, markersize=5)
+        rows = gains.assign(place=[place for place, line in enumerate(lines) if not isinstance(line, str)])
+        recipes: Any = rows.groupby("look", sort=False)
+        for look, found in recipes:
+            axes.hlines(found["place"], found["low"], found["high"], look.colour, linewidth=1.6)
+            axes.plot(found["gain"], found["place"], look.marker, color=look.colour, markersize=5)
         axes.axvline(0, color="#555555", linewidth=0.9)
         axes.set_xlim(*limits)
         _lines(axes, labels)
-        for tick, label in zip(axes.get_yticklabels(), labels, strict=True):
-            tick.set_fontweight("normal" if label.startswith("  ") else "bold")
         axes.set_xlabel(xlabel)
         return _svg(figure, f"{title}: paired differences with 95 % intervals")
 
@@ -170,9 +174,10 @@ def cost(gains: pd.DataFrame, title: str, labels: tuple[str, str]) -> str:
     with _panel(WIDTH, 2.5, title) as (figure, axes):
         axes.axhline(0, color="#555555", linewidth=0.9)
         axes.axvline(1, color="#555555", linewidth=0.9)
-        for row in gains.itertuples():
-            axes.plot([row.cost] * 2, [row.low, row.high], color=row.look.colour, linewidth=1.4)
-            axes.plot(row.cost, row.gain, row.look.marker, color=row.look.colour, markersize=6)
+        recipes: Any = gains.groupby("look", sort=False)
+        for look, found in recipes:
+            axes.vlines(found["cost"], found["low"], found["high"], look.colour, linewidth=1.4)
+            axes.plot(found["cost"], found["gain"], look.marker, color=look.colour, markersize=6)
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
         return _svg(figure, f"{title}: gain against cost")
@@ -209,11 +214,16 @@ def _short(label: str) -> str:
 
 
 def _lines(axes: Axes, labels: Sequence[str]) -> None:
-    """One horizontal line a label, the first on top."""
-    axes.set_yticks(range(len(labels)), [_short(label) for label in labels], parse_math=False)
+    """One horizontal line a label, the first on top; where some are indented the others are headings."""
+    headed = any(label.startswith(" ") for label in labels)
+    axes.set_yticks([])
     axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y", visible=False)
+    for place, label in enumerate(labels):
+        weight = "bold" if headed and not label.startswith(" ") else "normal"
+        axes.text(
+            -0.03, place, _short(label), transform=axes.get_yaxis_transform(), ha="right", va="center",
+            fontweight=weight, parse_math=False,
+        )  # fmt: skip
 
 
 def _svg(figure: Figure, description: str) -> str:

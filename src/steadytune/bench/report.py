@@ -90,7 +90,7 @@ class Bench:
             seed=scores["seed"],
             id=scores["id"],
         )
-        return scores.loc[order.sort_values(list(order)).index]
+        return scores.loc[order.sort_values(list(order.columns)).index]
 
     def _names(self, column: str) -> list[str]:
         return list(self.scores[column].unique())
@@ -268,12 +268,12 @@ def _scores(bench: Bench) -> Iterator[Block]:
 
 def _paper_table(bench: Bench, cells: pd.DataFrame, model: str, domain: str, best: set[tuple[str, ...]]) -> Grid:
     """Recipes by tasks, under a title for each setting."""
-    rows = {(row.setting, row.recipe, row.task): row for row in cells.itertuples()}
+    rows = {(row.setting, row.recipe, row.task): row for row in tables.rows_of(cells)}
     marks = _marks(bench, model, domain)
     tasks = list(cells["task"].unique())
     groups = []
     for setting in cells["setting"].unique():
-        lines = []
+        lines: list[list[str | Cell]] = []
         for recipe in bench.recipes:
             keys = [(setting, recipe, task) for task in tasks]
             line = [
@@ -301,7 +301,7 @@ def _marks(bench: Bench, model: str, domain: str) -> dict[tuple[str, str, str], 
     found = bench.gains[(bench.gains["model"] == model) & (bench.gains["domain"] == domain)]
     return {
         (row.setting, row.recipe, row.task): " ▲" if row.low > 0 else " ▼"
-        for row in found.itertuples()
+        for row in tables.rows_of(found)
         if row.low > 0 or row.high < 0
     }
 
@@ -374,13 +374,14 @@ def _every_set(bench: Bench) -> Iterator[Grid]:
 def _detailed(bench: Bench, domain: str) -> Grid:
     cells = bench.cells[bench.cells["domain"] == domain]
     groups = []
-    for condition, rows in cells.groupby(tables.CONDITION, sort=False):
+    for condition, rows in tables.parts(cells, tables.CONDITION):
         lines = []
-        for row in rows.itertuples():
+        for row in tables.rows_of(rows):
             factor, digits = unit(row.metric)
             points = [number(getattr(row, name) * factor, digits) for name in POINTS]
             lost = [f"{getattr(row, kind)} of {row.runs}" if getattr(row, kind) else "0" for kind in LOSSES]
-            lines.append([row.recipe, str(row.n), *points, interval(row.low * factor, row.high * factor, digits), *lost])
+            of_mean = interval(row.low * factor, row.high * factor, digits)
+            lines.append([row.recipe, str(row.n), *points, of_mean, *lost])
         groups.append((f"{bench.within(*condition)}: {rows['metric'].iloc[0].replace('_', ' ')}", lines))
     return Grid(
         caption=f"{DOMAIN[domain]}, in detail",
@@ -420,11 +421,11 @@ _FAMILY = (
 
 def _gain_table(bench: Bench, gains: pd.DataFrame, domain: str) -> Grid:
     groups = []
-    for condition, rows in gains.groupby(tables.CONDITION, sort=False):
+    for condition, rows in tables.parts(gains, tables.CONDITION):
         factor, digits = unit(rows["metric"].iloc[0])
         lines = [
             [row.recipe, str(row.n), *_gain(row, factor, digits + 1), number(row.detectable * factor, digits + 1)]
-            for row in rows.itertuples()
+            for row in tables.rows_of(rows)
         ]
         groups.append((bench.within(*condition), lines))
     return Grid(
@@ -440,9 +441,9 @@ def _gain_table(bench: Bench, gains: pd.DataFrame, domain: str) -> Grid:
 
 def _overall_table(bench: Bench, overall: pd.DataFrame, domain: str) -> Grid:
     groups = []
-    for (model, setting), rows in overall.groupby(["model", "setting"], sort=False):
+    for (model, setting), rows in tables.parts(overall, ["model", "setting"]):
         lines = []
-        for row in rows.itertuples():
+        for row in tables.rows_of(rows):
             factor, digits = (1.0, 3) if row.smaller else (100.0, 1)
             lines.append([row.recipe, str(row.tasks), str(row.n), *_gain(row, factor, digits + 1)])
         groups.append((bench.within(model, setting), lines))
@@ -483,7 +484,7 @@ def _forest(bench: Bench, gains: pd.DataFrame, overall: pd.DataFrame, domain: st
     panels = (
         partial(figures.forest, part, bench.within(*key) or bench.name, f"gain over {bench.baseline}",
                 (least - margin, most + margin))
-        for key, part in rows.groupby(["model", "setting"], sort=False)
+        for key, part in tables.parts(rows, ["model", "setting"])
     )  # fmt: skip
     return _drawn(f"{DOMAIN[domain]}: gains over {bench.baseline} with 95 % intervals", panels)
 
@@ -497,11 +498,11 @@ def _steadiness(bench: Bench) -> Iterator[Block]:
         if rows.empty or rows["sd_p"].isna().all():
             continue
         groups = []
-        for condition, part in rows.groupby(tables.CONDITION, sort=False):
+        for condition, part in tables.parts(rows, tables.CONDITION):
             lines = [
                 [row.recipe, str(row.n), number(row.sd_ratio, 2), interval(row.ratio_low, row.ratio_high, 2),
                  chance(row.sd_p), chance(row.sd_holm)]
-                for row in part.itertuples()
+                for row in tables.rows_of(part)
             ]  # fmt: skip
             groups.append((bench.within(*condition), lines))
         yield Grid(
@@ -509,9 +510,9 @@ def _steadiness(bench: Bench) -> Iterator[Block]:
             head=["recipe", "pairs", "SD ratio", "interval", "p", "Holm's p"],
             groups=groups,
             note=(
-                "Below 1 the recipe is the steadier one. p: paired sign-flip test of the distances from the median, which "
-                "bears failing runs; the interval (jackknife) is too narrow with them. Holm's p is adjusted for the "
-                f"{counted(int(rows['sd_p'].notna().sum()), 'comparison')} of this table."
+                "Below 1 the recipe is the steadier one. p: paired sign-flip test of the distances from the median, "
+                "which bears failing runs; the interval (jackknife) is too narrow with them. Holm's p is adjusted for "
+                f"the {counted(int(rows['sd_p'].notna().sum()), 'comparison')} of this table."
             ),
         )
 
@@ -528,7 +529,7 @@ def _figures(bench: Bench) -> Iterator[Block]:
 
 def _strips(bench: Bench) -> Iterator[Figures]:
     panels = []
-    for condition, group in bench.scores[bench.scores["in"].notna()].groupby(tables.CONDITION, sort=False):
+    for condition, group in tables.parts(bench.scores[bench.scores["in"].notna()], tables.CONDITION):
         metric = group["metric"].iloc[0]
         part = group.assign(score=group["in"] * unit(metric)[0])
         panels.append(partial(figures.strips, part, bench.recipes, bench.within(*condition), metric.replace("_", " ")))
@@ -539,7 +540,7 @@ def _curves(bench: Bench) -> Iterator[Figures]:
     cells = bench.cells[(bench.cells["domain"] == "in") & (bench.cells["n"] > 0) & bench.cells["size"].notna()]
     cells = cells.assign(corruption=cells["setting"].str.partition(", ")[2])  # what follows the number of rows
     panels = []
-    for (*names, metric), part in cells.groupby(["model", "task", "corruption", "metric"], sort=False):
+    for (*names, metric), part in tables.parts(cells, ["model", "task", "corruption", "metric"]):
         if part["size"].nunique() > 1:
             means = part.assign(mean=part["mean"] * unit(metric)[0], sd=part["sd"] * unit(metric)[0])
             title = bench.within(*filter(None, names))
@@ -551,7 +552,7 @@ def _curves(bench: Bench) -> Iterator[Figures]:
 def _scatters(bench: Bench) -> Iterator[Figures]:
     both = bench.scores[bench.scores["in"].notna() & bench.scores["out"].notna()]
     panels = []
-    for condition, group in both.groupby(tables.CONDITION, sort=False):
+    for condition, group in tables.parts(both, tables.CONDITION):
         part = group.assign(**{domain: group[domain] * unit(group["metric"].iloc[0])[0] for domain in tables.DOMAINS})
         title = bench.within(*condition)
         panels.append(partial(figures.scatter, part, bench.recipes, title, ("in domain", "out of domain")))
@@ -575,11 +576,11 @@ def _costs(bench: Bench) -> Iterator[Block]:
     if found.empty:
         return
     groups = []
-    for key, rows in found.groupby(["model", "setting"], sort=False):
+    for key, rows in tables.parts(found, ["model", "setting"]):
         lines = [
             [row.recipe, str(row.n), number(row.time, 1), f"{number(row.times, 2)} ({row.pairs})",
              number(row.passes, 2), number(row.steps, 0), number(row.peak_memory / 2**20, 0)]
-            for row in rows.itertuples()
+            for row in tables.rows_of(rows)
         ]  # fmt: skip
         groups.append((bench.within(*key) or bench.name, lines))
     yield Grid(
@@ -611,7 +612,7 @@ def _cost_figure(bench: Bench, found: pd.DataFrame) -> Iterator[Figures]:
     labels = (f"seconds as a multiple of {bench.baseline}", f"gain over {bench.baseline}")
     panels = [
         partial(figures.cost, part, bench.within(*key) or bench.name, labels)
-        for key, part in both.groupby(["model", "setting"], sort=False)
+        for key, part in tables.parts(both, ["model", "setting"])
     ]
     over = "mean over tasks" if len(bench.overall) else "the task"
     yield _drawn(f"Gain in domain ({over}, 95 % interval) against cost", panels, bench)
@@ -633,13 +634,13 @@ def _compute_matched(bench: Bench) -> Iterator[Block]:
         )
         return
     groups = []
-    for condition, rows in found.groupby(tables.CONDITION, sort=False):
+    for condition, rows in tables.parts(found, tables.CONDITION):
         factor, digits = unit(rows["metric"].iloc[0])
         lines = [
             [row.recipe, number(row.passes, 0), row.against or "none so long", number(row.against_passes, 0),
              str(row.n), number(row.gain * factor, digits + 1, signed=True),
              interval(row.low * factor, row.high * factor, digits + 1, signed=True), chance(row.p)]
-            for row in rows.itertuples()
+            for row in tables.rows_of(rows)
         ]  # fmt: skip
         groups.append((bench.within(*condition), lines))
     yield Grid(
@@ -702,7 +703,7 @@ def _failed(bench: Bench) -> Iterator[Grid]:
     failed = bench.scores[bench.scores["status"] == "failed"]
     rows = [
         [row.id, bench.within(row.model, row.task, row.setting), row.recipe, row.seed, row.error or "no traceback"]
-        for row in failed.itertuples()
+        for row in tables.rows_of(failed)
     ]
     if rows:
         head = ["record", "condition", "recipe", "seed", "last line of the traceback"]

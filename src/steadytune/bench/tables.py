@@ -22,9 +22,9 @@ from .stats import (
     Steadiness,
     Stratified,
     Trained,
-    compare,
     compute_matched,
     holm,
+    mean_interval,
     steadiness,
     stratified,
     summary,
@@ -168,6 +168,16 @@ def _differences(one: Any, other: Any, where: str = "") -> list[str]:
     return [] if one == other else [f"{where} {json.dumps(one)} instead of {json.dumps(other)}"]
 
 
+def rows_of(frame: pd.DataFrame) -> Iterator[Any]:
+    """Its rows as named tuples."""
+    return iter(frame.itertuples())
+
+
+def parts(frame: pd.DataFrame, by: str | list[str]) -> Iterator[tuple[Any, pd.DataFrame]]:
+    """Its groups, in the order in which they first appear."""
+    return iter(frame.groupby(by, sort=False))
+
+
 def in_order(names: Iterable[str], study: str) -> list[str]:
     """Names in the order in which the study speaks of them; those it does not name come last, by alphabet."""
 
@@ -210,10 +220,11 @@ def summaries(scores: pd.DataFrame, recipes: Sequence[str]) -> pd.DataFrame:
     score.
     """
     rows = []
-    for condition, group in scores.groupby(CONDITION, sort=False):
+    for condition, group in parts(scores, CONDITION):
         expected = group["seed"].nunique()
+        by_recipe = dict(iter(group.groupby("recipe")))
         for recipe in recipes:
-            runs = group[group["recipe"] == recipe]
+            runs = by_recipe.get(recipe, group.iloc[:0])
             for domain in DOMAINS:
                 if group[domain].isna().all() and domain == "out":
                     continue
@@ -258,7 +269,7 @@ def described(found: pd.Series) -> dict[str, Any]:
 def clearly_best(scores: pd.DataFrame) -> set[tuple[str, ...]]:
     """Cells (and domain) with the best mean whose paired difference from the second best has an interval above 0."""
     found = set()
-    for condition, group in scores.groupby(CONDITION, sort=False):
+    for condition, group in parts(scores, CONDITION):
         for domain in DOMAINS:
             wide = group.pivot(index="seed", columns="recipe", values=domain)
             if group["smaller"].iloc[0]:
@@ -267,8 +278,7 @@ def clearly_best(scores: pd.DataFrame) -> set[tuple[str, ...]]:
             pairs = wide[order[:2]].dropna()
             if len(order) < 2 or len(pairs) < 2:
                 continue
-            interval = compare(pairs[order[0]], pairs[order[1]]).interval
-            if interval is not None and interval[0] > 0:
+            if mean_interval((pairs[order[0]] - pairs[order[1]]).to_numpy())[0] > 0:  # NaN is not
                 found.add((*condition, order[0], domain))
     return found
 
@@ -280,7 +290,7 @@ def comparisons(scores: pd.DataFrame, recipes: Sequence[str], baseline: str) -> 
     """
     single: list[dict[str, Any]] = []
     over: list[dict[str, Any]] = []
-    for (model, name, smaller), group in scores.groupby(["model", "setting", "smaller"], sort=False):
+    for (model, name, smaller), group in parts(scores, ["model", "setting", "smaller"]):
         for domain in DOMAINS:
             wide = group.pivot(index=["task", "seed"], columns="recipe", values=domain)
             wide = -wide if smaller else wide
@@ -361,7 +371,7 @@ def costs(scores: pd.DataFrame, recipes: Sequence[str], baseline: str) -> pd.Dat
     rows = []
     done = scores[scores["status"] == "done"].copy()
     done["time"] = done["train_seconds"].fillna(done["seconds"])
-    for (model, name), group in done.groupby(["model", "setting"], sort=False):
+    for (model, name), group in parts(done, ["model", "setting"]):
         wide = group.pivot(index=["task", "seed"], columns="recipe", values="time")
         for recipe in (r for r in recipes if r in wide):
             runs = group[group["recipe"] == recipe]
@@ -369,7 +379,10 @@ def costs(scores: pd.DataFrame, recipes: Sequence[str], baseline: str) -> pd.Dat
             medians = {c: runs[c].median() for c in ("time", "passes", "steps", "peak_memory")}
             rows.append(
                 {
-                    **{"model": model, "setting": name, "recipe": recipe, "n": len(runs)},
+                    "model": model,
+                    "setting": name,
+                    "recipe": recipe,
+                    "n": len(runs),
                     **medians,
                     "pairs": len(times),
                     "times": times.median() if len(times) else math.nan,
@@ -389,7 +402,7 @@ def matched(scores: pd.DataFrame, recipes: Sequence[str], plain: Sequence[str], 
     """
     rows = []
     scores = scores.assign(passes=scores["passes"] * scores["steps"])
-    for condition, group in scores[scores["in"].notna()].groupby(CONDITION, sort=False):
+    for condition, group in parts(scores[scores["in"].notna()], CONDITION):
         wide = group.pivot(index="seed", columns="recipe", values="in") * (-1 if group["smaller"].iloc[0] else 1)
         passes = group.groupby("recipe")["passes"].median()
         longer = [other for other in plain if other in wide and other != baseline]
@@ -397,7 +410,7 @@ def matched(scores: pd.DataFrame, recipes: Sequence[str], plain: Sequence[str], 
             if not passes[recipe] > passes.get(baseline, math.nan):
                 continue
             pairs = wide[[recipe, *longer]].dropna()
-            trained = {name: Trained(pairs[name].to_numpy(), passes[name]) for name in pairs}
+            trained = {str(name): Trained(pairs[name].tolist(), float(passes[str(name)])) for name in pairs}
             ours = {recipe: trained.pop(recipe)}
             found = compute_matched(ours, trained if len(pairs) > 1 else {})[0]
             rows.append(
