@@ -5,6 +5,7 @@ Everything that comes from records is escaped by the template, but the drawings,
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -103,8 +104,15 @@ def _environment(autoescape: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(drawing=Markup, plain=_plain, fence=_fence)
+    numbers = itertools.count(1)
+    environment.filters.update(drawing=lambda svg: _drawing(svg, next(numbers)), plain=_plain, fence=_fence)
     return environment
+
+
+def _drawing(svg: str, number: int) -> Markup:
+    """A drawing whose ids no other one on the page has; text, where ``<`` is escaped, stays as it is."""
+    ids = re.compile(r'(\bid="|href="#|url\(#)')
+    return Markup(re.sub(r"<[^>]+>", lambda tag: ids.sub(rf"\1d{number}_", tag[0]), svg))
 
 
 def _plain(text: str) -> str:

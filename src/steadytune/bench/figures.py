@@ -227,7 +227,7 @@ def _lines(axes: Axes, labels: Sequence[str]) -> None:
 
 
 def _svg(figure: Figure, description: str) -> str:
-    """The figure as an element to stand inside a page: it scales, and has no numbered ids to collide."""
+    """The figure as an element to stand inside a page: it scales, and has ids only where they are referred to."""
     text = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": description}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
