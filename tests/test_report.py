@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from bench_records import record, synthetic, write_bench
 from steadytune import cli
-from steadytune.bench import tables
+from steadytune.bench import figures, tables
 from steadytune.bench.records import read_records
 from steadytune.bench.report import write_report
 from steadytune.reading import UsageError
@@ -367,6 +367,19 @@ def test_figures_show_every_run(tmp_path):
     strip = re.search(r'<svg [^>]*aria-label="[^"]*scores of all seeds by recipe".*?</svg>', text, re.S)[0]
     dots = [tag for tag, attributes in Page(strip).tags if tag == "use" and "0.75" in attributes.get("style", "")]
     assert len(dots) == 7
+
+
+def test_forest_draws_each_gain_on_its_own_line():
+    """Rows come by recipe, lines by task: a's and b's colours must alternate from top to bottom."""
+    looks = figures.looks(["plain", "a", "b"])
+    rows = [(task, name, looks[name], 1.0, 0.0, 2.0) for name in ("a", "b") for task in ("sst2", "rte")]
+    gains = pd.DataFrame(rows, columns=["group", "label", "look", "gain", "low", "high"])
+    tags = Page(figures.forest(gains, "title", "gain", (-1, 3))).tags
+    marks = [a for tag, a in tags if tag == "use" and "x" in a]
+    colours = {look.colour: name for name, look in looks.items()}
+    found = sorted((float(a["y"]), colours[c]) for a in marks for c in colours if f"fill: {c}" in a.get("style", ""))
+    assert [name for _, name in found] == ["a", "b", "a", "b"]
+    assert len({y for y, _ in found}) == 4
 
 
 NASTY = [

@@ -98,13 +98,14 @@ def forest(gains: pd.DataFrame, title: str, xlabel: str, limits: tuple[float, fl
         xlabel: what a gain is.
         limits: of the horizontal axis, so that panels can be compared.
     """
-    lines: list[Any] = []
+    labels, places, ordered = [], [], []
     groups: Any = gains.groupby("group", sort=False)
     for group, rows in groups:
-        lines += [str(group), *rows.itertuples()]
-    labels = [line if isinstance(line, str) else f"  {line.label}" for line in lines]
-    with _panel(WIDTH, 0.75 + 0.21 * len(lines), title, _beside(labels)) as (figure, axes):
-        rows = gains.assign(place=[place for place, line in enumerate(lines) if not isinstance(line, str)])
+        labels += [str(group), *("  " + rows["label"])]
+        places += range(len(labels) - len(rows), len(labels))
+        ordered.append(rows)
+    with _panel(WIDTH, 0.75 + 0.21 * len(labels), title, _beside(labels)) as (figure, axes):
+        rows = pd.concat(ordered).assign(place=places)
         recipes: Any = rows.groupby("look", sort=False)
         for look, found in recipes:
             axes.hlines(found["place"], found["low"], found["high"], look.colour, linewidth=1.6)
