@@ -98,7 +98,9 @@ def forest(gains: pd.DataFrame, title: str, xlabel: str, limits: tuple[float, fl
         xlabel: what a gain is.
         limits: of the horizontal axis, so that panels can be compared.
     """
-    labels, places, ordered = [], [], []
+    labels: list[str] = []
+    places: list[int] = []
+    ordered: list[pd.DataFrame] = []
     groups: Any = gains.groupby("group", sort=False)
     for group, rows in groups:
         labels += [str(group), *("  " + rows["label"])]
