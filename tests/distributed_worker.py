@@ -222,7 +222,7 @@ class Noisy(Mixout):
 
     def penalty(self, step):
         shape = step.inputs["input_ids"].shape
-        noise = torch.rand(shape, generator=step._run.rng(self, "noise", per_rank=True))
+        noise = torch.rand(shape, generator=step.run.rng(self, "noise", per_rank=True))
         self.noise = noise.mean()
 
 

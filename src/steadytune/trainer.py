@@ -145,11 +145,13 @@ class Trainer(transformers.Trainer):
             self.args.max_grad_norm, self._taken_norm = self._taken_norm, None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the norm that was clipped: the stock one is taken before the chain rule and the masks."""
+        """Log the norm that was clipped (the stock one is taken before the chain rule and the masks), and passes."""
         methods = self.run.methods if self.run is not None and self._taken_norm is not None else []
         norms = [m.norm for m in methods if isinstance(m, ClipNorm) and m.where is None and m.norm is not None]
         if "grad_norm" in logs and norms:
             logs["grad_norm"] = float(norms[-1])
+        if "loss" in logs and self.run is not None and self.run.passes.plain > 1:
+            logs["forwards"], logs["backwards"] = self.run.passes.forwards, self.run.passes.backwards
         super().log(logs, *args, **kwargs)
 
     # ------------------------------------------------------------------ training
