@@ -108,6 +108,9 @@ class R3F(Method):
 class R4F(R3F):
     """R3F with a last layer of spectral norm 1, so that the head cannot amplify what the encoder lets through.
 
+    Args:
+        weight in [0, inf): of the divergence; the head is normalised at 0 too.
+
     Departures:
         As R3F; and the last layer is projected after every step, so that the weights themselves have spectral norm 1
         and a checkpoint is plain, where the authors train an unnormalised weight that each forward divides.
