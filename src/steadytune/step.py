@@ -165,6 +165,8 @@ class Step:
         inputs = {**self.inputs, **(changes or {})}
         with contextlib.ExitStack() as stack:
             stack.enter_context(run.forked_rng())
+            if not torch.is_grad_enabled():  # reentrant checkpointing would warn of gradients that nobody wants
+                stack.enter_context(_not_reentrant(shards.unwrap(self.model)))
             if dropout == "same":
                 run.restore_rng()
             else:
