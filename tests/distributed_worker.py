@@ -413,7 +413,7 @@ SHARDED_RECIPES = {
     "one_output": (lambda: bert(labels=1), lambda: [DPSMix(**STAGES, frozen=True), EMA(0.8)]),
     "mixout_l2sp_ema": (bert, lambda: [Mixout(keep=0.6), L2SP(0.3), EMA(0.8), ClipNorm(0.5)]),
     "conv1d": (gpt2, lambda: [Mixout(keep=0.6), DPSMix(**STAGES), EMA(0.8)]),
-    "random_penalties": (bert, lambda: [R3F(scale=0.1), R4F(scale=0.1)]),
+    "random_penalties": (bert, lambda: [R3F(scale=0.1), R4F(scale=0.1), EMA(0.8)]),
     "everywhere": (gpt2, lambda: [DPSMix(**STAGES, scope=has_gradient, threshold="global"), L2SP(0.3)]),
 }
 

@@ -274,7 +274,10 @@ class _Given(nn.Module):
         self._name, self._outputs = inner._get_name(), outputs
 
     def forward(self, **inputs: Any) -> Any:
-        return self._outputs
+        outputs = self._outputs
+        if isinstance(outputs, Mapping) and outputs.get("loss") is not None:  # trainers scale it in place
+            return type(outputs)(**{**outputs, "loss": outputs["loss"].clone()})
+        return outputs
 
     def _get_name(self) -> str:
         return self._name
