@@ -26,7 +26,23 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
 import steadytune
-from steadytune import EMA, L2SP, ClipNorm, DPSDense, DPSMix, Mixout, RDrop, Run
+from steadytune import (
+    EMA,
+    FGM,
+    L2SP,
+    LNSR,
+    PGD,
+    R3F,
+    R4F,
+    SMART,
+    BregmanProximal,
+    ClipNorm,
+    DPSDense,
+    DPSMix,
+    Mixout,
+    RDrop,
+    Run,
+)
 
 RECIPES = {
     "plain": [],
@@ -37,6 +53,13 @@ RECIPES = {
     "L2SP": [L2SP()],
     "ClipNorm": [ClipNorm()],
     "RDrop": [RDrop()],
+    "SMART": [SMART()],
+    "SMART proximal": [SMART(proximal=BregmanProximal())],
+    "R3F": [R3F()],
+    "R4F": [R4F()],
+    "LNSR": [LNSR()],
+    "FGM": [FGM()],
+    "PGD": [PGD()],
 }
 TARGETS = {"DPSDense": 0.01, "Mixout": 0.02, "DPSMix": 0.03, "EMA": 0.03}
 CYCLE = 40  # steps of one DPS cycle

@@ -33,13 +33,34 @@ from helpers import (
     copied,
     differs,
     hash_dropout,
+    hash_noise,
     interrupt,
     llama,
     points,
     rows,
     tensors,
 )
-from steadytune import EMA, L2SP, METHODS, ClipNorm, DPSDense, DPSMix, Mixout, RDrop, Run, Trainer, only, state
+from steadytune import (
+    EMA,
+    FGM,
+    L2SP,
+    LNSR,
+    METHODS,
+    PGD,
+    R3F,
+    R4F,
+    SMART,
+    BregmanProximal,
+    ClipNorm,
+    DPSDense,
+    DPSMix,
+    Mixout,
+    RDrop,
+    Run,
+    Trainer,
+    only,
+    state,
+)
 from steadytune.core import Method, Weight
 
 TOTAL = 8
@@ -58,6 +79,14 @@ SINGLE: dict[str, list[Method]] = {
     "dps_mix_authors": [DPSMix(rescale_gradient=False, frequency_penalty="on", frozen=True, **DPS)],
     "mixout": [Mixout(keep=0.7)],
     "rdrop": [RDrop(alpha=1.0)],
+    "smart": [SMART(epsilon=0.05, step_size=0.05, noise=0.01)],
+    "smart_proximal": [SMART(epsilon=0.05, step_size=0.03, steps=2, proximal=BregmanProximal(decay=0.5))],
+    "smart_published": [SMART(epsilon=1e-6, projection=False, dropout="fresh")],
+    "r3f": [R3F(scale=0.1)],
+    "r4f": [R4F(scale=0.1, noise="normal", detach_embedding=True)],
+    "lnsr": [LNSR(scale=0.2)],
+    "fgm": [FGM()],
+    "pgd": [PGD(steps=2)],
     "l2sp": [L2SP(alpha=0.5)],
     "l2sp_coupled": [L2SP(alpha=0.5, decoupled=False, replace_decay=False)],
     "clip_norm": [ClipNorm(max_norm=0.3)],
@@ -65,6 +94,7 @@ SINGLE: dict[str, list[Method]] = {
 }
 COMBINED: dict[str, list[Method]] = {
     "recipe_of_five": [DPSMix(**DPS), RDrop(), EMA(decay=0.8), L2SP(alpha=0.5), ClipNorm(max_norm=0.3)],
+    "recipe_of_penalties": [RDrop(), SMART(proximal=BregmanProximal()), R3F(), LNSR(), EMA(decay=0.8)],
     "recipe_of_masks": [
         only(Mixout(keep=0.7), in_first_block),
         DPSDense(frozen=True, **DPS),
@@ -73,7 +103,8 @@ COMBINED: dict[str, list[Method]] = {
     ],
 }
 RECIPES = {**SINGLE, **COMBINED}  # the same objects in every test: no run may leave a trace in them
-DRAWS = {"dps_mix", "dps_mix_authors", "mixout", "recipe_of_five", "recipe_of_masks"}  # have randomness of their own
+STEADY = {"dps_dense", "dps_dense_frozen", "dps_dense_global", "rdrop", "l2sp", "l2sp_coupled", "clip_norm", "ema"}
+DRAWS = set(RECIPES) - STEADY  # have randomness of their own
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 
 
@@ -204,7 +235,7 @@ def test_every_method_has_a_row():
 def test_what_declares_a_null_setting_names_its_own_fields():
     for cls in METHODS.values():
         assert set(cls.null or {}) <= {f.name for f in dataclasses.fields(cls)}
-    assert set(NULLABLE) == set(RECIPES) - {"rdrop", "recipe_of_five"}
+    assert set(NULLABLE) == set(RECIPES) - {"rdrop", "r4f", "recipe_of_five", "recipe_of_penalties"}
 
 
 # ---------------------------------------------------------------- null settings
@@ -284,12 +315,15 @@ def test_resumed_is_uninterrupted_bitwise_in_the_trainer(name, tmp_path):
     """From inside a stage II in a fresh Trainer, from inside a stage I in the Trainer that was interrupted."""
     options = {"gradient_accumulation_steps": 2, "num_train_epochs": 2}  # 8 steps of two micro-batches
     whole = trainer_of(RECIPES[name], tmp_path, callbacks=[Save(3, 5)], **options)
+    calls: list[int] = []  # penalties make forwards of their own
+    whole.model.classifier.register_forward_hook(lambda *_: calls.append(whole.model.training))
     whole.train()
+    each = sum(calls) // (2 * TOTAL)
     assert whole.run.index == TOTAL
     for step in (3, 5):
         trainer = trainer_of(RECIPES[name], tmp_path, **options)
         if step == 5:
-            stop = interrupt(trainer.model, after=4)  # second micro-batch of the second step
+            stop = interrupt(trainer.model, after=3 * each + 1)  # second micro-batch of the second step
             with pytest.raises(KeyboardInterrupt):
                 trainer.train()
             assert trainer.run.index == 1
@@ -354,7 +388,8 @@ def test_16_at_once_equals_4_times_4_in_a_plain_loop(name, equal):
     for size in (16, 4):
         model = hash_dropout(bert(dtype=torch.float64))
         data = batches(4 * 16 // size, size, equal=equal)
-        loop = Loop(RECIPES[name], model, optimizer=sgd).train(data, micro=16 // size)
+        with hash_noise():
+            loop = Loop(RECIPES[name], model, optimizer=sgd).train(data, micro=16 // size)
         assert loop.run.index == 4  # through a stage I and a stage II
         ends.append(loop.all())
     assert_same(*ends, atol=1e-10)
@@ -365,6 +400,8 @@ def test_16_at_once_equals_4_times_4_in_a_plain_loop(name, equal):
 @every_recipe
 def test_16_at_once_equals_4_times_4_in_the_trainer(name, tokens, tmp_path):
     """T5 and its mend: the classifier's loss ignores the count of tokens, the language model's uses it."""
+    if name == "r4f" and tokens:
+        pytest.skip("a language model has no head to normalise")
     ends = []
     for size in (16, 4):
         model = hash_dropout((llama if tokens else bert)(dtype=torch.float64))
@@ -380,7 +417,8 @@ def test_16_at_once_equals_4_times_4_in_the_trainer(name, tokens, tmp_path):
             optim="sgd",
             learning_rate=0.2,
         )
-        trainer.train()
+        with hash_noise():
+            trainer.train()
         assert trainer.run.index == 4
         ends.append({"weights": copied(trainer.model), "run": trainer.run.state_dict()})
     assert_same(*ends, atol=1e-10)
@@ -1220,7 +1258,8 @@ def test_activation_checkpointing_changes_nothing(name, reentrant):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers 6 renames it; older 5 have this name only
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    calls = []
+    calls, forwards = [], []
     model.bert.encoder.layer[0].attention.register_forward_hook(lambda *_: calls.append(1))
+    model.bert.pooler.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
     assert_same(Loop(RECIPES[name], model).train(batches(4)).all(), uninterrupted(name).all[4])
-    assert len(calls) == 8  # forward twice per step: checkpointing took place
+    assert len(calls) == len(forwards) + sum(forwards)  # what has a backward ran twice: checkpointing took place

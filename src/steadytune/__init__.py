@@ -15,8 +15,15 @@ if TYPE_CHECKING:
     from .method import Weight as Weight
     from .method import only as only
     from .methods import EMA as EMA
+    from .methods import FGM as FGM
     from .methods import L2SP as L2SP
+    from .methods import LNSR as LNSR
     from .methods import METHODS as METHODS
+    from .methods import PGD as PGD
+    from .methods import R3F as R3F
+    from .methods import R4F as R4F
+    from .methods import SMART as SMART
+    from .methods import BregmanProximal as BregmanProximal
     from .methods import ClipNorm as ClipNorm
     from .methods import DPSDense as DPSDense
     from .methods import DPSMix as DPSMix
@@ -34,7 +41,23 @@ _HOMES = {
     "fitted": ("FittedModel",),
     "fitting": ("FitResult", "dry_run", "fit"),
     "method": ("Method", "Weight", "only"),
-    "methods": ("EMA", "L2SP", "METHODS", "ClipNorm", "DPSDense", "DPSMix", "Mixout", "RDrop"),
+    "methods": (
+        "EMA",
+        "FGM",
+        "L2SP",
+        "LNSR",
+        "METHODS",
+        "PGD",
+        "R3F",
+        "R4F",
+        "SMART",
+        "BregmanProximal",
+        "ClipNorm",
+        "DPSDense",
+        "DPSMix",
+        "Mixout",
+        "RDrop",
+    ),
     "step": ("Step",),
     "trainer": ("Trainer",),
 }

@@ -1,19 +1,32 @@
 """The methods, written out: the name on the command line and the class."""
 
 from ..core import Method
+from .adversarial import FGM as FGM
+from .adversarial import PGD as PGD
 from .clip_norm import ClipNorm as ClipNorm
 from .dps import DPSDense as DPSDense
 from .dps import DPSMix as DPSMix
 from .ema import EMA as EMA
 from .l2sp import L2SP as L2SP
+from .lnsr import LNSR as LNSR
 from .mixout import Mixout as Mixout
+from .r3f import R3F as R3F
+from .r3f import R4F as R4F
 from .rdrop import RDrop as RDrop
+from .smart import SMART as SMART
+from .smart import BregmanProximal as BregmanProximal
 
 METHODS: dict[str, type[Method]] = {
     "dps_dense": DPSDense,
     "dps_mix": DPSMix,
     "mixout": Mixout,
     "rdrop": RDrop,
+    "smart": SMART,
+    "r3f": R3F,
+    "r4f": R4F,
+    "lnsr": LNSR,
+    "fgm": FGM,
+    "pgd": PGD,
     "l2sp": L2SP,
     "clip_norm": ClipNorm,
     "ema": EMA,
