@@ -28,10 +28,17 @@ from transformers import BertConfig, BertForSequenceClassification
 import steadytune
 from steadytune import (
     EMA,
+    FGM,
     L2SP,
+    LNSR,
+    PGD,
+    R3F,
+    R4F,
     SIFT,
+    SMART,
     SWA,
     BiDrop,
+    BregmanProximal,
     ChildTuningD,
     ChildTuningF,
     ClipNorm,
@@ -64,6 +71,13 @@ RECIPES = {
     "RecAdam": [RecAdam()],
     "ClipNorm": [ClipNorm()],
     "RDrop": [RDrop()],
+    "SMART": [SMART()],
+    "SMART proximal": [SMART(proximal=BregmanProximal())],
+    "R3F": [R3F()],
+    "R4F": [R4F()],
+    "LNSR": [LNSR()],
+    "FGM": [FGM()],
+    "PGD": [PGD()],
 }
 TARGETS = {"DPSDense": 0.01, "Mixout": 0.02, "DPSMix": 0.03, "EMA": 0.03}
 CYCLE = 40  # steps of one DPS cycle

@@ -31,13 +31,20 @@ from transformers import (
 )
 from transformers import Trainer as StockTrainer
 
-from helpers import LENGTH, VOCABULARY, arguments, collate, hash_dropout, llama, rows
+from helpers import LENGTH, VOCABULARY, arguments, collate, hash_dropout, hash_noise, llama, rows
 from steadytune import (
     EMA,
+    FGM,
     L2SP,
+    LNSR,
+    PGD,
+    R3F,
+    R4F,
     SIFT,
+    SMART,
     SWA,
     BiDrop,
+    BregmanProximal,
     ChildTuningD,
     ChildTuningF,
     ClipNorm,
@@ -230,8 +237,14 @@ DDP_RECIPES = {
     "rose_ensemble": lambda: [ROSEEnsemble(0.5)],
     "bi_drop": lambda: [BiDrop(0.5, scope="linear")],
     "sift": lambda: [SIFT(0.1, batches=2, scope="linear")],
+    "smart": lambda: [SMART(0.05, 0.05, noise=0.01, proximal=BregmanProximal(decay=0.5))],
+    "r3f": lambda: [R3F(scale=0.1)],
+    "r4f": lambda: [R4F(scale=0.1, detach_embedding=True)],
+    "lnsr": lambda: [LNSR(scale=0.2)],
+    "adversarial": lambda: [FGM(0.5), PGD(0.5, steps=2)],
+    "penalties": lambda: [RDrop(), R3F(scale=0.1), LNSR(scale=0.2)],
 }
-TWO_DRAWS = ("rdrop", "rose_first", "rose_ensemble", "bi_drop")
+TWO_DRAWS = ("rdrop", "rose_first", "rose_ensemble", "bi_drop", "penalties")
 
 
 def first_look(model: nn.Module) -> list[list[dict]]:
@@ -243,7 +256,32 @@ def ddp_recipe(name: str, kind: str = "adamw", *, micro: int = 2) -> dict:
     model = hash_dropout(bert()) if name in TWO_DRAWS else bert()
     run = Run(ddp(model), DDP_RECIPES[name](), total_steps=STEPS, data=lambda: first_look(model))
     run.attach(optimizer_of(model, kind))
-    return train(run, micro=micro)
+    with hash_noise():
+        return train(run, micro=micro)
+
+
+def unused(name: str) -> dict:
+    """A parameter that no forward uses, and ranks whose batches differ in length."""
+    model = bert()
+    model.spare = nn.Linear(3, 3).double()
+    wrapper = ddp(model, find_unused_parameters=True)
+    run = Run(wrapper, DDP_RECIPES[name](), total_steps=STEPS).attach(optimizer_of(model))
+    with hash_noise():
+        return train(run, steps=2)
+
+
+def checkpointed(name: str, kind: str) -> dict:
+    """Extra forwards with real dropout, whatever is recomputed; the error where torch cannot do it."""
+    model = bert(dropout=0.2)
+    if kind != "none":
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": kind == "reentrant"})
+    run = Run(ddp(model), DDP_RECIPES[name](), total_steps=STEPS).attach(optimizer_of(model))
+    torch.manual_seed(100 + place()[0])
+    try:
+        return train(run, steps=2)
+    except RuntimeError as error:
+        return {"error": str(error)}
 
 
 class GlobalDraw(Mixout):
@@ -258,7 +296,7 @@ class Noisy(Mixout):
 
     def penalty(self, step):
         shape = step.inputs["input_ids"].shape
-        noise = torch.rand(shape, generator=step._run.rng(self, "noise", per_rank=True))
+        noise = torch.rand(shape, generator=step.run.rng(self, "noise", per_rank=True))
         self.noise = noise.mean()
 
 
@@ -405,6 +443,7 @@ SHARDED_RECIPES = {
     "bi_drop": (lambda: hash_dropout(bert()), lambda: [BiDrop(0.5, scope="linear"), EMA(0.8)]),
     "sift": (bert, lambda: [SIFT(0.1, batches=2, scope="linear")]),
     "conv1d": (gpt2, lambda: [Mixout(keep=0.6), DPSMix(**STAGES), EMA(0.8)]),
+    "random_penalties": (bert, lambda: [R3F(scale=0.1), R4F(scale=0.1), EMA(0.8)]),
     "everywhere": (gpt2, lambda: [DPSMix(**STAGES, scope=has_gradient, threshold="global"), L2SP(0.3)]),
 }
 
@@ -442,7 +481,21 @@ def sharded(name: str, *, run_first: bool = True, look: str = "never", kind: str
         run = Run(shard(model), recipe(), total_steps=STEPS)
     run.attach(optimizer_of(model, kind))
     seen: list = []
-    return {**train(run, before=looking(run, look, seen)), "seen": seen}
+    with hash_noise():
+        return {**train(run, before=looking(run, look, seen)), "seen": seen}
+
+
+def refusals() -> dict:
+    """What the penalties that need a gradient at the embeddings, or whole weights, say to shards."""
+    found = {}
+    for method in (SMART(), SMART(weight=0.0, proximal=BregmanProximal()), FGM()):
+        model = bert()
+        run = Run(model, [method], total_steps=STEPS).attach(optimizer_of(shard(model)))
+        try:
+            run.loss(parts(batch(0, model), *place(), 1)[0])
+        except RuntimeError as error:
+            found[repr(method)] = str(error)
+    return found
 
 
 def frozen_entries() -> dict:
@@ -594,6 +647,10 @@ TRAINER_RECIPES = {
     "child_d": (bert, lambda: [ChildTuningD(0.3, scope="linear"), SWA(0.25)]),
     "tokens_sift": (lambda: llama(dtype=torch.float64), lambda: [SIFT(0.1, batches=2, scope="linear")]),
     "tokens": (lambda: hash_dropout(llama(dtype=torch.float64)), lambda: [Mixout(keep=0.6), EMA(0.8)]),
+    "tokens_smart": (
+        lambda: hash_dropout(llama(dtype=torch.float64)),
+        lambda: [SMART(0.05, 0.05, noise=0.01), FGM(0.5)],
+    ),
     "tokens_rdrop": (lambda: hash_dropout(llama(dtype=torch.float64)), lambda: [RDrop(2.0), DPSMix(**STAGES)]),
 }
 
@@ -610,7 +667,8 @@ def trainer_recipe(name: str, folder: Path, **changes) -> dict:
     )
     watch = Norms()
     trainer.add_callback(watch)
-    trainer.train()
+    with hash_noise():
+        trainer.train()
     return {"weights": weights_of(trainer.model), "norms": watch.norms, "world": trainer.args.world_size}
 
 
@@ -662,6 +720,12 @@ GROUPS = {
     "core": {
         **{f"ddp_{name}": (lambda name=name: ddp_recipe(name)) for name in DDP_RECIPES},
         "ddp_sgd": lambda: ddp_recipe("mix_ema", "sgd"),
+        **{f"unused_{name}": (lambda name=name: unused(name)) for name in ("smart", "r3f", "lnsr", "adversarial")},
+        **{
+            f"checkpointed_{name}_{kind}": (lambda name=name, kind=kind: checkpointed(name, kind))
+            for name in ("smart", "r3f", "lnsr", "adversarial")
+            for kind in ("none", "reentrant", "other")
+        },
         "draws": draws,
         **{f"gradient_{name}": (lambda name=name: gradient(name)) for name in DDP_OPTIONS if name != "static"},
         "gradient_naive": lambda: gradient("views", naive=True),
@@ -676,6 +740,7 @@ GROUPS = {
             f"sharded_look_{i}": (lambda name=name, when=when: sharded(name, look=when))
             for i, (name, when) in enumerate(LOOKS)
         },
+        "refusals": refusals,
         "frozen_entries": frozen_entries,
         "sharded_gradient": sharded_gradient,
         "statistics": statistics,

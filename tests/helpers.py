@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+
+from steadytune import Step
 
 VOCABULARY, LENGTH = 64, 12  # LENGTH: of the longest row
 
@@ -207,6 +210,30 @@ def hash_dropout(model: Any, p: float = 0.2) -> Any:
         model.hashed = HashedDropout(p, 0, examples)
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: model.hashed(output))
     return model
+
+
+@functools.cache
+def hashed_noise_of(example: str, width: int, dtype: torch.dtype) -> Tensor:
+    digest = hashlib.blake2b(example.encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.randn(LENGTH, width, generator=generator, dtype=dtype)
+
+
+@contextlib.contextmanager
+def hash_noise() -> Iterator[None]:
+    """Noise that depends on the example's tokens and on nothing else, as `hash_dropout` does for dropout."""
+
+    def draw(step: Step, method: Any, width: int, kind: str = "normal") -> Tensor:
+        blank, real = step.zeros(width), step.inputs["attention_mask"].bool()
+        contents = [str(ids[mask].tolist()) for ids, mask in zip(step.inputs["input_ids"], real, strict=True)]
+        return step.unpadded(torch.stack([hashed_noise_of(c, width, blank.dtype)[: blank.size(1)] for c in contents]))
+
+    before = Step.draw
+    Step.draw = draw  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        Step.draw = before  # type: ignore[method-assign]
 
 
 def interrupt(model: nn.Module, after: int, error: type[BaseException] = KeyboardInterrupt) -> Callable[[], None]:

@@ -212,7 +212,36 @@ def test_activation_checkpointing_changes_nothing(core, kind):
     assert_same(first, core["checkpointing_none"][0], atol=1e-12)
 
 
+PENALTIES = ("smart", "r3f", "lnsr", "adversarial")
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_penalties_with_unused_parameters_equal_one_process(core, alone, name):
+    first, second = core[f"unused_{name}"]
+    assert_same(first, second)
+    assert_same(first, alone(f"unused_{name}"), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_penalties_under_activation_checkpointing(core, alone, name):
+    """Torch cannot send two forwards under reentrant checkpointing through one backward of DDP: an error before it."""
+    first, second = core[f"checkpointed_{name}_other"]
+    assert_same(first, second)
+    assert_same(first, core[f"checkpointed_{name}_none"][0], atol=1e-12)
+    for rank in core[f"checkpointed_{name}_reentrant"]:
+        assert 'gradient_checkpointing_kwargs={"use_reentrant": False}' in rank["error"]
+    assert_same(alone(f"checkpointed_{name}_reentrant"), alone(f"checkpointed_{name}_none"), atol=1e-12)
+
+
 # ---------------------------------------------------------------------- FSDP2
+
+
+def test_penalties_that_cannot_act_on_shards_say_so(core):
+    for rank in core["refusals"]:
+        ascent, teacher, attack = rank.values()
+        assert "through sharded weights (FSDP2): use DistributedDataParallel, or R3F" in ascent
+        assert "needs whole weights" in teacher
+        assert attack == ascent
 
 
 def check_sharded(pair, whole: dict) -> None:

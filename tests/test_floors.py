@@ -22,6 +22,11 @@ FLOORS = {
     "merge": 0,
     "bench": 0,
     "bench.stats": 0,
+    "bench.document": 0,
+    "bench.figures": 0,
+    "bench.records": 1,
+    "bench.tables": 2,
+    "bench.report": 3,
     "method": 1,
     "step": 1,
     "views": 1,
@@ -73,6 +78,11 @@ NO_TORCH = (
     "bench/stats",
     "bench/store",
     "bench/study",
+    "bench/document",
+    "bench/figures",
+    "bench/records",
+    "bench/tables",
+    "bench/report",
     "__init__",
 )
 

@@ -33,8 +33,8 @@ from helpers import (
     copied,
     differs,
     hash_dropout,
+    hash_noise,
     interrupt,
-    is_extra_pass,
     llama,
     points,
     rows,
@@ -42,11 +42,18 @@ from helpers import (
 )
 from steadytune import (
     EMA,
+    FGM,
     L2SP,
+    LNSR,
     METHODS,
+    PGD,
+    R3F,
+    R4F,
     SIFT,
+    SMART,
     SWA,
     BiDrop,
+    BregmanProximal,
     ChildTuningD,
     ChildTuningF,
     ClipNorm,
@@ -92,6 +99,14 @@ SINGLE: dict[str, list[Method]] = {
     "sift": [SIFT(keep=0.1, batches=2, scope="linear")],
     "mixout": [Mixout(keep=0.7)],
     "rdrop": [RDrop(alpha=1.0)],
+    "smart": [SMART(epsilon=0.05, step_size=0.05, noise=0.01)],
+    "smart_proximal": [SMART(epsilon=0.05, step_size=0.03, steps=2, proximal=BregmanProximal(decay=0.5))],
+    "smart_published": [SMART(epsilon=1e-6, projection=False, dropout="fresh")],
+    "r3f": [R3F(scale=0.1)],
+    "r4f": [R4F(scale=0.1, noise="normal", detach_embedding=True)],
+    "lnsr": [LNSR(scale=0.2)],
+    "fgm": [FGM()],
+    "pgd": [PGD(steps=2)],
     "l2sp": [L2SP(alpha=0.5)],
     "l2sp_coupled": [L2SP(alpha=0.5, decoupled=False, replace_decay=False)],
     "recadam": [RecAdam(gamma=3.0, t0=0.4, k=10.0)],
@@ -103,6 +118,7 @@ SINGLE: dict[str, list[Method]] = {
 COMBINED: dict[str, list[Method]] = {
     "recipe_of_five": [DPSMix(**DPS), RDrop(), EMA(decay=0.8), L2SP(alpha=0.5), ClipNorm(max_norm=0.3)],
     "recipe_of_children": [ChildTuningF(keep=0.5), RDrop(), RecAdam(gamma=3.0), SWA(start=0.0), ClipNorm(max_norm=0.3)],
+    "recipe_of_penalties": [RDrop(), SMART(proximal=BregmanProximal()), R3F(), LNSR(), EMA(decay=0.8)],
     "recipe_of_masks": [
         only(Mixout(keep=0.7), in_first_block),
         DPSDense(frozen=True, **DPS),
@@ -111,21 +127,16 @@ COMBINED: dict[str, list[Method]] = {
     ],
 }
 RECIPES = {**SINGLE, **COMBINED}  # the same objects in every test: no run may leave a trace in them
-TWO_DRAWS = {
-    "rdrop",
-    "rose_first",
-    "rose_first_element",
-    "rose_ensemble",
-    "bi_drop",
-    "recipe_of_five",
-    "recipe_of_children",
+PLAIN_NEVER = {  # have no setting at which they are plain fine-tuning
+    *("rdrop", "rose_first", "rose_first_element", "rose_ensemble", "bi_drop", "r4f"),
+    *("recipe_of_five", "recipe_of_children", "recipe_of_penalties"),
 }
 MOMENTS = {"rose_second", "rose_second_authors", "rose_second_element", "rose_ensemble"}  # of Adam are looked at
-DRAWS = {  # have randomness of their own
-    *("dps_mix", "dps_mix_authors", "mixout", "recipe_of_five", "recipe_of_masks", "recipe_of_children"),
-    *("child_tuning_f", "child_tuning_d", "child_tuning_d_example", "sift"),
-    *("rose_first", "rose_first_element", "rose_ensemble", "bi_drop"),
+STEADY = {
+    *("dps_dense", "dps_dense_frozen", "dps_dense_global", "rose_second", "rose_second_authors", "rose_second_element"),
+    *("rdrop", "l2sp", "l2sp_coupled", "recadam", "recadam_linear", "clip_norm", "ema", "swa"),
 }
+DRAWS = set(RECIPES) - STEADY  # have randomness of their own
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 
 
@@ -257,7 +268,7 @@ def test_every_method_has_a_row():
 def test_what_declares_a_null_setting_names_its_own_fields():
     for cls in METHODS.values():
         assert set(cls.null or {}) <= {f.name for f in dataclasses.fields(cls)}
-    assert set(NULLABLE) == set(RECIPES) - TWO_DRAWS
+    assert set(NULLABLE) == set(RECIPES) - PLAIN_NEVER
 
 
 # ---------------------------------------------------------------- null settings
@@ -337,12 +348,15 @@ def test_resumed_is_uninterrupted_bitwise_in_the_trainer(name, tmp_path):
     """From inside a stage II in a fresh Trainer, from inside a stage I in the Trainer that was interrupted."""
     options = {"gradient_accumulation_steps": 2, "num_train_epochs": 2}  # 8 steps of two micro-batches
     whole = trainer_of(RECIPES[name], tmp_path, callbacks=[Save(3, 5)], **options)
+    calls: list[int] = []  # penalties make forwards of their own
+    whole.model.classifier.register_forward_hook(lambda *_: calls.append(whole.model.training and not is_extra_pass()))
     whole.train()
+    each = sum(calls) // (2 * TOTAL)
     assert whole.run.index == TOTAL
     for step in (3, 5):
         trainer = trainer_of(RECIPES[name], tmp_path, **options)
         if step == 5:
-            stop = interrupt(trainer.model, after=4)  # second micro-batch of the second step
+            stop = interrupt(trainer.model, after=3 * each + 1)  # second micro-batch of the second step
             with pytest.raises(KeyboardInterrupt):
                 trainer.train()
             assert trainer.run.index == 1
@@ -409,7 +423,8 @@ def test_16_at_once_equals_4_times_4_in_a_plain_loop(name, equal):
     for size in (16, 4):
         model = hash_dropout(bert(dtype=torch.float64))
         data = batches(4 * 16 // size, size, equal=equal)
-        loop = Loop(RECIPES[name], model, optimizer=descent(name)).train(data, micro=16 // size)
+        with hash_noise():
+            loop = Loop(RECIPES[name], model, optimizer=descent(name)).train(data, micro=16 // size)
         assert loop.run.index == 4  # through a stage I and a stage II
         ends.append(loop.all())
     assert_same(*ends, atol=1e-10)
@@ -420,6 +435,8 @@ def test_16_at_once_equals_4_times_4_in_a_plain_loop(name, equal):
 @every_recipe
 def test_16_at_once_equals_4_times_4_in_the_trainer(name, tokens, tmp_path):
     """T5 and its mend: the classifier's loss ignores the count of tokens, the language model's uses it."""
+    if name == "r4f" and tokens:
+        pytest.skip("a language model has no head to normalise")
     ends = []
     for size in (16, 4):
         model = hash_dropout((llama if tokens else bert)(dtype=torch.float64))
@@ -436,7 +453,8 @@ def test_16_at_once_equals_4_times_4_in_the_trainer(name, tokens, tmp_path):
             adam_epsilon=1.0,
             learning_rate=0.2,
         )
-        trainer.train()
+        with hash_noise():
+            trainer.train()
         assert trainer.run.index == 4
         ends.append({"weights": copied(trainer.model), "run": trainer.run.state_dict()})
     assert_same(*ends, atol=1e-10)
@@ -1276,7 +1294,8 @@ def test_activation_checkpointing_changes_nothing(name, reentrant):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers 6 renames it; older 5 have this name only
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    calls = []
-    model.bert.encoder.layer[0].attention.register_forward_hook(lambda *_: None if is_extra_pass() else calls.append(1))
+    calls, forwards = [], []
+    model.bert.encoder.layer[0].attention.register_forward_hook(lambda *_: calls.append(1))
+    model.bert.pooler.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
     assert_same(Loop(RECIPES[name], model).train(batches(4)).all(), uninterrupted(name).all[4])
-    assert len(calls) == 8  # forward twice per step: checkpointing took place
+    assert len(calls) == len(forwards) + sum(forwards)  # what has a backward ran twice: checkpointing took place

@@ -311,7 +311,7 @@ def test_cooling_divides_the_logits_of_every_architecture(architecture):
 
 def test_a_model_whose_logits_are_not_those_of_its_last_linear_layer_is_refused():
     model = tiny("Bert", num_labels=3)
-    model.classifier = torch.nn.Sequential(model.classifier, torch.nn.Tanh())
+    model.classifier = torch.nn.Sequential(model.classifier, torch.nn.LogSoftmax(-1))
     weights = model.classifier[0].weight.clone()
     with pytest.raises(UsageError, match="calibrate: the logits of this model are not those of its last linear"):
         modelling.check_cooling(model, {"input_ids": [3, 4, 5]})

@@ -17,11 +17,18 @@ if TYPE_CHECKING:
     from .method import Weight as Weight
     from .method import only as only
     from .methods import EMA as EMA
+    from .methods import FGM as FGM
     from .methods import L2SP as L2SP
+    from .methods import LNSR as LNSR
     from .methods import METHODS as METHODS
+    from .methods import PGD as PGD
+    from .methods import R3F as R3F
+    from .methods import R4F as R4F
     from .methods import SIFT as SIFT
+    from .methods import SMART as SMART
     from .methods import SWA as SWA
     from .methods import BiDrop as BiDrop
+    from .methods import BregmanProximal as BregmanProximal
     from .methods import ChildTuningD as ChildTuningD
     from .methods import ChildTuningF as ChildTuningF
     from .methods import ClipNorm as ClipNorm
@@ -55,6 +62,13 @@ _HOMES = {
         "BiDrop",
         "ChildTuningD",
         "ChildTuningF",
+        "FGM",
+        "LNSR",
+        "PGD",
+        "R3F",
+        "R4F",
+        "SMART",
+        "BregmanProximal",
         "ClipNorm",
         "DPSDense",
         "DPSMix",

@@ -56,16 +56,21 @@ def anatomy(model: nn.Module) -> dict[str, Part]:
                 transposed.add(id(p))
             if kind == "embedding" or id(p) not in kinds:  # a tied table is a table whichever name comes first
                 kinds[id(p)] = kind
-    roots = _roots(model)
-    body = {id(p) for root in roots for p in _pretrained(root)} if roots else set(kinds)
-    blocks: dict[int, int] = {}
-    for index, modules in enumerate(block for root in roots or [model] for block in _blocks(root, body)):
+    body = _body(model)
+    owners: dict[int, int] = {}
+    for index, modules in enumerate(blocks(model)):
         for p in (p for module in modules for p in module.parameters()):
-            blocks.setdefault(id(p), index)
+            owners.setdefault(id(p), index)
     return {
-        name: Part(kinds[id(p)], blocks.get(id(p)), id(p) not in body, 0 if id(p) in transposed else 1)
+        name: Part(kinds[id(p)], owners.get(id(p)), id(p) not in body, 0 if id(p) in transposed else 1)
         for name, p in model.named_parameters()
     }
+
+
+def blocks(model: nn.Module) -> list[list[nn.Module]]:
+    """The modules of each transformer block, from the input on: one, or several where a model cuts its blocks (XLM)."""
+    body = _body(model)
+    return [block for root in _roots(model) or [model] for block in _blocks(root, body)]
 
 
 def input_embedding(model: nn.Module) -> nn.Module:
@@ -122,6 +127,13 @@ def _roots(module: nn.Module) -> list[Any]:
     if hasattr(type(module), "base_model_prefix"):
         return [module]
     return [root for child in module.children() for root in _roots(child)]
+
+
+def _body(model: nn.Module) -> set[int]:
+    """Identities of the parameters that a pre-trained checkpoint holds: all, where there is no transformers model."""
+    roots = _roots(model)
+    found = (p for root in roots for p in _pretrained(root)) if roots else model.parameters()
+    return {id(p) for p in found}
 
 
 def _pretrained(root: Any) -> Iterator[nn.Parameter]:

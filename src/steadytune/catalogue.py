@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -146,6 +147,8 @@ def spell(hint: Any) -> str:
         return " | ".join([*map(repr, SCOPES), "function"])
     if typing.get_origin(hint) is Literal:
         return " | ".join(map(repr, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join("None" if option is type(None) else spell(option) for option in typing.get_args(hint))
     return getattr(hint, "__name__", str(hint))
 
 

@@ -301,6 +301,30 @@ def _show_runs(study: Any, folder: Path, data_root: Path | None, filters: list[s
     typer.echo(f"{len(runs)} runs, {len(done)} of them done; records go to {folder}")
 
 
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a bench.")],
+    output: Annotated[
+        Path | None, _option(OUTPUT, "Directory for the files. [dim]\\[default: the folder of the bench][/]")
+    ] = None,
+    metric: Annotated[
+        str | None, _option(INPUT, "Metric to report. [dim]\\[default: each task's headline metric][/]")
+    ] = None,
+    config: Config = None,
+) -> None:
+    """Report a bench: tables, paired comparisons and figures, as HTML, Markdown and CSV.
+
+    Writes report.html (one file that needs nothing else), report.md, runs.csv (a row per run and set) and summary.csv.
+
+    Example: steadytune report runs/glue --output site
+    """
+    with _errors_in_one_line(), _speaking(quiet=False):
+        from .bench.report import write_report
+
+        page = write_report(folder, output, metric)
+    typer.echo(f"report: {page}")
+
+
 def _named(tests: list[str]) -> dict[str, Path]:
     """Test files by name: `NAME=FILE`, or `FILE` under its own stem."""
     from .data import UsageError

@@ -36,7 +36,7 @@ from .method import WEIGHT_VERBS, M, Method, Scope, Weight, entry, overrides, se
 from .method import gradients as gradients
 from .method import multiply as multiply
 from .method import only as only
-from .step import Compute, Inputs, Step, batch_size, default_compute, repeated, split
+from .step import Compute, Inputs, Passes, Step, batch_size, default_compute, repeated, split
 from .views import References, Views
 
 FORMAT = 1  # of Run.state_dict(); older formats must go on loading
@@ -85,6 +85,8 @@ class Run:
         self.optimizer: Optimizer | None = None
         self.items: Tensor | int | None = None  # tokens of the step over which the trainer averages the loss
         self.penalty_scale = 1.0
+        self.passes = Passes()  # of the last step, per micro-batch
+        self.counted = Passes()  # of the step under way
         self._total_steps, self._loaded_total = total_steps, None
         self._compute: Compute = default_compute
         self._parts: dict[str, Part] = {}
@@ -348,6 +350,8 @@ class Run:
         penalties = [m for m in self.methods if overrides(m, "penalty")]
         if penalties:
             self._save_rng()
+        if any(m.hidden_states for m in self.methods):
+            inputs = {**inputs, "output_hidden_states": True}
         loss, outputs = self.task(inputs, copies=copies)
         if not penalties:
             return loss
@@ -362,7 +366,7 @@ class Run:
         return loss
 
     def task(self, inputs: Inputs, model: nn.Module | None = None, *, copies: int = 1) -> tuple[Tensor, Any]:
-        """The task's loss and outputs of one batch as the trainer computes them, without penalties.
+        """The task's loss and outputs of one batch as the trainer computes them, without penalties; counted as a pass.
 
         Args:
             inputs: one batch.
@@ -370,6 +374,7 @@ class Run:
             copies: how often the batch passes in the one forward, each under a dropout draw of its own; the outputs
                 are those of all copies, one after the other.
         """
+        self.counted.add(copies, copies if torch.is_grad_enabled() else 0)
         given = repeated(inputs, copies) if copies > 1 else inputs
         return self._compute(self.wrapper if model is None else model, given, copies)
 
@@ -397,6 +402,7 @@ class Run:
         shards.reshard(self.model)
         self._views.exchange()
         self._entered = True
+        self.counted = Passes()
         weights = self.weights()
         for method in self.methods:
             method.before_forward(self, self._restrict(method, weights))
@@ -461,6 +467,8 @@ class Run:
         self._views.evaluate(found)
         self._entered = False
         self.index += 1
+        micro = max(1, len(self.batch))
+        self.passes = Passes(self.counted.forwards / micro, self.counted.backwards / micro)
         self.batch = []
 
     def _unscale(self, optimizer: Any) -> None:
@@ -715,6 +723,8 @@ class Run:
         copies = max((m.copies for m in self.methods), default=1)
         if copies > 1:
             rows.append(f"each batch passes the model as {copies} copies in one forward")
+        if self.methods and self.passes.forwards:
+            rows.append(f"each batch of the last step: {self.passes}")
         return "\n".join(rows) or "plain fine-tuning: no methods"
 
 

@@ -78,6 +78,32 @@ def symmetric_kl(a: Tensor, b: Tensor) -> Tensor:
     return ((log_a.exp() - log_b.exp()) * (log_a - log_b)).sum(-1) / 2
 
 
+def kl(target: Tensor, logits: Tensor) -> Tensor:
+    """``KL(softmax(target) || softmax(logits))`` of logits (..., classes) -> (...)."""
+    log_p = target.log_softmax(-1)
+    return (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1)
+
+
+def jeffreys(a: Tensor, b: Tensor) -> Tensor:
+    """``KL(p_a || p_b) + KL(p_b || p_a)`` of two sets of logits (..., classes) -> (...)."""
+    return 2 * symmetric_kl(a, b)
+
+
+def jeffreys_to_constants(a: Tensor, b: Tensor) -> Tensor:
+    """The value of `jeffreys`, but each divergence sends its gradient into its second argument only."""
+    return kl(a.detach(), b) + kl(b.detach(), a)
+
+
+def odds_gap(a: Tensor, b: Tensor, floor: float = 1e-6) -> Tensor:
+    """``2 * sum of p_a * (log odds of p_a - log odds of p_b)``, (..., classes) -> (...).
+
+    Odds are constants: gradient flows through p_a only. No divergence: it may be negative.
+    """
+    p, q = a.softmax(-1), b.softmax(-1)
+    gap = (1 / (q + floor) - 1 + floor).log() - (1 / (p + floor) - 1 + floor).log()
+    return 2 * (p * gap.detach()).sum(-1)
+
+
 def stage_length(total_steps: int, update_ratio: float) -> int:
     """Steps of one DPS stage: ``int(total_steps * update_ratio)``, at least 1."""
     return max(1, int(total_steps * update_ratio))

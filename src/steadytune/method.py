@@ -71,6 +71,7 @@ class Method:
     """
 
     copies: ClassVar[int] = 1  # copies of the batch in the one forward (R-Drop: 2)
+    hidden_states: ClassVar[bool] = False  # whether the task's outputs must hold those of all blocks
     null: ClassVar[dict[str, Any] | None] = None  # the setting at which it is plain fine-tuning, bit for bit
     exclusive: ClassVar[str | None] = None  # at most one method of this name acts on a weight ("anchor", "average")
     needs_steps: ClassVar[bool] = False  # whether the schedule depends on Run.total_steps
@@ -179,6 +180,8 @@ def entry(method: Method) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """What JSON and ``torch.load(weights_only=True)`` take: names of predicates, Python's numbers for NumPy's."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     if callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
     return value.item() if hasattr(value, "item") else value

@@ -169,7 +169,10 @@ def parse_method(text: str, registry: Mapping[str, type[Any]]) -> Any:
 
 
 def convert(text: str, hint: Any) -> Any:
-    """The value that `text` means for a field of this type; ValueError when it means none."""
+    """The value that `text` means for a field of this type; ValueError when it means none.
+
+    Options that are several numbers are written with slashes: `proximal=1/0.99`.
+    """
     options = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         return {str(option): option for option in options}[text] if text in map(str, options) else _no_value()
@@ -178,6 +181,8 @@ def convert(text: str, hint: Any) -> Any:
             with contextlib.suppress(ValueError):
                 return convert(text, option)
         return _no_value()
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return hint(*map(float, text.split("/")))
     if hint is bool:
         return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _no_value()
     if hint is type(None):
@@ -211,6 +216,8 @@ def method_record(method: Any) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """The value itself where JSON has it, a function by its name, anything else (infinity too) as it prints."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):

@@ -3,19 +3,52 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import shards
+from .anatomy import input_embedding
+from .functional import symmetric_kl
 
 if TYPE_CHECKING:
     from .core import Run
+    from .method import Method
 
 Inputs = Mapping[str, Any]
 Compute = Callable[[Any, Inputs, int], tuple[Tensor, Any]]  # (model, inputs, copies) -> (loss, outputs)
+Dropout = Literal["same", "fresh"]  # the draw of the task's own forward, or another
+
+
+@dataclass
+class Passes:
+    """How often a batch passes the model in a step.
+
+    Attributes:
+        forwards: passes of one copy of the batch.
+        backwards: the same way back; one that ends at activations, without gradients of weights, is half of one.
+    """
+
+    forwards: float = 0.0
+    backwards: float = 0.0
+
+    def add(self, forwards: float, backwards: float) -> None:
+        """Count some more."""
+        self.forwards += forwards
+        self.backwards += backwards
+
+    @property
+    def plain(self) -> float:
+        """In plain steps: a backward costs two forwards."""
+        return (self.forwards + 2 * self.backwards) / 3
+
+    def __str__(self) -> str:
+        return f"{self.forwards:g} forwards, {self.backwards:g} backwards ({self.plain:.1f} plain steps)"
 
 
 def default_compute(model: Any, inputs: Inputs, copies: int) -> tuple[Tensor, Any]:
@@ -31,6 +64,7 @@ class Step:
     """One micro-batch on its way through the model.
 
     Attributes:
+        run: the run it belongs to.
         model: as trained (DDP, FSDP or compiled wrapper included).
         inputs: the batch, one copy.
         outputs: of the task's own forward (with several copies: of the first), graph alive.
@@ -41,10 +75,10 @@ class Step:
     def __init__(
         self, run: Run, model: nn.Module, inputs: Inputs, outputs: Sequence[Any], loss: Tensor, compute: Compute
     ) -> None:
-        self.model, self.inputs, self.loss = model, inputs, loss
+        self.run, self.model, self.inputs, self.loss = run, model, inputs, loss
         self.outputs = outputs[0]
         self.index = run.index
-        self._run, self._copies, self._compute = run, outputs, compute
+        self._copies, self._compute = outputs, compute
         self._second: Any = None
         self._forwards = 0
 
@@ -63,36 +97,153 @@ class Step:
     def forward(
         self,
         *,
-        dropout: Literal["fresh", "same"] = "fresh",
+        dropout: Dropout = "fresh",
         add: Mapping[nn.Module, Tensor] | None = None,
+        detach: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
         **changes: Any,
     ) -> Any:
         """One more forward of this batch, under a forked random state: the task's own dropout never notices.
 
         Args:
-            dropout: a new draw, or the draw of the task's own forward.
+            dropout: a new draw, or the draw of the task's own forward (then of as many copies of the batch).
             add: tensors added to the output of modules, at their first call (noise on an embedding).
+            detach: whether the outputs that ``add`` names stop the gradient.
+            weights: used instead of the model's own, by name.
             **changes: inputs replaced or added.
 
         Raises:
-            RuntimeError: ``dropout="same"`` with several copies of the batch in the task's forward.
+            RuntimeError: reentrant activation checkpointing under DistributedDataParallel, where torch cannot send
+                two forwards through one backward; a module of ``add`` that the forward does not call.
         """
-        run = self._run
-        if dropout == "same" and len(self._copies) > 1:
-            raise RuntimeError("dropout='same' needs the task's forward on one copy of the batch; a method asked for 2")
+        if torch.is_grad_enabled():
+            self._check_wrapper()
+        copies = self._same(dropout)
+        self.run.counted.add(copies, copies if torch.is_grad_enabled() else 0)
+        return self._forward(copies, dropout, add or {}, detach, weights, changes)
+
+    def gradient(
+        self, module: nn.Module, noise: Tensor, loss: Callable[[Any], Tensor], *, dropout: Dropout = "same"
+    ) -> Tensor:
+        """Gradient of ``loss(outputs)`` with respect to noise at a module's output; no ``.grad`` is touched.
+
+        Entries that overflow are zero. The loss is scaled by a power of two, so that a very small one does not
+        underflow on its way back through half precision.
+
+        Raises:
+            RuntimeError: weights in pieces (FSDP2), whose backward cannot end at an activation.
+        """
+        if self.run.sharded:
+            raise RuntimeError(
+                "a gradient with respect to activations cannot be taken through sharded weights (FSDP2): use "
+                "DistributedDataParallel, or R3F, whose noise is random"
+            )
+        copies = self._same(dropout)
+        self.run.counted.add(copies, copies / 2)
+        noise = noise.detach().requires_grad_()
+        with torch.enable_grad(), _not_reentrant(shards.unwrap(self.model)):
+            value = loss(self._forward(copies, dropout, {module: noise}))
+            scale = torch.ldexp(torch.ones_like(value.detach()), -torch.frexp(value.detach()).exponent)
+            (found,) = torch.autograd.grad(value * scale, noise)
+        return torch.nan_to_num(found / scale, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def _same(self, dropout: Dropout) -> int:
+        """Copies of the batch that a forward needs: the same draw takes the same shape."""
+        return len(self._copies) if dropout == "same" else 1
+
+    def _forward(
+        self,
+        copies: int,
+        dropout: Dropout,
+        add: Mapping[nn.Module, Tensor],
+        detach: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
+        changes: Inputs | None = None,
+    ) -> Any:
+        run = self.run
         self._forwards += 1
+        inputs = {**self.inputs, **(changes or {})}
         with contextlib.ExitStack() as stack:
             stack.enter_context(run.forked_rng())
+            if not torch.is_grad_enabled():  # reentrant checkpointing would warn of gradients that nobody wants
+                stack.enter_context(_not_reentrant(shards.unwrap(self.model)))
             if dropout == "same":
                 run.restore_rng()
             else:
                 torch.manual_seed(run.draw_seed("forward", self._forwards, len(run.batch), rank=True))
-            for module, tensor in (add or {}).items():
-                stack.enter_context(_added(module, tensor))
-            inputs = {**self.inputs, **changes}
-            if inputs.get("labels") is None:
-                return self.model(**inputs)
-            return self._compute(self.model, inputs, 1)[1]  # its loss is divided by the step's count, if the task's is
+            for module, tensor in add.items():
+                stack.enter_context(_added(module, torch.cat([tensor] * copies), detach))
+            outputs = self._call(repeated(inputs, copies) if copies > 1 else inputs, copies, bool(add), weights)
+        return split(outputs, copies, batch_size(inputs))[0]
+
+    def _call(self, inputs: Inputs, copies: int, hooked: bool, weights: Mapping[str, Tensor] | None) -> Any:
+        # compiled code does not look at new hooks; DDP listens to the weights, whoever calls the model
+        model: Any = shards.unwrap(self.model) if hooked or weights is not None else self.model
+        if weights is not None:
+            return torch.func.functional_call(model, dict(weights), kwargs=dict(inputs))
+        if inputs.get("labels") is None:
+            return model(**inputs)
+        return self._compute(model, inputs, copies)[1]  # its loss is divided by the step's count, if the task's is
+
+    def _check_wrapper(self) -> None:
+        wrapper = self.model
+        if isinstance(wrapper, DistributedDataParallel) and not wrapper.static_graph and _reentrant(wrapper):
+            raise RuntimeError(
+                "reentrant activation checkpointing under DistributedDataParallel cannot send a second forward through "
+                'one backward: set gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+
+    # ------------------------------------------------------------------ noise
+
+    def zeros(self, width: int) -> Tensor:
+        """No noise for every token, (batch, length, width), at least float32."""
+        p = next(self.run.model.parameters())
+        shape = (*self.inputs["input_ids"].shape, width)
+        return torch.zeros(shape, device=p.device, dtype=torch.promote_types(p.dtype, torch.float32))
+
+    def draw(self, method: Method, width: int, kind: Literal["normal", "uniform"] = "normal") -> Tensor:
+        """Noise for every token, zero at padding: standard normal, or uniform in [-1, 1].
+
+        Of shape (batch, length, width), at least float32, different on each rank and for each micro-batch.
+        """
+        noise, generator = self.zeros(width), self.run.rng(method, "noise", per_rank=True)
+        if kind == "normal":
+            return self.unpadded(noise.normal_(generator=generator))
+        return self.unpadded(noise.uniform_(-1, 1, generator=generator))
+
+    @property
+    def real(self) -> Tensor | None:
+        """(batch, length), false at padding; None when the inputs do not tell."""
+        mask = self.inputs.get("attention_mask")
+        return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def unpadded(self, values: Tensor) -> Tensor:
+        """(batch, length, width) values with zeros at padding."""
+        return values if self.real is None else values * self.real.unsqueeze(-1)
+
+    # ------------------------------------------------------------------ what a penalty compares, and its mean
+
+    def distances(
+        self, first: Tensor, second: Tensor, divergence: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """How far two sets of logits of this batch lie apart, per example, or per token with a mask of labelled ones.
+
+        One output (regression) is compared by its squared difference, more of them by ``divergence``. At least float32.
+        """
+        first, second = full(first), full(second)
+        labels = self.inputs.get("labels")
+        if first.size(-1) == 1:
+            return (first - second).square().squeeze(-1), None
+        if first.dim() == 2 or labels is None or labels.dim() < 2 or labels.is_floating_point():
+            return divergence(first, second), None
+        first, second, labels = aligned(self.model, first, second, labels)
+        return divergence(first, second), labels != -100
+
+    def disagreement(
+        self, first: Tensor, second: Tensor, divergence: Callable[[Tensor, Tensor], Tensor] = symmetric_kl
+    ) -> Tensor:
+        """Mean of `distances` over the examples, or the labelled tokens."""
+        return self.mean(*self.distances(first, second, divergence))
 
     def mean(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mean of per-example (batch,) or per-token (batch, length) values, right under accumulation.
@@ -103,9 +254,13 @@ class Step:
         if mask is None:
             return values.mean()
         total = (values * mask).sum()
-        if self._run.items is None:
+        if self.run.items is None:
             return total / mask.sum().clamp(min=1)
-        return total / self._run.items / self._run.penalty_scale
+        return total / self.run.items / self.run.penalty_scale
+
+    def as_penalty(self, loss: Tensor) -> Tensor:
+        """A `task_loss` without the factor that `Run.loss` gives to penalties: the trainer has divided it already."""
+        return loss / self.run.penalty_scale
 
 
 class _Given(nn.Module):
@@ -119,27 +274,99 @@ class _Given(nn.Module):
         self._name, self._outputs = inner._get_name(), outputs
 
     def forward(self, **inputs: Any) -> Any:
-        return self._outputs
+        outputs = self._outputs
+        if isinstance(outputs, Mapping) and outputs.get("loss") is not None:  # trainers scale it in place
+            return type(outputs)(**{**outputs, "loss": outputs["loss"].clone()})
+        return outputs
 
     def _get_name(self) -> str:
         return self._name
 
 
 @contextlib.contextmanager
-def _added(module: nn.Module, tensor: Tensor) -> Iterator[None]:
+def _added(module: nn.Module, tensor: Tensor, detach: bool) -> Iterator[None]:
     """Add a tensor to the output of a module's first call (an encoder-decoder may call its embedding twice)."""
     calls = 0
 
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
         nonlocal calls
         calls += 1
-        return output + tensor if calls == 1 else None
+        if calls > 1:
+            return None
+        hidden, *rest = output if isinstance(output, tuple) else (output,)
+        moved = ((hidden.detach() if detach else hidden) + tensor).to(hidden.dtype)  # summed in the type of the tensor
+        return (moved, *rest) if isinstance(output, tuple) else moved
 
     handle = module.register_forward_hook(hook)
     try:
         yield
     finally:
         handle.remove()
+    if not calls:
+        raise RuntimeError(
+            f"nothing could be added to {type(module).__name__}, which this forward does not call: pass input_ids, "
+            "not inputs_embeds"
+        )
+
+
+def full(values: Tensor) -> Tensor:
+    """In at least float32."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def perturbed(model: nn.Module) -> nn.Module:
+    """The module at whose output noise is added: the token embedding.
+
+    Raises:
+        ValueError: no token embedding, several of them, or one whose output has the batch second (XLNet).
+    """
+    if getattr(getattr(model, "config", None), "model_type", None) == "xlnet":
+        raise ValueError(
+            "noise on embeddings needs outputs of shape (batch, length, width), XLNet's have the batch second"
+        )
+    return input_embedding(model)
+
+
+def width(embedding: Any) -> int:
+    """Features of a token embedding."""
+    return int(embedding.weight.shape[-1])
+
+
+def _reentrant(model: nn.Module) -> list[tuple[Any, functools.partial]]:
+    """The modules of a transformers model under reentrant activation checkpointing, and what each is called through."""
+    functions = [(m, getattr(m, "_gradient_checkpointing_func", None)) for m in model.modules()]
+    return [(m, f) for m, f in functions if isinstance(f, functools.partial) and f.keywords.get("use_reentrant")]
+
+
+@contextlib.contextmanager
+def _not_reentrant(model: nn.Module) -> Iterator[None]:
+    """Reentrant activation checkpointing refuses `torch.autograd.grad`: the other kind in its place."""
+    held = _reentrant(model)
+    for module, function in held:
+        module._gradient_checkpointing_func = functools.partial(function, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for module, function in held:
+            module._gradient_checkpointing_func = function
+
+
+def aligned(model: Any, first: Tensor, second: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Token logits and the labels they are scored against: causal models predict the next token."""
+    if shifts_labels(shards.unwrap(model)):
+        return first[:, :-1], second[:, :-1], labels[:, 1:]
+    return first, second, labels
+
+
+def shifts_labels(model: Any) -> bool:
+    """Whether a transformers model scores the logits of a token against the label of the next one."""
+    if hasattr(model, "peft_config"):
+        model = model.base_model.model
+    kind, name = getattr(model, "loss_type", None), type(model).__name__
+    if kind is None:  # GPT2LMHeadModel and its like; XLNet, XLM and FlauBERT have labels where they are predicted
+        return name.endswith("LMHeadModel") and not name.startswith("XLNet") and "With" not in name
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return kind == "ForCausalLM" or (kind.endswith("ForConditionalGeneration") and not decodes)
 
 
 def repeated(inputs: Inputs, copies: int) -> dict[str, Any]:

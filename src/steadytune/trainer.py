@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -157,11 +157,13 @@ class Trainer(transformers.Trainer):
             self.args.max_grad_norm, self._taken_norm = self._taken_norm, None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the norm that was clipped: the stock one is taken before the chain rule and the masks."""
+        """Log the norm that was clipped (the stock one is taken before the chain rule and the masks), and passes."""
         methods = self.run.methods if self.run is not None and self._taken_norm is not None else []
         norms = [m.norm for m in methods if isinstance(m, ClipNorm) and m.where is None and m.norm is not None]
         if "grad_norm" in logs and norms:
             logs["grad_norm"] = float(norms[-1])
+        if "loss" in logs and self.run is not None and self.run.passes.plain > 1:
+            logs["forwards"], logs["backwards"] = self.run.passes.forwards, self.run.passes.backwards
         super().log(logs, *args, **kwargs)
 
     # ------------------------------------------------------------------ training
@@ -223,18 +225,21 @@ class Trainer(transformers.Trainer):
         if not model.training or self.run is None:
             return stock(model, inputs, return_outputs, num_items_in_batch)
         outputs = []
+        devices: Any = self.args.world_size if self.args.average_tokens_across_devices else 1
 
         def compute(model: Any, inputs: Any, copies: int) -> tuple[Tensor, Any]:
             items = None if num_items_in_batch is None else num_items_in_batch * copies
+            out: Any
             loss, out = stock(model, dict(inputs), True, items)  # stock pops labels: a copy
             outputs.append(out)
+            if items is not None and isinstance(out, MutableMapping) and out.get("loss") is loss:
+                out["loss"] = loss / devices  # stock multiplied it in place: `Step.task_loss` would do so again
             return loss, out
 
         micro = self.current_gradient_accumulation_steps
         items, scale = None, 1.0
         if num_items_in_batch is not None:  # the loss is divided over the whole step already
-            spread = self.args.average_tokens_across_devices and self.args.world_size > 1
-            items = num_items_in_batch / self.args.world_size if spread else num_items_in_batch
+            items = num_items_in_batch / devices if devices > 1 else num_items_in_batch
             scale = 1 / micro
         loss = self.run.loss(inputs, compute=compute, model=model, items=items, penalty_scale=scale)
         if self.compute_loss_func is not None and num_items_in_batch is None and not _heeds_flag():

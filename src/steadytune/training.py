@@ -566,11 +566,12 @@ class Progress(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        shown = {
-            key: value for key, value in (logs or {}).items() if key in ("loss", f"eval_{args.metric_for_best_model}")
-        }
+        logs = logs or {}
+        scores = ("loss", f"eval_{args.metric_for_best_model}")
+        shown = {key.removeprefix("eval_"): f"{float(logs[key]):.3f}" for key in scores if key in logs}
+        shown |= {f"{key}/step": f"{logs[key]:g}" for key in ("forwards", "backwards") if key in logs}
         if shown and self.bar is not None:
-            self.bar.set_postfix({key.removeprefix("eval_"): f"{float(value):.3f}" for key, value in shown.items()})
+            self.bar.set_postfix(shown)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()

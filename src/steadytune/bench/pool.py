@@ -129,8 +129,7 @@ class Pool:
                         worker.started = time.monotonic()
                         continue
                     item, worker.item = worker.item, None
-                    assert item is not None
-                    if message is AGAIN:
+                    if message is AGAIN and item is not None:
                         waiting.append(item)
                     else:
                         yield message

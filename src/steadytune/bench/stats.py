@@ -15,6 +15,7 @@ for 5 to 50 seeds, is measured by ``benchmarks/calibration.py`` and printed in `
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -449,6 +450,12 @@ def detectable_gain(n: int, sd: float, *, chance: float = 0.8, alpha: float = 0.
             f"detectable_gain needs n >= 2, sd > 0 and 0 < alpha < chance < 1, got n={n}, sd={sd}, alpha={alpha}, "
             f"chance={chance}"
         )
+    return sd * _detectable(n, chance, alpha)
+
+
+@functools.cache
+def _detectable(n: int, chance: float, alpha: float) -> float:
+    """In units of the SD: a report asks for the same few n thousands of times."""
 
     def lacking(gain: float) -> float:
         return float(power(gain, 1.0, n, alpha=alpha)) - chance
@@ -456,7 +463,7 @@ def detectable_gain(n: int, sd: float, *, chance: float = 0.8, alpha: float = 0.
     enough = 1.0
     while lacking(enough) < 0:
         enough *= 2
-    return sd * optimize.brentq(lacking, 0.0, enough)
+    return float(optimize.brentq(lacking, 0.0, enough))
 
 
 # ---------------------------------------------------------------- equal compute

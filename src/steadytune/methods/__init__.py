@@ -1,6 +1,8 @@
 """The methods, written out: the name on the command line and the class."""
 
 from ..core import Method
+from .adversarial import FGM as FGM
+from .adversarial import PGD as PGD
 from .bi_drop import BiDrop as BiDrop
 from .child_tuning import ChildTuningD as ChildTuningD
 from .child_tuning import ChildTuningF as ChildTuningF
@@ -10,13 +12,18 @@ from .dps import DPSMix as DPSMix
 from .ema import EMA as EMA
 from .ema import SWA as SWA
 from .l2sp import L2SP as L2SP
+from .lnsr import LNSR as LNSR
 from .mixout import Mixout as Mixout
+from .r3f import R3F as R3F
+from .r3f import R4F as R4F
 from .rdrop import RDrop as RDrop
 from .recadam import RecAdam as RecAdam
 from .rose import ROSEEnsemble as ROSEEnsemble
 from .rose import ROSEFirst as ROSEFirst
 from .rose import ROSESecond as ROSESecond
 from .sift import SIFT as SIFT
+from .smart import SMART as SMART
+from .smart import BregmanProximal as BregmanProximal
 
 METHODS: dict[str, type[Method]] = {
     "dps_dense": DPSDense,
@@ -30,6 +37,12 @@ METHODS: dict[str, type[Method]] = {
     "sift": SIFT,
     "mixout": Mixout,
     "rdrop": RDrop,
+    "smart": SMART,
+    "r3f": R3F,
+    "r4f": R4F,
+    "lnsr": LNSR,
+    "fgm": FGM,
+    "pgd": PGD,
     "l2sp": L2SP,
     "recadam": RecAdam,
     "clip_norm": ClipNorm,

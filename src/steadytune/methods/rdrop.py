@@ -9,15 +9,13 @@ NeurIPS 2021, arXiv 2106.14448.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from .. import shards
 from ..checks import check_dropout
 from ..core import Method, Run, Step, not_negative
 from ..facts import Cost, Paper
-from ..functional import symmetric_kl
 
 
 @dataclass
@@ -62,31 +60,4 @@ class RDrop(Method):
         check_dropout(run.model, type(self).__name__)
 
     def penalty(self, step: Step) -> Tensor:
-        first, second = step.outputs["logits"], step.second()["logits"]
-        labels = step.inputs.get("labels")
-        if first.size(-1) == 1:
-            distance, mask = (first - second).square().squeeze(-1), None
-        elif first.dim() == 2 or labels is None or labels.dim() < 2 or labels.is_floating_point():
-            distance, mask = symmetric_kl(first, second), None
-        else:
-            first, second, labels = aligned(step.model, first, second, labels)
-            distance, mask = symmetric_kl(first, second), labels != -100
-        return self.alpha * step.mean(distance, mask)
-
-
-def aligned(model: Any, first: Tensor, second: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Token logits and the labels they are scored against: causal models predict the next token."""
-    if shifts_labels(shards.unwrap(model)):
-        return first[:, :-1], second[:, :-1], labels[:, 1:]
-    return first, second, labels
-
-
-def shifts_labels(model: Any) -> bool:
-    """Whether a transformers model scores the logits of a token against the label of the next one."""
-    if hasattr(model, "peft_config"):
-        model = model.base_model.model
-    kind, name = getattr(model, "loss_type", None), type(model).__name__
-    if kind is None:  # GPT2LMHeadModel and its like; XLNet, XLM and FlauBERT have labels where they are predicted
-        return name.endswith("LMHeadModel") and not name.startswith("XLNet") and "With" not in name
-    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return kind == "ForCausalLM" or (kind.endswith("ForConditionalGeneration") and not decodes)
+        return self.alpha * step.disagreement(step.outputs["logits"], step.second()["logits"])

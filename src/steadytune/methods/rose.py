@@ -27,7 +27,7 @@ from ..facts import Cost, Paper
 from ..functional import symmetric_kl
 from ..masks import Tensors, top_masks
 from ..shards import local
-from ..step import Inputs, batch_size, split
+from ..step import Inputs, aligned, batch_size, split
 
 PAPER = Paper(
     authors=("Lan Jiang", "Hao Zhou", "Yankai Lin", "Peng Li", "Jie Zhou", "Rui Jiang"),
@@ -286,10 +286,11 @@ def divergence(run: Run, batch: Inputs) -> Tensor:
     one, other = (part["logits"] for part in split(run.task(batch, copies=2)[1], 2, batch_size(batch)))
     if one.size(-1) == 1:
         return (one - other).square().sum()
-    found, labels = symmetric_kl(one, other), batch.get("labels")
-    if isinstance(labels, Tensor) and labels.shape == found.shape and not labels.is_floating_point():
-        found = found * (labels != -100)
-    return found.sum()
+    labels = batch.get("labels")
+    if one.dim() == 2 or labels is None or labels.dim() < 2 or labels.is_floating_point():
+        return symmetric_kl(one, other).sum()
+    one, other, labels = aligned(run.wrapper, one, other, labels)
+    return (symmetric_kl(one, other) * (labels != -100)).sum()
 
 
 def has_momentum(run: Run, weight: Weight) -> bool:

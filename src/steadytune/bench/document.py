@@ -1,0 +1,159 @@
+"""What a report is made of: sections of text, tables and figures, printed as HTML or Markdown. No torch here.
+
+Everything that comes from records is escaped by the template, but the drawings, which are ours.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+NONE = "–"
+
+
+class Cell(NamedTuple):
+    """One cell of a table: what counts, and small print below it."""
+
+    text: str
+    notes: tuple[str, ...] = ()
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    kind: ClassVar[str] = "text"
+    text: str
+
+
+@dataclass(frozen=True)
+class Warning(Text):
+    """A paragraph that must not be overlooked."""
+
+    kind: ClassVar[str] = "warning"
+
+
+@dataclass(frozen=True)
+class Code(Text):
+    """Lines as they are."""
+
+    kind: ClassVar[str] = "code"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: rows in groups, each under a title that may be empty; ``words`` are the columns that hold no numbers."""
+
+    kind: ClassVar[str] = "grid"
+    caption: str
+    head: Sequence[str]
+    groups: Sequence[tuple[str, Sequence[Sequence[str | Cell]]]]
+    note: str = ""
+    words: Sequence[int] = (0,)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Panels side by side that share a legend of markers and names."""
+
+    kind: ClassVar[str] = "figures"
+    caption: str
+    panels: Sequence[str]
+    legend: Sequence[tuple[str, str]] = ()
+
+
+Block = Text | Grid | Figures
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it."""
+
+    title: str
+    blocks: Sequence[Block]
+
+    @property
+    def anchor(self) -> str:
+        return re.sub(r"\W+", "-", self.title.lower())
+
+
+def html(title: str, sections: Sequence[Section]) -> str:
+    """One page without scripts, that loads nothing."""
+    return _environment(autoescape=True).get_template("report.html.j2").render(title=title, sections=sections)
+
+
+def markdown(title: str, sections: Sequence[Section]) -> str:
+    """The same without its figures, as GitHub reads it."""
+    return _environment(autoescape=False).get_template("report.md.j2").render(title=title, sections=sections)
+
+
+def _environment(autoescape: bool) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("steadytune.bench", "."),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    numbers = itertools.count(1)
+    environment.filters.update(drawing=lambda svg: _drawing(svg, next(numbers)), plain=_plain, fence=_fence)
+    return environment
+
+
+def _drawing(svg: str, number: int) -> Markup:
+    """A drawing whose ids no other one on the page has; text, where ``<`` is escaped, stays as it is."""
+    ids = re.compile(r'(\bid="|href="#|url\(#)')
+    return Markup(re.sub(r"<[^>]+>", lambda tag: ids.sub(rf"\1d{number}_", tag[0]), svg))
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown takes for text, on one line, also inside a table."""
+    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", " ".join(text.split()))
+
+
+def _fence(text: str) -> str:
+    """Backticks enough to enclose a text."""
+    return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
+# ---- numbers as words -------------------------------------------------------------------------------------------
+
+
+def number(value: float | None, digits: int, signed: bool = False) -> str:
+    """A dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    text = f"{value:{'+' if signed else ''}.{digits}f}"
+    return text.replace("-", "−")
+
+
+def interval(low: float, high: float, digits: int, signed: bool = False) -> str:
+    """As in "[0.4, 2.1]"."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return NONE
+    return f"[{number(low, digits, signed)}, {number(high, digits, signed)}]"
+
+
+def chance(p: float) -> str:
+    """A p-value."""
+    return "< 0.001" if p < 0.001 else number(p, 3)
+
+
+def counted(count: int, noun: str) -> str:
+    """As in "1 run", "2 runs"."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def listed(names: Iterable[str]) -> str:
+    """As in "a, b and c"."""
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last

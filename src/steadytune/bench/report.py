@@ -1,0 +1,715 @@
+"""The report of a bench: one HTML page that needs nothing else, the same in Markdown, and the numbers as CSV. No torch.
+
+The same records give the same bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..output import write_whole, writing
+from ..reading import UsageError
+from ..tasks import SMALLER_IS_BETTER
+from . import figures, tables
+from .document import (
+    NONE,
+    Block,
+    Cell,
+    Code,
+    Figures,
+    Grid,
+    Section,
+    Text,
+    Warning,
+    chance,
+    counted,
+    html,
+    interval,
+    listed,
+    markdown,
+    number,
+)
+from .records import read_records
+
+STUDY = "study.yaml"
+PANELS = 24  # drawn of one kind of figure
+LISTED = 50  # shown of failed runs, and of skipped files
+DOMAIN = {"in": "In domain", "out": "Out of domain"}
+POINTS = ("mean", "sd", "iqm", "median", "min", "max")
+LOSSES = ("failed", "missing", "undefined", "collapsed")
+FEW = 6  # pairs below which the sign-flip test cannot fall below 0.05
+
+
+class Bench:
+    """What a folder holds, as frames of `tables`, in the order in which the study names things.
+
+    Args:
+        folder: of the bench.
+        metric: the score, where it is not each task's headline metric.
+
+    Raises:
+        UsageError: no such folder, not that of a bench, no usable record, or no record has the metric.
+    """
+
+    def __init__(self, folder: Path, metric: str | None = None) -> None:
+        self.name = folder.resolve().name
+        self.records, self.problems = read_records(folder)
+        if not self.records:
+            why = " ({}: {})".format(*self.problems[0]) if self.problems else ""
+            raise UsageError(f"{folder}: no usable record of a run{why}. Run the bench first.")
+        study = folder / STUDY
+        self.study = study.read_text(encoding="utf-8", errors="replace") if study.is_file() else ""
+        self.superseded = tables.superseded(self.records)
+        self.runs = tables.long_form(self.records, metric)
+        self.scores = self._ordered(tables.per_run(self.runs))
+        self.models, self.tasks, self.settings = (self._names(name) for name in tables.CONDITION)
+        self.recipes = tables.in_order(self.scores["recipe"], self.study)
+        self.baseline = tables.baseline_of(self.recipes)
+        self.recipes.sort(key=lambda recipe: recipe != self.baseline)
+        self.looks = figures.looks(self.recipes)
+        self.cells = tables.summaries(self.scores, self.recipes)
+        self.gains, self.overall = tables.comparisons(self.scores, self.recipes, self.baseline)
+
+    def _ordered(self, scores: pd.DataFrame) -> pd.DataFrame:
+        ranks = {
+            name: {found: rank for rank, found in enumerate(tables.in_order(scores[name], self.study))}
+            for name in ("model", "task")
+        }
+        order = pd.DataFrame({name: scores[name].map(rank) for name, rank in ranks.items()}).assign(
+            size=scores["train_size"].fillna(np.inf),
+            setting=scores["setting"],
+            length=scores["seed"].str.len(),  # 10 comes after 9
+            seed=scores["seed"],
+            id=scores["id"],
+        )
+        return scores.loc[order.sort_values(list(order.columns)).index]
+
+    def _names(self, column: str) -> list[str]:
+        return list(self.scores[column].unique())
+
+    @property
+    def domains(self) -> list[str]:
+        """Those with a score."""
+        return [domain for domain in tables.DOMAINS if self.scores[domain].notna().any()]
+
+    def within(self, *names: str) -> str:
+        """A model, task or setting in words; the model goes without saying where there is only one."""
+        return ", ".join(name for name in names if len(self.models) > 1 or name not in self.models)
+
+    def titled(self, words: str, model: str) -> str:
+        """The beginning of a caption."""
+        return f"{words}, {model}" if len(self.models) > 1 else words
+
+    @property
+    def summary(self) -> pd.DataFrame:
+        """One row a cell and domain: the scores, and the gain over the baseline; in the metrics' own units."""
+        keys = [*tables.CELL, "domain"]
+        if self.gains.empty:
+            return self.cells
+        gains = self.gains.drop(columns="metric").rename(columns={"n": "pairs", "low": "gain_low", "high": "gain_high"})
+        return self.cells.merge(gains, on=keys, how="left")
+
+
+def write_report(folder: str | Path, output: str | Path | None = None, metric: str | None = None) -> Path:
+    """Write report.html, report.md, runs.csv and summary.csv.
+
+    Args:
+        folder: of a bench.
+        output: folder for the files; the bench's own where not given.
+        metric: the score to report, where it is not each task's headline metric.
+
+    Returns:
+        The HTML file.
+
+    Raises:
+        UsageError: as `Bench`, or the files cannot be written.
+    """
+    bench = Bench(Path(folder), metric)
+    title, sections = f"Bench report: {bench.name}", make_sections(bench)
+    output = Path(folder if output is None else output)
+    texts = {
+        "report.html": html(title, sections),
+        "report.md": markdown(title, sections),
+        "runs.csv": _csv(bench.runs.drop(columns=["headline", "score"])),
+        "summary.csv": _csv(bench.summary),
+    }
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"output {output} must be a directory, and is a file.")
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            write_whole(output / name, partial(_write, text))
+    return output / "report.html"
+
+
+def _csv(frame: pd.DataFrame) -> str:
+    """Numbers in full; whole numbers stay whole beside gaps."""
+    return frame.convert_dtypes().to_csv(index=False, lineterminator="\n")
+
+
+def _write(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8", errors="replace")  # a lone surrogate from JSON has no UTF-8
+
+
+def make_sections(bench: Bench) -> list[Section]:
+    """The whole report."""
+    parts: dict[str, Callable[[Bench], Iterator[Block]]] = {
+        "What was run": _overview,
+        "Scores": _scores,
+        "Gains over the baseline": _gains,
+        "Steadiness": _steadiness,
+        "Figures": _figures,
+        "Cost": _costs,
+        "Context": _context,
+    }
+    found = {title: list(blocks(bench)) for title, blocks in parts.items()}
+    return [Section(title, blocks) for title, blocks in found.items() if blocks]
+
+
+# ---- what was run -----------------------------------------------------------------------------------------------
+
+
+def _overview(bench: Bench) -> Iterator[Block]:
+    status = bench.scores["status"].value_counts()
+    done, failed = int(status.get("done", 0)), int(status.get("failed", 0))
+    missing = int(bench.cells[bench.cells["domain"] == "in"]["missing"].sum())
+    seeds = bench.scores.groupby(tables.CONDITION)["seed"].nunique()
+    each = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
+    yield Text(
+        f"{counted(len(bench.models), 'model')} ({listed(bench.models)}), {counted(len(bench.tasks), 'task')} "
+        f"({listed(bench.tasks)}), trained on {listed(bench.settings)}, with {counted(len(bench.recipes), 'recipe')} "
+        f"({listed(bench.recipes)}) and {each} seeds each. {counted(done + failed, 'run')} recorded: {done:,} done, "
+        f"{failed:,} failed; {missing:,} missing, counted against every combination of recipe, condition and seed."
+    )
+    if not done:
+        yield Warning("No run is done, so there are no scores to show.")
+    elif not bench.domains:
+        yield Warning("No finished run has a score.")
+    else:
+        yield Text(_how_to_read(bench))
+    yield from _warnings(bench)
+    yield from _contamination(bench)
+
+
+def _how_to_read(bench: Bench) -> str:
+    metrics = bench.scores.drop_duplicates("task")[["task", "metric"]].itertuples(index=False)
+    errors = [m for m in bench.scores["metric"].unique() if m in SMALLER_IS_BETTER]
+    units = f" (but {listed(errors)}, in its own unit, where less is better)" if errors else ""
+    names = listed(f"{task} {metric.replace('_', ' ')}" for task, metric in metrics)
+    return (
+        f"Scores are × 100{units}: {names}. A number is the mean over n runs that differ in nothing but their seeds, "
+        f"± their standard deviation. Recipes are compared with {bench.baseline} seed by seed, and gains are positive "
+        "where the recipe is better. A failed run ended in an error and has no score; a collapsed one has a score, at "
+        "most 0.01 above always predicting the majority class, and counts. Intervals are 95 %."
+    )
+
+
+def _warnings(bench: Bench) -> Iterator[Warning]:
+    if bench.superseded:
+        yield Warning(
+            f"{counted(len(bench.superseded), 'run')} left out: a later run of the same recipe, task and size has "
+            "another configuration, or repeats the seed. See Context; runs.csv has them, marked as not used."
+        )
+    mixed = [name for name, values in tables.contexts(bench.records).items() if len(values) > 1]
+    if mixed:
+        yield Warning(
+            f"Runs were made in different contexts: {listed(mixed)} differ. Scores and times may not compare; see "
+            "Context."
+        )
+    if bench.problems:
+        yield Warning(f"{counted(len(bench.problems), 'file')} in records/ could not be used; see Context.")
+    if not bench.gains.empty and bench.gains["n"].min() < FEW:
+        least = bench.gains["n"].min()
+        yield Warning(
+            f"With few seeds little can be shown: the sign-flip test of {counted(least, 'pair')} cannot give a p below "
+            f"{2.0 ** (1 - least):.3g}."
+        )
+
+
+def _contamination(bench: Bench) -> Iterator[Text]:
+    found = tables.seen(bench.records)
+    touched = [f"{model} on {task} ({listed(names)})" for (model, task), names in found.items() if names]
+    clean = [f"{model} on {task}" for (model, task), names in found.items() if not names]
+    if touched:
+        yield Text(
+            f"Contamination: the model was pre-trained on data that touch the task or its tests: {'; '.join(touched)}. "
+            "Scores there say less about new data, gains over the baseline are less affected."
+        )
+    if clean:
+        yield Text(f"Contamination: none known for {listed(clean)}.")
+
+
+# ---- scores -----------------------------------------------------------------------------------------------------
+
+
+def unit(metric: str) -> tuple[float, int]:
+    """What a score is multiplied by, and its digits."""
+    return (1.0, 3) if metric in SMALLER_IS_BETTER else (100.0, 1)
+
+
+def _scores(bench: Bench) -> Iterator[Block]:
+    best = tables.clearly_best(bench.scores)
+    for domain, model in itertools.product(bench.domains, bench.models):
+        cells = bench.cells[(bench.cells["model"] == model) & (bench.cells["domain"] == domain)]
+        if not cells.empty:
+            yield _paper_table(bench, cells, model, domain, best)
+    yield from _every_set(bench)
+    for domain in bench.domains:
+        yield _detailed(bench, domain)
+
+
+def _paper_table(bench: Bench, cells: pd.DataFrame, model: str, domain: str, best: set[tuple[str, ...]]) -> Grid:
+    """Recipes by tasks, under a title for each setting."""
+    rows = {(row.setting, row.recipe, row.task): row for row in tables.rows_of(cells)}
+    marks = _marks(bench, model, domain)
+    tasks = list(cells["task"].unique())
+    groups = []
+    for setting in cells["setting"].unique():
+        lines: list[list[str | Cell]] = []
+        for recipe in bench.recipes:
+            keys = [(setting, recipe, task) for task in tasks]
+            line = [
+                _score(rows.get(key), (model, key[2], *key[:2], domain) in best, marks.get(key, "")) for key in keys
+            ]
+            mean = [_mean([rows.get(key) for key in keys])] if len(tasks) > 1 else []
+            lines.append([recipe, *line, *mean])
+        groups.append((setting, lines))
+    return Grid(
+        caption=f"{bench.titled(DOMAIN[domain], model)}: mean ± standard deviation over seeds",
+        head=["recipe", *tasks, *(["mean over tasks"] if len(tasks) > 1 else [])],
+        groups=groups,
+        note=(
+            ("Of a task with several out-of-domain sets: the mean over them. " if domain == "out" else "")
+            + f"▲ ▼: the interval of the paired difference from {bench.baseline} lies above or below zero. Bold: the "
+            "best mean, only where the interval of its paired difference from the second best excludes zero."
+        ),
+    )
+
+
+def _marks(bench: Bench, model: str, domain: str) -> dict[tuple[str, str, str], str]:
+    """(setting, recipe, task) -> a sign where the gain's interval excludes zero."""
+    if bench.gains.empty:
+        return {}
+    found = bench.gains[(bench.gains["model"] == model) & (bench.gains["domain"] == domain)]
+    return {
+        (row.setting, row.recipe, row.task): " ▲" if row.low > 0 else " ▼"
+        for row in tables.rows_of(found)
+        if row.low > 0 or row.high < 0
+    }
+
+
+def _score(row: Any, best: bool, mark: str) -> Cell:
+    """One cell of the paper's table: the mean, the number of runs, and every run that has no share in it."""
+    if row is None:
+        return Cell(NONE, ("not run",))
+    if not row.n:
+        return Cell(NONE, _losses(row))
+    return Cell(_spread(row) + mark, (f"n = {row.n}", *_losses(row)), best)
+
+
+def _spread(row: Any) -> str:
+    """Mean and standard deviation of a row of `tables.summaries`."""
+    factor, digits = unit(row.metric)
+    sd = f" ± {number(row.sd * factor, digits)}" if row.n > 1 else ""
+    return number(row.mean * factor, digits) + sd
+
+
+def _losses(row: Any) -> tuple[str, ...]:
+    """Which runs of a cell have no score, and how many have one that means nothing."""
+    return tuple(f"{getattr(row, kind)} of {row.runs} {kind}" for kind in LOSSES if getattr(row, kind))
+
+
+def _mean(rows: list[Any]) -> Cell:
+    """Over tasks, where every task has a score in the same unit."""
+    if any(row is None or not row.n for row in rows):
+        return Cell(NONE, ("incomplete",))
+    if len({unit(row.metric) for row in rows}) > 1:
+        return Cell(NONE, ("other units",))
+    factor, digits = unit(rows[0].metric)
+    return Cell(number(factor * np.mean([row.mean for row in rows]), digits), (f"n = {sum(row.n for row in rows)}",))
+
+
+def _every_set(bench: Bench) -> Iterator[Grid]:
+    """Out-of-domain sets one by one, where a task has several."""
+    beyond = bench.runs[bench.runs["used"] & (bench.runs["domain"] == "out")]
+    for model, task in itertools.product(bench.models, bench.tasks):
+        sets = beyond[(beyond["model"] == model) & (beyond["task"] == task)]
+        if sets["set"].nunique() < 2:
+            continue
+        factor, digits = unit(sets["metric"].iloc[0])
+        found = sets.groupby(["setting", "set", "recipe"])["score"].agg(["count", "mean", "std"])
+        cells = {
+            key: Cell(
+                number(row["mean"] * factor, digits)
+                + (f" ± {number(row['std'] * factor, digits)}" if row["count"] > 1 else ""),
+                (f"n = {row['count']:.0f}",),
+            )
+            for key, row in found.iterrows()
+        }
+        none = Cell(NONE, ("n = 0",))
+        groups = [
+            (
+                setting,
+                [[name, *(cells.get((setting, name, recipe), none) for recipe in bench.recipes)]
+                 for name in sorted(sets["set"].unique())],
+            )
+            for setting in bench.settings
+            if setting in set(sets["setting"])
+        ]  # fmt: skip
+        yield Grid(
+            caption=f"{bench.titled(f'Every out-of-domain set of {task}', model)}: mean ± standard deviation",
+            head=["set", *bench.recipes],
+            groups=groups,
+        )
+
+
+def _detailed(bench: Bench, domain: str) -> Grid:
+    cells = bench.cells[bench.cells["domain"] == domain]
+    groups = []
+    for condition, rows in tables.parts(cells, tables.CONDITION):
+        lines = []
+        for row in tables.rows_of(rows):
+            factor, digits = unit(row.metric)
+            points = [number(getattr(row, name) * factor, digits) for name in POINTS]
+            lost = [f"{getattr(row, kind)} of {row.runs}" if getattr(row, kind) else "0" for kind in LOSSES]
+            of_mean = interval(row.low * factor, row.high * factor, digits)
+            lines.append([row.recipe, str(row.n), *points, of_mean, *lost])
+        groups.append((f"{bench.within(*condition)}: {rows['metric'].iloc[0].replace('_', ' ')}", lines))
+    return Grid(
+        caption=f"{DOMAIN[domain]}, in detail",
+        head=["recipe", "n", "mean", "SD", "IQM", "median", "min", "max", "interval", *LOSSES],
+        groups=groups,
+        note=(
+            "IQM: mean of the middle half. Interval: of the mean. Failed: ended in an error. Missing: the seed was run "
+            "with another recipe, not with this one. Undefined: finished without a score. Collapsed: at most 0.01 "
+            "above always predicting the majority class; such runs count in all figures."
+        ),
+    )
+
+
+# ---- gains ------------------------------------------------------------------------------------------------------
+
+
+def _gains(bench: Bench) -> Iterator[Block]:
+    if bench.gains.empty:
+        if len(bench.recipes) > 1:
+            yield Text(f"No recipe has a seed in common with {bench.baseline}, so nothing can be compared.")
+        return
+    for domain in bench.domains:
+        overall = bench.overall[bench.overall["domain"] == domain] if len(bench.overall) else bench.overall
+        gains = bench.gains[bench.gains["domain"] == domain]
+        if len(overall):
+            yield _overall_table(bench, overall, domain)
+        if len(gains):
+            yield _gain_table(bench, gains, domain)
+            yield _forest(bench, gains, overall, domain)
+
+
+_FAMILY = (
+    "p: paired sign-flip test, two-sided. Holm's p is adjusted for the {} of this table. P(better): share of pairs in "
+    "which the recipe scores higher, ties as one half."
+)
+
+
+def _gain_table(bench: Bench, gains: pd.DataFrame, domain: str) -> Grid:
+    groups = []
+    for condition, rows in tables.parts(gains, tables.CONDITION):
+        factor, digits = unit(rows["metric"].iloc[0])
+        lines = [
+            [row.recipe, str(row.n), *_gain(row, factor, digits + 1), number(row.detectable * factor, digits + 1)]
+            for row in tables.rows_of(rows)
+        ]
+        groups.append((bench.within(*condition), lines))
+    return Grid(
+        caption=f"{DOMAIN[domain]}: gains over {bench.baseline}, paired by seed",
+        head=["recipe", "pairs", "gain", "interval", "p", "Holm's p", "P(better)", "interval", "detectable gain"],
+        groups=groups,
+        note=(
+            _FAMILY.format(counted(int(gains["p"].notna().sum()), "comparison"))
+            + " Detectable gain: the true gain that this many pairs, as spread as these, find in 80 % of studies."
+        ),
+    )
+
+
+def _overall_table(bench: Bench, overall: pd.DataFrame, domain: str) -> Grid:
+    groups = []
+    for (model, setting), rows in tables.parts(overall, ["model", "setting"]):
+        lines = []
+        for row in tables.rows_of(rows):
+            factor, digits = (1.0, 3) if row.smaller else (100.0, 1)
+            lines.append([row.recipe, str(row.tasks), str(row.n), *_gain(row, factor, digits + 1)])
+        groups.append((bench.within(model, setting), lines))
+    return Grid(
+        caption=f"{DOMAIN[domain]}: gains over {bench.baseline}, mean over tasks of equal weight",
+        head=["recipe", "tasks", "pairs", "gain", "interval", "p", "Holm's p", "P(better)", "interval"],
+        groups=groups,
+        note=(
+            _FAMILY.format(counted(int(overall["p"].notna().sum()), "comparison"))
+            + " Differences on different tasks are taken for independent."
+        ),
+    )
+
+
+def _gain(row: Any, factor: float, digits: int) -> list[str]:
+    return [
+        number(row.gain * factor, digits, signed=True),
+        interval(row.low * factor, row.high * factor, digits, signed=True),
+        chance(row.p),
+        chance(row.holm),
+        number(row.better, 2),
+        interval(row.better_low, row.better_high, 2),
+    ]
+
+
+def _forest(bench: Bench, gains: pd.DataFrame, overall: pd.DataFrame, domain: str) -> Figures:
+    """One panel a model and setting: tasks one below the other, then all of them together."""
+    rows = gains.assign(group=gains["task"], factor=gains["metric"].map(lambda metric: unit(metric)[0]))
+    if len(overall):
+        together = overall.assign(group="mean over tasks", factor=np.where(overall["smaller"], 1.0, 100.0))
+        rows = pd.concat([rows, together])
+    for column in ("gain", "low", "high"):
+        rows[column] = rows[column] * rows["factor"]
+    rows = rows.assign(label=rows["recipe"], look=rows["recipe"].map(bench.looks))
+    ends = rows[["gain", "low", "high"]].to_numpy()
+    least, most = min(0.0, np.nanmin(ends)), max(0.0, np.nanmax(ends))
+    margin = 0.05 * (most - least) or 1.0
+    panels = (
+        partial(figures.forest, part, bench.within(*key) or bench.name, f"gain over {bench.baseline}",
+                (least - margin, most + margin))
+        for key, part in tables.parts(rows, ["model", "setting"])
+    )  # fmt: skip
+    return _drawn(f"{DOMAIN[domain]}: gains over {bench.baseline} with 95 % intervals", panels)
+
+
+# ---- steadiness -------------------------------------------------------------------------------------------------
+
+
+def _steadiness(bench: Bench) -> Iterator[Block]:
+    for domain in bench.domains:
+        rows = bench.gains[bench.gains["domain"] == domain] if len(bench.gains) else bench.gains
+        if rows.empty or rows["sd_p"].isna().all():
+            continue
+        groups = []
+        for condition, part in tables.parts(rows, tables.CONDITION):
+            lines = [
+                [row.recipe, str(row.n), number(row.sd_ratio, 2), interval(row.ratio_low, row.ratio_high, 2),
+                 chance(row.sd_p), chance(row.sd_holm)]
+                for row in tables.rows_of(part)
+            ]  # fmt: skip
+            groups.append((bench.within(*condition), lines))
+        yield Grid(
+            caption=f"{DOMAIN[domain]}: standard deviation over seeds as a multiple of that of {bench.baseline}",
+            head=["recipe", "pairs", "SD ratio", "interval", "p", "Holm's p"],
+            groups=groups,
+            note=(
+                "Below 1 the recipe is the steadier one. p: paired sign-flip test of the distances from the median, "
+                "which bears failing runs; the interval (jackknife) is too narrow with them. Holm's p is adjusted for "
+                f"the {counted(int(rows['sd_p'].notna().sum()), 'comparison')} of this table."
+            ),
+        )
+
+
+# ---- figures ----------------------------------------------------------------------------------------------------
+
+
+def _figures(bench: Bench) -> Iterator[Block]:
+    if bench.domains:
+        yield from _strips(bench)
+        yield from _curves(bench)
+        yield from _scatters(bench)
+
+
+def _strips(bench: Bench) -> Iterator[Figures]:
+    panels = []
+    for condition, group in tables.parts(bench.scores[bench.scores["in"].notna()], tables.CONDITION):
+        metric = group["metric"].iloc[0]
+        part = group.assign(score=group["in"] * unit(metric)[0])
+        panels.append(partial(figures.strips, part, bench.recipes, bench.within(*condition), metric.replace("_", " ")))
+    yield _drawn("In domain: every seed is a dot, the mean a stroke", panels)
+
+
+def _curves(bench: Bench) -> Iterator[Figures]:
+    cells = bench.cells[(bench.cells["domain"] == "in") & (bench.cells["n"] > 0) & bench.cells["size"].notna()]
+    cells = cells.assign(corruption=cells["setting"].str.partition(", ")[2])  # what follows the number of rows
+    panels = []
+    for (*names, metric), part in tables.parts(cells, ["model", "task", "corruption", "metric"]):
+        if part["size"].nunique() > 1:
+            means = part.assign(mean=part["mean"] * unit(metric)[0], sd=part["sd"] * unit(metric)[0])
+            title = bench.within(*filter(None, names))
+            panels.append(partial(figures.curves, means, bench.recipes, title, metric.replace("_", " ")))
+    if panels:
+        yield _drawn("Learning curves, in domain: mean and standard deviation", panels, bench)
+
+
+def _scatters(bench: Bench) -> Iterator[Figures]:
+    both = bench.scores[bench.scores["in"].notna() & bench.scores["out"].notna()]
+    panels = []
+    for condition, group in tables.parts(both, tables.CONDITION):
+        part = group.assign(**{domain: group[domain] * unit(group["metric"].iloc[0])[0] for domain in tables.DOMAINS})
+        title = bench.within(*condition)
+        panels.append(partial(figures.scatter, part, bench.recipes, title, ("in domain", "out of domain")))
+    if panels:
+        yield _drawn("In domain against out of domain: a run is a small mark, the mean a large one", panels, bench)
+
+
+def _drawn(caption: str, panels: Iterable[Callable[[], str]], legend: Bench | None = None) -> Figures:
+    """The first panels, with a legend where the recipes do not stand in them."""
+    panels = list(panels)
+    left = f" ({len(panels) - PANELS} more panels are not drawn)" if len(panels) > PANELS else ""
+    keys = [(figures.key(look), recipe) for recipe, look in legend.looks.items()] if legend else []
+    return Figures(caption + left, [panel() for panel in panels[:PANELS]], keys)
+
+
+# ---- cost -------------------------------------------------------------------------------------------------------
+
+
+def _costs(bench: Bench) -> Iterator[Block]:
+    found = tables.costs(bench.scores, bench.recipes, bench.baseline)
+    if found.empty:
+        return
+    groups = []
+    for key, rows in tables.parts(found, ["model", "setting"]):
+        lines = [
+            [row.recipe, str(row.n), number(row.time, 1), f"{number(row.times, 2)} ({row.pairs})",
+             number(row.passes, 2), number(row.steps, 0), number(row.peak_memory / 2**20, 0)]
+            for row in tables.rows_of(rows)
+        ]  # fmt: skip
+        groups.append((bench.within(*key) or bench.name, lines))
+    yield Grid(
+        caption="What a training takes: medians over the finished runs",
+        head=["recipe", "n", "seconds", f"× {bench.baseline} (pairs)", "passes a step", "steps", "peak memory, MiB"],
+        groups=groups,
+        note="Passes: forward and backward, in those of a plain step. Seconds are of training, without tests.",
+    )
+    yield from _cost_figure(bench, found)
+    yield from _compute_matched(bench)
+
+
+def _cost_figure(bench: Bench, found: pd.DataFrame) -> Iterator[Figures]:
+    """Gain over the tasks, or on the one task there is, against seconds."""
+    if bench.gains.empty:
+        return
+    gains = (
+        bench.overall
+        if len(bench.overall)
+        else bench.gains.assign(smaller=bench.gains["metric"].isin(SMALLER_IS_BETTER))
+    )
+    gains = gains[(gains["domain"] == "in") & ~gains["smaller"]]
+    both = gains.merge(found[["model", "setting", "recipe", "times"]], on=["model", "setting", "recipe"])
+    both = both[both["times"].notna()].rename(columns={"times": "cost"})
+    if both.empty:
+        return
+    both[["gain", "low", "high"]] *= 100
+    both["look"] = both["recipe"].map(bench.looks)
+    labels = (f"seconds as a multiple of {bench.baseline}", f"gain over {bench.baseline}")
+    panels = [
+        partial(figures.cost, part, bench.within(*key) or bench.name, labels)
+        for key, part in tables.parts(both, ["model", "setting"])
+    ]
+    over = "mean over tasks" if len(bench.overall) else "the task"
+    yield _drawn(f"Gain in domain ({over}, 95 % interval) against cost", panels, bench)
+
+
+def _compute_matched(bench: Bench) -> Iterator[Block]:
+    """Would plain fine-tuning have done as well with the compute that a recipe takes?"""
+    methods = {record["spec"]["recipe"]: record["spec"]["methods"] for record in bench.records}
+    plain = [recipe for recipe in bench.recipes if not methods[recipe]]
+    found = tables.matched(bench.scores, bench.recipes, plain, bench.baseline)
+    if found.empty:
+        yield Text(f"Compute: no recipe takes more passes than {bench.baseline}, so gains are at equal compute.")
+        return
+    costly = listed(found["recipe"].unique())
+    if found["against"].isna().all():
+        yield Text(
+            f"Compute is not matched: {costly} took more passes than {bench.baseline}, and no plain recipe was trained "
+            "as long. What longer plain fine-tuning would gain is not known."
+        )
+        return
+    groups = []
+    for condition, rows in tables.parts(found, tables.CONDITION):
+        factor, digits = unit(rows["metric"].iloc[0])
+        lines = [
+            [row.recipe, number(row.passes, 0), row.against or "none so long", number(row.against_passes, 0),
+             str(row.n), number(row.gain * factor, digits + 1, signed=True),
+             interval(row.low * factor, row.high * factor, digits + 1, signed=True), chance(row.p)]
+            for row in tables.rows_of(rows)
+        ]  # fmt: skip
+        groups.append((bench.within(*condition), lines))
+    yield Grid(
+        caption="At no less compute: recipes against the cheapest plain recipe that takes as many passes, in domain",
+        head=["recipe", "passes", "plain recipe", "its passes", "pairs", "gain", "interval", "p"],
+        groups=groups,
+        words=(0, 2),
+    )
+
+
+# ---- context ----------------------------------------------------------------------------------------------------
+
+
+def _context(bench: Bench) -> Iterator[Block]:
+    yield _recipes(bench)
+    rows = [
+        [name, "; ".join(f"{value} ({counted(count, 'run')})" for value, count in values.items())]
+        for name, values in tables.contexts(bench.records).items()
+    ]
+    yield Grid("Versions and hardware", ["entry", "values"], [("", rows)], words=(0, 1))
+    yield from _failed(bench)
+    if bench.superseded:
+        rows = [[f"{name}.json", why] for name, why in bench.superseded.items()]
+        yield _shortened("Left out: a later run replaces them", ["record", "what differs"], rows, (0, 1))
+    if bench.problems:
+        yield _shortened("Skipped files", ["file in records/", "reason"], [[*p] for p in bench.problems], (0, 1))
+    if bench.study:
+        yield Text("The study as it was asked for:")
+        yield Code(bench.study)
+
+
+def _recipes(bench: Bench) -> Grid:
+    """What each recipe is: its methods, and the options in which recipes differ."""
+    specs = [record["spec"] for record in bench.records if record["id"] not in bench.superseded]
+    values: dict[str, dict[str, set[str]]] = {}
+    for spec in specs:
+        for name, value in spec["options"].items():
+            values.setdefault(name, {}).setdefault(spec["recipe"], set()).add(json.dumps(value, sort_keys=True))
+    common = {
+        name: next(iter(found[bench.recipes[0]]))
+        for name, found in values.items()
+        if len(found) == len(bench.recipes) and len(set().union(*found.values())) == 1
+    }
+    methods = {spec["recipe"]: "; ".join(map(_call, spec["methods"])) or "none" for spec in specs}
+    rows = [
+        [recipe, methods[recipe], "; ".join(f"{name} {listed(sorted(found[recipe]))}" for name, found in values.items()
+                                            if name not in common and recipe in found) or NONE]
+        for recipe in bench.recipes
+    ]  # fmt: skip
+    alike = ", ".join(f"{name} {value}" for name, value in common.items())
+    note = f"The same in all runs: {alike}." if alike else ""
+    return Grid("Recipes", ["recipe", "methods", "options of its own"], [("", rows)], note, words=(0, 1, 2))
+
+
+def _call(method: Mapping[str, Any]) -> str:
+    return f"{method['name']}({', '.join(f'{name}={value}' for name, value in method['options'].items())})"
+
+
+def _failed(bench: Bench) -> Iterator[Grid]:
+    failed = bench.scores[bench.scores["status"] == "failed"]
+    rows = [
+        [row.id, bench.within(row.model, row.task, row.setting), row.recipe, row.seed, row.error or "no traceback"]
+        for row in tables.rows_of(failed)
+    ]
+    if rows:
+        head = ["record", "condition", "recipe", "seed", "last line of the traceback"]
+        yield _shortened("Failed runs", head, rows, (0, 1, 2, 3, 4))
+
+
+def _shortened(caption: str, head: list[str], rows: list[list[str]], words: tuple[int, ...]) -> Grid:
+    left = len(rows) - LISTED
+    return Grid(caption, head, [("", rows[:LISTED])], f"And {left:,} more." if left > 0 else "", words)

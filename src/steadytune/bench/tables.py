@@ -1,0 +1,444 @@
+"""The numbers of a report, from records: one row a run and set, one a run, one a cell, one a comparison. No torch here.
+
+A cell is (model, task, setting, recipe), a setting the number of training rows and how they were corrupted. Scores stay
+in the metric's own unit; gains are oriented so that positive is better, also for errors (``rmse``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..reading import UsageError, suggest
+from ..tasks import SMALLER_IS_BETTER
+from .stats import (
+    Comparison,
+    Steadiness,
+    Stratified,
+    Trained,
+    compute_matched,
+    holm,
+    mean_interval,
+    steadiness,
+    stratified,
+    summary,
+)
+
+CONDITION = ["model", "task", "setting"]
+CELL = [*CONDITION, "recipe"]
+DOMAINS = ("in", "out")
+BASELINE = "plain"
+ABOVE = 0.01  # a run that is not this much above always predicting the majority class has collapsed
+
+
+def long_form(records: Sequence[Mapping[str, Any]], metric: str | None = None) -> pd.DataFrame:
+    """One row a run and set; a run without sets (it failed) has one row, and no set.
+
+    Args:
+        records: as `read_records` gives them.
+        metric: the score, where it is not the task's headline metric.
+
+    Returns:
+        The facts of each run, its cost, and one column a metric. ``score`` is the metric that counts, ``used`` is false
+        for runs of settings that were given up, see `superseded`.
+
+    Raises:
+        UsageError: no record has that metric.
+    """
+    frame = pd.DataFrame([row for record in records for row in _rows(record)])
+    names = sorted({key for record in records for scores in record["sets"].values() for key in scores} - _NOT_SCORES)
+    if metric is not None and metric not in names:
+        raise UsageError(f"--metric {metric}: no record has it.{suggest(metric, names)}")
+    frame = frame.astype(dict.fromkeys([*_NUMBERS, *names], float))
+    frame["headline"] = _named_score(frame, frame["metric"], names)
+    frame["metric"] = frame["metric"] if metric is None else metric
+    frame["score"] = _named_score(frame, frame["metric"], names)
+    frame["used"] = ~frame["id"].isin(superseded(records))
+    return frame
+
+
+def _named_score(frame: pd.DataFrame, wanted: pd.Series, names: Sequence[str]) -> pd.Series:
+    """In each row the metric that it wants."""
+    found = pd.Series(math.nan, frame.index)
+    for name in names:
+        found = found.where(wanted != name, frame[name])
+    return found
+
+
+_NUMBERS = (
+    "train_size",
+    "steps",
+    "loss",
+    "restarts",
+    "seconds",
+    "train_seconds",
+    "passes",
+    "peak_memory",
+    "rows",
+    "baseline",
+)
+_NOT_SCORES = {"domain", "rows", "baseline"}
+
+
+def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    spec, training = record["spec"], record["training"] or {}
+    run = {
+        "id": record["id"],
+        "model": spec["model"]["name"],
+        "task": spec["task"]["name"],
+        "train_size": math.nan if spec["train_size"] is None else spec["train_size"],
+        "setting": setting(spec),
+        "recipe": spec["recipe"],
+        "seed": seed_name(spec["seeds"]),
+        **{f"{name}_seed": value for name, value in spec["seeds"].items()},
+        "status": record["status"],
+        "error": last_line(record["error"]),
+        **{name: training.get(name) for name in ("steps", "loss", "failing", "restarts")},
+        **{name: record["cost"].get(name) for name in ("seconds", "train_seconds", "passes", "peak_memory")},
+        "finished": record["finished"],
+        "metric": record["metric"],
+    }
+    empty = {"set": None, "domain": None, "rows": math.nan, "baseline": math.nan}
+    for name, scores in record["sets"].items():
+        yield {**run, **empty, "set": name, **scores}
+    if not record["sets"]:
+        yield {**run, **empty}
+
+
+def setting(spec: Mapping[str, Any]) -> str:
+    """As in "500 rows, label noise 0.1"."""
+    size = "all rows" if spec["train_size"] is None else f"{spec['train_size']:,} rows"
+    changes = [f"{name.replace('_', ' ')} {value}" for name, value in spec["corruption"].items() if value]
+    return ", ".join([size, *changes])
+
+
+def seed_name(seeds: Mapping[str, int]) -> str:
+    """One number where all seeds of a run are alike, else all of them."""
+    values = set(seeds.values())
+    return str(*values) if len(values) == 1 else ", ".join(f"{name} {value}" for name, value in seeds.items())
+
+
+def last_line(error: str | None) -> str:
+    """What a traceback ends in."""
+    return next((line.strip() for line in reversed((error or "").splitlines()) if line.strip()), "")
+
+
+def superseded(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Runs that a later run of the same cell and another configuration replaces: id -> what differs.
+
+    A mean over runs of two learning rates is the mean of nothing: of each cell only the runs count that have the
+    configuration (options, methods, metric, test rows, fingerprints) of the one that finished last.
+    """
+    newest: dict[tuple[str, ...], Mapping[str, Any]] = {}
+    again: dict[tuple[str, ...], Mapping[str, Any]] = {}
+    records = list(records)
+    for record in sorted(records, key=lambda record: (record["finished"], record["id"])):
+        newest[_cell(record)] = again[*_cell(record), seed_name(record["spec"]["seeds"])] = record
+    found = {}
+    for record in records:
+        last = again[*_cell(record), seed_name(record["spec"]["seeds"])]
+        differing = _differences(_configuration(record), _configuration(newest[_cell(record)]))
+        if differing:
+            found[record["id"]] = ", ".join(differing)
+        elif last is not record:
+            found[record["id"]] = f"run again as {last['id']}"
+    return found
+
+
+def _cell(record: Mapping[str, Any]) -> tuple[str, ...]:
+    spec = record["spec"]
+    return spec["model"]["name"], spec["task"]["name"], setting(spec), spec["recipe"]
+
+
+def _configuration(record: Mapping[str, Any]) -> dict[str, Any]:
+    spec = {name: value for name, value in record["spec"].items() if name != "seeds"}
+    return {**spec, "metric": record["metric"]}
+
+
+def _differences(one: Any, other: Any, where: str = "") -> list[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = sorted({*one, *other})
+        return [d for k in keys for d in _differences(one.get(k), other.get(k), f"{where}.{k}" if where else k)]
+    return [] if one == other else [f"{where} {json.dumps(one)} instead of {json.dumps(other)}"]
+
+
+def rows_of(frame: pd.DataFrame) -> Iterator[Any]:
+    """Its rows as named tuples."""
+    return iter(frame.itertuples())
+
+
+def parts(frame: pd.DataFrame, by: str | list[str]) -> Iterator[tuple[Any, pd.DataFrame]]:
+    """Its groups, in the order in which they first appear."""
+    return iter(frame.groupby(by, sort=False))
+
+
+def in_order(names: Iterable[str], study: str) -> list[str]:
+    """Names in the order in which the study speaks of them; those it does not name come last, by alphabet."""
+
+    def place(name: str) -> tuple[int, str]:
+        found = re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", study)
+        return (found.start() if found else len(study)), name
+
+    return sorted(set(names), key=place)
+
+
+def per_run(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row a run that counts, with the mean score over its in-domain (``in``) and out-of-domain (``out``) sets.
+
+    A mean is NaN where the run failed, has no such set, or one of them has no score: a mean over other sets from run to
+    run would compare nothing. ``collapsed``: not above the majority class in domain.
+    """
+    used = runs[runs["used"]]
+    run = used.drop(columns=["set", "domain", "rows", "baseline", "score", "headline"])
+    scores = run.drop_duplicates("id").set_index("id", drop=False).rename_axis(None)
+    for domain in DOMAINS:
+        sets = used[used["domain"] == domain].groupby("id")["score"]
+        scores[domain] = sets.mean().where(sets.count() == sets.size())
+    smaller = used["metric"].isin(SMALLER_IS_BETTER)
+    above = (used["headline"] - used["baseline"]) * np.where(smaller, -1, 1)
+    collapsed = above[used["domain"] == "in"].groupby(used["id"]).mean() < ABOVE
+    scores["collapsed"] = collapsed.reindex(scores.index, fill_value=False)
+    scores["smaller"] = scores["metric"].isin(SMALLER_IS_BETTER)
+    return scores
+
+
+def baseline_of(recipes: Sequence[str]) -> str:
+    """The recipe that the others are compared with."""
+    return BASELINE if BASELINE in recipes else recipes[0]
+
+
+def summaries(scores: pd.DataFrame, recipes: Sequence[str]) -> pd.DataFrame:
+    """One row a cell and domain, also for cells without any run.
+
+    Missing are runs of a seed that other recipes have in the same condition; undefined are finished runs without a
+    score.
+    """
+    rows = []
+    for condition, group in parts(scores, CONDITION):
+        expected = group["seed"].nunique()
+        by_recipe = dict(iter(group.groupby("recipe")))
+        for recipe in recipes:
+            runs = by_recipe.get(recipe, group.iloc[:0])
+            for domain in DOMAINS:
+                if group[domain].isna().all() and domain == "out":
+                    continue
+                found = runs[domain].dropna()
+                rows.append(
+                    {
+                        **dict(zip(CONDITION, condition, strict=True)),
+                        "recipe": recipe,
+                        "domain": domain,
+                        "metric": group["metric"].iloc[0],
+                        "size": group["train_size"].iloc[0],
+                        **described(found),
+                        "runs": expected,
+                        "failed": int((runs["status"] == "failed").sum()),
+                        "missing": expected - runs["seed"].nunique(),
+                        "undefined": int((runs["status"] == "done").sum()) - len(found),
+                        "collapsed": int(runs.loc[found.index, "collapsed"].sum()),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def described(found: pd.Series) -> dict[str, Any]:
+    """`stats.summary` as columns, NaN where a figure is not defined."""
+    if found.empty:
+        return {"n": 0, **dict.fromkeys(("mean", "sd", "low", "high", "iqm", "median", "min", "max"), math.nan)}
+    about = summary(found.to_numpy())
+    low, high = about.interval or (math.nan, math.nan)
+    return {
+        "n": about.n,
+        "mean": about.mean,
+        "sd": math.nan if about.sd is None else about.sd,
+        "low": low,
+        "high": high,
+        "iqm": about.iqm,
+        "median": about.median,
+        "min": about.minimum,
+        "max": about.maximum,
+    }
+
+
+def clearly_best(scores: pd.DataFrame) -> set[tuple[str, ...]]:
+    """Cells (and domain) with the best mean whose paired difference from the second best has an interval above 0."""
+    found = set()
+    for condition, group in parts(scores, CONDITION):
+        for domain in DOMAINS:
+            wide = group.pivot(index="seed", columns="recipe", values=domain)
+            if group["smaller"].iloc[0]:
+                wide = -wide
+            order = wide.mean().dropna().sort_values(ascending=False, kind="stable").index
+            pairs = wide[order[:2]].dropna()
+            if len(order) < 2 or len(pairs) < 2:
+                continue
+            if mean_interval((pairs[order[0]] - pairs[order[1]]).to_numpy())[0] > 0:  # NaN is not
+                found.add((*condition, order[0], domain))
+    return found
+
+
+def comparisons(scores: pd.DataFrame, recipes: Sequence[str], baseline: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Each recipe against the baseline, paired by seed: per task, and over the tasks of equal weight.
+
+    Holm's adjustment is over all comparisons of one table and domain.
+    """
+    single: list[dict[str, Any]] = []
+    over: list[dict[str, Any]] = []
+    for (model, name, smaller), group in parts(scores, ["model", "setting", "smaller"]):
+        for domain in DOMAINS:
+            wide = group.pivot(index=["task", "seed"], columns="recipe", values=domain)
+            wide = -wide if smaller else wide
+            if baseline not in wide or wide.isna().all(axis=None):
+                continue
+            for recipe in (r for r in recipes if r in wide and r != baseline):
+                key = {"model": model, "setting": name, "recipe": recipe, "domain": domain}
+                pairs = wide[[recipe, baseline]].dropna()
+                tasks = {task: pairs.loc[task] for task in group["task"].unique() if task in pairs.index}
+                enough = {task: rows for task, rows in tasks.items() if len(rows) > 1}
+                all_tasks = _stratified(enough, recipe, baseline) if enough else None
+                for task, rows in tasks.items():
+                    metric = group.loc[group["task"] == task, "metric"].iloc[0]
+                    compared = all_tasks.tasks[task] if all_tasks is not None and task in enough else None
+                    single.append({**key, "task": task, "metric": metric, **_compared(rows, compared)})
+                if all_tasks is not None and len(enough) > 1:
+                    over.append({**key, "tasks": len(enough), "smaller": smaller, "n": len(pairs), **_gain(all_tasks)})
+    return _adjusted(single), _adjusted(over)
+
+
+def _stratified(tasks: Mapping[str, pd.DataFrame], recipe: str, baseline: str) -> Stratified:
+    ours, theirs = ({task: pairs[name].to_numpy() for task, pairs in tasks.items()} for name in (recipe, baseline))
+    return stratified(ours, theirs)
+
+
+def _compared(pairs: pd.DataFrame, compared: Comparison | None) -> dict[str, Any]:
+    ours, theirs = pairs.to_numpy().T
+    found = {"n": len(pairs), **_gain(compared), "detectable": getattr(compared, "detectable", None) or math.nan}
+    if compared is None:
+        found["gain"] = float((ours - theirs).mean())
+    return {**found, **_steadier(steadiness(ours, theirs) if len(pairs) > 2 else None)}
+
+
+def _gain(compared: Any) -> dict[str, Any]:
+    """Columns of a `Comparison` or `Stratified`; of none, NaN."""
+    low, high = getattr(compared, "interval", None) or (math.nan, math.nan)
+    least, most = getattr(compared, "better_interval", None) or (math.nan, math.nan)
+    return {
+        "gain": getattr(compared, "difference", math.nan),
+        "low": low,
+        "high": high,
+        "p": getattr(compared, "p", math.nan),
+        "better": getattr(compared, "better", math.nan),
+        "better_low": least,
+        "better_high": most,
+    }
+
+
+def _steadier(found: Steadiness | None) -> dict[str, Any]:
+    """Ratio of the SDs, below 1 where the recipe is the steadier one."""
+    log_ratio = math.nan if found is None or found.log_ratio is None else found.log_ratio
+    low, high = getattr(found, "interval", None) or (math.nan, math.nan)
+    return {
+        "sd_ratio": math.exp(log_ratio),
+        "ratio_low": math.exp(low),
+        "ratio_high": math.exp(high),
+        "sd_p": getattr(found, "p", math.nan),
+    }
+
+
+def _adjusted(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """With Holm's p beside each p; a family is a domain."""
+    frame = pd.DataFrame(rows)
+    for column, adjusted in (("p", "holm"), ("sd_p", "sd_holm")):
+        if column not in frame:
+            continue
+        frame[adjusted] = math.nan
+        for _, family in frame[frame[column].notna()].groupby("domain"):
+            frame.loc[family.index, adjusted] = holm(family[column].to_numpy())
+    return frame
+
+
+def costs(scores: pd.DataFrame, recipes: Sequence[str], baseline: str) -> pd.DataFrame:
+    """Per model, setting and recipe: medians over the finished runs, and seconds as a multiple of the baseline's.
+
+    ``times`` is the median over pairs of the same task and seed.
+    """
+    rows = []
+    done = scores[scores["status"] == "done"].copy()
+    done["time"] = done["train_seconds"].fillna(done["seconds"])
+    for (model, name), group in parts(done, ["model", "setting"]):
+        wide = group.pivot(index=["task", "seed"], columns="recipe", values="time")
+        for recipe in (r for r in recipes if r in wide):
+            runs = group[group["recipe"] == recipe]
+            times = (wide[recipe] / wide[baseline]).dropna() if baseline in wide else pd.Series(dtype=float)
+            medians = {c: runs[c].median() for c in ("time", "passes", "steps", "peak_memory")}
+            rows.append(
+                {
+                    "model": model,
+                    "setting": name,
+                    "recipe": recipe,
+                    "n": len(runs),
+                    **medians,
+                    "pairs": len(times),
+                    "times": times.median() if len(times) else math.nan,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def matched(scores: pd.DataFrame, recipes: Sequence[str], plain: Sequence[str], baseline: str) -> pd.DataFrame:
+    """Recipes that cost more than the baseline, against the cheapest plain recipe that costs no less.
+
+    Args:
+        scores: see `per_run`; cost is passes a step times steps, in domain.
+        recipes: all recipes.
+        plain: those without methods.
+        baseline: what costs are measured by.
+    """
+    rows = []
+    scores = scores.assign(passes=scores["passes"] * scores["steps"])
+    for condition, group in parts(scores[scores["in"].notna()], CONDITION):
+        wide = group.pivot(index="seed", columns="recipe", values="in") * (-1 if group["smaller"].iloc[0] else 1)
+        passes = group.groupby("recipe")["passes"].median()
+        longer = [other for other in plain if other in wide and other != baseline]
+        for recipe in (r for r in recipes if r in wide and r not in plain):
+            if not passes[recipe] > passes.get(baseline, math.nan):
+                continue
+            pairs = wide[[recipe, *longer]].dropna()
+            trained = {str(name): Trained(pairs[name].tolist(), float(passes[str(name)])) for name in pairs}
+            ours = {recipe: trained.pop(recipe)}
+            found = compute_matched(ours, trained if len(pairs) > 1 else {})[0]
+            rows.append(
+                {
+                    **dict(zip(CONDITION, condition, strict=True)),
+                    **{"recipe": recipe, "metric": group["metric"].iloc[0], "n": len(pairs)},
+                    **{"passes": found.passes, "against": found.baseline, "against_passes": found.baseline_passes},
+                    **_gain(found.comparison),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def contexts(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """Entry of the context -> its values and how many runs had each."""
+    found: dict[str, dict[str, int]] = {}
+    for record in records:
+        for name, value in record["context"].items():
+            counts = found.setdefault(name, {})
+            text = "unknown" if value is None else str(value)
+            counts[text] = counts.get(text, 0) + 1
+    return found
+
+
+def seen(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[str]]:
+    """(model, task) -> training sets of the pre-trained model that touch the task or its tests."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for record in records:
+        spec = record["spec"]
+        found.setdefault((spec["model"]["name"], spec["task"]["name"]), set()).update(map(str, record["seen"]))
+    return {pair: sorted(names) for pair, names in sorted(found.items())}

@@ -1,0 +1,108 @@
+"""LNSR: noise in the middle of the network must not grow on its way up.
+
+Hua, Li, Dou, Xu, Luo: Noise Stability Regularization for Improving BERT Fine-tuning. NAACL 2021, arXiv 2107.04835.
+
+With h_r the output of block r and b the block that is disturbed:
+
+    L = task + weight * mean over examples and tokens of  sum over r > b of  ||h_r(h_b + z) - h_r(h_b)||^2 / width
+    z = scale * ||h_b|| / sqrt(width) * N(0, I)           in-manifold: z = scale * (h_b of another example - h_b)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..anatomy import blocks
+from ..core import Method, Run, Step, not_negative
+from ..facts import Cost, Paper
+from ..step import full
+
+
+@dataclass
+class LNSR(Method):
+    """Add noise to the output of one block and penalise how far the outputs of the blocks above move.
+
+    Args:
+        weight in [0, inf): of the squared movement, the same for all blocks above.
+        scale in [0, inf): length of a token's noise as a share of its vector; in-manifold, of the way to another
+            example's.
+        block: which block, counted from 0 at the input; by default a quarter of the way up.
+        in_manifold: the noise points toward the same position in the next example of the batch, where both have a
+            token.
+
+    Both passes have the same dropout draw. Padding gets no noise and does not count. The last block's output is taken
+    as the model gives it (decoders: after the last normalisation).
+
+    Departures:
+        One weight for all blocks, where the paper has one each; the squared movement is a mean over features. The
+        second pass begins at the input, not at the block.
+
+    Raises:
+        ValueError: in setup, for a model whose blocks cannot be told, an encoder-decoder, or no block above.
+    """
+
+    weight: float = 1.0
+    scale: float = 0.05
+    block: int | None = None
+    in_manifold: bool = False
+
+    hidden_states: ClassVar = True
+    null: ClassVar = {"weight": 0.0}
+    conflicts: ClassVar[tuple[str, ...]] = ("encoder-decoders",)
+    cost: ClassVar = Cost(passes=2.0)
+    paper: ClassVar = Paper(
+        authors=("Hang Hua", "Xingjian Li", "Dejing Dou", "Chengzhong Xu", "Jiebo Luo"),
+        title="Noise Stability Regularization for Improving BERT Fine-tuning",
+        booktitle="Proceedings of the Conference of the North American Chapter of the Association for Computational "
+        "Linguistics: Human Language Technologies",
+        venue="NAACL",
+        year=2021,
+        arxiv="2107.04835",
+    )
+
+    def __post_init__(self) -> None:
+        not_negative("weight", self.weight)
+        not_negative("scale", self.scale)
+
+    def setup(self, run: Run) -> None:
+        name, found = type(run.model).__name__, blocks(run.model)
+        if getattr(getattr(run.model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(f"LNSR needs one stack of blocks, {name} has an encoder and a decoder: use R3F or SMART")
+        self.disturbed = len(found) // 4 if self.block is None else self.block
+        if not 0 <= self.disturbed < len(found) - 1:
+            raise ValueError(
+                f"block must leave a block above it: {name} has {len(found)} blocks, counted from 0, "
+                f"got {self.disturbed}"
+            )
+        if len(found[self.disturbed]) > 1:
+            raise ValueError(
+                f"LNSR needs blocks that are modules, those of {name} are cut into lists: use R3F or SMART"
+            )
+
+    def penalty(self, step: Step) -> Tensor | None:
+        if not self.weight:
+            return None
+        at, clean = self.disturbed + 1, step.outputs["hidden_states"]  # the first is the embedding's output
+        (module,) = blocks(step.run.model)[self.disturbed]
+        noise = step.unpadded(self.draw(step, clean[at].detach()))
+        noisy = step.forward(dropout="same", add={module: noise}, output_hidden_states=True)["hidden_states"]
+        pairs = zip(noisy[at + 1 :], clean[at + 1 :], strict=True)
+        moved = torch.stack([full(a - b).square().mean(-1) for a, b in pairs]).sum(0)
+        return self.weight * step.mean(per_example(moved, step.real))
+
+    def draw(self, step: Step, hidden: Tensor) -> Tensor:
+        """z, like the output of the block (batch, length, width)."""
+        if not self.in_manifold:
+            length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+            return self.scale * length * step.draw(self, hidden.size(-1)) / hidden.size(-1) ** 0.5
+        toward = self.scale * (hidden.roll(1, 0) - hidden)
+        return toward if step.real is None else toward * step.real.roll(1, 0).unsqueeze(-1)
+
+
+def per_example(values: Tensor, real: Tensor | None) -> Tensor:
+    """Mean over the tokens of each example: (batch, length) -> (batch,)."""
+    return values.mean(1) if real is None else (values * real).sum(1) / real.sum(1).clamp(min=1)

@@ -1,0 +1,84 @@
+"""FGM and PGD: the perturbation by hand, its ball, and that nothing else is touched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers import batches, bert, copied
+from steadytune import FGM, PGD, Run, Step
+
+
+def run_of(model, *methods):
+    return Run(model, methods, total_steps=8).attach(torch.optim.SGD(model.parameters(), 0.1))
+
+
+def steady(**options):
+    return bert(dropout=0.0, dtype=torch.float64, **options)
+
+
+def at(model, inputs, noise):
+    """Loss with something added to the embeddings."""
+    handle = model.bert.embeddings.word_embeddings.register_forward_hook(lambda m, a, output: output + noise)
+    loss = model(**inputs).loss
+    handle.remove()
+    return loss
+
+
+def unit(model, inputs, noise):
+    noise = noise.clone().requires_grad_()
+    (g,) = torch.autograd.grad(at(model, inputs, noise), noise)
+    g = g * inputs["attention_mask"].unsqueeze(-1)
+    return g / g.flatten(1).norm(dim=1).view(-1, 1, 1)
+
+
+def blank(inputs):
+    return torch.zeros(*inputs["input_ids"].shape, 16, dtype=torch.float64)
+
+
+def test_fgm_by_hand():
+    inputs, model = batches(1)[0], steady()
+    loss = run_of(model, FGM(epsilon=0.7, weight=2.0)).loss(inputs)
+    noise = 0.7 * unit(model, inputs, blank(inputs))
+    expected = model(**inputs).loss + 2 * at(model, inputs, noise)
+    assert torch.allclose(loss, expected, atol=1e-12)
+    for found, value in zip(*(torch.autograd.grad(x, list(model.parameters())) for x in (loss, expected)), strict=True):
+        assert torch.allclose(found, value, atol=1e-12)
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 10.0], ids=["at the rim", "inside"])
+def test_pgd_by_hand(epsilon):
+    inputs, model = batches(1)[0], steady()
+    loss = run_of(model, PGD(epsilon=epsilon, step_size=0.4, steps=3)).loss(inputs)
+    noise = blank(inputs)
+    for _ in range(3):
+        noise = noise + 0.4 * unit(model, inputs, noise)
+        lengths = noise.flatten(1).norm(dim=1).view(-1, 1, 1)
+        noise = torch.where(lengths > epsilon, noise * epsilon / lengths, noise)
+    assert (noise.flatten(1).norm(dim=1) <= epsilon + 1e-12).all()
+    assert (noise.flatten(1).norm(dim=1).min() > 0.49) or epsilon > 1
+    assert torch.allclose(loss, model(**inputs).loss + at(model, inputs, noise), atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [FGM(), PGD()])
+def test_the_attack_raises_the_loss_and_leaves_weights_and_gradients(method, monkeypatch):
+    inputs, model = batches(1)[0], steady()
+    before = copied(model)
+    seen = []
+    gradient = Step.gradient
+    grads = lambda: [p.grad for p in model.parameters()]  # noqa: E731
+    monkeypatch.setattr(
+        Step, "gradient", lambda step, *args, **kw: (gradient(step, *args, **kw), seen.append(grads()))[0]
+    )
+    loss = run_of(model, method).loss(inputs)
+    plain = model(**inputs).loss
+    assert loss - plain > plain  # the second loss is larger than the first
+    assert seen
+    assert all(g is None for found in seen for g in found)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_pgd_of_one_step_as_long_as_its_radius_is_fgm():
+    inputs = batches(1)[0]
+    one, other = (run_of(steady(), m).loss(inputs) for m in (FGM(0.3), PGD(0.3, step_size=0.3, steps=1)))
+    assert torch.allclose(one, other, atol=1e-14)
