@@ -35,6 +35,7 @@ from helpers import (
     hash_dropout,
     hash_noise,
     interrupt,
+    is_extra_pass,
     llama,
     points,
     rows,
