@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import Net, assert_same, batches, bert, copied, differs, points
+from helpers import Net, assert_same, batches, bert, collate, copied, differs, hash_dropout, llama, points, rows
 from steadytune import (
     L2SP,
     METHODS,
@@ -25,7 +25,8 @@ from steadytune import (
     Run,
     only,
 )
-from steadytune.functional import anneal, byte_mask
+from steadytune.functional import anneal, byte_mask, symmetric_kl
+from steadytune.methods.rose import divergence
 
 
 def run_of(method, model=None, *, optimizer=None, data=None, total=8, lr=1e-3):
@@ -289,6 +290,18 @@ def test_the_two_scores_of_rose_second_part_on_a_constant_gradient():
         run = run_of(Watched(keep=0.5, scope="all", score=score), Constant())
         train(run, [{"x": torch.tensor([1.0, 2.0, 3.0]).double()}] * 6)
         assert seen == pytest.approx([limit(t) for t in range(2, 7)], abs=1e-12)
+
+
+def test_rose_compares_draws_where_a_token_is_predicted():
+    """A causal model's logits are scored against the next token: that one's label counts, not the token's own."""
+    run = run_of(ROSEFirst(), hash_dropout(llama()))
+    batch = collate(rows(4, tokens=True))
+    one, other = (logits[:, :-1] for logits in run.task(batch, copies=2)[1]["logits"].chunk(2))
+    labelled = batch["labels"][:, 1:] != -100
+    assert not labelled.all()
+    expected = (symmetric_kl(one, other) * labelled).sum()
+    assert expected > 0
+    assert torch.allclose(divergence(run, batch), expected)
 
 
 def test_rose_second_needs_adams_moment():
