@@ -19,6 +19,7 @@ import bench_helpers
 from bench_helpers import Counting, comparable, make_root, predictions, records, small
 from steadytune import cli
 from steadytune.bench.pool import Outcome
+from steadytune.bench.report import write_report
 from steadytune.bench.run import corrupted, make_plan
 from steadytune.bench.spec import Study, preset, presets
 from steadytune.bench.store import Store
@@ -304,6 +305,15 @@ def test_what_has_a_record_is_not_run_again_unless_failed_ones_are_asked_for(roo
     assert retried == failed
 
 
+def test_what_was_asked_for_and_is_not_done_is_known_to_the_report(root, tmp_path):
+    study = small(root, seeds=1)
+    run_study(study, tmp_path, data_root=root, workers=0, progress=False, filters=["recipe=plain"])
+    page = write_report(tmp_path).read_text()
+    assert "The study is not at its end: 1 run to do (sst2 32 dps_mix tiny seed 0)." in page
+    run_study(study, tmp_path, data_root=root, workers=0, progress=False)
+    assert "to do" not in write_report(tmp_path).read_text()
+
+
 def test_what_a_worker_could_not_record_is_recorded(root, tmp_path):
     class Dying:
         def map(self, tasks):
@@ -374,7 +384,7 @@ def test_a_run_that_another_invocation_holds_is_waited_for(root, tmp_path, monke
     study = small(root, seeds=1, recipes={"plain": {}})
     (run,) = study.runs(root)
     other = Store(tmp_path)
-    other.begin("")
+    other.begin("", {})
     held = other.claim(run.id)
     assert held.__enter__()
     monkeypatch.setattr("steadytune.bench.study.time.sleep", lambda seconds: held.__exit__(None, None, None))

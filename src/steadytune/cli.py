@@ -294,7 +294,7 @@ def _show_runs(study: Any, folder: Path, data_root: Path | None, filters: list[s
     from .bench.store import Store
     from .bench.study import chosen
 
-    store, runs = Store(folder), chosen(study, data_root, filters)
+    store, runs = Store(folder), chosen(study.runs(data_root), filters)
     done = {run.id for run in runs if store.has(run.id)}
     for run in runs:
         typer.echo(f"{run.id} {'done' if run.id in done else 'to do'}: {run.title}")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ..reading import UsageError, one_line
 
 FORMAT = 1
-FOLDER = "records"
+FOLDER, STUDY, PLANNED = "records", "study.yaml", "planned.json"
 
 # Type of every entry that reports rely on; a nested mapping is checked in turn, a tuple lists what is allowed.
 _SHAPE: dict[str, Any] = {
@@ -73,6 +73,15 @@ def read_records(folder: str | Path) -> tuple[list[dict[str, Any]], list[Problem
         except (OSError, ValueError) as error:  # json and Unicode errors are ValueErrors
             problems.append(Problem(file.name, one_line(error)))
     return records, problems
+
+
+def planned(folder: str | Path) -> dict[str, str]:
+    """Id -> title of every run that was asked for, done or not; empty where nobody wrote it down."""
+    try:
+        found = json.loads((Path(folder) / PLANNED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(id): str(title) for id, title in found.items()} if isinstance(found, dict) else {}
 
 
 def _read(file: Path) -> dict[str, Any]:

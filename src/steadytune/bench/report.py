@@ -37,13 +37,13 @@ from .document import (
     markdown,
     number,
 )
-from .records import read_records
+from .records import STUDY, planned, read_records
 
-STUDY = "study.yaml"
 PANELS = 24  # drawn of one kind of figure
 LISTED = 50  # shown of failed runs, and of skipped files
 DOMAIN = {"in": "In domain", "out": "Out of domain"}
 POINTS = ("mean", "sd", "iqm", "median", "min", "max")
+FIRST = 3  # runs to do that are named
 LOSSES = ("failed", "missing", "undefined", "collapsed")
 FEW = 6  # pairs below which the sign-flip test cannot fall below 0.05
 
@@ -67,6 +67,8 @@ class Bench:
             raise UsageError(f"{folder}: no usable record of a run{why}. Run the bench first.")
         study = folder / STUDY
         self.study = study.read_text(encoding="utf-8", errors="replace") if study.is_file() else ""
+        done = {record["id"] for record in self.records}
+        self.to_do = [title for id, title in planned(folder).items() if id not in done]
         self.superseded = tables.superseded(self.records)
         self.runs = tables.long_form(self.records, metric)
         self.scores = self._ordered(tables.per_run(self.runs))
@@ -189,6 +191,9 @@ def _overview(bench: Bench) -> Iterator[Block]:
         f"({listed(bench.recipes)}) and {each} seeds each. {counted(done + failed, 'run')} recorded: {done:,} done, "
         f"{failed:,} failed; {missing:,} missing, counted against every combination of recipe, condition and seed."
     )
+    if bench.to_do:
+        first = "; ".join(bench.to_do[:FIRST]) + ("; ..." if len(bench.to_do) > FIRST else "")
+        yield Warning(f"The study is not at its end: {counted(len(bench.to_do), 'run')} to do ({first}).")
     if not done:
         yield Warning("No run is done, so there are no scores to show.")
     elif not bench.domains:

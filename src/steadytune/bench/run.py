@@ -86,7 +86,9 @@ def execute(run: Run, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
         passes = sum((m.cost.passes - 1 for m in plan.methods), 1.0)
         trained = place.train(job, trainer)
         model = fitting.fitted_model(plan, source, [trained.model])
+        ended = time.perf_counter()
         predictions, scores = fitting.evaluate(model, plan.data)
+        tested = time.perf_counter() - ended
         if run.keep_model:
             model.save_pretrained(store.model(run.id))
     record = {
@@ -97,6 +99,7 @@ def execute(run: Run, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
         "cost": {
             "seconds": time.perf_counter() - started,
             "train_seconds": trained.seconds,
+            "test_seconds": tested,
             "passes": passes,
             "peak_memory": _peak(),
         },

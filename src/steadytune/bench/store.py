@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ from filelock import FileLock, Timeout
 
 from ..data import UsageError
 from ..output import write_json, write_whole, writing
-
-STUDY = "study.yaml"
+from .records import PLANNED, STUDY, planned
 
 
 class Store:
@@ -42,8 +41,12 @@ class Store:
         """Whether the run is done, well or badly."""
         return self.record(id).is_file()
 
-    def begin(self, study: str) -> None:
-        """Make the folder and keep the study file in it.
+    def begin(self, study: str, runs: Mapping[str, str]) -> None:
+        """Make the folder; keep the study file in it, and the list of all runs that were ever asked for.
+
+        Args:
+            study: the text of the file.
+            runs: id -> title.
 
         Raises:
             UsageError: the folder cannot be written.
@@ -52,6 +55,7 @@ class Store:
             for name in ("records", "predictions", "locks"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / STUDY, lambda part: part.write_text(study, encoding="utf-8"))
+            write_json(self.folder / PLANNED, {**planned(self.folder), **runs})
 
     @contextlib.contextmanager
     def claim(self, id: str) -> Iterator[bool]:

@@ -72,10 +72,11 @@ def run_study(
         UsageError: a model, a data file, a filter or the folder is not right.
     """
     store = Store(checked(output))
-    runs = chosen(study, data_root, filters)
+    planned = study.runs(data_root)
+    runs = chosen(planned, filters)
     if workers < 0:
         raise UsageError(f"workers must be 0 (none but this process) or more, got {workers}.")
-    store.begin(study.text())
+    store.begin(study.text(), {run.id: run.title for run in planned})
     if retry_failed:
         for run in runs:
             if store.has(run.id) and _status(store, run) == "failed":
@@ -96,13 +97,13 @@ def _engine(workers: int, timeout: float | None) -> Engine:
     return Pool(WORK, slots(workers, cores(), visible_gpus()), timeout) if workers else Here(WORK)
 
 
-def chosen(study: Study, data_root: str | Path | None, filters: Sequence[str] = ()) -> list[Run]:
-    """The runs of a study that match.
+def chosen(runs: Sequence[Run], filters: Sequence[str]) -> list[Run]:
+    """The runs that match every filter.
 
     Raises:
-        UsageError: none does, or as `Study.runs`.
+        UsageError: none does, or a filter is none.
     """
-    found = [run for run in study.runs(data_root) if run.matches(filters)]
+    found = [run for run in runs if run.matches(filters)]
     if not found:
         raise UsageError(f"no run matches the filter {' '.join(filters)}.")
     return found
