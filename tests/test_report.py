@@ -228,6 +228,22 @@ def test_steadiness_is_the_ratio_of_deviations(tmp_path):
     assert row[1:3] == ["4", f"{statistics.stdev(RIVAL) / statistics.stdev(PLAIN):.2f}"]
 
 
+def test_crossed_seeds_tell_where_the_spread_comes_from(tmp_path):
+    """Init moves the score by 2 points from one value to the other, data by 4: SDs of 1.41 and 2.83, and no rest."""
+    seeds = {"dropout": 0, "method": 0, "subset": 0}
+    crossed = [
+        record(seed=2 * i + j, score=0.7 + 0.02 * i + 0.04 * j, seeds={"init": i, "data": j, **seeds})
+        for i in range(2)
+        for j in range(2)
+    ]
+    caption = "In domain: where the spread comes from"
+    page = Page(write_report(write_bench(tmp_path / "crossed", crossed)).read_text())
+    assert page.tables[caption][0] == ["recipe", "runs", "SD of init", "SD of data", "SD of the rest"]
+    assert page.tables[caption][-1] == ["plain", "4", "1.4", "2.8", "0.0"]
+    for name, records in {"hole": crossed[:3], "joint": [record(seed=s, score=0.7 + s / 50) for s in range(4)]}.items():
+        assert caption not in Page(write_report(write_bench(tmp_path / name, records)).read_text()).tables
+
+
 def test_tasks_weigh_the_same_whatever_their_number_of_seeds(tmp_path):
     runs = [record("plain", seed, 0.7, task=task) for task, n in (("sst2", 6), ("rte", 2)) for seed in range(n)]
     runs += [record("rdrop", seed, 0.71 + 0.001 * seed, task="sst2") for seed in range(6)]

@@ -521,6 +521,34 @@ def _steadiness(bench: Bench) -> Iterator[Block]:
             ),
         )
 
+    yield from _sources(bench)
+
+
+def _sources(bench: Bench) -> Iterator[Grid]:
+    """Tables of what the seeds contribute, one per set of crossed seeds."""
+    found = tables.sources(bench.scores, bench.recipes)
+    if found.empty:
+        return
+    for names, rows in tables.parts(found.assign(names=found["sources"].map(tuple)), "names"):
+        groups = []
+        for condition, part in tables.parts(rows, tables.CONDITION):
+            factor, digits = unit(part["metric"].iloc[0])
+            lines = [
+                [row.recipe, str(row.runs), *(number(factor * row.sources[n], digits) for n in names),
+                 number(factor * row.rest, digits)]
+                for row in tables.rows_of(part)
+            ]  # fmt: skip
+            groups.append((bench.within(*condition), lines))
+        yield Grid(
+            caption="In domain: where the spread comes from",
+            head=["recipe", "runs", *(f"SD of {name}" for name in names), "SD of the rest"],
+            groups=groups,
+            note=(
+                "Standard deviations that each seed alone would give, from its crossing with the others (analysis of "
+                "variance, random effects); what they do together belongs to the rest. Few levels make them rough."
+            ),
+        )
+
 
 # ---- figures ----------------------------------------------------------------------------------------------------
 

@@ -466,6 +466,33 @@ def _detectable(n: int, chance: float, alpha: float) -> float:
     return float(optimize.brentq(lacking, 0.0, enough))
 
 
+def spread_sources(scores: ArrayLike) -> tuple[tuple[float, ...], float]:
+    """How much of the spread each of several crossed seeds brings: random effects of a factorial study, one run a cell.
+
+    Moments of the analysis of variance: with M_i the mean square of factor i, M that of the rest and N / L_i runs per
+    level, var_i = max(0, (M_i - M) / (N / L_i)). Interactions belong to the rest.
+
+    Args:
+        scores: one axis per factor, at least two of them, each of length >= 2.
+
+    Returns:
+        Standard deviation due to each factor, and that of the rest.
+
+    Raises:
+        ValueError: fewer than two factors or levels, or a score that is not finite.
+    """
+    x = np.asarray(scores, float)
+    if x.ndim < 2 or min(x.shape) < 2 or not np.isfinite(x).all():
+        raise ValueError(f"scores must be finite, on two or more axes of length 2 or more, got shape {x.shape}")
+    x = x - x.mean()
+    levels = [x.mean(tuple(j for j in range(x.ndim) if j != i)) for i in range(x.ndim)]
+    squares = [x.size / len(means) * float(means @ means) for means in levels]
+    freedom = x.size - 1 - sum(n - 1 for n in x.shape)
+    rest = max(0.0, float((x**2).sum()) - sum(squares)) / freedom
+    found = [(s / (n - 1) - rest) * n / x.size for s, n in zip(squares, x.shape, strict=True)]
+    return tuple(math.sqrt(max(0.0, v)) for v in found), math.sqrt(rest)
+
+
 # ---------------------------------------------------------------- equal compute
 
 

@@ -25,6 +25,7 @@ from .stats import (
     compute_matched,
     holm,
     mean_interval,
+    spread_sources,
     steadiness,
     stratified,
     summary,
@@ -419,6 +420,32 @@ def matched(scores: pd.DataFrame, recipes: Sequence[str], plain: Sequence[str], 
                     **{"recipe": recipe, "metric": group["metric"].iloc[0], "n": len(pairs)},
                     **{"passes": found.passes, "against": found.baseline, "against_passes": found.baseline_passes},
                     **_gain(found.comparison),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def sources(scores: pd.DataFrame, recipes: Sequence[str]) -> pd.DataFrame:
+    """Standard deviation in domain due to each seed and to the rest, for cells whose seeds are fully crossed."""
+    rows = []
+    for condition, group in parts(scores, CONDITION):
+        for recipe in recipes:
+            runs = group[(group["recipe"] == recipe) & group["in"].notna()]
+            factors = [name for name in runs if name.endswith("_seed") and runs[name].nunique() > 1]
+            levels = [runs[name].nunique() for name in factors]
+            if len(factors) < 2 or len(runs) != math.prod(levels) or runs.duplicated(factors).any():
+                continue
+            grid = runs.sort_values(factors)["in"].to_numpy().reshape(levels)
+            found, rest = spread_sources(grid)
+            names = (name.removesuffix("_seed") for name in factors)
+            rows.append(
+                {
+                    **dict(zip(CONDITION, condition, strict=True)),
+                    "recipe": recipe,
+                    "metric": group["metric"].iloc[0],
+                    "runs": len(runs),
+                    "sources": dict(zip(names, found, strict=True)),
+                    "rest": rest,
                 }
             )
     return pd.DataFrame(rows)
