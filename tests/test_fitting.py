@@ -291,7 +291,7 @@ def test_a_row_that_just_fits_is_not_counted_as_cut(bert):
     rows = pd.DataFrame({"text": ["good " * words for words in (6, 7, 2, 60)]}, index=[5, 6, 7, 8])
     features = tokenise(rows, source.tokenizer, source.max_length)
     assert [len(f["input_ids"]) for f in features] == [8, 8, 4, 8]
-    assert modelling.token_counts(rows, features, source).tolist() == [8, 9, 4, 62]
+    assert modelling.token_counts(rows, features, source) == [8, 9, 4, 62]
 
 
 def test_cut_rows_are_named_by_their_number_in_the_file(tmp_path, bert, caplog):
@@ -358,7 +358,7 @@ def test_record_says_what_was_run(run):
     assert record["status"] == "finished"
     method = record["recipe"]["methods"][0]
     assert (method["name"], method["options"]["update_ratio"], method["options"]["keep"]) == ("dps_dense", 0.2, 0.7)
-    assert record["recipe"]["seeds"] == {"init": 0, "data": 0, "dropout": 0, "method": 0}
+    assert record["recipe"]["seeds"] == dict.fromkeys(("init", "subset", "data", "dropout", "method"), 0)
     assert record["recipe"]["dropout"]["hidden_dropout_prob"] == 0.1
     assert (record["recipe"]["steps"], record["recipe"]["max_length"]) == (60, 64)
     assert [record["data"][name]["rows"] for name in ("train", "validation", "test")] == [36, 12, 20]
