@@ -431,7 +431,7 @@ def sources(scores: pd.DataFrame, recipes: Sequence[str]) -> pd.DataFrame:
     for condition, group in parts(scores, CONDITION):
         for recipe in recipes:
             runs = group[(group["recipe"] == recipe) & group["in"].notna()]
-            factors = [name for name in runs if name.endswith("_seed") and runs[name].nunique() > 1]
+            factors = [name for name in map(str, runs) if name.endswith("_seed") and runs[name].nunique() > 1]
             levels = [runs[name].nunique() for name in factors]
             if len(factors) < 2 or len(runs) != math.prod(levels) or runs.duplicated(factors).any():
                 continue
