@@ -94,12 +94,15 @@ def test_every_option_has_a_meaning_and_its_range_is_true(name):
             if value == float("inf") and not inside:
                 continue  # an open end at infinity is no check, only a notation
             if inside:
-                METHODS[name](**{option.name: value})
+                METHODS[name](**{option.name: int(value) if option.type == "int" else value})
             else:
                 with pytest.raises(ValueError, match=option.name):
                     METHODS[name](**{option.name: value})
         with pytest.raises(ValueError, match=option.name):
             METHODS[name](**{option.name: low - 0.5})
+        if option.type == "int":
+            with pytest.raises(ValueError, match=f"{option.name} must be a whole number"):
+                METHODS[name](**{option.name: low + 2.5})
 
 
 @pytest.mark.parametrize("name", METHODS)

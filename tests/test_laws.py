@@ -1026,6 +1026,21 @@ def test_a_loop_that_calls_the_model_itself_enters_first():
     assert_same(loop.all(), Loop(BASE).train(data).all())
 
 
+@pytest.mark.parametrize("method", [RDrop(), SMART(), L2SP(alpha=0.5)], ids=lambda m: type(m).__name__)
+def test_a_loss_that_a_method_never_saw_is_an_error_where_it_would_have_changed_it(method):
+    """Naive: the penalty is left out of every step, and training goes on."""
+    loop = Loop([method])
+    loop.run.enter()
+    loop.model(**batches(1)[0]).loss.backward()
+    if isinstance(method, L2SP):
+        loop.step()
+        return
+    with pytest.raises(
+        RuntimeError, match=rf"{type(method).__name__} changed nothing in this step.*run\.loss\(batch\)"
+    ):
+        loop.step()
+
+
 def test_not_attached_or_no_number_of_steps_is_an_error():
     model = bert()
     run = Run(model, BASE)

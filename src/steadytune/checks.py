@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ def not_negative(name: str, value: float) -> None:
     """Raise unless ``value >= 0``."""
     if not value >= 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+def whole(name: str, value: int, least: int) -> None:
+    """Raise unless ``value`` is a whole number from ``least`` on."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")
 
 
 def one_of(name: str, value: Any, choices: Iterable[str]) -> None:

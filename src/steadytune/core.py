@@ -30,6 +30,7 @@ from .checks import check_model, check_optimizer, check_recipe, check_wrapper
 from .checks import in_unit as in_unit
 from .checks import not_negative as not_negative
 from .checks import one_of as one_of
+from .checks import whole as whole
 from .functional import kept, kth_largest
 from .method import SCOPES as SCOPES
 from .method import WEIGHT_VERBS, M, Method, Scope, Weight, entry, overrides, select
@@ -436,6 +437,7 @@ class Run:
                 "optimizer.step() without a forward through steadytune: use run.loss(batch), or run.enter() before "
                 "calling the model"
             )
+        self._check_loss()
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf):
             self.leave()
@@ -451,6 +453,15 @@ class Run:
         for method in self.methods:
             method.before_step(self, self._restrict(method, ready))
         self._views.hold(weights, optimizer)
+
+    def _check_loss(self) -> None:
+        """A loop that computed its loss without `loss` would train without penalties, and nobody would notice."""
+        lost = [type(m).__name__ for m in self.methods if overrides(m, "penalty") or m.copies > 1]
+        if lost and not self.batch:
+            raise RuntimeError(
+                f"{', '.join(lost)} changed nothing in this step, as its loss was not computed by run.loss(batch): use "
+                "that, not run.enter() and a call of the model"
+            )
 
     def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         """The optimizer's step post-hook."""

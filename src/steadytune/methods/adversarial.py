@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Step, not_negative
+from ..core import Method, Run, Step, not_negative, whole
 from ..facts import Cost, Paper
 from ..step import perturbed, width
 
@@ -118,7 +118,7 @@ class PGD(FGM):
     def __post_init__(self) -> None:
         super().__post_init__()
         not_negative("step_size", self.step_size)
-        not_negative("steps", self.steps)
+        whole("steps", self.steps, 0)
 
     def attack(self, step: Step) -> Tensor:
         noise = step.zeros(width(self.embedding))

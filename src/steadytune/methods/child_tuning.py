@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Scope, Weight, in_unit, multiply, one_of, select
+from ..core import Method, Run, Scope, Weight, in_unit, multiply, one_of, select, whole
 from ..facts import Cost, Paper
 from ..functional import byte_mask
 from ..masks import Batch, StaticMask, Tensors, top_masks
@@ -126,8 +126,7 @@ class ChildTuningD(StaticMask):
         one_of("labels", self.labels, ("true", "sampled"))
         if not self.clip > 0:
             raise ValueError(f"clip must be positive, got {self.clip}: inf does not clip")
-        if self.batches < 0:
-            raise ValueError(f"batches must be at least 0 (0 is all of them), got {self.batches}")
+        whole("batches", self.batches, 0)
 
     def setup(self, run: Run) -> None:
         super().setup(run)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..core import Method, Run, Scope, Weight, in_unit, select
+from ..core import Method, Run, Scope, Weight, in_unit, select, whole
 from ..facts import Cost, Paper
 
 
@@ -102,8 +102,7 @@ class SWA(Method):
 
     def __post_init__(self) -> None:
         in_unit("start", self.start, zero=True)
-        if self.every < 1:
-            raise ValueError(f"every must be at least 1, got {self.every}")
+        whole("every", self.every, 1)
 
     def setup(self, run: Run) -> None:
         run.require(self, self.scope)

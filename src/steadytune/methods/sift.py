@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar
 
-from ..core import Run, Scope, Weight, in_unit, select
+from ..core import Run, Scope, Weight, in_unit, select, whole
 from ..facts import Cost, Paper
 from ..masks import Batch, StaticMask, Tensors, top_masks
 from ..step import Inputs
@@ -60,8 +60,7 @@ class SIFT(StaticMask):
 
     def __post_init__(self) -> None:
         in_unit("keep", self.keep)
-        if self.batches < 1:
-            raise ValueError(f"batches must be at least 1, got {self.batches}")
+        whole("batches", self.batches, 1)
 
     def choose(self, run: Run, weights: Sequence[Weight], batches: Iterable[Batch]) -> Tensors:
         first: list[Inputs] = []

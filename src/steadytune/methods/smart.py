@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Step, Weight, in_unit, not_negative, one_of
+from ..core import Method, Run, Step, Weight, in_unit, not_negative, one_of, whole
 from ..facts import Cost, Paper
 from ..functional import jeffreys, jeffreys_to_constants, odds_gap
 from ..step import perturbed, width
@@ -100,8 +100,9 @@ class SMART(Method):
     )
 
     def __post_init__(self) -> None:
-        for name in ("epsilon", "step_size", "steps", "weight", "noise"):
+        for name in ("epsilon", "step_size", "weight", "noise"):
             not_negative(name, getattr(self, name))
+        whole("steps", self.steps, 0)
         one_of("dropout", self.dropout, ("same", "fresh"))
 
     def setup(self, run: Run) -> None:
