@@ -60,7 +60,7 @@ class RecAdam(Method):
     needs_steps: ClassVar = True
     exclusive: ClassVar = "anchor"
     conflicts: ClassVar[tuple[str, ...]] = ("adapters, which have no pre-trained value",)
-    cost: ClassVar = Cost(held={"": 4}, during=4)
+    cost: ClassVar = Cost(held={"": 4})
     paper: ClassVar = Paper(
         authors=("Sanyuan Chen", "Yutai Hou", "Yiming Cui", "Wanxiang Che", "Ting Liu", "Xiangzhan Yu"),
         title="Recall and Learn: Fine-tuning Deep Pretrained Language Models with Less Forgetting",
