@@ -156,6 +156,10 @@ def test_fit_takes_required_options_from_the_file_and_flags_win(folder):
     assert [m["name"] for m in recipe["methods"]] == ["l2sp", "rdrop"]
     assert recipe["methods"][1]["options"]["alpha"] == 0.5
     assert "far" in json.loads(Path("here/metrics.json").read_text())["sets"]
+    Path("predict.yaml").write_text("model: here\ntable: far.csv\noutput: labelled.jsonl\nquiet: true\n")
+    done = CliRunner().invoke(cli.app, ["predict", "--config", "predict.yaml"])
+    assert (done.exit_code, done.stdout) == (0, "9 predictions: labelled.jsonl\n"), done.output
+    assert len(Path("labelled.jsonl").read_text().splitlines()) == 9
 
 
 def test_a_mistake_in_the_file_is_one_line_and_exit_code_2(folder):
