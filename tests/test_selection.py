@@ -59,7 +59,9 @@ def together(tmp_path_factory, bert):
 def test_runs_share_head_and_rows_and_differ_in_everything_else(together):
     seeds = [run["seeds"] for run in together["soup"].runs]
     assert [s["init"] for s in seeds] == [0, 0, 0]
-    assert [tuple(s.values()) for s in seeds] == [(0, 0, 0, 0), (0, 1, 1, 1), (0, 2, 2, 2)]
+    assert [tuple(s.values()) for s in seeds] == [
+        (0, 0, i, i, i) for i in range(3)
+    ]  # init, subset, data, dropout, method
     members = [weights(p) for p in sorted((together["ensemble"].output / "members").iterdir())]
     assert len(members) == 3
     assert not any(same(a, b) for a, b in itertools.combinations(members, 2))

@@ -203,7 +203,7 @@ def test_a_loop_that_hides_its_batches_is_refused(name):
     run = run_of(METHODS[name]())
     run.enter()
     run.model(**batches(1)[0]).loss.backward()
-    with pytest.raises(RuntimeError, match=r"need run\.loss\(batch\)"):
+    with pytest.raises(RuntimeError, match=r"run\.loss\(batch\)"):
         run.optimizer.step()
 
 
