@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -141,6 +142,7 @@ def main() -> None:
                 start = clock()
                 scores[name].append(runs[name](seed) or 0.0)
                 seconds[name].append(clock() - start)
+                tqdm.write(f"{task} {name} {seed}: {seconds[name][-1]:.1f} s, {scores[name][-1]:.3f}", file=sys.stderr)
         for name in runs:
             ratios = [
                 f"{np.median(np.array(seconds[other]) / np.array(seconds[name])):.2f} x" if other in seconds else ""

@@ -100,6 +100,13 @@ def test_the_study_file_reads_back_as_the_same_study(root, tmp_path):
     assert [r.id for r in again.runs(root)] == [r.id for r in study.runs(root)]
 
 
+def test_places_of_this_machine_stay_out_of_the_study(root, monkeypatch):
+    monkeypatch.setenv("HERE", str(root))
+    study = small(root, models={"tiny": "$HERE/bert"}, data_root="$HERE")
+    assert [run.id for run in study.runs()] == [run.id for run in small(root).runs(root)]
+    assert str(root) not in study.text()
+
+
 def test_a_file_builds_on_a_preset_and_arguments_win(root, tmp_path):
     (tmp_path / "mine.yaml").write_text("preset: stick\nseeds: [4]\noptions: {steps: 5, lr: 2e-4}\n")
     study = Study.read(tmp_path / "mine.yaml", models={"tiny": str(root / "bert")})

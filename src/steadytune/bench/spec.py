@@ -36,7 +36,7 @@ class Model:
 
     Attributes:
         name: what tables call it.
-        path: directory or hub name.
+        path: directory or hub name; ``$NAME`` in it is taken from the environment when runs are made.
         seen: benchmark sets it was trained on before, beyond those known of models of this name.
     """
 
@@ -172,7 +172,8 @@ class Study:
         if place is None:
             raise UsageError("give the folder of the benchmark tasks with --data-root DIR, or data_root in the study.")
         root = Path(os.path.expandvars(place))
-        models = {model: fingerprint_model(model.path) for model in self.models}
+        paths = {model: os.path.expandvars(model.path) for model in self.models}
+        models = {model: fingerprint_model(path) for model, path in paths.items()}
         tasks = {name: fingerprint_files(_files(find(name), root, self.out_of_domain)) for name in self.tasks}
         found = []
         for seeds, (model, weights), (task, data), size, name in itertools.product(
@@ -194,10 +195,10 @@ class Study:
             found.append(
                 Run(
                     spec,
-                    model.path,
+                    paths[model],
                     str(root),
                     tuple(self.recipes[name].get("methods", ())),
-                    seen_by((model.name, model.path), find(task), self.out_of_domain, model.seen),
+                    seen_by((model.name, paths[model]), find(task), self.out_of_domain, model.seen),
                     self.keep_models,
                 )
             )
@@ -408,7 +409,7 @@ def _models(what: str, value: Any) -> tuple[Model, ...]:
         about = _mapping(f"{what}.{name}", entry) if isinstance(entry, Mapping) else {"path": entry}
         for key in about.keys() - {"path", "seen"}:
             raise UsageError(f"{what}.{name}: unknown key {key!r}.{suggest(key, ['path', 'seen'])}")
-        path = os.path.expandvars(_text(f"{what}.{name}: path", about.get("path")))
+        path = _text(f"{what}.{name}: path", about.get("path"))
         found.append(Model(str(name), path, _texts(f"{what}.{name}: seen", about.get("seen", []))))
     return tuple(found)
 
