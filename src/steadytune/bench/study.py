@@ -55,7 +55,7 @@ def run_study(
 ) -> Result:
     """Do every run of a study that the folder has no record of.
 
-    Several invocations on one folder, on one machine or on a shared disk, share the work.
+    Several invocations on one folder share the work.
 
     Args:
         study: what to run.
