@@ -230,6 +230,15 @@ def test_a_record_says_what_was_run_and_what_came_out(root, finished):
         assert about["baseline"] == frame["label"].value_counts(normalize=True).max()
 
 
+def test_passes_are_counted_with_all_that_comes_before_the_first_step(root, tmp_path):
+    methods = {"plain": [], "smart": ["smart:steps=2"], "child": ["child_tuning_d"]}
+    study = small(root, recipes={name: {"methods": given} for name, given in methods.items()}, seeds=1)
+    run_study(study, tmp_path, data_root=root, workers=0, progress=False)
+    found = {record["spec"]["recipe"]: record["cost"]["passes"] for record in records(tmp_path).values()}
+    ascent = (1 + 2 / 2) / 3
+    assert found == {"plain": 1, "smart": pytest.approx(2 + 2 * ascent), "child": pytest.approx(1 + 4 / 6)}
+
+
 def test_paired_runs_share_rows_and_head_and_their_subset_differs_from_seed_to_seed(root):
     runs = small(root).runs(root)
     rows = {(r.spec["recipe"], r.spec["seeds"]["subset"]): set(make_plan(r).data.train.index) for r in runs}

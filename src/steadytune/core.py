@@ -87,7 +87,9 @@ class Run:
         self.items: Tensor | int | None = None  # tokens of the step over which the trainer averages the loss
         self.penalty_scale = 1.0
         self.passes = Passes()  # of the last step, per micro-batch
-        self.counted = Passes()  # of the step under way
+        self.counted = Passes()  # since this process began the run or went on with it, passes before the first step too
+        self.batches = 0  # micro-batches of the steps taken in that time
+        self._counted = Passes()  # as the step under way began
         self._total_steps, self._loaded_total = total_steps, None
         self._compute: Compute = default_compute
         self._parts: dict[str, Part] = {}
@@ -403,7 +405,7 @@ class Run:
         shards.reshard(self.model)
         self._views.exchange()
         self._entered = True
-        self.counted = Passes()
+        self._counted = copy.copy(self.counted)
         weights = self.weights()
         for method in self.methods:
             method.before_forward(self, self._restrict(method, weights))
@@ -478,8 +480,8 @@ class Run:
         self._views.evaluate(found)
         self._entered = False
         self.index += 1
-        micro = max(1, len(self.batch))
-        self.passes = Passes(self.counted.forwards / micro, self.counted.backwards / micro)
+        self.batches += len(self.batch)
+        self.passes = self.counted.since(self._counted, batches=max(1, len(self.batch)))
         self.batch = []
 
     def _unscale(self, optimizer: Any) -> None:

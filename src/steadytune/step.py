@@ -42,6 +42,10 @@ class Passes:
         self.forwards += forwards
         self.backwards += backwards
 
+    def since(self, before: Passes, batches: int) -> Passes:
+        """What was added, per batch."""
+        return Passes((self.forwards - before.forwards) / batches, (self.backwards - before.backwards) / batches)
+
     @property
     def plain(self) -> float:
         """In plain steps: a backward costs two forwards."""

@@ -81,6 +81,7 @@ class Trained:
         failures: runs that were stopped because their loss did not fall.
         failing: whether the loss of this one did not fall either.
         loss: the last training loss logged, a mean over 2 % of the steps, penalties included.
+        passes: forward and backward passes of a step in those of a plain one, counted since the last resume.
     """
 
     model: PreTrainedModel
@@ -91,6 +92,7 @@ class Trained:
     failures: int = 0
     failing: bool = False
     loss: float | None = None
+    passes: float = 1.0
 
     def record(self) -> dict[str, Any]:
         """All but the model, for JSON."""
@@ -441,7 +443,8 @@ class FitTrainer(Trainer):
             steps = kept.step
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
         loss = losses[-1] if losses and math.isfinite(losses[-1]) else None
-        return Trained(merged(self.model).eval(), steps, seconds, curve, seeds, failures, failing, loss)
+        passes = self.run.counted.plain / self.run.batches if self.run is not None and self.run.batches else 1.0
+        return Trained(merged(self.model).eval(), steps, seconds, curve, seeds, failures, failing, loss, passes)
 
 
 def was_stopped(checkpoint: Path) -> bool:

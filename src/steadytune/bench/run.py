@@ -83,7 +83,6 @@ def execute(run: Run, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
         place = fitting.setup(plan, source, Path(scratch))
         (job,) = fitting.runs(plan)
         trainer = place.trainer(job, job.seeds, Path(scratch, job.name))
-        passes = sum((m.cost.passes - 1 for m in plan.methods), 1.0)
         trained = place.train(job, trainer)
         model = fitting.fitted_model(plan, source, [trained.model])
         ended = time.perf_counter()
@@ -100,7 +99,7 @@ def execute(run: Run, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
             "seconds": time.perf_counter() - started,
             "train_seconds": trained.seconds,
             "test_seconds": tested,
-            "passes": passes,
+            "passes": trained.passes,
             "peak_memory": _peak(),
         },
     }
