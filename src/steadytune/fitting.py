@@ -246,7 +246,7 @@ def make_plan(
         logger.warning("%s", finding.message)
     plan = Plan(
         str(model), chosen, recipe, data, recipe.total_steps(len(data.train)),
-        _headline(metric, data.target), seeds, combine, refit, folds, save_steps, progress,
+        headline(metric, data.target), seeds, combine, refit, folds, save_steps, progress,
     )  # fmt: skip
     _check_selection(plan)
     return plan
@@ -286,7 +286,12 @@ def _check_selection(plan: Plan) -> None:
         raise UsageError("class_weights are for classification, this is regression: leave them out.")
 
 
-def _headline(metric: str | None, target: Target) -> str:
+def headline(metric: str | None, target: Target) -> str:
+    """The metric asked for, or the first of the kind.
+
+    Raises:
+        UsageError: unknown, or not for so many classes.
+    """
     known = METRICS[target.kind]
     if metric is not None and metric not in known:
         raise UsageError(f"unknown metric {metric!r} for {target.kind}.{suggest(metric, known)}")

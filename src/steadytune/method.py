@@ -92,6 +92,9 @@ class Method:
         Must be a pure function of (state, ``run.index``): it may run again for the same index.
         """
 
+    def before_batch(self, run: Run) -> None:
+        """Before the task's own forward of each micro-batch, in list order."""
+
     def penalty(self, step: Step) -> Tensor | None:
         """A scalar added to the loss of one micro-batch."""
 
