@@ -34,9 +34,7 @@ def expected(run, batch, noise, beta):
     model, b = run.model, run[VIBERT].beside
     h = model.bert(**{k: v for k, v in batch.items() if k != "labels"}).pooler_output
     spread = softplus(linear(h, b.weight, b.bias))
-    logits = model.classifier(h + spread * noise) if run[VIBERT].handle is None else None
-    if logits is None:
-        logits = linear(h + spread * noise, model.classifier.weight, model.classifier.bias)
+    logits = linear(h + spread * noise, model.classifier.weight, model.classifier.bias)
     divergence = kl_divergence(Normal(h, spread), Normal(b.prior_mean, softplus(b.prior_spread))).sum(-1).mean()
     return cross_entropy(logits, batch["labels"]) + beta * divergence, divergence
 
@@ -86,9 +84,9 @@ def test_copies_of_a_batch_have_noise_of_their_own(monkeypatch):
 
 
 def test_a_head_that_reads_every_token_counts_the_real_ones():
-    config = transformers.GPT2Config(
-        vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32, num_labels=3, pad_token_id=0, **DRY
-    )
+    dry = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    config = transformers.GPT2Config(num_labels=3, pad_token_id=0, **sizes, **dry)
     torch.manual_seed(0)
     model = transformers.GPT2ForSequenceClassification(config).train()
     run = run_of(model, VIBERT(beta=1.0))
@@ -107,9 +105,6 @@ def test_a_head_that_reads_every_token_counts_the_real_ones():
         task = model(**batch).loss  # the same noise
     divergence = ((values * real).sum(1) / real.sum(1)).mean()
     assert torch.allclose(loss - task, divergence / 2, rtol=1e-4)
-
-
-DRY = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def test_no_noise_in_evaluation_nor_after_the_end():
