@@ -20,6 +20,7 @@ STAGE = 3  # steps of a DPS stage below
 
 
 SETTINGS = {
+    "easy_adapt": {"domain": lambda inputs: inputs["input_ids"][:, 0] % 2},
     "dps_dense": {"update_ratio": STAGE / 12},
     "dps_mix": {"update_ratio": STAGE / 12},
     "recadam": {"gamma": 100.0},  # its default wants a smaller learning rate

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .methods import ClipNorm as ClipNorm
     from .methods import DPSDense as DPSDense
     from .methods import DPSMix as DPSMix
+    from .methods import EasyAdapt as EasyAdapt
     from .methods import Extrapolation as Extrapolation
     from .methods import HypergradientLR as HypergradientLR
     from .methods import Mixout as Mixout
@@ -76,6 +77,7 @@ _HOMES = {
         "ClipNorm",
         "DPSDense",
         "DPSMix",
+        "EasyAdapt",
         "Extrapolation",
         "HypergradientLR",
         "Mixout",

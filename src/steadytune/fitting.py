@@ -231,6 +231,7 @@ def make_plan(
         recipe = dataclasses.replace(recipe, evaluations=REFIT_EVALUATIONS)
     _check(seeds, combine, refit, folds, save_steps, recipe)
     chosen = make_methods(methods)
+    _check_columns(chosen)
     columns = (text,) if isinstance(text, str) else None if text is None else tuple(text)
     table = Table.of(train, columns, label, "train", kind, group)
     data = prepare(
@@ -266,6 +267,16 @@ def _check(seeds: int, combine: str, refit: bool, folds: int, save_steps: int, r
         raise UsageError(f"refit trains on all rows, {what} needs validation rows: leave one of them out.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("fit runs in one process: start it without torchrun, or use steadytune.Trainer.")
+
+
+def _check_columns(methods: Sequence[Method]) -> None:
+    """Batches of `fit` hold tokens and labels."""
+    for method in methods:
+        if method.columns:
+            raise UsageError(
+                f"{type(method).__name__} reads the column {method.columns[0]!r} of each batch, fit passes on text and "
+                "labels only: use steadytune.Trainer, or leave it out."
+            )
 
 
 def _check_selection(plan: Plan) -> None:

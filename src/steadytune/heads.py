@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .checks import check_unwrapped
-from .core import Method, Run, Weight
+from .core import Method, Run, Scope, Weight
 
 
 class Beside(nn.Module):
@@ -32,9 +32,14 @@ class BesideHead(Method):
 
     place: ClassVar[str]
 
-    def build(self, head: Weight) -> Beside:
-        """The module, given the weight (outputs, inputs) of the head's last layer; the same on all ranks."""
+    def build(self, head: Any) -> Beside:
+        """The module for the head's last layer; the same on all ranks."""
         raise NotImplementedError
+
+    @property
+    def scope(self) -> Scope:
+        """The weights beside the model."""
+        return lambda w: w.name.startswith(f"{self.place}.")
 
     def hook(self, head: nn.Module) -> Any:
         """Let the module act on the head; returns a handle."""
@@ -49,7 +54,7 @@ class BesideHead(Method):
                 f"trainable one: use a model for classification, or leave {type(self).__name__} out"
             )
         self.head = run.model.get_submodule(heads[-1].name.rpartition(".")[0])
-        self.beside = self.build(heads[-1]).to(heads[-1].data)
+        self.beside = self.build(self.head).to(heads[-1].data)
         self.handle: Any = None
         run.model.add_module(self.place, self.beside)
 

@@ -80,6 +80,11 @@ class Method:
     cost: ClassVar[Cost] = Cost()  # what it costs beside plain fine-tuning
     where: Callable[[Weight], bool] | None = None  # set by `only`
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of a batch that the method reads and the model never sees."""
+        return ()
+
     def setup(self, run: Run) -> None:
         """Before the optimizer exists: structure, re-initialisation, freezing, references."""
 

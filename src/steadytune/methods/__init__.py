@@ -9,6 +9,7 @@ from .child_tuning import ChildTuningF as ChildTuningF
 from .clip_norm import ClipNorm as ClipNorm
 from .dps import DPSDense as DPSDense
 from .dps import DPSMix as DPSMix
+from .easy_adapt import EasyAdapt as EasyAdapt
 from .ema import EMA as EMA
 from .ema import SWA as SWA
 from .extrapolation import Extrapolation as Extrapolation
@@ -47,6 +48,7 @@ METHODS: dict[str, type[Method]] = {
     "fgm": FGM,
     "pgd": PGD,
     "vibert": VIBERT,
+    "easy_adapt": EasyAdapt,
     "l2sp": L2SP,
     "recadam": RecAdam,
     "extrapolation": Extrapolation,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
-from ..core import Run, Scope, Step, Weight, in_unit
+from ..core import Run, Step, in_unit
 from ..facts import Cost, Paper
 from ..functional import gaussian_kl
 from ..heads import Beside, BesideHead
@@ -83,7 +83,6 @@ class VIBERT(BesideHead):
     beta: float = 2.5e-4
 
     place: ClassVar = "bottleneck"
-    scope: ClassVar[Scope] = staticmethod(lambda w: w.name.startswith("bottleneck."))
     needs_steps: ClassVar = True
     exclusive: ClassVar = "bottleneck"
     conflicts: ClassVar[tuple[str, ...]] = ("models without a classification head", "sharded weights (FSDP2)")
@@ -100,8 +99,8 @@ class VIBERT(BesideHead):
     def __post_init__(self) -> None:
         in_unit("beta", self.beta, zero=True)
 
-    def build(self, head: Weight) -> Bottleneck:
-        return Bottleneck(head.data.size(head.input_dim))
+    def build(self, head: nn.Linear) -> Bottleneck:
+        return Bottleneck(head.in_features)
 
     def hook(self, head: nn.Module) -> Any:
         return head.register_forward_pre_hook(self.beside)
