@@ -272,9 +272,9 @@ def _check(seeds: int, combine: str, refit: bool, folds: int, save_steps: int, r
 def _check_columns(methods: Sequence[Method]) -> None:
     """Batches of `fit` hold tokens and labels."""
     for method in methods:
-        if method.columns:
+        if method.input_columns:
             raise UsageError(
-                f"{type(method).__name__} reads the column {method.columns[0]!r} of each batch, fit passes on text and "
+                f"{type(method).__name__} reads the column {method.input_columns[0]!r} of each batch, fit passes on text and "
                 "labels only: use steadytune.Trainer, or leave it out."
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -20,7 +20,10 @@ class Beside(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None: ...
 
 
-class BesideHead(Method):
+B = TypeVar("B", bound=Beside)
+
+
+class BesideHead(Method, Generic[B]):
     """Base of methods with a `Beside` at the last linear layer of a classifier, which acts in training mode only.
 
     So the model is plain wherever it is evaluated, saved or loaded. The weights beside it belong to the state of the
@@ -32,7 +35,7 @@ class BesideHead(Method):
 
     place: ClassVar[str]
 
-    def build(self, head: Any) -> Beside:
+    def build(self, head: Any) -> B:
         """The module for the head's last layer; the same on all ranks."""
         raise NotImplementedError
 
@@ -54,7 +57,7 @@ class BesideHead(Method):
                 f"trainable one: use a model for classification, or leave {type(self).__name__} out"
             )
         self.head = run.model.get_submodule(heads[-1].name.rpartition(".")[0])
-        self.beside = self.build(self.head).to(heads[-1].data)
+        self.beside: B = self.build(self.head).to(heads[-1].data)
         self.handle: Any = None
         run.model.add_module(self.place, self.beside)
 

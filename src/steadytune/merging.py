@@ -147,8 +147,11 @@ def _scorer(
     ]
     source = Source.open(str(folder.absolute()), target, max_length=record.get("recipe", {}).get("max_length"))
     model.config.pad_token_id = source.config.pad_token_id
-    options = {"text": tables[0].columns[0], "label": tables[0].columns[1], "max_length": source.max_length}
-    fitted = FittedModel([model.to(device()).eval()], source.tokenizer, target, **options)
+    found_text, found_label = tables[0].columns
+    fitted = FittedModel(
+        [model.to(device()).eval()], source.tokenizer, target,
+        text=found_text, label=found_label, max_length=source.max_length,
+    )  # fmt: skip
     sign = -1 if name in SMALLER_IS_BETTER else 1
 
     def score(state: dict[str, Any]) -> float:

@@ -81,7 +81,7 @@ class Method:
     where: Callable[[Weight], bool] | None = None  # set by `only`
 
     @property
-    def columns(self) -> tuple[str, ...]:
+    def input_columns(self) -> tuple[str, ...]:
         """Columns of a batch that the method reads and the model never sees."""
         return ()
 

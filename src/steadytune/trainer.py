@@ -107,8 +107,8 @@ class Trainer(transformers.Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that methods read: the stock Trainer drops what the model has no argument for."""
         super()._set_signature_columns_if_needed()
-        columns: list[str] = self._signature_columns or []
-        self._signature_columns = columns + [c for m in self.methods for c in m.columns if c not in columns]
+        columns: Any = self._signature_columns
+        columns += [name for m in self.methods for name in m.input_columns if name not in columns]
 
     def _method_seed(self) -> int:
         return self.args.seed if self.method_seed is None else self.method_seed

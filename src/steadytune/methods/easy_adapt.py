@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..core import Run, in_unit, whole
 from ..facts import Cost, Paper
@@ -36,6 +37,7 @@ class Domains(Beside):
         self.source, self.drop = source, 0.0
         self.domain: Tensor | None = None
         self.checked = False
+        self.taking: RemovableHandle | None = None  # of `take` at the model, to its end
 
     def take(self, model: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before each forward of the model: the domains of its rows, which it has no argument for."""
@@ -79,7 +81,7 @@ class Domains(Beside):
 
 
 @dataclass
-class EasyAdapt(BesideHead):
+class EasyAdapt(BesideHead[Domains]):
     """Train a head for all domains and a correction of it for each domain; evaluate and save the head for all.
 
     Args:
@@ -124,12 +126,12 @@ class EasyAdapt(BesideHead):
         in_unit("drop", self.drop, zero=True)
 
     @property
-    def columns(self) -> tuple[str, ...]:
+    def input_columns(self) -> tuple[str, ...]:
         return () if callable(self.domain) else (self.domain,)
 
     def setup(self, run: Run) -> None:
         earlier = getattr(run.model, self.place, None)
-        if isinstance(earlier, Domains):
+        if isinstance(earlier, Domains) and earlier.taking is not None:
             earlier.taking.remove()
         super().setup(run)
         self.beside.taking = run.model.register_forward_pre_hook(self.beside.take, with_kwargs=True)

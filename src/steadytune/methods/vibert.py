@@ -56,7 +56,7 @@ class Bottleneck(Beside):
 
 
 @dataclass
-class VIBERT(BesideHead):
+class VIBERT(BesideHead[Bottleneck]):
     """Train the classifier on noisy sentence representations and penalise what they tell beyond a learnt prior.
 
     Args:
@@ -110,6 +110,7 @@ class VIBERT(BesideHead):
 
     def penalty(self, step: Step) -> Tensor:
         values, self.beside.divergence = self.beside.divergence, None
+        assert values is not None  # the task's forward has passed the head
         values = values.unflatten(0, (-1, batch_size(step.inputs))).mean(0)  # over copies
         share = step.index / step.run.steps(self)
         return self.beta * share * step.mean(values if values.dim() == 1 else step.per_example(values))
