@@ -274,8 +274,8 @@ def _check_columns(methods: Sequence[Method]) -> None:
     for method in methods:
         if method.input_columns:
             raise UsageError(
-                f"{type(method).__name__} reads the column {method.input_columns[0]!r} of each batch, fit passes on text and "
-                "labels only: use steadytune.Trainer, or leave it out."
+                f"{type(method).__name__} reads the column {method.input_columns[0]!r} of each batch, fit passes on "
+                "text and labels only: use steadytune.Trainer, or leave it out."
             )
 
 

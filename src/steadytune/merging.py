@@ -61,10 +61,10 @@ def merge_folders(
     _check_labels(models, [model for model, _ in loaded])
     states = [model.state_dict() for model, _ in loaded]
     model, said = loaded[0][0], ""
-    if base is None:
-        _check_heads(models)
-    start = {} if base is None else _body(base, model)
     try:
+        if base is None:
+            _check_heads(models)
+        start = {} if base is None else _body(base, model)
         if how == "uniform":
             merged = merge.uniform(states)
         elif how == "interpolate":
