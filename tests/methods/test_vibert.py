@@ -11,8 +11,9 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import cross_entropy, linear, softplus
 
+from fit_helpers import save_tiny_bert, toy
 from helpers import arguments, batches, bert, collate, copied, llama, rows
-from steadytune import VIBERT, Method, RDrop, Run, Trainer
+from steadytune import VIBERT, Method, RDrop, Run, Trainer, fit
 from steadytune.checks import check_unwrapped
 from steadytune.methods.vibert import Bottleneck
 
@@ -156,6 +157,45 @@ def test_the_best_weights_come_back_at_the_end(tmp_path):
     trainer.train()
     scores = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(scores), abs=1e-6)
+
+
+def test_what_fit_saves_predicts_the_same_without_steadytune(tmp_path):
+    """A soup of two runs, calibrated: all that is done to a head after training."""
+    table = toy(40)
+    result = fit(
+        table, model=save_tiny_bert(tmp_path / "base"), output=tmp_path / "out", text="text", label="label",
+        methods=["vibert:beta=0.1"], steps=6, lr=3e-3, batch_size=8, seeds=2, combine="soup", calibrate=True,
+        validation_share=0.2, save_steps=0, progress=False,
+    )  # fmt: skip
+    texts = table["text"].tolist()
+    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(report.values())
+    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found = model.eval()(**tokens).logits.softmax(-1).numpy()
+    assert found == pytest.approx(result.predict_proba(texts), abs=1e-6)
+    assert found.std(0).max() > 1e-5
+
+
+HEADS = {  # layers above the body, which are called otherwise in each
+    "roberta": (transformers.RobertaForSequenceClassification, transformers.RobertaConfig, "classifier.out_proj"),
+    "electra": (transformers.ElectraForSequenceClassification, transformers.ElectraConfig, "classifier.out_proj"),
+    "tokens": (transformers.BertForTokenClassification, transformers.BertConfig, "classifier"),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_it_finds_the_last_layer_of_other_heads(name):
+    model_class, config_class, head = HEADS[name]
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = model_class(config_class(vocab_size=64, num_labels=3, **sizes)).train()
+    run = run_of(model, VIBERT(beta=1.0))
+    assert run[VIBERT].head is model.get_submodule(head)
+    (batch,) = batches(1)
+    take(run, {**batch, "labels": batch["input_ids"] % 3} if name == "tokens" else batch)
+    assert run[VIBERT].beside.bias.abs().max() > 0
 
 
 def test_what_has_no_place_for_it_is_refused():

@@ -59,7 +59,8 @@ class Extrapolation(Method):
     def before_forward(self, run: Run, weights: Sequence[Weight]) -> None:
         for w in select(weights, self.scope):
             if w.name in self.before:
-                run.show(w, w.data + self.ahead * (run.raw(w.name) - self.before[w.name]))
+                move = run.raw(w.name) - self.before[w.name]
+                run.show(w, move.mul_(self.ahead).add_(w.data))
 
     def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
         if self.ahead:
