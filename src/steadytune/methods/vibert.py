@@ -66,13 +66,14 @@ class VIBERT(BesideHead[Bottleneck]):
     The size of the noise is learnt for each representation and begins at softplus(0) = 0.69, like the prior's. A head
     that reads every token (decoders) has noise at each, and the divergence is the mean over them. Evaluation has no
     noise, so that the model that is saved is a plain one with the same predictions. ``beta = 0`` is not plain
-    fine-tuning: the noise stays.
+    fine-tuning: the noise stays. Under DistributedDataParallel, methods that take a gradient of the task alone (ROSE,
+    Bi-Drop) leave the prior without one: they need ``find_unused_parameters=True``.
 
     Departures:
         The mean of the code is the representation itself, of its full width. The authors put an MLP with a code of 384
-        features between; its place is taken by the layer that every classifier has below its last one (BERT's pooler),
-        as no class of transformers could load the MLP. One draw per example, where the authors average over five; the
-        weight of the divergence rises with each step, theirs with each epoch.
+        features between, which no class of transformers could load; the layer that most encoders have below their last
+        one (BERT's pooler) takes its place. One draw per example, where the authors average over five; the weight of
+        the divergence rises with each step, theirs with each epoch.
 
     Raises:
         ValueError: in setup, for a model without a trainable classification head, or already inside
