@@ -729,7 +729,7 @@ class Run:
         """Bytes that methods and core hold now, beside the model and the optimizer's own state."""
         held = [*self._references.tensors.values(), *self._views.tensors()]
         held += [t for m in self.methods for t in _tensors(m.state_dict())]
-        model = {p.data_ptr() for p in self.model.parameters()}
+        model = {shards.local(p.detach()).data_ptr() for p in self.model.parameters()}
         return sum(t.nbytes for t in {id(t): t for t in held}.values() if t.data_ptr() not in model)
 
     def describe(self) -> str:
