@@ -37,6 +37,7 @@ from steadytune import (
     SIFT,
     SMART,
     SWA,
+    VIBERT,
     BiDrop,
     BregmanProximal,
     ChildTuningD,
@@ -44,6 +45,9 @@ from steadytune import (
     ClipNorm,
     DPSDense,
     DPSMix,
+    EasyAdapt,
+    Extrapolation,
+    HypergradientLR,
     Mixout,
     RDrop,
     RecAdam,
@@ -78,6 +82,10 @@ RECIPES = {
     "LNSR": [LNSR()],
     "FGM": [FGM()],
     "PGD": [PGD()],
+    "VIBERT": [VIBERT()],
+    "EasyAdapt": [EasyAdapt(domain=lambda inputs: inputs["input_ids"][:, 0] % 2)],
+    "Extrapolation": [Extrapolation()],
+    "HypergradientLR": [HypergradientLR()],
 }
 TARGETS = {"DPSDense": 0.01, "Mixout": 0.02, "DPSMix": 0.03, "EMA": 0.03}
 CYCLE = 40  # steps of one DPS cycle

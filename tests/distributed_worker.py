@@ -43,6 +43,7 @@ from steadytune import (
     SIFT,
     SMART,
     SWA,
+    VIBERT,
     BiDrop,
     BregmanProximal,
     ChildTuningD,
@@ -50,6 +51,9 @@ from steadytune import (
     ClipNorm,
     DPSDense,
     DPSMix,
+    EasyAdapt,
+    Extrapolation,
+    HypergradientLR,
     Method,
     Mixout,
     RDrop,
@@ -224,6 +228,11 @@ def train(run: Run, *, micro: int = 2, steps: int = STEPS, before=None, sync: bo
 # ---------------------------------------------------------------------- DDP
 
 
+def by_length(inputs: dict) -> torch.Tensor:
+    """A row's domain."""
+    return inputs["attention_mask"].sum(1) % 2
+
+
 DDP_RECIPES = {
     "mix_ema": lambda: [DPSMix(**STAGES), EMA(0.8)],
     "dense": lambda: [DPSDense(**STAGES), ClipNorm(0.5)],
@@ -243,6 +252,7 @@ DDP_RECIPES = {
     "lnsr": lambda: [LNSR(scale=0.2)],
     "adversarial": lambda: [FGM(0.5), PGD(0.5, steps=2)],
     "penalties": lambda: [RDrop(), R3F(scale=0.1), LNSR(scale=0.2)],
+    "beside": lambda: [VIBERT(beta=0.1), EasyAdapt(domain=by_length, drop=0.0), Extrapolation(0.5)],
 }
 TWO_DRAWS = ("rdrop", "rose_first", "rose_ensemble", "bi_drop", "penalties")
 
@@ -254,7 +264,9 @@ def first_look(model: nn.Module) -> list[list[dict]]:
 
 def ddp_recipe(name: str, kind: str = "adamw", *, micro: int = 2) -> dict:
     model = hash_dropout(bert()) if name in TWO_DRAWS else bert()
-    run = Run(ddp(model), DDP_RECIPES[name](), total_steps=STEPS, data=lambda: first_look(model))
+    first = name == "beside"  # what adds weights comes before the wrapper
+    run = Run(model if first else ddp(model), DDP_RECIPES[name](), total_steps=STEPS, data=lambda: first_look(model))
+    run.wrapper = ddp(model) if first else run.wrapper
     run.attach(optimizer_of(model, kind))
     with hash_noise():
         return train(run, micro=micro)
@@ -443,6 +455,7 @@ SHARDED_RECIPES = {
     "bi_drop": (lambda: hash_dropout(bert()), lambda: [BiDrop(0.5, scope="linear"), EMA(0.8)]),
     "sift": (bert, lambda: [SIFT(0.1, batches=2, scope="linear")]),
     "conv1d": (gpt2, lambda: [Mixout(keep=0.6), DPSMix(**STAGES), EMA(0.8)]),
+    "rates": (bert, lambda: [Extrapolation(0.5), HypergradientLR(0.3), EMA(0.8)]),
     "random_penalties": (bert, lambda: [R3F(scale=0.1), R4F(scale=0.1), EMA(0.8)]),
     "everywhere": (gpt2, lambda: [DPSMix(**STAGES, scope=has_gradient, threshold="global"), L2SP(0.3)]),
 }

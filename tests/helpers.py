@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from steadytune import Step
+from steadytune.methods.vibert import Bottleneck
 
 VOCABULARY, LENGTH = 64, 12  # LENGTH: of the longest row
 
@@ -121,8 +122,9 @@ def arguments(folder: Any, **changes: Any) -> transformers.TrainingArguments:
 
 
 def copied(model: nn.Module) -> dict[str, Tensor]:
-    """The weights as they are now."""
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    """The weights of the state dict as they are now; what methods put beside the model belongs to their state."""
+    saved = model.state_dict().keys()
+    return {name: p.detach().clone() for name, p in model.named_parameters() if name in saved}
 
 
 def tensors(value: Any, path: str = "") -> dict[str, Tensor]:
@@ -228,12 +230,15 @@ def hash_noise() -> Iterator[None]:
         contents = [str(ids[mask].tolist()) for ids, mask in zip(step.inputs["input_ids"], real, strict=True)]
         return step.unpadded(torch.stack([hashed_noise_of(c, width, blank.dtype)[: blank.size(1)] for c in contents]))
 
-    before = Step.draw
-    Step.draw = draw  # type: ignore[method-assign,assignment]
+    def around(bottleneck: Bottleneck, mean: Tensor) -> Tensor:
+        return torch.cos(10 * mean.detach())
+
+    before = Step.draw, Bottleneck.draw
+    Step.draw, Bottleneck.draw = draw, around  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
-        Step.draw = before  # type: ignore[method-assign]
+        Step.draw, Bottleneck.draw = before  # type: ignore[method-assign]
 
 
 def interrupt(model: nn.Module, after: int, error: type[BaseException] = KeyboardInterrupt) -> Callable[[], None]:

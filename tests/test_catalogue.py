@@ -20,6 +20,7 @@ STAGE = 3  # steps of a DPS stage below
 
 
 SETTINGS = {
+    "easy_adapt": {"domain": lambda inputs: inputs["input_ids"][:, 0] % 2},
     "dps_dense": {"update_ratio": STAGE / 12},
     "dps_mix": {"update_ratio": STAGE / 12},
     "recadam": {"gamma": 100.0},  # its default wants a smaller learning rate
@@ -143,6 +144,8 @@ def test_docstrings_are_parsed():
     )
     assert prose == ("First line.", "Second.", "Third.")
     assert catalogue.arguments(sections["Args"]) == {"a": ("[0, 1)", "one two."), "b": ("", "three.")}
+    alone = catalogue.parse("First.\n\nArgs:\n    a in [0, 1): one\n        two.\n")[1]
+    assert catalogue.arguments(alone["Args"]) == {"a": ("[0, 1)", "one two.")}
 
 
 def test_moments_come_from_the_class_and_conflicts_from_exclusive():

@@ -39,12 +39,13 @@ FLOORS = {
     "core": 2,
     "delta": 2,
     "masks": 2,
+    "heads": 2,
     "methods": 3,
     "trainer": 4,
     "catalogue": 4,
     "config": 5,
     "doctor": 5,
-    "merging": 5,
+    "merging": 8,
     "training": 5,
     "fitted": 6,
     "estimate": 6,
@@ -57,7 +58,7 @@ FLOORS = {
     "estimators": 8,
     "cli": 10,
 }
-SIDEWAYS = {("views", "method"), ("tasks", "data"), ("masks", "core")}  # on one floor, one way only
+SIDEWAYS = {("views", "method"), ("tasks", "data"), ("masks", "core"), ("heads", "core")}  # on one floor, one way only
 NO_TORCH = (
     "reading",
     "guards",

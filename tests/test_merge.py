@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
-from fit_helpers import save_tiny_bert
+from fit_helpers import save_tiny_bert, toy
 from helpers import assert_same, copied
-from steadytune import merge
+from steadytune import FittedModel, merge
 from steadytune.cli import app
+from steadytune.data import Target
 
 ATOL = 1e-10
 
@@ -184,6 +185,107 @@ def test_the_verb_adds_task_vectors(desk):
     name = "bert.pooler.dense.weight"  # base + 0.5 * (0.1 + 0.3), one = base + 0.1
     assert (found[name] - one[name] - 0.1).abs().max() < 1e-6
     assert torch.equal(found["classifier.weight"], one["classifier.weight"])
+
+
+NAMES = ("LABEL_0", "LABEL_1", "LABEL_2")
+
+
+@pytest.fixture
+def judged(desk, tmp_path):
+    """Three models that disagree, rows labelled by the mean of two of them, and what tells a state dict's accuracy."""
+    model = AutoModelForSequenceClassification.from_pretrained("one")
+    tokenizer = AutoTokenizer.from_pretrained("one")
+    start = copied(model)
+    fitted = FittedModel([model.eval()], tokenizer, Target(NAMES), max_length=16)
+
+    def moved(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return {n: p + 0.3 * torch.randn(p.shape, generator=generator) for n, p in start.items()}
+
+    rows = toy(32)[["text"]].rename(columns={"text": "words"})
+    states = [moved(seed) for seed in (1, 2, 3)]
+    model.load_state_dict(merge.uniform(states[:2]))
+    shift = torch.tensor(fitted.predict_proba(rows["words"].tolist())).log().mean(0)
+    for state in states:
+        state["classifier.bias"] -= shift  # so that the mean of two answers with all labels
+    for name, state in zip(("a", "b", "c"), states, strict=True):
+        model.load_state_dict(state)
+        model.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    model.load_state_dict(merge.uniform(states[:2]))
+    rows = rows.assign(answer=fitted.predict(rows["words"].tolist()))
+    assert rows["answer"].nunique() > 1
+    rows.to_csv("rows.csv", index=False)
+
+    def accuracy(state):
+        model.load_state_dict(state)
+        return float((fitted.predict(rows["words"].tolist()) == rows["answer"]).mean())
+
+    return states, accuracy
+
+
+ROWS = ["--validation", "rows.csv", "--text", "words", "--label", "answer"]
+
+
+def test_the_verb_makes_a_greedy_soup(desk, judged):
+    states, accuracy = judged
+    soup, chosen = merge.greedy(states, accuracy)
+    assert 1 < len(chosen) < 3 or accuracy(soup) > max(map(accuracy, states))
+    done = desk("a", "b", "c", "--how", "greedy", *ROWS, "--output", "soup")
+    assert done.exit_code == 0, done.output
+    named = ", ".join("abc"[i] for i in chosen)
+    assert f"{len(chosen)} of 3 models: {named} (accuracy {accuracy(soup):.4f} on the validation rows)" in done.stdout
+    assert_same(weights("soup"), soup)
+
+
+def test_the_verb_paints_with_the_best_share(desk, judged):
+    states, accuracy = judged
+    start = {n: t for n, t in weights("one").items() if not n.startswith("classifier")}
+    start = {n: t - 0.1 for n, t in start.items()}  # the base lies 0.1 below
+    painted, alpha = merge.paint(start, states[0], accuracy)
+    done = desk("a", "--how", "paint", "--base", "base", *ROWS, "--output", "out")
+    assert done.exit_code == 0, done.output
+    assert f"alpha {alpha:g} (accuracy {accuracy(painted):.4f} on the validation rows)" in done.stdout
+    assert_same(weights("out"), painted, atol=1e-6)
+
+
+def test_the_score_is_the_mean_over_tables_and_smaller_errors_are_better(desk):
+    model = AutoModelForSequenceClassification.from_pretrained("base", num_labels=1)
+    for name in "abc":
+        torch.nn.init.constant_(model.classifier.weight, 0.0)
+        torch.nn.init.constant_(model.classifier.bias, {"a": 0.0, "b": 2.0, "c": 8.0}[name])  # a model of one answer
+        model.save_pretrained(name)
+        AutoTokenizer.from_pretrained("base").save_pretrained(name)
+    for file, value in (("low.csv", 0.0), ("high.csv", 3.0)):  # two tables: the mean error is least between them
+        toy(8)[["text"]].assign(label=value).to_csv(file, index=False)
+    words = ["--validation", "low.csv", "--validation", "high.csv", "--metric", "rmse"]
+    done = desk("a", "b", "c", "--how", "greedy", *words, "--output", "soup")
+    assert done.exit_code == 0, done.output
+    found = weights("soup")["classifier.bias"].item()
+    assert (found, "rmse 1.5000" in done.stdout) == (1.0, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["one", "two", "--how", "greedy", "--output", "x"], "labelled rows: give them with --validation FILE"),
+        (["one", "two", *ROWS, "--output", "x"], "--how uniform scores nothing: leave --validation out"),
+        (["one", "--how", "greedy", *ROWS, "--output", "x"], "a greedy soup needs at least two models, got 1"),
+        (["one", "two", "--how", "greedy", "--base", "base", *ROWS, "--output", "x"], "a greedy soup has no base"),
+        (["one", "--how", "paint", *ROWS, "--output", "x"], "--how paint needs the pre-trained model: --base DIR"),
+        (["one", "two", "--how", "paint", "--base", "base", *ROWS, "--output", "x"], "one model, got 2"),
+        (["one", "two", "--how", "greedy", *ROWS, "--metric", "rmse", "--output", "x"], "unknown metric 'rmse'"),
+        (["one", "two", "--how", "greedy", "--validation", "no.csv", "--output", "x"], "no.csv: no such file"),
+        (["one", "two", "--how", "greedy", *ROWS, "--output", "x"], "label 'down' (in 8 of 8 rows)"),
+        (["one", "two", "--how", "greedy", *ROWS[:-1], "absent", "--output", "x"], "'absent'"),
+    ],
+    ids=str,
+)
+def test_mistakes_with_rows_are_one_line_too(desk, words, message):
+    toy(8)[["text", "label"]].set_axis(["words", "answer"], axis=1).to_csv("rows.csv", index=False)
+    done = desk(*words)
+    assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize(

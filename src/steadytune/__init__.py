@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .methods import SIFT as SIFT
     from .methods import SMART as SMART
     from .methods import SWA as SWA
+    from .methods import VIBERT as VIBERT
     from .methods import BiDrop as BiDrop
     from .methods import BregmanProximal as BregmanProximal
     from .methods import ChildTuningD as ChildTuningD
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from .methods import ClipNorm as ClipNorm
     from .methods import DPSDense as DPSDense
     from .methods import DPSMix as DPSMix
+    from .methods import EasyAdapt as EasyAdapt
+    from .methods import Extrapolation as Extrapolation
+    from .methods import HypergradientLR as HypergradientLR
     from .methods import Mixout as Mixout
     from .methods import RDrop as RDrop
     from .methods import RecAdam as RecAdam
@@ -59,6 +63,7 @@ _HOMES = {
         "METHODS",
         "SIFT",
         "SWA",
+        "VIBERT",
         "BiDrop",
         "ChildTuningD",
         "ChildTuningF",
@@ -72,6 +77,9 @@ _HOMES = {
         "ClipNorm",
         "DPSDense",
         "DPSMix",
+        "EasyAdapt",
+        "Extrapolation",
+        "HypergradientLR",
         "Mixout",
         "RDrop",
         "RecAdam",

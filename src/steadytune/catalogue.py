@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -114,7 +115,7 @@ def parse(doc: str) -> tuple[tuple[str, ...], dict[str, str]]:
             target = prose
         target.append(line)
     paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", "\n".join(prose)))
-    return tuple(filter(None, paragraphs)), {k: inspect.cleandoc("\n".join(v)) for k, v in sections.items()}
+    return tuple(filter(None, paragraphs)), {k: textwrap.dedent("\n".join(v)).strip() for k, v in sections.items()}
 
 
 def _options(cls: type[Method]) -> tuple[Option, ...]:

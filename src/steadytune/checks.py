@@ -62,6 +62,15 @@ def check_model(model: nn.Module) -> None:
         )
 
 
+def check_unwrapped(wrapper: Any, name: str) -> None:
+    """Raise for a model inside DistributedDataParallel, on behalf of the method ``name``, which adds weights."""
+    if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            f"{name} adds weights to the model, which DistributedDataParallel would not average: make the Run of the "
+            "bare model, then wrap the model and call run.loss(batch, model=wrapper)"
+        )
+
+
 def check_wrapper(wrapper: Any) -> None:
     """Raise for a wrapper that would not see what methods write, or cannot accumulate."""
     check_model(wrapper)

@@ -416,12 +416,22 @@ def merge(
     how: Annotated[
         str,
         typer.Option(
-            help="uniform: their mean (a soup); interpolate: (1 - alpha) base + alpha model (WiSE-FT); "
-            "add: base + alpha times the sum of (model - base) (task arithmetic)."
+            help="uniform: their mean (a soup); greedy: the mean of those that do not lower the score; interpolate: "
+            "(1 - alpha) base + alpha model (WiSE-FT); paint: the same with the best alpha; add: base + alpha times "
+            "the sum of (model - base) (task arithmetic)."
         ),
     ] = "uniform",
-    base: Annotated[Path | None, typer.Option(help="Directory of the pre-trained model, for the last two.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Directory of the pre-trained model, for the last three.")] = None,
     alpha: Annotated[float, typer.Option(help="Share of the model, or factor of the sum.")] = 0.5,
+    validation: Annotated[
+        list[str] | None,
+        _option(INPUT, "File of labelled text by which greedy and paint choose; repeatable, the scores are averaged."),
+    ] = None,
+    text: Annotated[
+        list[str] | None, _option(INPUT, "Its text column; give it twice for pairs. [dim]\\[default: found][/]")
+    ] = None,
+    label: Annotated[str | None, _option(INPUT, "Its label column. [dim]\\[default: found][/]")] = None,
+    metric: Annotated[str | None, _option(INPUT, "Metric that chooses.")] = None,
 ) -> None:
     """Merge models of one beginning into one Hugging Face model directory.
 
@@ -430,7 +440,12 @@ def merge(
     with _errors_in_one_line():
         from .merging import merge_folders
 
-        merge_folders(models, output, how=how, base=base, alpha=alpha)
+        said = merge_folders(
+            models, output, how=how, base=base, alpha=alpha, validation=validation or (), text=text, label=label,
+            metric=metric,
+        )  # fmt: skip
+    if said:
+        typer.echo(said)
     typer.echo(f"Model: {output}")
 
 

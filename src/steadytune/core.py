@@ -349,6 +349,8 @@ class Run:
         self.enter()
         check_wrapper(self.wrapper)
         self.batch.append(inputs)
+        for method in self.methods:
+            method.before_batch(self)
         copies = max((m.copies for m in self.methods), default=1)
         penalties = [m for m in self.methods if overrides(m, "penalty")]
         if penalties:
@@ -644,6 +646,15 @@ class Run:
         dist.all_reduce(squares, group=group)
         return list(squares.sqrt().unbind())
 
+    def dot(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+        """Inner product of two lists of tensors, each taken as one vector, over all their pieces, as a 0-d tensor."""
+        products = [torch.dot(a.flatten(), b.flatten()) for a, b in zip(first, second, strict=True)]
+        total = torch.stack(products).sum()
+        group = self._group()
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        return total
+
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Average tensors over ranks, in place; nothing on one process."""
         if self.world > 1:
@@ -720,7 +731,8 @@ class Run:
         """Bytes that methods and core hold now, beside the model and the optimizer's own state."""
         held = [*self._references.tensors.values(), *self._views.tensors()]
         held += [t for m in self.methods for t in _tensors(m.state_dict())]
-        return sum(t.nbytes for t in {id(t): t for t in held}.values())
+        model = {shards.local(p.detach()).data_ptr() for p in self.model.parameters()}
+        return sum(t.nbytes for t in {id(t): t for t in held}.values() if t.data_ptr() not in model)
 
     def describe(self) -> str:
         """The recipe as a table: each method with its fields, moments of the step and weights."""

@@ -35,6 +35,7 @@ EXTRAS = {"peft": "peft", "datasets": "hub"}  # what is optional, and the extra 
 CALLED = {
     "call_model_init": "with model_init, methods would act on a model that is not trained",
     "create_accelerator_and_postprocess": "accumulated gradients would be divided twice",
+    "_set_signature_columns_if_needed": "EasyAdapt would not find its column",
     "create_optimizer": "methods would never see a step",
     "create_scheduler": "DPS would not know the number of steps",
     "get_batch_samples": "accumulated gradients would be scaled wrongly",

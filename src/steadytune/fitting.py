@@ -231,6 +231,7 @@ def make_plan(
         recipe = dataclasses.replace(recipe, evaluations=REFIT_EVALUATIONS)
     _check(seeds, combine, refit, folds, save_steps, recipe)
     chosen = make_methods(methods)
+    _check_columns(chosen)
     columns = (text,) if isinstance(text, str) else None if text is None else tuple(text)
     table = Table.of(train, columns, label, "train", kind, group)
     data = prepare(
@@ -246,7 +247,7 @@ def make_plan(
         logger.warning("%s", finding.message)
     plan = Plan(
         str(model), chosen, recipe, data, recipe.total_steps(len(data.train)),
-        _headline(metric, data.target), seeds, combine, refit, folds, save_steps, progress,
+        headline(metric, data.target), seeds, combine, refit, folds, save_steps, progress,
     )  # fmt: skip
     _check_selection(plan)
     return plan
@@ -268,6 +269,16 @@ def _check(seeds: int, combine: str, refit: bool, folds: int, save_steps: int, r
         raise UsageError("fit runs in one process: start it without torchrun, or use steadytune.Trainer.")
 
 
+def _check_columns(methods: Sequence[Method]) -> None:
+    """Batches of `fit` hold tokens and labels."""
+    for method in methods:
+        if method.input_columns:
+            raise UsageError(
+                f"{type(method).__name__} reads the column {method.input_columns[0]!r} of each batch, fit passes on "
+                "text and labels only: use steadytune.Trainer, or leave it out."
+            )
+
+
 def _check_selection(plan: Plan) -> None:
     """What selects needs rows to select on."""
     if plan.refit and plan.select is not None:
@@ -286,7 +297,12 @@ def _check_selection(plan: Plan) -> None:
         raise UsageError("class_weights are for classification, this is regression: leave them out.")
 
 
-def _headline(metric: str | None, target: Target) -> str:
+def headline(metric: str | None, target: Target) -> str:
+    """The metric asked for, or the first of the kind.
+
+    Raises:
+        UsageError: unknown, or not for so many classes.
+    """
     known = METRICS[target.kind]
     if metric is not None and metric not in known:
         raise UsageError(f"unknown metric {metric!r} for {target.kind}.{suggest(metric, known)}")

@@ -94,6 +94,12 @@ def jeffreys_to_constants(a: Tensor, b: Tensor) -> Tensor:
     return kl(a.detach(), b) + kl(b.detach(), a)
 
 
+def gaussian_kl(mean: Tensor, spread: Tensor, prior_mean: Tensor, prior_spread: Tensor) -> Tensor:
+    """``KL(N(mean, spread^2) || N(prior_mean, prior_spread^2))`` of independent features, (..., width) -> (...)."""
+    gap = (spread.square() + (mean - prior_mean).square()) / (2 * prior_spread.square())
+    return (gap + (prior_spread / spread).log() - 0.5).sum(-1)
+
+
 def odds_gap(a: Tensor, b: Tensor, floor: float = 1e-6) -> Tensor:
     """``2 * sum of p_a * (log odds of p_a - log odds of p_b)``, (..., classes) -> (...).
 

@@ -6,19 +6,30 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .data import UsageError, suggest
+from .data import Table, Target, UsageError, resolve, suggest
 from .output import MEMBERS, RECORD, writing
+from .tasks import SMALLER_IS_BETTER
 
-WAYS = ("uniform", "interpolate", "add")
+WAYS = ("uniform", "greedy", "interpolate", "paint", "add")
+FROM_BASE, SCORED = ("interpolate", "paint", "add"), ("greedy", "paint")
 
 
 def merge_folders(
-    models: Sequence[Path], output: Path, *, how: str = "uniform", base: Path | None = None, alpha: float = 0.5
-) -> None:
+    models: Sequence[Path],
+    output: Path,
+    *,
+    how: str = "uniform",
+    base: Path | None = None,
+    alpha: float = 0.5,
+    validation: Sequence[str | Path] = (),
+    text: Sequence[str] | None = None,
+    label: str | None = None,
+    metric: str | None = None,
+) -> str:
     """Merge Hugging Face model directories into a new one, which appears whole or not at all.
 
     Config, tokenizer and, where the base has none, the head are those of the first model.
@@ -26,49 +37,76 @@ def merge_folders(
     Args:
         models: directories of fine-tuned models of one architecture.
         output: directory to make; new or empty.
-        how: ``"uniform"``: their mean; ``"interpolate"``: ``(1 - alpha) * base + alpha * model``, for one model;
-            ``"add"``: ``base + alpha * sum of (model - base)``.
-        base: directory of the pre-trained model, for the last two.
+        how: ``"uniform"``: their mean; ``"greedy"``: the mean of those that do not lower the score; ``"interpolate"``:
+            ``(1 - alpha) * base + alpha * model``, for one model; ``"paint"``: the same with the alpha of 0, 0.1, ... 1
+            that scores best; ``"add"``: ``base + alpha * sum of (model - base)``.
+        base: directory of the pre-trained model, for the last three.
         alpha: share of the fine-tuned model, or factor of the task vectors.
+        validation: for ``"greedy"`` and ``"paint"``, tables of labelled text as `fit` takes them; the score is the mean
+            over them. The rows that choose cannot tell how good the choice is: keep others for the test.
+        text: their text columns; by default those of the fit behind the first model, else found.
+        label: their label column; likewise.
+        metric: the score; by default the first of the model's kind.
+
+    Returns:
+        What was chosen, in a sentence; empty where nothing was.
 
     Raises:
         UsageError: what was asked for cannot be done; nothing is written.
     """
     from . import merge
 
-    _check(models, output, how, base)
+    _check(models, output, how, base, validation)
     loaded = [_load(path) for path in models]
     _check_labels(models, [model for model, _ in loaded])
     states = [model.state_dict() for model, _ in loaded]
-    model = loaded[0][0]
+    model, said = loaded[0][0], ""
     try:
         if base is None:
             _check_heads(models)
+        start = {} if base is None else _body(base, model)
+        if how == "uniform":
             merged = merge.uniform(states)
+        elif how == "interpolate":
+            merged = merge.interpolate(start, states[0], alpha)
+        elif how == "add":
+            vectors = [merge.task_vector(start, state) for state in states]
+            merged = {**states[0], **merge.add_vectors(start, vectors, alpha)}
         else:
-            start = _body(base, model)
-            if how == "interpolate":
-                merged = merge.interpolate(start, states[0], alpha)
+            states[0] = {name: tensor.clone() for name, tensor in states[0].items()}  # the model itself is written to
+            score, name = _scorer(model, models[0], validation, text, label, metric)
+            if how == "greedy":
+                merged, chosen = merge.greedy(states, score)
+                said = f"{len(chosen)} of {len(models)} models: {', '.join(str(models[i]) for i in chosen)}"
             else:
-                vectors = [merge.task_vector(start, state) for state in states]
-                merged = {**states[0], **merge.add_vectors(start, vectors, alpha)}
+                merged, alpha = merge.paint(start, states[0], score)
+                said = f"alpha {alpha:g}"
+            found = score(merged) * (-1 if name in SMALLER_IS_BETTER else 1)
+            said += f" ({name} {found:.4f} on the validation rows)"
+    except UsageError:
+        raise
     except ValueError as error:
         raise UsageError(f"{error}.") from error
     model.load_state_dict(merged)
     _write(model, models[0], output)
+    return said
 
 
-def _check(models: Sequence[Path], output: Path, how: str, base: Path | None) -> None:
+def _check(models: Sequence[Path], output: Path, how: str, base: Path | None, validation: Sequence[Any]) -> None:
     if how not in WAYS:
         raise UsageError(f"unknown way to merge {how!r}.{suggest(how, WAYS)}")
-    if how == "uniform" and len(models) < 2:
-        raise UsageError(f"a uniform soup needs at least two models, got {len(models)}.")
-    if how == "interpolate" and len(models) != 1:
+    if how in ("uniform", "greedy") and len(models) < 2:
+        raise UsageError(f"a {how} soup needs at least two models, got {len(models)}.")
+    if how in ("interpolate", "paint") and len(models) != 1:
         raise UsageError(f"interpolation is between --base and one model, got {len(models)} models.")
-    if how == "uniform" and base is not None:
-        raise UsageError("a uniform soup has no base: leave --base out, or choose --how interpolate or add.")
-    if how != "uniform" and base is None:
+    if how not in FROM_BASE and base is not None:
+        raise UsageError(f"a {how} soup has no base: leave --base out, or choose --how interpolate, paint or add.")
+    if how in FROM_BASE and base is None:
         raise UsageError(f"--how {how} needs the pre-trained model: --base DIR.")
+    if how in SCORED and not validation:
+        raise UsageError(f"--how {how} chooses by a score on labelled rows: give them with --validation FILE.")
+    if how not in SCORED and validation:
+        raise UsageError(f"--how {how} scores nothing: leave --validation out, or choose --how greedy or paint.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"output {output} exists and is not empty: choose another --output DIR.")
     if not output.absolute().parent.is_dir():
@@ -78,6 +116,64 @@ def _check(models: Sequence[Path], output: Path, how: str, base: Path | None) ->
             raise UsageError(f"{path} is no Hugging Face model directory: it holds no config.json.")
         if (path / MEMBERS).is_dir():
             raise UsageError(f"{path} is an ensemble: merge the models in {path / MEMBERS} instead.")
+
+
+def _scorer(
+    model: Any,
+    folder: Path,
+    validation: Sequence[str | Path],
+    text: Sequence[str] | None,
+    label: str | None,
+    metric: str | None,
+) -> tuple[Callable[[dict[str, Any]], float], str]:
+    """What scores a state dict of a text classifier on tables (larger is better), and the metric's name.
+
+    The state dict is loaded into ``model``.
+    """
+    import numpy as np
+
+    from .fitted import FittedModel
+    from .fitting import headline
+    from .modelling import Source
+    from .training import device
+
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        raise UsageError(f"{folder} is a {type(model).__name__}: only text classifiers can be scored on rows.")
+    target, record = _target(model.config), _record(folder)
+    name, columns = headline(metric, target), record.get("columns", {})
+    text, label = text or columns.get("text"), label or columns.get("label")
+    tables = [
+        resolve(Table.of(rows, None if text is None else tuple(text), label, "validation")) for rows in validation
+    ]
+    source = Source.open(str(folder.absolute()), target, max_length=record.get("recipe", {}).get("max_length"))
+    model.config.pad_token_id = source.config.pad_token_id
+    found_text, found_label = tables[0].columns
+    fitted = FittedModel(
+        [model.to(device()).eval()], source.tokenizer, target,
+        text=found_text, label=found_label, max_length=source.max_length,
+    )  # fmt: skip
+    sign = -1 if name in SMALLER_IS_BETTER else 1
+
+    def score(state: dict[str, Any]) -> float:
+        model.load_state_dict(state)
+        found = [fitted.evaluate(table)[name] for table in tables]
+        return float(np.mean([-np.inf if value is None else sign * value for value in found]))
+
+    return score, name
+
+
+def _target(config: Any) -> Target:
+    """What a text classifier predicts, as its config says."""
+    if config.num_labels == 1 or config.problem_type == "regression":
+        return Target()
+    names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    return Target(names, multi=config.problem_type == "multi_label_classification")
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """The record of the fit behind a model directory; empty where there is none."""
+    file = folder / RECORD
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _load(path: Path, kind: Any = None) -> tuple[Any, set[str]]:
@@ -115,11 +211,7 @@ def _check_labels(paths: Sequence[Path], models: Sequence[Any]) -> None:
 
 def _check_heads(paths: Sequence[Path]) -> None:
     """Heads that began differently have nothing in common to average; told from the records of fits."""
-    seeds = {}
-    for path in paths:
-        record = path / RECORD
-        if record.is_file():
-            seeds[path] = json.loads(record.read_text(encoding="utf-8"))["recipe"]["seeds"]["init"]
+    seeds = {path: record["recipe"]["seeds"]["init"] for path in paths if (record := _record(path))}
     if len(set(seeds.values())) > 1:
         said = ", ".join(f"{path} with {seed}" for path, seed in seeds.items())
         raise UsageError(f"the heads were drawn with different seeds ({said}): train again with one --init-seed.")

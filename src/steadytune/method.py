@@ -80,6 +80,11 @@ class Method:
     cost: ClassVar[Cost] = Cost()  # what it costs beside plain fine-tuning
     where: Callable[[Weight], bool] | None = None  # set by `only`
 
+    @property
+    def input_columns(self) -> tuple[str, ...]:
+        """Columns of a batch that the method reads and the model never sees."""
+        return ()
+
     def setup(self, run: Run) -> None:
         """Before the optimizer exists: structure, re-initialisation, freezing, references."""
 
@@ -91,6 +96,9 @@ class Method:
 
         Must be a pure function of (state, ``run.index``): it may run again for the same index.
         """
+
+    def before_batch(self, run: Run) -> None:
+        """Before the task's own forward of each micro-batch, in list order."""
 
     def penalty(self, step: Step) -> Tensor | None:
         """A scalar added to the loss of one micro-batch."""

@@ -225,6 +225,10 @@ class Step:
         """(batch, length, width) values with zeros at padding."""
         return values if self.real is None else values * self.real.unsqueeze(-1)
 
+    def per_example(self, values: Tensor) -> Tensor:
+        """Mean over the real tokens of each example: (batch, length) -> (batch,)."""
+        return values.mean(1) if self.real is None else (values * self.real).sum(1) / self.real.sum(1).clamp(min=1)
+
     # ------------------------------------------------------------------ what a penalty compares, and its mean
 
     def distances(

@@ -104,6 +104,12 @@ class Trainer(transformers.Trainer):
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
             raise ValueError("FSDP1 flattens weights before the methods can see them: set fsdp_version to 2")
 
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns that methods read: the stock Trainer drops what the model has no argument for."""
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        columns += [name for m in self.methods for name in m.input_columns if name not in columns]
+
     def _method_seed(self) -> int:
         return self.args.seed if self.method_seed is None else self.method_seed
 

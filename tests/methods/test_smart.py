@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import batches, bert, collate, copied, llama, rows
+from helpers import batches, bert, collate, copied, hash_dropout, hash_noise, llama, rows
 from steadytune import FGM, LNSR, PGD, R3F, SMART, BregmanProximal, Method, RDrop, Run, Step, Trainer
 from steadytune.anatomy import input_embedding
 from steadytune.functional import jeffreys, jeffreys_to_constants, kl, odds_gap
@@ -505,6 +505,9 @@ COSTS = {  # forwards, backwards of a step; a backward to the embeddings only is
     "fgm": ([FGM()], (3, 2.5)),
     "pgd": ([PGD(steps=3)], (5, 3.5)),
     "rdrop and r3f": ([RDrop(), R3F()], (3, 3)),  # the clean logits are shared
+    "rdrop, r3f and smart": ([RDrop(), R3F(), SMART(dropout="fresh")], (5, 4.5)),
+    "r3f, smart and lnsr": ([R3F(), SMART(), LNSR()], (5, 4.5)),
+    "rdrop and smart": ([RDrop(), SMART()], (6, 5)),  # the draw of the doubled batch takes the doubled batch
 }
 
 
@@ -533,6 +536,31 @@ def test_passes_are_counted_and_are_the_work_that_is_done(name):
     assert run.passes.plain == (forwards + 2 * backwards) / 3
     assert work / plain == pytest.approx(run.passes.plain, abs=0.05)
     assert f"{forwards} forwards, {backwards:g} backwards ({run.passes.plain:.1f} plain steps)" in run.describe()
+
+
+SHARING = {
+    "two draws": [RDrop(), R3F(scale=0.1), SMART(0.05, 0.05, noise=0.01, dropout="fresh")],
+    "one draw": [R3F(scale=0.1, dropout="same"), SMART(0.05, 0.05, noise=0.01), LNSR(scale=0.2)],
+}
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_penalties_that_share_the_clean_forward_add_up_to_what_each_adds_alone(name):
+    (batch,) = batches(1)
+
+    def passed(*methods):
+        """The loss of one step, and its passes."""
+        run = run_of(hash_dropout(bert(dtype=torch.float64)), *methods)
+        with hash_noise():
+            loss = run.loss(batch).detach()
+        return loss, run.counted
+
+    (together, shared), alone = passed(*SHARING[name]), [passed(method) for method in SHARING[name]]
+    task, _ = passed()
+    assert torch.allclose(together - task, sum(loss - task for loss, _ in alone), atol=1e-12)
+    assert all(abs(loss - task) > 1e-4 for loss, _ in alone)
+    assert shared.forwards == sum(passes.forwards for _, passes in alone) - 2  # three clean forwards are one
+    assert shared.backwards == sum(passes.backwards for _, passes in alone) - 2
 
 
 def test_passes_are_those_of_a_micro_batch_and_logged(tmp_path):

@@ -9,8 +9,11 @@ from .child_tuning import ChildTuningF as ChildTuningF
 from .clip_norm import ClipNorm as ClipNorm
 from .dps import DPSDense as DPSDense
 from .dps import DPSMix as DPSMix
+from .easy_adapt import EasyAdapt as EasyAdapt
 from .ema import EMA as EMA
 from .ema import SWA as SWA
+from .extrapolation import Extrapolation as Extrapolation
+from .hypergradient_lr import HypergradientLR as HypergradientLR
 from .l2sp import L2SP as L2SP
 from .lnsr import LNSR as LNSR
 from .mixout import Mixout as Mixout
@@ -24,6 +27,7 @@ from .rose import ROSESecond as ROSESecond
 from .sift import SIFT as SIFT
 from .smart import SMART as SMART
 from .smart import BregmanProximal as BregmanProximal
+from .vibert import VIBERT as VIBERT
 
 METHODS: dict[str, type[Method]] = {
     "dps_dense": DPSDense,
@@ -43,8 +47,12 @@ METHODS: dict[str, type[Method]] = {
     "lnsr": LNSR,
     "fgm": FGM,
     "pgd": PGD,
+    "vibert": VIBERT,
+    "easy_adapt": EasyAdapt,
     "l2sp": L2SP,
     "recadam": RecAdam,
+    "extrapolation": Extrapolation,
+    "hypergradient_lr": HypergradientLR,
     "clip_norm": ClipNorm,
     "ema": EMA,
     "swa": SWA,

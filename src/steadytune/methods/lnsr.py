@@ -92,7 +92,7 @@ class LNSR(Method):
         noisy = step.forward(dropout="same", add={module: noise}, output_hidden_states=True)["hidden_states"]
         pairs = zip(noisy[at + 1 :], clean[at + 1 :], strict=True)
         moved = torch.stack([full(a - b).square().mean(-1) for a, b in pairs]).sum(0)
-        return self.weight * step.mean(per_example(moved, step.real))
+        return self.weight * step.mean(step.per_example(moved))
 
     def draw(self, step: Step, hidden: Tensor) -> Tensor:
         """z, like the output of the block (batch, length, width)."""
@@ -101,8 +101,3 @@ class LNSR(Method):
             return self.scale * length * step.draw(self, hidden.size(-1)) / hidden.size(-1) ** 0.5
         toward = self.scale * (hidden.roll(1, 0) - hidden)
         return toward if step.real is None else toward * step.real.roll(1, 0).unsqueeze(-1)
-
-
-def per_example(values: Tensor, real: Tensor | None) -> Tensor:
-    """Mean over the tokens of each example: (batch, length) -> (batch,)."""
-    return values.mean(1) if real is None else (values * real).sum(1) / real.sum(1).clamp(min=1)

@@ -1,0 +1,91 @@
+"""What methods share that put something beside the head of a model, of which its checkpoints know nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from .checks import check_unwrapped
+from .core import Method, Run, Scope, Weight
+
+
+class Beside(nn.Module):
+    """A module whose weights train with a model but are in none of its state dicts: a method keeps them."""
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+B = TypeVar("B", bound=Beside)
+
+
+class BesideHead(Method, Generic[B]):
+    """Base of methods with a `Beside` at the last linear layer of a classifier, which acts in training mode only.
+
+    So the model is plain wherever it is evaluated, saved or loaded. The weights beside it belong to the state of the
+    run; they join the optimizer in `attach`, unless it was built after the run.
+
+    Attributes:
+        place: name of the module in the model.
+    """
+
+    place: ClassVar[str]
+
+    def build(self, head: Any) -> B:
+        """The module for the head's last layer; the same on all ranks."""
+        raise NotImplementedError
+
+    @property
+    def scope(self) -> Scope:
+        """The weights beside the model."""
+        return lambda w: w.name.startswith(f"{self.place}.")
+
+    def hook(self, head: nn.Module) -> Any:
+        """Let the module act on the head; returns a handle."""
+        raise NotImplementedError
+
+    def setup(self, run: Run) -> None:
+        check_unwrapped(run.wrapper, type(self).__name__)
+        heads = [w for w in run.weights(self) if w.head and w.kind == "linear"]
+        if not heads:
+            raise ValueError(
+                f"{type(self).__name__} acts on the last layer of a classification head, but this model has no "
+                f"trainable one: use a model for classification, or leave {type(self).__name__} out"
+            )
+        self.head = run.model.get_submodule(heads[-1].name.rpartition(".")[0])
+        self.beside: B = self.build(self.head).to(heads[-1].data)
+        self.handle: Any = None
+        run.model.add_module(self.place, self.beside)
+
+    def attach(self, run: Run) -> None:
+        optimizer: Any = run.optimizer
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [p for p in self.beside.parameters() if id(p) not in known]
+        if missing:
+            optimizer.add_param_group({"params": missing})
+
+    def before_forward(self, run: Run, weights: Sequence[Weight]) -> None:
+        if run.sharded:
+            raise RuntimeError(
+                f"{type(self).__name__} keeps weights beside the model, but these are sharded (FSDP2): use "
+                "DistributedDataParallel"
+            )
+        if self.handle is None:
+            self.handle = self.hook(self.head)
+
+    def finish(self, run: Run) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"beside": {name: p.detach() for name, p in self.beside.named_parameters()}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, p in self.beside.named_parameters():
+            p.copy_(state["beside"][name])

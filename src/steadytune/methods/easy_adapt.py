@@ -1,0 +1,155 @@
+"""EasyAdapt: a head for all domains, and beside it for each domain what is special about it.
+
+Daume III: Frustratingly Easy Domain Adaptation. ACL 2007, arXiv 0907.1815.
+
+    features (h, h, 0, ...) for rows of domain 1, (h, 0, h, ...) for rows of domain 2, ...: one linear layer on them is
+
+    logits = (W + W_d) h + b + b_d        in training, for rows of domain d
+    logits = W h + b                      in evaluation, for rows of any domain
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..core import Run, in_unit, whole
+from ..facts import Cost, Paper
+from ..heads import Beside, BesideHead
+
+
+class Domains(Beside):
+    """Adds to a layer's outputs in training mode what is special about each row's domain; a forward hook.
+
+    Attributes:
+        domain: (rows,) of the batch under way, -1 for a domain that is not known.
+    """
+
+    def __init__(self, layer: nn.Linear, domains: int, source: str | Callable[[Mapping[str, Any]], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(domains, layer.out_features, layer.in_features))
+        self.bias = None if layer.bias is None else nn.Parameter(torch.zeros(domains, layer.out_features))
+        self.source, self.drop = source, 0.0
+        self.domain: Tensor | None = None
+        self.checked = False
+        self.taking: RemovableHandle | None = None  # of `take` at the model, to its end
+
+    def take(self, model: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Before each forward of the model: the domains of its rows, which it has no argument for."""
+        if callable(self.source):
+            self.domain = self.source(inputs)
+        else:
+            self.domain = inputs.get(self.source)
+            inputs = {key: value for key, value in inputs.items() if key != self.source}
+        if model.training and self.domain is None:
+            raise RuntimeError(
+                f"EasyAdapt finds no column {self.source!r} in the batch ({', '.join(inputs)}): put the number of each "
+                "row's domain there (-1 where it is not known), or name the column that holds it with domain="
+            )
+        if self.domain is not None and not self.checked:
+            self.check(self.domain)
+        return args, inputs
+
+    def check(self, domain: Tensor) -> None:
+        """Raise unless the numbers of the first batch are those of domains: later ones are left to torch's indexing."""
+        known = len(self.weight)
+        if domain.dim() != 1 or domain.is_floating_point() or not bool(((domain >= -1) & (domain < known)).all()):
+            raise ValueError(
+                f"domains must be one whole number a row from -1 (not known) to {known - 1}, got {domain.tolist()}: "
+                "number them from 0, and say how many there are with domains="
+            )
+        self.checked = True
+
+    def forward(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if not layer.training or self.domain is None:
+            return None
+        known = self.domain.ge(0) & (self.draw(self.domain) >= self.drop)
+        own = self.domain.clamp(min=0)
+        special = torch.einsum("row,r...w->r...o", self.weight[own], args[0])
+        if self.bias is not None:
+            special = special + self.bias[own].view(len(own), *[1] * (output.dim() - 2), -1)
+        return output + special * known.view(-1, *[1] * (output.dim() - 1))
+
+    def draw(self, domain: Tensor) -> Tensor:
+        """Uniform numbers for the rows, drawn as dropout is: from torch's random state."""
+        return torch.rand(domain.shape, device=domain.device)
+
+
+@dataclass
+class EasyAdapt(BesideHead[Domains]):
+    """Train a head for all domains and a correction of it for each domain; evaluate and save the head for all.
+
+    Args:
+        domains in [2, inf): how many there are in the training rows.
+        domain: the column of the batch that holds each row's domain, a number from 0, or -1 where it is not known; it
+            never reaches the model. Or a function of the inputs that gives these numbers.
+        drop in [0, 1]: share of the rows that train without the correction of their domain, so that the head serves
+            rows of a new domain by itself.
+
+    What the domains have in common goes into the head, the more so the stronger the weight decay, which holds the
+    corrections near zero. `specialised` gives the head of one domain. `Trainer` keeps the column; `fit` has none.
+
+    Departures:
+        The augmented features are never built: the head and the corrections are the blocks of their weights. A share of
+        the rows is treated as of no known domain.
+
+    Raises:
+        ValueError: in setup, for a model without a trainable classification head, or already inside
+            DistributedDataParallel.
+        RuntimeError: at the first step, for weights in pieces (FSDP2), or a batch without the column.
+    """
+
+    domains: int = 2
+    domain: str | Callable[[Mapping[str, Any]], Tensor] = "domain"
+    drop: float = 0.2
+
+    place: ClassVar = "domains"
+    exclusive: ClassVar = "set of domains"
+    conflicts: ClassVar[tuple[str, ...]] = ("models without a classification head", "sharded weights (FSDP2)")
+    cost: ClassVar = Cost()
+    paper: ClassVar = Paper(
+        authors=("Hal Daume",),
+        title="Frustratingly Easy Domain Adaptation",
+        booktitle="Proceedings of the Annual Meeting of the Association of Computational Linguistics",
+        venue="ACL",
+        year=2007,
+        arxiv="0907.1815",
+    )
+
+    def __post_init__(self) -> None:
+        whole("domains", self.domains, 2)
+        in_unit("drop", self.drop, zero=True)
+
+    @property
+    def input_columns(self) -> tuple[str, ...]:
+        return () if callable(self.domain) else (self.domain,)
+
+    def setup(self, run: Run) -> None:
+        earlier = getattr(run.model, self.place, None)
+        if isinstance(earlier, Domains) and earlier.taking is not None:
+            earlier.taking.remove()
+        super().setup(run)
+        self.beside.taking = run.model.register_forward_pre_hook(self.beside.take, with_kwargs=True)
+
+    def build(self, head: nn.Linear) -> Domains:
+        found = Domains(head, self.domains, self.domain)
+        found.drop = self.drop
+        return found
+
+    def hook(self, head: nn.Module) -> Any:
+        return head.register_forward_hook(self.beside)
+
+    @torch.no_grad()
+    def specialised(self, domain: int) -> dict[str, Tensor]:
+        """The head of one domain, for ``head.load_state_dict`` in a copy of the model: weight and bias.
+
+        Args:
+            domain: its number.
+        """
+        found = {name: p + getattr(self.beside, name)[domain] for name, p in self.head.named_parameters(recurse=False)}
+        return {name: p.detach() for name, p in found.items()}

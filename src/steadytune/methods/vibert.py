@@ -1,0 +1,117 @@
+"""VIBERT: only what the task needs may pass from the sentence representation to the classifier.
+
+Mahabadi, Belinkov, Henderson: Variational Information Bottleneck for Effective Low-Resource Fine-Tuning.
+ICLR 2021, arXiv 2106.05469.
+
+With h the input of the last layer, in training:
+
+    z = h + sigma(h) * N(0, I)         sigma(h) = softplus(A h + a)         logits = last layer of z
+    L = task(z) + beta * t / T * mean over examples of  KL(N(h, sigma(h)^2) || N(m, softplus(s)^2))
+    evaluation: z = h
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, softplus
+
+from ..core import Run, Step, in_unit
+from ..facts import Cost, Paper
+from ..functional import gaussian_kl
+from ..heads import Beside, BesideHead
+from ..step import batch_size, full
+
+
+class Bottleneck(Beside):
+    """Makes the input of a layer in training mode a draw around it; a forward pre-hook.
+
+    Attributes:
+        listening: whether the next draw leaves its ``divergence`` (rows,) or (rows, length) from the prior.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(width, width)), nn.Parameter(torch.zeros(width))
+        self.prior_mean, self.prior_spread = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.listening = False
+        self.divergence: Tensor | None = None
+
+    def forward(self, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not layer.training:
+            return None
+        mean, *rest = args
+        spread = softplus(linear(mean, self.weight, self.bias))
+        if self.listening:
+            self.divergence = gaussian_kl(full(mean), full(spread), self.prior_mean, softplus(self.prior_spread))
+            self.listening = False
+        return (mean + spread * self.draw(mean), *rest)
+
+    def draw(self, mean: Tensor) -> Tensor:
+        """Standard normal noise, drawn as dropout is: from torch's random state."""
+        return torch.randn_like(mean)
+
+
+@dataclass
+class VIBERT(BesideHead[Bottleneck]):
+    """Train the classifier on noisy sentence representations and penalise what they tell beyond a learnt prior.
+
+    Args:
+        beta in [0, 1]: weight of the divergence at the end of the training; it rises linearly from 0. The authors add
+            1e-5 per epoch for 25 epochs.
+
+    The size of the noise is learnt for each representation and begins at softplus(0) = 0.69, like the prior's. A head
+    that reads every token (decoders) has noise at each, and the divergence is the mean over them. Evaluation has no
+    noise, so that the model that is saved is a plain one with the same predictions. ``beta = 0`` is not plain
+    fine-tuning: the noise stays. Under DistributedDataParallel, methods that take a gradient of the task alone (ROSE,
+    Bi-Drop) leave the prior without one: they need ``find_unused_parameters=True``.
+
+    Departures:
+        The mean of the code is the representation itself, of its full width. The authors put an MLP with a code of 384
+        features between, which no class of transformers could load; the layer that most encoders have below their last
+        one (BERT's pooler) takes its place. One draw per example, where the authors average over five; the weight of
+        the divergence rises with each step, theirs with each epoch.
+
+    Raises:
+        ValueError: in setup, for a model without a trainable classification head, or already inside
+            DistributedDataParallel.
+        RuntimeError: at the first step, for weights in pieces (FSDP2).
+    """
+
+    beta: float = 2.5e-4
+
+    place: ClassVar = "bottleneck"
+    needs_steps: ClassVar = True
+    exclusive: ClassVar = "bottleneck"
+    conflicts: ClassVar[tuple[str, ...]] = ("models without a classification head", "sharded weights (FSDP2)")
+    cost: ClassVar = Cost()
+    paper: ClassVar = Paper(
+        authors=("Rabeeh Karimi Mahabadi", "Yonatan Belinkov", "James Henderson"),
+        title="Variational Information Bottleneck for Effective Low-Resource Fine-Tuning",
+        booktitle="International Conference on Learning Representations",
+        venue="ICLR",
+        year=2021,
+        arxiv="2106.05469",
+    )
+
+    def __post_init__(self) -> None:
+        in_unit("beta", self.beta, zero=True)
+
+    def build(self, head: nn.Linear) -> Bottleneck:
+        return Bottleneck(head.in_features)
+
+    def hook(self, head: nn.Module) -> Any:
+        return head.register_forward_pre_hook(self.beside)
+
+    def before_batch(self, run: Run) -> None:
+        self.beside.listening = True
+
+    def penalty(self, step: Step) -> Tensor:
+        values, self.beside.divergence = self.beside.divergence, None
+        assert values is not None  # the task's forward has passed the head
+        values = values.unflatten(0, (-1, batch_size(step.inputs))).mean(0)  # over copies
+        share = step.index / step.run.steps(self)
+        return self.beta * share * step.mean(values if values.dim() == 1 else step.per_example(values))

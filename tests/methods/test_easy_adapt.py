@@ -1,0 +1,119 @@
+"""EasyAdapt: the augmented features it stands for, what is evaluated, and where the domains come from."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, one_hot
+
+from fit_helpers import toy
+from helpers import arguments, batches, bert, collate, copied, rows
+from steadytune import EasyAdapt, Run, Trainer
+from steadytune.data import UsageError
+from steadytune.fitting import make_plan
+from steadytune.methods.easy_adapt import Domains
+
+DOMAINS = torch.tensor([0, 1, 1, -1])
+
+
+def run_of(model, *methods, parameters=None):
+    return Run(model, methods).attach(torch.optim.SGD(parameters or model.parameters(), 0.5))
+
+
+def take(run, batch):
+    run.loss(batch).backward()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+
+
+def test_it_is_one_layer_on_augmented_features():
+    """(h, h, 0), (h, 0, h) and, for a domain that is not known, (h, 0, 0); h ends with a 1 for the bias."""
+    model = bert(dropout=0.0, dtype=torch.float64)
+    data = batches(4)
+    head = [model.classifier.weight, model.classifier.bias]
+    layer = torch.cat([head[0].detach(), head[1].detach()[:, None], torch.zeros(3, 34, dtype=torch.float64)], 1)
+    run = run_of(model, EasyAdapt(drop=0.0), parameters=head)
+    for batch in data:
+        with torch.no_grad():
+            h = model.bert(batch["input_ids"], batch["attention_mask"]).pooler_output
+        h = torch.cat([h, torch.ones(4, 1, dtype=h.dtype)], 1)
+        own = one_hot(DOMAINS.clamp(min=0), 2) * (DOMAINS >= 0)[:, None]
+        features = torch.cat([h, h * own[:, :1], h * own[:, 1:]], 1)
+        layer.requires_grad_()
+        (gradient,) = torch.autograd.grad(cross_entropy(features @ layer.T, batch["labels"]), layer)
+        layer = layer.detach() - 0.5 * gradient
+        take(run, {**batch, "domain": DOMAINS})
+    shared, first, second = layer.split(17, 1)
+    assert torch.allclose(model.classifier.weight, shared[:, :-1], atol=1e-12)
+    for number, own in enumerate((first, second)):
+        found = run[EasyAdapt].specialised(number)
+        assert torch.allclose(found["weight"], (shared + own)[:, :-1], atol=1e-12)
+        assert torch.allclose(found["bias"], (shared + own)[:, -1], atol=1e-12)
+    assert not torch.allclose(first, second, atol=1e-3)
+
+
+def test_evaluation_knows_no_domain_and_a_specialised_head_is_a_plain_one():
+    (batch,) = batches(1)
+    model, plain = bert(dropout=0.0), bert(dropout=0.0)
+    run = run_of(model, EasyAdapt(drop=0.0))
+    take(run, {**batch, "domain": DOMAINS})
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        trained = model(**batch, domain=torch.ones(4, dtype=torch.long)).logits  # in training mode
+        clean = model.eval()(**batch, domain=DOMAINS).logits
+        assert torch.equal(clean, plain(**batch).logits)
+        special = copy.deepcopy(plain)
+        special.classifier.load_state_dict(run[EasyAdapt].specialised(1))
+        assert torch.allclose(special(**batch).logits, trained, atol=1e-6)
+        assert not torch.allclose(trained, clean, atol=1e-3)
+
+
+def test_dropped_rows_train_the_head_for_all_alone(monkeypatch):
+    (batch,) = batches(1)
+    monkeypatch.setattr(Domains, "draw", lambda self, domain: torch.tensor([0.1, 0.9, 0.9, 0.9]))
+    run = run_of(bert(dropout=0.0), EasyAdapt(drop=0.5))
+    take(run, {**batch, "domain": torch.tensor([0, 1, 1, 1])})
+    moved = run[EasyAdapt].state_dict()["beside"]["weight"].abs().amax((1, 2))
+    assert (float(moved[0]), float(moved[1]) > 0) == (0.0, True)
+
+
+def test_the_trainer_keeps_the_column_and_checkpoints_are_plain(tmp_path):
+    """Naive: the stock Trainer drops what the model has no argument for."""
+
+    def with_domains(examples):
+        return [{**e, "domain": i % 2} for i, e in enumerate(examples)]
+
+    def together(examples):
+        return {**collate(examples), **({"domain": torch.tensor([e["domain"] for e in examples])})}
+
+    options = arguments(tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=3)
+    trainer = Trainer(
+        bert(), options, train_dataset=with_domains(rows(16)), eval_dataset=with_domains(rows(8, seed=1)),
+        data_collator=together, methods=[EasyAdapt()],
+    )  # fmt: skip
+    trainer.train()
+    assert all(p.abs().max() > 0 for p in trainer.run[EasyAdapt].state_dict()["beside"].values())
+    held = type(trainer.model).from_pretrained(tmp_path / "checkpoint-3")
+    assert all(torch.equal(w, copied(trainer.model)[n]) for n, w in copied(held).items())
+    trainer.evaluate()  # after the end, with the column
+
+
+def test_batches_without_domains_or_with_others_are_refused():
+    (batch,) = batches(1)
+    with pytest.raises(RuntimeError, match=r"finds no column 'domain' in the batch .*name the column .* with domain="):
+        run_of(bert(), EasyAdapt()).loss(batch)
+    for odd in (DOMAINS + 1, DOMAINS - 1, DOMAINS.float(), DOMAINS[:, None]):
+        with pytest.raises(ValueError, match=r"domains must be one whole number a row from -1 \(not known\) to 1"):
+            run_of(bert(), EasyAdapt()).loss({**batch, "domain": odd})
+    with pytest.raises(UsageError, match=r"reads the column 'domain' .* use steadytune\.Trainer"):
+        make_plan(toy(40), model="m", text="text", label="label", methods=["easy_adapt"])
+
+
+def test_a_second_run_on_one_model_finds_the_column_too():
+    (batch,) = batches(1)
+    model = bert()
+    run_of(model, EasyAdapt()).finish()
+    take(run_of(model, EasyAdapt()), {**batch, "domain": DOMAINS})
