@@ -35,9 +35,10 @@ FLOORS = {
     "recipe": 4,
     "output": 2,
     "guards": 2,
-    "modelling": 2,
+    "modelling": 3,
     "core": 2,
     "delta": 2,
+    "adapters": 2,
     "masks": 2,
     "methods": 3,
     "trainer": 4,
@@ -57,7 +58,8 @@ FLOORS = {
     "estimators": 8,
     "cli": 10,
 }
-SIDEWAYS = {("views", "method"), ("tasks", "data"), ("masks", "core")}  # on one floor, one way only
+# On one floor, one way only.
+SIDEWAYS = {("views", "method"), ("tasks", "data"), ("masks", "core"), ("adapters", "delta")}
 NO_TORCH = (
     "reading",
     "guards",

@@ -73,6 +73,27 @@ def blocks(model: nn.Module) -> list[list[nn.Module]]:
     return [block for root in _roots(model) or [model] for block in _blocks(root, body)]
 
 
+def depths(model: nn.Module) -> dict[str, int]:
+    """How far up the model each parameter acts, under the names of `anatomy`.
+
+    The index of its block; -1 for embeddings and all that stands before the blocks; the number of blocks for heads and
+    all that stands after them (pooler, last norm). What stands between blocks (the end of an encoder that a decoder
+    follows) belongs to the block before it.
+    """
+    parts, count = anatomy(model), len(blocks(model))
+    last = max((i for i, part in enumerate(parts.values()) if part.block is not None), default=-1)
+    found, here = {}, -1
+    for i, (name, part) in enumerate(parts.items()):
+        if part.head:
+            found[name] = count
+        elif part.block is None and part.kind == "embedding":
+            found[name] = -1
+        else:
+            here = part.block if part.block is not None else count if i > last else here
+            found[name] = here
+    return found
+
+
 def input_embedding(model: nn.Module) -> nn.Module:
     """Find the module whose output is the token embedding: the encoder's, if encoder and decoder have their own.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from numbers import Integral
 from typing import Any
 
@@ -60,6 +61,17 @@ def check_model(model: nn.Module) -> None:
             "torch.nn.DataParallel is not supported: its replicas race on the methods' state. "
             "Use torchrun (DistributedDataParallel), or one device with CUDA_VISIBLE_DEVICES=0"
         )
+
+
+def check_order(methods: Sequence[Any]) -> None:
+    """Raise for a method that changes the model behind the back of one that has looked at its weights."""
+    for earlier, later in pairwise(methods):
+        if later.structure and not earlier.structure:
+            first, second = type(later).__name__, type(earlier).__name__
+            raise ValueError(
+                f"{first} changes the model or what of it is trained, after {second} has looked at its weights: put "
+                f"{first} before {second} in the list"
+            )
 
 
 def check_wrapper(wrapper: Any) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import state
+from .adapters import adapter_size, save_adapters
 from .core import WEIGHT_VERBS, Method, Run, bare, overrides
 from .methods import ClipNorm
 
@@ -254,13 +255,16 @@ class Trainer(transformers.Trainer):
         return Path(folder, SIDE_FILE.replace(".", f"{rank}.", 1))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Checkpoints gain the methods' state; a model saved by the user is plain."""
+        """Checkpoints gain the methods' state; a model saved by the user is plain, beside a file of its adapters."""
         now = self.args.max_grad_norm
         self.args.max_grad_norm = now if self._taken_norm is None else self._taken_norm  # args are saved as given
         try:
             super().save_model(output_dir, _internal_call)
         finally:
             self.args.max_grad_norm = now
+        assert self.model is not None
+        if self.args.should_save and adapter_size(self.model) is not None:
+            save_adapters(output_dir or self.args.output_dir or "", self.model)
         if output_dir is None or not os.path.basename(output_dir).startswith(PREFIX_CHECKPOINT_DIR):
             return
         run = self.run
