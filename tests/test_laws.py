@@ -933,7 +933,7 @@ def test_interrupted_in_the_middle_of_a_step_leave_restores_the_evaluated_weight
     else:
         loss = loop.run.loss(data[3])
         if where == "backward":
-            handle = loop.model.bert.encoder.layer[1].register_full_backward_hook(_raise)
+            handle = loop.model.bert.pooler.register_full_backward_hook(_raise)
             with pytest.raises(KeyboardInterrupt):  # some penalties have a backward of their own inside the loss
                 loop.run.loss(data[3]).backward()
             handle.remove()

@@ -76,21 +76,22 @@ def blocks(model: nn.Module) -> list[list[nn.Module]]:
 def depths(model: nn.Module) -> dict[str, int]:
     """How far up the model each parameter acts, under the names of `anatomy`.
 
-    The index of its block; -1 for embeddings and all that stands before the blocks; the number of blocks for heads and
-    all that stands after them (pooler, last norm). What stands between blocks (the end of an encoder that a decoder
+    The index of its block; -1 for embeddings, what is named for them (`emb`: their norms and projections, which BART
+    registers behind its blocks) and all else that stands before the blocks; the number of blocks for heads and what
+    stands after the blocks (pooler, last norm). What stands between blocks (the end of an encoder that a decoder
     follows) belongs to the block before it.
     """
     parts, count = anatomy(model), len(blocks(model))
     last = max((i for i, part in enumerate(parts.values()) if part.block is not None), default=-1)
     found, here = {}, -1
     for i, (name, part) in enumerate(parts.items()):
-        if part.head:
-            found[name] = count
-        elif part.block is None and part.kind == "embedding":
+        if part.head or part.block is not None:
+            found[name] = count if part.block is None else part.block
+        elif part.kind == "embedding" or "emb" in name:
             found[name] = -1
         else:
-            here = part.block if part.block is not None else count if i > last else here
-            found[name] = here
+            found[name] = count if i > last else here
+        here = here if part.block is None else part.block
     return found
 
 
