@@ -54,6 +54,19 @@ def check_dropout(model: nn.Module, name: str) -> None:
         )
 
 
+PREFIXED = ("PREFIX_TUNING", "CARTRIDGE")  # kinds of PEFT's prompts that act on keys and values, not as tokens
+
+
+def check_lengths(model: Any, name: str) -> None:
+    """Raise where PEFT puts vectors of its own before the tokens, on behalf of the method ``name``."""
+    for config in getattr(model, "peft_config", {}).values():
+        if config.is_prompt_learning and config.peft_type not in PREFIXED:
+            raise ValueError(
+                f"{name} compares hidden states token by token, and {config.peft_type.value} puts vectors before the "
+                "tokens of the batch: use prefix tuning or LoRA, or R3F or SMART"
+            )
+
+
 def check_model(model: nn.Module) -> None:
     """Raise for DataParallel."""
     if isinstance(model, nn.DataParallel):
