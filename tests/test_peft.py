@@ -41,6 +41,8 @@ def test_a_fit_trains_little_and_its_folder_predicts_the_same(tmp_path, bert, ki
     result = fit(toy(48), model=bert, output=tmp_path / "o", evaluations=2, save_steps=2, **QUICK, **options(kind))
     expected = result.predict_proba(TEXTS)
     assert np.array_equal(FittedModel.load(result.output).predict_proba(TEXTS), expected)
+    library = {"ia3": "transformers", "adapters": "steadytune"}.get(kind, "peft")
+    assert f"library_name: {library}\n" in (result.output / "README.md").read_text()
     plain = (result.output / "config.json").exists()
     assert plain == (kind == "ia3")
     if plain:

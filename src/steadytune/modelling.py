@@ -237,12 +237,12 @@ def adapted(model: PreTrainedModel, lora: bool | None, kind: str | None = None) 
             f"a model of {size / 1e9:.1f} billion weights is trained with PEFT's {kind}: pip install "
             "'steadytune[peft]', or train all weights with lora=False (--no-lora)."
         ) from error
-    own: dict[str, Any] = {
+    settings: dict[str, dict[str, Any]] = {
         "lora": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"},
         "ia3": {},
         "prefix": {"num_virtual_tokens": 20},
         "prompt": {"num_virtual_tokens": 20},
-    }[kind]
+    }
     configs = {
         "lora": peft.LoraConfig,
         "ia3": peft.IA3Config,
@@ -251,7 +251,7 @@ def adapted(model: PreTrainedModel, lora: bool | None, kind: str | None = None) 
     }
     heads = sorted({name.split(".")[0] for name, part in anatomy(model).items() if part.head})
     try:  # PEFT knows two names of heads and would freeze, and never save, the others
-        config = configs[kind](task_type=peft.TaskType.SEQ_CLS, modules_to_save=heads, **own)
+        config = configs[kind](task_type=peft.TaskType.SEQ_CLS, modules_to_save=heads, **settings[kind])
         found: Any = peft.get_peft_model(model, config)
     except (ValueError, KeyError, AttributeError) as error:
         raise _unfit(model, kind, error) from error

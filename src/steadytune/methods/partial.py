@@ -32,6 +32,9 @@ class TopLayers(Method):
     Gradients and optimizer state exist for what is trained only, and the backward pass ends there. With activation
     checkpointing, use ``use_reentrant=False``: torch's re-entrant kind gives no gradients above frozen embeddings.
 
+    Departures:
+        Three blocks by default, a quarter of a base-sized model; the authors try every number.
+
     Raises:
         ValueError: in setup, for a PEFT model, or one with fewer blocks.
     """

@@ -35,6 +35,10 @@ class ReInit(Method):
     pre-trained value: anchors leave them out as they do a new head. Run the method on the pre-trained model, also when
     a training is resumed: the trained weights are loaded afterwards.
 
+    Departures:
+        One block by default; the authors choose the number for each task. They write of BERT, whose initialiser draws
+        matrices from N(0, initializer_range^2), with biases zero and norms one.
+
     Raises:
         ValueError: in setup, for a model that is not transformers', has too few blocks (ALBERT's share their weights
             and are one), or whose top blocks are frozen (PEFT); in attach, if a method after it froze them.
