@@ -66,8 +66,8 @@ def insert(model: nn.Module, size: int) -> list[str]:
     layers = [outputs(block) for block in found]
     if not found or min(map(len, layers)) < 2:
         raise ValueError(
-            f"adapters go behind attention and feed-forward of every block, which are not known for {name}: use LoRA, "
-            "or BitFit"
+            f"adapters go behind attention and feed-forward of every block, which are not known for {name}, or "
+            "quantised: use LoRA, or BitFit"
         )
     for layer in (layer for block in layers for layer in block):
         if hasattr(layer, "adapter"):
@@ -84,7 +84,9 @@ def outputs(block: Sequence[nn.Module]) -> list[Any]:
         layer
         for module in block
         for path, layer in module.named_modules()
-        if path.endswith(OUTPUTS) and getattr(layer, "weight", None) is not None and not isinstance(layer, uncalled)
+        if path.endswith(OUTPUTS)
+        and not isinstance(layer, uncalled)
+        and getattr(layer, "weight", torch.tensor(0)).is_floating_point()  # no norm without weights, nothing quantised
     ]
     return list(dict.fromkeys(matrices))
 

@@ -255,7 +255,7 @@ class Trainer(transformers.Trainer):
         return Path(folder, SIDE_FILE.replace(".", f"{rank}.", 1))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Checkpoints gain the methods' state; a model saved by the user is plain, beside a file of its adapters."""
+        """Checkpoints gain the methods' state; a model saved by the user is plain, unless it has `Adapters`."""
         now = self.args.max_grad_norm
         self.args.max_grad_norm = now if self._taken_norm is None else self._taken_norm  # args are saved as given
         try:
@@ -264,7 +264,9 @@ class Trainer(transformers.Trainer):
             self.args.max_grad_norm = now
         assert self.model is not None
         if self.args.should_save and adapter_size(self.model) is not None:
-            save_adapters(output_dir or self.args.output_dir or "", self.model)
+            folder = Path(output_dir or self.args.output_dir or "")
+            save_adapters(folder, self.model)
+            (folder / "config.json").unlink(missing_ok=True)  # read as a model, it would be one without its adapters
         if output_dir is None or not os.path.basename(output_dir).startswith(PREFIX_CHECKPOINT_DIR):
             return
         run = self.run

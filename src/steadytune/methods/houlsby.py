@@ -27,10 +27,9 @@ class Adapters(Method):
 
     Until they are trained the bottlenecks are the identity. They are not linear, so that no plain model has the same
     outputs: `steadytune.save_adapters` stores what was trained and `steadytune.load_adapters` puts it into the
-    pre-trained model. `steadytune.Trainer` writes that file beside the model in every folder that it saves; read
-    without it, such a folder is the model without its adapters, as the warning of transformers about unexpected
-    weights says. What `fit` writes cannot be read by mistake: it is no model directory. The authors' learning rates
-    are 3e-5 to 3e-3. As to activation checkpointing see `TopLayers`.
+    pre-trained model. `steadytune.Trainer` writes that file into every folder that it saves, and `fit` and `predict` do
+    both. No such folder has a ``config.json``, so that it cannot be read as a model without its adapters. The authors'
+    learning rates are 3e-5 to 3e-3. As to activation checkpointing see `TopLayers`.
 
     Departures:
         ``up`` begins at zero, where the authors draw both matrices from a narrow normal distribution: the outputs at
