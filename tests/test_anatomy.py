@@ -222,6 +222,16 @@ def test_what_stands_between_two_stacks_belongs_to_the_one_below():
     assert found["transformer.encoder.final_layer_norm.weight"] == 1
 
 
+def test_a_body_that_is_named_for_embeddings_is_none():
+    model = nn.ModuleDict({"embedder": tiny("Albert", ""), "out": nn.Linear(8, 2)})
+    found = depths(model)
+    assert (found["embedder.embeddings.LayerNorm.weight"], found["embedder.pooler.weight"], found["out.bias"]) == (
+        -1,
+        1,
+        1,
+    )
+
+
 @pytest.mark.parametrize(
     ("architecture", "task", "new"),
     [

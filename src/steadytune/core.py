@@ -350,8 +350,8 @@ class Run:
         if lost:
             self.optimizer = None
             raise ValueError(
-                f"the optimizer does not hold {lost[0]!r}, which a method added: make Run(model, methods) first, then "
-                "the optimizer from model.parameters(), then run.attach(optimizer)"
+                f"the optimizer does not hold {lost[0]!r}, which a method added or drew anew: make Run(model, methods) "
+                "first, then the optimizer from model.parameters(), then run.attach(optimizer)"
             )
 
     def _check_exclusive(self) -> None:
@@ -780,8 +780,8 @@ class Run:
                 weights = self.weights(method, getattr(method, "scope", "all"))
                 line += f"; {len(weights)} tensors, {sum(w.data.numel() for w in weights):,} weights"
             rows.append(line)
-        every = list(self.model.parameters())
-        trained, size = (sum(p.numel() for p in some) for some in ([p for p in every if p.requires_grad], every))
+        size = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         if trained < size:
             rows.append(f"{trained:,} of {size:,} weights are trained")
         copies = max((m.copies for m in self.methods), default=1)
