@@ -36,6 +36,7 @@ from steadytune import (
     EMA,
     FGM,
     L2SP,
+    LLRD,
     LNSR,
     PGD,
     R3F,
@@ -43,7 +44,9 @@ from steadytune import (
     SIFT,
     SMART,
     SWA,
+    Adapters,
     BiDrop,
+    BitFit,
     BregmanProximal,
     ChildTuningD,
     ChildTuningF,
@@ -54,10 +57,12 @@ from steadytune import (
     Mixout,
     RDrop,
     RecAdam,
+    ReInit,
     ROSEEnsemble,
     ROSEFirst,
     ROSESecond,
     Run,
+    TopLayers,
     Trainer,
     Weight,
 )
@@ -243,6 +248,9 @@ DDP_RECIPES = {
     "lnsr": lambda: [LNSR(scale=0.2)],
     "adversarial": lambda: [FGM(0.5), PGD(0.5, steps=2)],
     "penalties": lambda: [RDrop(), R3F(scale=0.1), LNSR(scale=0.2)],
+    "structure": lambda: [ReInit(), TopLayers(1), LLRD(0.5), EMA(0.8)],
+    "adapters": lambda: [Adapters(size=4)],
+    "bitfit": lambda: [BitFit()],
 }
 TWO_DRAWS = ("rdrop", "rose_first", "rose_ensemble", "bi_drop", "penalties")
 
@@ -254,8 +262,11 @@ def first_look(model: nn.Module) -> list[list[dict]]:
 
 def ddp_recipe(name: str, kind: str = "adamw", *, micro: int = 2) -> dict:
     model = hash_dropout(bert()) if name in TWO_DRAWS else bert()
-    run = Run(ddp(model), DDP_RECIPES[name](), total_steps=STEPS, data=lambda: first_look(model))
+    recipe = DDP_RECIPES[name]()
+    changing = any(method.structure for method in recipe)  # the model, before it is wrapped
+    run = Run(model if changing else ddp(model), recipe, total_steps=STEPS, data=lambda: first_look(model))
     run.attach(optimizer_of(model, kind))
+    run.wrapper = ddp(model) if changing else run.wrapper  # as run.loss(batch, model=wrapper) does
     with hash_noise():
         return train(run, micro=micro)
 
