@@ -575,6 +575,7 @@ REFUSED = {
     **dict.fromkeys(itertools.product(("bitfit", "adapters"), ("re_init",)), "ReInit draws 'bert.*frozen"),
     **dict.fromkeys(itertools.product(("re_init",), ("bitfit", "adapters")), "ReInit draws 'bert.*frozen"),
     ("adapters", "adapters"): "has adapters already",
+    ("bitfit", "sift"): "SIFT finds no weight in scope 'linear' but the head's",
 }
 
 
