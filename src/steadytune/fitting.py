@@ -69,7 +69,7 @@ class FitResult:
 
     Attributes:
         output: a plain Hugging Face model directory, with README.md (model card), `metrics.json`,
-            `predictions.parquet`, `steadytune.json`.
+            `predictions.parquet`, `steadytune.json`; adapters that cannot be merged are there alone.
         model: the fitted model; `predict`, `evaluate` and `save_pretrained` are its own.
         metrics: set -> metric -> value, of the model; with several runs also each metric's mean and spread over them.
         metric: the one to look at first.
@@ -101,7 +101,7 @@ class FitResult:
         return self.model.evaluate(rows)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the plain model and tokenizer once more."""
+        """Write the model and tokenizer once more."""
         self.model.save_pretrained(folder)
 
 
@@ -161,8 +161,7 @@ def fit(
         progress: show bars.
         push_to_hub: a repository to upload the finished folder to.
         **options: fields of `Recipe`: lr, batch_size, steps, epochs, max_length, dropout, bf16, lora, peft,
-            class_weights,
-            evaluations, patience, calibrate, restarts, train_size, validation_share, seed ...
+            class_weights, evaluations, patience, calibrate, restarts, train_size, validation_share, seed ...
 
     Raises:
         UsageError: what was asked for cannot be done; raised before training starts.

@@ -35,7 +35,9 @@ class Trainer(transformers.Trainer):
         method_seed: seed of the methods' own draws; by default ``args.seed``.
         **kwargs: as of `transformers.Trainer`.
 
-    Checkpoints gain one file, ``steadytune.safetensors``; their model files are plain and hold the evaluated weights.
+    Checkpoints gain one file, ``steadytune.safetensors``; their model files are plain and hold the evaluated weights
+    (with `Adapters` no plain model exists: ``adapters.safetensors`` is for `load_adapters`, and there is no
+    ``config.json``).
     The loss is scaled right under gradient accumulation for every model, also where the stock Trainer multiplies
     gradients by the number of accumulation steps or of devices (a model that takes ``num_items_in_batch`` and ignores
     it): the first batch tells.

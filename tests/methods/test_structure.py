@@ -271,6 +271,27 @@ def test_llrd_keeps_its_shares_under_a_scheduler_and_the_trainer_logs_the_rate_o
     )
 
 
+@pytest.mark.parametrize("kind", ["cosine", "plateau", "one cycle"])
+def test_llrd_goes_on_with_every_scheduler(kind):
+    model = bert()
+    optimizer = adamw(model, lr=0.1)
+    run = Run(model, [LLRD(0.5)]).attach(optimizer)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == [0.1, 0.05, 0.025, 0.0125]
+    scheduler = {
+        "cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4),
+        "plateau": lambda: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
+        "one cycle": lambda: torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=4, cycle_momentum=False),
+    }[kind]()
+    for _ in range(3):
+        run.enter()
+        optimizer.step()
+        scheduler.step(*([1.0] if kind == "plateau" else []))
+    now = [group["lr"] for group in optimizer.param_groups]
+    assert now[0] not in (0.0, 0.1)
+    assert now == pytest.approx([now[0] * 0.5**i for i in range(4)])
+
+
 def test_llrd_after_a_scheduler_is_refused():
     model = bert()
     optimizer = adamw(model)

@@ -29,9 +29,11 @@ class LLRD(Method):
     Args:
         decay in (0, 1]: factor from one block to the next below.
 
-    The optimizer's groups are split, whatever they were, so that every scheduler goes on with the rates of each; build
-    it after `Run.attach`. Decoders' blocks follow on the encoder's. Blocks that share weights (ALBERT) are one. What
-    lies above the blocks (pooler, last norm) trains as the head does, token and position tables as what lies below.
+    The optimizer's groups are split, whatever they were, and a scheduler built after `Run.attach` goes on with the rate
+    of each. One that has rates of its own (OneCycleLR, CyclicLR) wants a list of them:
+    ``[group["lr"] for group in optimizer.param_groups]``. Decoders' blocks follow on the encoder's. Blocks that share
+    weights (ALBERT) are one. What lies above the blocks (pooler, last norm) trains as the head does, token and position
+    tables as what lies below.
 
     Departures:
         The paper lowers the rate by 2.6 from layer to layer of a recurrent network; 0.95 is what Zhang et al. (ICLR
