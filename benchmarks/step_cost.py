@@ -30,6 +30,7 @@ from steadytune import (
     EMA,
     FGM,
     L2SP,
+    LLRD,
     LNSR,
     PGD,
     R3F,
@@ -38,7 +39,9 @@ from steadytune import (
     SMART,
     SWA,
     VIBERT,
+    Adapters,
     BiDrop,
+    BitFit,
     BregmanProximal,
     ChildTuningD,
     ChildTuningF,
@@ -51,10 +54,12 @@ from steadytune import (
     Mixout,
     RDrop,
     RecAdam,
+    ReInit,
     ROSEEnsemble,
     ROSEFirst,
     ROSESecond,
     Run,
+    TopLayers,
 )
 
 RECIPES = {
@@ -74,6 +79,11 @@ RECIPES = {
     "L2SP": [L2SP()],
     "RecAdam": [RecAdam()],
     "ClipNorm": [ClipNorm()],
+    "ReInit": [ReInit()],
+    "TopLayers": [TopLayers()],
+    "BitFit": [BitFit()],
+    "Adapters": [Adapters()],
+    "LLRD": [LLRD()],
     "RDrop": [RDrop()],
     "SMART": [SMART()],
     "SMART proximal": [SMART(proximal=BregmanProximal())],
@@ -101,9 +111,9 @@ class Contestant:
             vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
         )
         self.model = BertForSequenceClassification(config).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), 2e-5, fused=True)
         look = {"input_ids": torch.arange(64).view(4, 16), "labels": torch.tensor([0, 1, 1, 0])}
         run = Run(self.model, methods, total_steps=400, data=lambda: [look])
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 2e-5, fused=True)
         self.run = run.attach(self.optimizer) if methods else None
         self.bytes: list[int] = []
         self.bytes_during = 0

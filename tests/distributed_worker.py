@@ -36,6 +36,7 @@ from steadytune import (
     EMA,
     FGM,
     L2SP,
+    LLRD,
     LNSR,
     PGD,
     R3F,
@@ -44,7 +45,9 @@ from steadytune import (
     SMART,
     SWA,
     VIBERT,
+    Adapters,
     BiDrop,
+    BitFit,
     BregmanProximal,
     ChildTuningD,
     ChildTuningF,
@@ -58,10 +61,12 @@ from steadytune import (
     Mixout,
     RDrop,
     RecAdam,
+    ReInit,
     ROSEEnsemble,
     ROSEFirst,
     ROSESecond,
     Run,
+    TopLayers,
     Trainer,
     Weight,
 )
@@ -253,6 +258,9 @@ DDP_RECIPES = {
     "adversarial": lambda: [FGM(0.5), PGD(0.5, steps=2)],
     "penalties": lambda: [RDrop(), R3F(scale=0.1), LNSR(scale=0.2)],
     "beside": lambda: [VIBERT(beta=0.1), EasyAdapt(domain=by_length, drop=0.0), Extrapolation(0.5)],
+    "structure": lambda: [ReInit(), TopLayers(1), LLRD(0.5), EMA(0.8)],
+    "adapters": lambda: [Adapters(size=4)],
+    "bitfit": lambda: [BitFit()],
 }
 TWO_DRAWS = ("rdrop", "rose_first", "rose_ensemble", "bi_drop", "penalties")
 
@@ -264,10 +272,12 @@ def first_look(model: nn.Module) -> list[list[dict]]:
 
 def ddp_recipe(name: str, kind: str = "adamw", *, micro: int = 2) -> dict:
     model = hash_dropout(bert()) if name in TWO_DRAWS else bert()
-    first = name == "beside"  # what adds weights comes before the wrapper
-    run = Run(model if first else ddp(model), DDP_RECIPES[name](), total_steps=STEPS, data=lambda: first_look(model))
-    run.wrapper = ddp(model) if first else run.wrapper
+    recipe = DDP_RECIPES[name]()
+    # what changes the model or adds weights comes before the wrapper
+    changing = name == "beside" or any(method.structure for method in recipe)
+    run = Run(model if changing else ddp(model), recipe, total_steps=STEPS, data=lambda: first_look(model))
     run.attach(optimizer_of(model, kind))
+    run.wrapper = ddp(model) if changing else run.wrapper  # as run.loss(batch, model=wrapper) does
     with hash_noise():
         return train(run, micro=micro)
 

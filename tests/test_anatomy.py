@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from steadytune.anatomy import Part, anatomy, input_embedding
+from steadytune.anatomy import Part, anatomy, depths, input_embedding
 
 SIZES = {
     "vocab_size": 30,
@@ -181,6 +181,55 @@ def test_every_linear_layer_norm_and_embedding_is_found(architecture):
 )
 def test_single_parameters(architecture, name, part):
     assert anatomy(tiny(architecture))[name] == part
+
+
+# Architecture: parameters outside the blocks that belong below them, and above them.
+DEPTHS = {
+    "Albert": (["embeddings.LayerNorm.weight", "encoder.embedding_hidden_mapping_in.weight"], ["pooler.weight"]),
+    "Bart": (
+        ["shared.weight", "encoder.layernorm_embedding.weight", "decoder.embed_positions.weight"],
+        ["head.dense.bias"],
+    ),
+    "Bert": (["embeddings.position_embeddings.weight", "embeddings.LayerNorm.bias"], ["pooler.dense.bias"]),
+    "DebertaV2": (["embeddings.word_embeddings.weight", "encoder.rel_embeddings.weight"], ["pooler.dense.weight"]),
+    "DistilBert": (["embeddings.LayerNorm.weight"], ["pre_classifier.weight"]),
+    "Electra": (["embeddings.LayerNorm.weight", "embeddings_project.weight"], ["classifier.dense.weight"]),
+    "GPT2": (["wte.weight", "wpe.weight"], ["ln_f.weight", "score.weight"]),
+    "Llama": (["embed_tokens.weight"], ["model.norm.weight", "score.weight"]),
+    "ModernBert": (["embeddings.norm.weight"], ["model.final_norm.weight", "head.dense.weight"]),
+    "Qwen2": (["embed_tokens.weight"], ["model.norm.weight"]),
+    "Roberta": (["embeddings.LayerNorm.weight"], ["classifier.dense.weight"]),
+    "T5": (["shared.weight"], ["decoder.final_layer_norm.weight", "classification_head.dense.weight"]),
+    "XLNet": (["mask_emb", "word_embedding.weight"], ["sequence_summary.summary.weight"]),
+}
+
+
+@pytest.mark.parametrize("architecture", DEPTHS)
+def test_depths(architecture):
+    model = tiny(architecture)
+    parts, found = anatomy(model), depths(model)
+    top = SEQUENCE_CLASSIFICATION[architecture][0]
+    assert list(found) == list(parts)
+    for ends, depth in zip(DEPTHS[architecture], (-1, top), strict=True):
+        for end in ends:
+            assert {found[name] for name in found if name.endswith(end)} == {depth}, end
+    assert all(found[name] == part.block for name, part in parts.items() if part.block is not None)
+    assert all(found[name] == top for name, part in parts.items() if part.head)
+
+
+def test_what_stands_between_two_stacks_belongs_to_the_one_below():
+    found = depths(tiny("T5"))
+    assert found["transformer.encoder.final_layer_norm.weight"] == 1
+
+
+def test_a_body_that_is_named_for_embeddings_is_none():
+    model = nn.ModuleDict({"embedder": tiny("Albert", ""), "out": nn.Linear(8, 2)})
+    found = depths(model)
+    assert (found["embedder.embeddings.LayerNorm.weight"], found["embedder.pooler.weight"], found["out.bias"]) == (
+        -1,
+        1,
+        1,
+    )
 
 
 @pytest.mark.parametrize(

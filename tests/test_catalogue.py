@@ -25,6 +25,7 @@ SETTINGS = {
     "dps_mix": {"update_ratio": STAGE / 12},
     "recadam": {"gamma": 100.0},  # its default wants a smaller learning rate
     "swa": {"start": 0.0},
+    "top_layers": {"blocks": 1},
 }
 
 
@@ -39,9 +40,10 @@ def trained(name):
         vocab_size=32, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, num_labels=3
     )
     model = BertForSequenceClassification(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     batch = {"input_ids": torch.randint(32, (4, 6)), "labels": torch.tensor([0, 1, 2, 0])}
-    run = Run(model, [method(name)], total_steps=12, data=lambda: [batch]).attach(optimizer)
+    run = Run(model, [method(name)], total_steps=12, data=lambda: [batch])
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    run.attach(optimizer)
     acts = getattr(run.methods[0], "scope", "all")
     size = sum(w.data.numel() for w in run.weights(run.methods[0], acts))
     for _ in range(12):

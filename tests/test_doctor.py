@@ -37,7 +37,7 @@ def test_it_works_here_in_less_than_a_screen(capfd):
     assert lines[-1] == "steadytune works here."
     assert len(lines) < 60
     assert "FAILED" not in done.stdout
-    for name in (*doctor.CALLED, *doctor.READ, "register_step_pre_hook", "accumulation", "resume"):
+    for name in (*doctor.CALLED, *doctor.READ, "register_step_pre_hook", "accumulation", "resume", "_init_weights"):
         assert f"ok      {name}" in done.stdout
     assert "2 steps, 50% of the linear weights moved in the second" in done.stdout
     assert capfd.readouterr().err == ""
@@ -65,6 +65,14 @@ def test_a_method_that_is_no_longer_called_and_an_attribute_that_is_gone(monkeyp
         "  FAILED  evaluate -> the sky would fall",
         "  FAILED  accelerator.absent: gone -> nobody would notice",
     ]
+
+
+def test_a_renamed_flag_of_loaded_weights_is_found(monkeypatch, tmp_path):
+    doctor._bert().save_pretrained(tmp_path)
+    monkeypatch.setattr("steadytune.methods.re_init.LOADED", "_another_flag")
+    check = doctor._drawn_anew(tmp_path)
+    assert not check.ok
+    assert "ReInit changed nothing" in str(check)
 
 
 def test_wrong_accumulation_is_found(monkeypatch, tmp_path):

@@ -35,9 +35,10 @@ FLOORS = {
     "recipe": 4,
     "output": 2,
     "guards": 2,
-    "modelling": 2,
+    "modelling": 3,
     "core": 2,
     "delta": 2,
+    "adapters": 2,
     "masks": 2,
     "heads": 2,
     "methods": 3,
@@ -58,7 +59,10 @@ FLOORS = {
     "estimators": 8,
     "cli": 10,
 }
-SIDEWAYS = {("views", "method"), ("tasks", "data"), ("masks", "core"), ("heads", "core")}  # on one floor, one way only
+# On one floor, one way only.
+SIDEWAYS = {
+    ("views", "method"), ("tasks", "data"), ("masks", "core"), ("heads", "core"), ("adapters", "delta"),
+}  # fmt: skip
 NO_TORCH = (
     "reading",
     "guards",

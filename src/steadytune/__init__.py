@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapters import load_adapters as load_adapters
+    from .adapters import save_adapters as save_adapters
     from .core import Run as Run
     from .delta import apply_delta as apply_delta
     from .delta import save_delta as save_delta
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from .methods import EMA as EMA
     from .methods import FGM as FGM
     from .methods import L2SP as L2SP
+    from .methods import LLRD as LLRD
     from .methods import LNSR as LNSR
     from .methods import METHODS as METHODS
     from .methods import PGD as PGD
@@ -28,7 +31,9 @@ if TYPE_CHECKING:
     from .methods import SMART as SMART
     from .methods import SWA as SWA
     from .methods import VIBERT as VIBERT
+    from .methods import Adapters as Adapters
     from .methods import BiDrop as BiDrop
+    from .methods import BitFit as BitFit
     from .methods import BregmanProximal as BregmanProximal
     from .methods import ChildTuningD as ChildTuningD
     from .methods import ChildTuningF as ChildTuningF
@@ -41,9 +46,11 @@ if TYPE_CHECKING:
     from .methods import Mixout as Mixout
     from .methods import RDrop as RDrop
     from .methods import RecAdam as RecAdam
+    from .methods import ReInit as ReInit
     from .methods import ROSEEnsemble as ROSEEnsemble
     from .methods import ROSEFirst as ROSEFirst
     from .methods import ROSESecond as ROSESecond
+    from .methods import TopLayers as TopLayers
     from .step import Step as Step
     from .trainer import Trainer as Trainer
 
@@ -51,6 +58,7 @@ __version__ = "0.1.0"
 
 # torch and transformers take seconds to import: a name is looked up where it is first used, `--help` never waits
 _HOMES = {
+    "adapters": ("load_adapters", "save_adapters"),
     "core": ("Run",),
     "delta": ("apply_delta", "save_delta"),
     "estimators": ("SteadyClassifier", "SteadyRegressor"),
@@ -64,10 +72,13 @@ _HOMES = {
         "SIFT",
         "SWA",
         "VIBERT",
+        "Adapters",
         "BiDrop",
+        "BitFit",
         "ChildTuningD",
         "ChildTuningF",
         "FGM",
+        "LLRD",
         "LNSR",
         "PGD",
         "R3F",
@@ -82,10 +93,12 @@ _HOMES = {
         "HypergradientLR",
         "Mixout",
         "RDrop",
+        "ReInit",
         "RecAdam",
         "ROSEEnsemble",
         "ROSEFirst",
         "ROSESecond",
+        "TopLayers",
     ),
     "step": ("Step",),
     "trainer": ("Trainer",),

@@ -73,6 +73,28 @@ def blocks(model: nn.Module) -> list[list[nn.Module]]:
     return [block for root in _roots(model) or [model] for block in _blocks(root, body)]
 
 
+def depths(model: nn.Module) -> dict[str, int]:
+    """How far up the model each parameter acts, under the names of `anatomy`.
+
+    The index of its block; -1 for embeddings, what is named for them (BART registers its `layernorm_embedding` behind
+    its blocks) and all else that stands before the blocks; the number of blocks for heads and what stands after the
+    blocks (pooler, last norm). What stands between blocks (the end of an encoder that a decoder follows) belongs to
+    the block before it.
+    """
+    parts, count = anatomy(model), len(blocks(model))
+    last = max((i for i, part in enumerate(parts.values()) if part.block is not None), default=-1)
+    found, here = {}, -1
+    for i, (name, part) in enumerate(parts.items()):
+        if part.head or part.block is not None:
+            found[name] = count if part.block is None else part.block
+        elif part.kind == "embedding" or any("emb" in word for word in name.split(".")[-2:]):
+            found[name] = -1
+        else:
+            found[name] = count if i > last else here
+        here = here if part.block is None else part.block
+    return found
+
+
 def input_embedding(model: nn.Module) -> nn.Module:
     """Find the module whose output is the token embedding: the encoder's, if encoder and decoder have their own.
 

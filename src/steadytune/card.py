@@ -19,7 +19,7 @@ def model_card(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any
     """
     recipe = record["recipe"]
     head = {
-        "library_name": "transformers",
+        "library_name": _library(recipe),
         "pipeline_tag": "text-classification",
         "tags": ["steadytune", *(m["name"] for m in recipe["methods"])],
         "metrics": [metric],
@@ -35,6 +35,13 @@ def model_card(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any
         *_limits(record),
     ]
     return "\n".join(parts)
+
+
+def _library(recipe: Mapping[str, Any]) -> str:
+    """What loads the folder."""
+    if any(method["name"] == "adapters" for method in recipe["methods"]):
+        return "steadytune"
+    return "peft" if recipe.get("peft") in ("prefix", "prompt") else "transformers"
 
 
 def _data(record: Mapping[str, Any]) -> Iterator[str]:
@@ -53,6 +60,10 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
     yield "## Training\n"
     yield f"- base model: {recipe['model']}"
     yield f"- methods: {methods or 'none (plain fine-tuning)'}"
+    if recipe.get("peft"):
+        yield f"- adapters of PEFT: {recipe['peft']}"
+    if (library := _library(recipe)) != "transformers":
+        yield f"- this folder holds what was added to the base model, no model of its own: {library} joins them"
     yield (
         f"- {recipe['optimizer']}; learning rate {recipe['lr']}, {recipe['batch_size'] * recipe['accumulation']} "
         f"rows a step, {recipe['steps']} steps planned, weight decay {recipe['weight_decay']}"

@@ -57,7 +57,7 @@ class Page:
         summary: one sentence.
         notes: the other paragraphs of the docstring, without sections.
         departures: how it differs from the authors' code or paper; "" for not at all.
-        moments: the verbs it defines, in the order of a step.
+        moments: the verbs it defines, in the order of a step; where it has none of these, those before the first.
         conflicts: what it cannot be combined with.
         cost: of running it.
         paper: None for a method that comes from no paper.
@@ -95,11 +95,16 @@ def _page(name: str, cls: type[Method], registry: Mapping[str, type[Method]]) ->
         notes=tuple(notes),
         options=_options(cls),
         departures=" ".join(sections.get("Departures", "").split()),
-        moments=tuple(verb for verb in VERBS if overrides(cls, verb)),
+        moments=tuple(verb for verb in VERBS if overrides(cls, verb)) or _beforehand(cls),
         conflicts=_conflicts(name, cls, registry),
         cost=cls.cost,
         paper=cls.paper,
     )
+
+
+def _beforehand(cls: type[Method]) -> tuple[str, ...]:
+    """The verbs before the first step, of a method that has no others."""
+    return tuple(verb for verb in ("setup", "attach") if overrides(cls, verb))
 
 
 def parse(doc: str) -> tuple[tuple[str, ...], dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from numbers import Integral
 from typing import Any
 
@@ -53,6 +54,19 @@ def check_dropout(model: nn.Module, name: str) -> None:
         )
 
 
+PREFIXED = ("PREFIX_TUNING", "CARTRIDGE")  # kinds of PEFT's prompts that act on keys and values, not as tokens
+
+
+def check_lengths(model: Any, name: str) -> None:
+    """Raise where PEFT puts vectors of its own before the tokens, on behalf of the method ``name``."""
+    for config in getattr(model, "peft_config", {}).values():
+        if config.is_prompt_learning and config.peft_type not in PREFIXED:
+            raise ValueError(
+                f"{name} compares hidden states token by token, and {config.peft_type.value} puts vectors before the "
+                "tokens of the batch: use prefix tuning or LoRA, or R3F or SMART"
+            )
+
+
 def check_model(model: nn.Module) -> None:
     """Raise for DataParallel."""
     if isinstance(model, nn.DataParallel):
@@ -69,6 +83,17 @@ def check_unwrapped(wrapper: Any, name: str) -> None:
             f"{name} adds weights to the model, which DistributedDataParallel would not average: make the Run of the "
             "bare model, then wrap the model and call run.loss(batch, model=wrapper)"
         )
+
+
+def check_order(methods: Sequence[Any]) -> None:
+    """Raise for a method that changes the model behind the back of one that has looked at its weights."""
+    for earlier, later in pairwise(methods):
+        if later.structure and not earlier.structure:
+            first, second = type(later).__name__, type(earlier).__name__
+            raise ValueError(
+                f"{first} changes the model or what of it is trained, after {second} has looked at its weights: put "
+                f"{first} before {second} in the list"
+            )
 
 
 def check_wrapper(wrapper: Any) -> None:

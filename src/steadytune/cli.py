@@ -108,6 +108,9 @@ def fit(
     lora: Annotated[
         bool | None, _option(TRAINING, "Train adapters, merged at the end. [dim]\\[default: above 1e9 weights][/]")
     ] = None,
+    peft: Annotated[
+        str | None, _option(TRAINING, "Adapters to train: lora or ia3 (merged at the end), prefix or prompt (kept).")
+    ] = None,
     class_weights: Annotated[str, _option(TRAINING, "none, or balanced: by inverse frequency.")] = "none",
     bf16: Annotated[bool, _option(TRAINING, "bfloat16 autocast; weights stay float32.")] = False,
     evaluations: Annotated[

@@ -26,14 +26,14 @@ from torch.optim import Optimizer
 
 from . import shards
 from .anatomy import Part, anatomy
-from .checks import check_model, check_optimizer, check_recipe, check_wrapper
+from .checks import check_model, check_optimizer, check_order, check_recipe, check_wrapper
 from .checks import in_unit as in_unit
 from .checks import not_negative as not_negative
 from .checks import one_of as one_of
 from .checks import whole as whole
 from .functional import kept, kth_largest
 from .method import SCOPES as SCOPES
-from .method import WEIGHT_VERBS, M, Method, Scope, Weight, entry, overrides, select
+from .method import WEIGHT_VERBS, M, Method, Scope, Weight, acts_on_weights, entry, overrides, select
 from .method import gradients as gradients
 from .method import multiply as multiply
 from .method import only as only
@@ -55,7 +55,8 @@ class Run:
         data: called for an iterable of training batches by methods that look at the data first.
 
     Raises:
-        ValueError: DataParallel; a method that cannot act on this model.
+        ValueError: DataParallel; a method that cannot act on this model, or one that changes the model after another
+            has looked at it.
 
     Example:
         >>> run = Run(model, [DPSDense(keep=0.7)], total_steps=400).attach(optimizer)   # doctest: +SKIP
@@ -77,6 +78,7 @@ class Run:
         for method in methods:
             if not isinstance(method, Method):
                 raise TypeError(f"methods must hold steadytune methods, got {method!r}: pass instances, as DPSDense()")
+        check_order(methods)
         self.wrapper = model
         self.model = shards.unwrap(model)
         self.methods: list[Method] = [copy.deepcopy(m) for m in methods]
@@ -93,16 +95,27 @@ class Run:
         self._total_steps, self._loaded_total = total_steps, None
         self._compute: Compute = default_compute
         self._parts: dict[str, Part] = {}
+        self._new: set[str] = set()  # weights that methods drew anew or added
         self._views = Views(self.model)
         self._references = References(self.model)
         self._entered = self._ignored = self._stateless = False
         self._micro = 0
         self._rng_state: list[Tensor] = []
         self._handles: list[Any] = []
+        self._check_structure()
         self._save_in_optimizer = True
         self._blank: dict[str, Any] = {}
         for method in self.methods:
             self._set_up(method)
+
+    def _check_structure(self) -> None:
+        """A wrapper that looked at the weights does not hear of those that are added or frozen afterwards."""
+        changing = [type(m).__name__ for m in self.methods if m.structure]
+        if changing and (self.sharded or isinstance(self.wrapper, nn.parallel.DistributedDataParallel)):
+            raise ValueError(
+                f"{changing[0]} changes the model, which is wrapped or sharded already: make Run(model, methods), then "
+                "wrap the model, and give the wrapper to run.loss(batch, model=wrapper)"
+            )
 
     def append(self, method: M) -> M:
         """Add a method to the end of the list, before `attach` or `restart`; returns the copy that will run."""
@@ -221,12 +234,34 @@ class Run:
             self.reference(w.name)
         return weights
 
+    # ------------------------------------------------------------------ structure
+
+    def train_only(self, method: Method, chosen: Callable[[str, Part], bool]) -> None:
+        """Freeze, in `Method.setup`, every weight that is not ``chosen(name, part)``; what is frozen stays so.
+
+        Raises:
+            ValueError: a PEFT model, whose adapters are the choice.
+        """
+        if hasattr(self.model, "peft_config"):
+            raise ValueError(
+                f"{type(method).__name__} chooses what is trained, which PEFT has done for this model already: leave "
+                f"{type(method).__name__} out, or give the model without adapters"
+            )
+        for name, part in anatomy(self.model).items():
+            if not chosen(name, part):
+                self.model.get_parameter(name).requires_grad_(False)
+
+    def mark_new(self, names: Iterable[str]) -> None:
+        """Tell, in `Method.setup`, which weights were drawn anew or added: anchors leave them out, as they do heads."""
+        self._new.update(names)
+
     # ------------------------------------------------------------------ references and raw weights
 
     def is_new(self, weight: Weight) -> bool:
-        """Whether a weight has no pre-trained value: a new head, or an adapter that PEFT added."""
+        """Whether a weight has no pre-trained value: a new head, one a method drew, or an adapter that PEFT added."""
         prefix = getattr(getattr(self.model, "base_model", None), "prefix", None)
-        return weight.head or (hasattr(self.model, "peft_config") and bool(prefix) and str(prefix) in weight.name)
+        lora = hasattr(self.model, "peft_config") and bool(prefix) and str(prefix) in weight.name
+        return weight.head or weight.name in self._new or lora
 
     def reference(self, name: str) -> Tensor:
         """The weight as it was before training, on the weight's device (on a shard: this rank's piece).
@@ -288,6 +323,7 @@ class Run:
                 "the optimizer holds no trainable parameter of this model: build it from model.parameters() "
                 "of the model given to Run, after all changes of its structure"
             )
+        self._check_added()
         for method in self.methods:
             method.attach(self)
         self._check_exclusive()
@@ -308,6 +344,18 @@ class Run:
                 optimizer.register_load_state_dict_pre_hook(self._take_state),
             ]
 
+    def _check_added(self) -> None:
+        """An optimizer built too early does not hold what methods added, which would never be trained."""
+        assert self.optimizer is not None
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        lost = sorted(n for n in self._new if id(self.model.get_parameter(n)) not in held)
+        if lost:
+            self.optimizer = None
+            raise ValueError(
+                f"the optimizer does not hold {lost[0]!r}, which a method added or drew anew: make Run(model, methods) "
+                "first, then the optimizer from model.parameters(), then run.attach(optimizer)"
+            )
+
     def _check_exclusive(self) -> None:
         owners: dict[tuple[str, str], Method] = {}
         for method in self.methods:
@@ -317,9 +365,10 @@ class Run:
             for w in self.weights(method, getattr(method, "scope", "all")):
                 other = owners.setdefault((method.exclusive, w.name), method)
                 if other is not method:
+                    apart = ", or keep them apart with only()" if acts_on_weights(method) else ""
                     raise ValueError(
                         f"{type(other).__name__} and {type(method).__name__} are both {article} {method.exclusive} of "
-                        f"{w.name!r}, a weight can have one: remove one, or keep them apart with only()"
+                        f"{w.name!r}, a weight can have one: remove one{apart}"
                     )
 
     def loss(
@@ -740,11 +789,15 @@ class Run:
         for i, method in enumerate(self.methods):
             fields = ", ".join(f"{k}={v!r}" for k, v in entry(method).items() if k != "name")
             verbs = [v for v in (*WEIGHT_VERBS, "penalty") if overrides(method, v)]
-            line = f"{i + 1}. {type(method).__name__}({fields}): {', '.join(verbs) or 'setup only'}"
+            line = f"{i + 1}. {type(method).__name__}({fields}): {', '.join(verbs) or 'before the first step'}"
             if any(v in WEIGHT_VERBS for v in verbs):
                 weights = self.weights(method, getattr(method, "scope", "all"))
                 line += f"; {len(weights)} tensors, {sum(w.data.numel() for w in weights):,} weights"
             rows.append(line)
+        size = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        if trained < size:
+            rows.append(f"{trained:,} of {size:,} weights are trained")
         copies = max((m.copies for m in self.methods), default=1)
         if copies > 1:
             rows.append(f"each batch passes the model as {copies} copies in one forward")

@@ -266,6 +266,7 @@ def training() -> list[Check]:
             _half_moved(first, Path(folder, "first", "checkpoint-1", "model.safetensors")),
             _resumed(first, again),
             _accumulated(Path(folder)),
+            _drawn_anew(Path(folder, "first", "checkpoint-1")),
         ]
     called = [Check(name, name in calls, "", consequence) for name, consequence in CALLED.items()]
     return [*called, *(_readable(first, name, consequence) for name, consequence in READ.items()), *results]
@@ -377,6 +378,21 @@ def _accumulated(folder: Path) -> Check:
     flag = "heeded" if hasattr(trainers[0], "loss_is_scaled_for_ga") else "unknown here"
     found = f"1 x 4 and 2 x 2 rows differ by {apart:.1g}; loss_is_scaled_for_ga is {flag}"
     return Check("accumulation", apart < 1e-6, found, "accumulated gradients are scaled wrongly")
+
+
+def _drawn_anew(checkpoint: Path) -> Check:
+    """Loaded weights carry a flag for which transformers leaves them alone, which ReInit clears."""
+    from transformers import BertForSequenceClassification
+
+    from .core import Run
+    from .methods import ReInit
+
+    found = ""
+    try:
+        Run(BertForSequenceClassification.from_pretrained(checkpoint), [ReInit()])
+    except (ValueError, AttributeError) as error:
+        found = str(error)
+    return Check("_init_weights", not found, found, "layers could not be drawn anew")
 
 
 def _apart(one: Trainer, other: Trainer) -> float:

@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Table, Target, UsageError, encode, examples, one_line
-from .modelling import quiet, tokenise
+from .modelling import Source, quiet, read_model, tokenise, write_model
 from .output import MEMBERS, RECORD
 from .tasks import score
 from .training import decide, device
@@ -30,7 +30,7 @@ class FittedModel:
     """One model, or several whose answers are averaged.
 
     Attributes:
-        models: plain transformers models.
+        models: transformers models, plain unless they have adapters that cannot be merged.
         tokenizer: theirs.
         target: what is predicted; ``target.names`` are the columns of probabilities.
         text: the text columns of tables: one, or two for pairs.
@@ -62,19 +62,18 @@ class FittedModel:
         """
         record = read_record(folder)
         recipe, columns = record["recipe"], record["columns"]
+        target = Target(tuple(recipe["labels"]), **({"multi": True} if recipe["kind"] == "multilabel" else {}))
         members = sorted(Path(folder, MEMBERS).glob("*")) or [Path(folder)]
+        loaded: list[Any] = []
         try:
             with quiet():
                 tokenizer = AutoTokenizer.from_pretrained(folder)
-                models = [
-                    AutoModelForSequenceClassification.from_pretrained(m, dtype=torch.float32).to(device()).eval()
-                    for m in members
-                ]
+            for member in members:
+                loaded.append(read_model(member, lambda: Source.open(recipe["model"], target).load(0)))
         except Exception as error:  # damaged files raise what their parsers raise
             raise UsageError(f"{folder}: the model cannot be loaded: {one_line(error)[:500]}") from error
-        target = Target(tuple(recipe["labels"]), **({"multi": True} if recipe["kind"] == "multilabel" else {}))
         return cls(
-            models,
+            [model.to(device()).eval() for model in loaded],
             tokenizer,
             target,
             text=columns["text"],
@@ -195,9 +194,9 @@ class FittedModel:
     # ---- files
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the plain model (of several the first) and its tokenizer."""
+        """Write the model (of several the first) and its tokenizer: plain, or the adapters that cannot be merged."""
         with quiet():
-            self.models[0].save_pretrained(folder)
+            write_model(self.models[0], folder)
             self.tokenizer.save_pretrained(folder)
 
 

@@ -69,7 +69,7 @@ class FitResult:
 
     Attributes:
         output: a plain Hugging Face model directory, with README.md (model card), `metrics.json`,
-            `predictions.parquet`, `steadytune.json`.
+            `predictions.parquet`, `steadytune.json`; adapters that cannot be merged are there alone.
         model: the fitted model; `predict`, `evaluate` and `save_pretrained` are its own.
         metrics: set -> metric -> value, of the model; with several runs also each metric's mean and spread over them.
         metric: the one to look at first.
@@ -101,7 +101,7 @@ class FitResult:
         return self.model.evaluate(rows)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the plain model and tokenizer once more."""
+        """Write the model and tokenizer once more."""
         self.model.save_pretrained(folder)
 
 
@@ -160,8 +160,8 @@ def fit(
             the best weights are kept in memory.
         progress: show bars.
         push_to_hub: a repository to upload the finished folder to.
-        **options: fields of `Recipe`: lr, batch_size, steps, epochs, max_length, dropout, bf16, lora, class_weights,
-            evaluations, patience, calibrate, restarts, train_size, validation_share, seed ...
+        **options: fields of `Recipe`: lr, batch_size, steps, epochs, max_length, dropout, bf16, lora, peft,
+            class_weights, evaluations, patience, calibrate, restarts, train_size, validation_share, seed ...
 
     Raises:
         UsageError: what was asked for cannot be done; raised before training starts.
@@ -232,6 +232,12 @@ def make_plan(
     _check(seeds, combine, refit, folds, save_steps, recipe)
     chosen = make_methods(methods)
     _check_columns(chosen)
+    drawing = [type(m).__name__ for m in chosen if m.draws_weights]
+    if combine == "soup" and seeds > 1 and drawing:
+        raise UsageError(
+            f"a soup is the mean of models that began alike, and {drawing[0]} draws other weights in every run: "
+            "choose combine best or ensemble."
+        )
     columns = (text,) if isinstance(text, str) else None if text is None else tuple(text)
     table = Table.of(train, columns, label, "train", kind, group)
     data = prepare(
@@ -345,7 +351,7 @@ def runs(plan: Plan, stop_at: int | None = None) -> list[Job]:
 
 def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResult:
     """Load, train, evaluate, write; everything about the data has been checked."""
-    from .modelling import check_cooling
+    from .modelling import check_adapted, check_cooling
 
     source = open_model(plan)
     record = _record(plan, source)
@@ -362,6 +368,8 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
         _check_tokens(features, source)
         if plan.recipe.calibrate:
             check_cooling(trainer.model, features[0])
+        if plan.recipe.peft is not None:
+            check_adapted(trainer.model, plan.recipe.peft, features, source.tokenizer)
         assert trainer.run is not None
         logger.info("%s", trainer.run.describe())
         _announce(plan, source, features)
@@ -550,13 +558,14 @@ def _record(plan: Plan, source: Source) -> dict[str, Any]:
 
 def _write(folder: Output, result: FitResult, record: dict[str, Any]) -> None:
     """The model, the results, and last of all the record that calls the run finished."""
-    from .modelling import quiet
+    from .modelling import quiet, write_model
 
+    models = result.model.models
     with writing(folder.path):
         with quiet():
-            files = folder.save_model(result.model.models[0], result.model.tokenizer)
-            for i, member in enumerate(result.model.models if len(result.model.models) > 1 else ()):
-                member.save_pretrained(folder.path / MEMBERS / str(i))
+            files = folder.save_model(lambda part: write_model(models[0], part), result.model.tokenizer)
+            for i, member in enumerate(models if len(models) > 1 else ()):
+                write_model(member, folder.path / MEMBERS / str(i))
         write_whole(folder.path / "predictions.parquet", storable(result.predictions).to_parquet)
         metrics = {"metric": result.metric, "steps": result.steps, "seconds": result.seconds, "sets": result.metrics}
         write_json(folder.path / "metrics.json", metrics)

@@ -74,6 +74,8 @@ class Method:
     hidden_states: ClassVar[bool] = False  # whether the task's outputs must hold those of all blocks
     null: ClassVar[dict[str, Any] | None] = None  # the setting at which it is plain fine-tuning, bit for bit
     exclusive: ClassVar[str | None] = None  # at most one method of this name acts on a weight ("anchor", "average")
+    structure: ClassVar[bool] = False  # changes the model or what of it is trained: before all that look at weights
+    draws_weights: ClassVar[bool] = False  # its weights depend on the methods' seed from the start: no soup over seeds
     needs_steps: ClassVar[bool] = False  # whether the schedule depends on Run.total_steps
     conflicts: ClassVar[tuple[str, ...]] = ()  # what else it cannot be combined with, in words
     paper: ClassVar[Paper | None] = None  # where it comes from; None for one of your own
@@ -138,16 +140,21 @@ def overrides(method: Method | type[Method], verb: str) -> bool:
 WEIGHT_VERBS = ("before_forward", "pull_back", "before_step", "after_step", "evaluated")
 
 
+def acts_on_weights(method: Method | type[Method]) -> bool:
+    """Whether a method has a verb that is given weights."""
+    return any(overrides(method, verb) for verb in WEIGHT_VERBS)
+
+
 def only(method: M, where: Callable[[Weight], bool]) -> M:
     """A copy of ``method`` that acts on the weights for which ``where(weight)`` holds, and on no other.
 
     Raises:
         ValueError: the method is a pure penalty, which acts on no weights.
     """
-    if not any(overrides(method, verb) for verb in WEIGHT_VERBS):
+    if not acts_on_weights(method):
         raise ValueError(
-            f"only() restricts methods that act on weights; {type(method).__name__} only adds a penalty to the loss: "
-            "use it without only()"
+            f"only() restricts methods that act on weights in a step; {type(method).__name__} adds a penalty to the "
+            "loss, or acts before the first step: use it without only()"
         )
     restricted = copy.deepcopy(method)
     earlier = restricted.where

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from .data import UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 RECORD = "steadytune.json"
 MEMBERS = "members"  # the models of an ensemble
@@ -137,10 +137,10 @@ class Output:
                 self.checkpoints.rmdir()
                 self.path.rmdir()
 
-    def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Write model and tokenizer; `config.json` comes last, so that the folder loads only when it is complete."""
+    def save_model(self, write: Callable[[str], Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Let ``write`` fill a folder with the model; `config.json` comes last: it loads only when it is complete."""
         with tempfile.TemporaryDirectory(prefix=".model-", dir=self.path) as folder:
-            model.save_pretrained(folder)
+            write(folder)
             tokenizer.save_pretrained(folder)
             names = sorted(os.listdir(folder), key=lambda name: name == "config.json")
             for name in names:

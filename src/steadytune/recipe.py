@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # where a table is large enough to need no repetition (Mosbach et al. 2021; Zhang et al. 2021).
 EPOCHS, MIN_STEPS, MAX_STEPS = 20, 400, 2000
 
+PEFT = ("lora", "ia3", "prefix", "prompt")
 SEEDS = ("init", "subset", "data", "dropout", "method")  # the head, the rows, their order, dropout, masks and noise
 
 
@@ -44,6 +45,8 @@ class Recipe:
         bf16: bfloat16 autocast; the weights themselves stay float32.
         lora: train low-rank adapters instead of all weights and merge them at the end; by default for models of more
             than a billion weights. Needs the extra ``peft``.
+        peft: train adapters of this kind: ``"lora"``, ``"ia3"`` (both merged at the end), ``"prefix"`` or ``"prompt"``
+            (never merged: the output holds them alone, in PEFT's format, and `predict` puts them into the base model).
         class_weights: ``"balanced"`` weighs classes by inverse frequency.
         evaluations: how often the validation rows are scored while training; the best weights of those moments are
             kept. 0: the last weights are kept, nothing is selected.
@@ -73,6 +76,7 @@ class Recipe:
     dropout: float | None = None
     bf16: bool = False
     lora: bool | None = None
+    peft: Literal["lora", "ia3", "prefix", "prompt"] | None = None
     class_weights: Literal["none", "balanced"] = "none"
     evaluations: int = 0
     patience: int | None = None
@@ -94,6 +98,12 @@ class Recipe:
                 raise UsageError(f"{name} must be {rule}, got {value}.")
         if self.class_weights not in ("none", "balanced"):
             raise UsageError(f"class_weights must be none or balanced, got {self.class_weights!r}.")
+        if self.peft not in (None, *PEFT):
+            raise UsageError(
+                f"peft must be one of {', '.join(PEFT)}, got {self.peft!r}.{suggest(str(self.peft), PEFT)}"
+            )
+        if self.peft is not None and self.lora is not None:
+            raise UsageError(f"give lora ({self.lora}) or peft ({self.peft}), not both.")
         if self.patience is not None and not self.evaluations:
             raise UsageError(f"patience ({self.patience}) counts evaluations: set evaluations, for example to 10.")
         if self.steps is not None and self.epochs is not None:

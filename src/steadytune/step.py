@@ -271,14 +271,17 @@ class Step:
         return loss / self.run.penalty_scale
 
 
+def without_peft(model: Any) -> Any:
+    """The transformers model inside PEFT's, which has its adapters in it or gets its prompt from outside."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 class _Given(nn.Module):
     """Stands for a model whose outputs are already there."""
 
     def __init__(self, model: Any, outputs: Any) -> None:
         super().__init__()
-        inner: Any = shards.unwrap(model)
-        if hasattr(inner, "peft_config"):
-            inner = inner.base_model.model
+        inner: Any = without_peft(shards.unwrap(model))
         self._name, self._outputs = inner._get_name(), outputs
 
     def forward(self, **inputs: Any) -> Any:
@@ -368,8 +371,7 @@ def aligned(model: Any, first: Tensor, second: Tensor, labels: Tensor) -> tuple[
 
 def shifts_labels(model: Any) -> bool:
     """Whether a transformers model scores the logits of a token against the label of the next one."""
-    if hasattr(model, "peft_config"):
-        model = model.base_model.model
+    model = without_peft(model)
     kind, name = getattr(model, "loss_type", None), type(model).__name__
     if kind is None:  # GPT2LMHeadModel and its like; XLNet, XLM and FlauBERT have labels where they are predicted
         return name.endswith("LMHeadModel") and not name.startswith("XLNet") and "With" not in name

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import state
+from .adapters import adapter_size, save_adapters
 from .core import WEIGHT_VERBS, Method, Run, bare, overrides
 from .methods import ClipNorm
 
@@ -34,7 +35,9 @@ class Trainer(transformers.Trainer):
         method_seed: seed of the methods' own draws; by default ``args.seed``.
         **kwargs: as of `transformers.Trainer`.
 
-    Checkpoints gain one file, ``steadytune.safetensors``; their model files are plain and hold the evaluated weights.
+    Checkpoints gain one file, ``steadytune.safetensors``; their model files are plain and hold the evaluated weights
+    (with `Adapters` no plain model exists: ``adapters.safetensors`` is for `load_adapters`, and there is no
+    ``config.json``).
     The loss is scaled right under gradient accumulation for every model, also where the stock Trainer multiplies
     gradients by the number of accumulation steps or of devices (a model that takes ``num_items_in_batch`` and ignores
     it): the first batch tells.
@@ -260,13 +263,18 @@ class Trainer(transformers.Trainer):
         return Path(folder, SIDE_FILE.replace(".", f"{rank}.", 1))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Checkpoints gain the methods' state; a model saved by the user is plain."""
+        """Checkpoints gain the methods' state; a model saved by the user is plain, unless it has `Adapters`."""
         now = self.args.max_grad_norm
         self.args.max_grad_norm = now if self._taken_norm is None else self._taken_norm  # args are saved as given
         try:
             super().save_model(output_dir, _internal_call)
         finally:
             self.args.max_grad_norm = now
+        assert self.model is not None
+        if self.args.should_save and adapter_size(self.model) is not None:
+            folder = Path(output_dir or self.args.output_dir or "")
+            save_adapters(folder, self.model)
+            (folder / "config.json").unlink(missing_ok=True)  # read as a model, it would be one without its adapters
         if output_dir is None or not os.path.basename(output_dir).startswith(PREFIX_CHECKPOINT_DIR):
             return
         run = self.run

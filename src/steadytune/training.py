@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from tqdm import tqdm
@@ -32,7 +31,7 @@ from transformers import (
 )
 
 from .data import Target, UsageError, one_line
-from .modelling import Source, adapted, label_ids, merged, quiet, tokenise
+from .modelling import Source, adapted, label_ids, merged, quiet, read_model, tokenise, write_model
 from .output import last_checkpoint, write_json
 from .recipe import MAX_STEPS, Recipe
 from .tasks import SMALLER_IS_BETTER, score
@@ -73,7 +72,7 @@ class Trained:
     """A finished job.
 
     Attributes:
-        model: plain, in evaluation mode.
+        model: in evaluation mode; plain, unless it has adapters that cannot be merged.
         steps: optimizer steps behind the model.
         seconds: of training, since the last resume.
         curve: (step, score on the select split).
@@ -179,7 +178,7 @@ class Setup:
         Raises:
             ValueError: a method that cannot act on this model, or two that exclude each other.
         """
-        model = adapted(self.source.load(seeds["init"]), self.recipe.lora)
+        model = adapted(self.source.load(seeds["init"]), self.recipe.lora, self.recipe.peft)
         callbacks: list[TrainerCallback] = [Interrupt()]
         if self.progress:
             callbacks.append(Progress(job.name))
@@ -224,7 +223,7 @@ class Setup:
     def _write(self, found: Trained, folder: Path) -> None:
         """The result comes last: without it the job is not finished."""
         with quiet():
-            found.model.save_pretrained(folder / "model")
+            write_model(found.model, folder / "model")
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint, ignore_errors=True)
         write_json(folder / RESULT, found.record())
@@ -232,14 +231,8 @@ class Setup:
     def _read(self, folder: Path) -> Trained:
         record = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         record["curve"] = [tuple(point) for point in record["curve"]]
-        return Trained(read_model(folder / "model"), **record)
-
-
-def read_model(folder: Path) -> PreTrainedModel:
-    """A model written by an earlier job, on the device it was trained on."""
-    with quiet():
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    return model.to(device()).eval()
+        model: Any = read_model(folder / "model", lambda: self.source.load(record["seeds"]["init"]))
+        return Trained(model.to(device()).eval(), **record)
 
 
 def device() -> torch.device:

@@ -13,13 +13,18 @@ from .easy_adapt import EasyAdapt as EasyAdapt
 from .ema import EMA as EMA
 from .ema import SWA as SWA
 from .extrapolation import Extrapolation as Extrapolation
+from .houlsby import Adapters as Adapters
 from .hypergradient_lr import HypergradientLR as HypergradientLR
 from .l2sp import L2SP as L2SP
+from .llrd import LLRD as LLRD
 from .lnsr import LNSR as LNSR
 from .mixout import Mixout as Mixout
+from .partial import BitFit as BitFit
+from .partial import TopLayers as TopLayers
 from .r3f import R3F as R3F
 from .r3f import R4F as R4F
 from .rdrop import RDrop as RDrop
+from .re_init import ReInit as ReInit
 from .recadam import RecAdam as RecAdam
 from .rose import ROSEEnsemble as ROSEEnsemble
 from .rose import ROSEFirst as ROSEFirst
@@ -30,6 +35,11 @@ from .smart import BregmanProximal as BregmanProximal
 from .vibert import VIBERT as VIBERT
 
 METHODS: dict[str, type[Method]] = {
+    "re_init": ReInit,
+    "top_layers": TopLayers,
+    "bitfit": BitFit,
+    "adapters": Adapters,
+    "llrd": LLRD,
     "dps_dense": DPSDense,
     "dps_mix": DPSMix,
     "child_tuning_f": ChildTuningF,

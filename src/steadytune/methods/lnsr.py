@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..anatomy import blocks
+from ..checks import check_lengths
 from ..core import Method, Run, Step, not_negative
 from ..facts import Cost, Paper
 from ..step import full
@@ -42,7 +43,8 @@ class LNSR(Method):
         second pass begins at the input, not at the block.
 
     Raises:
-        ValueError: in setup, for a model whose blocks cannot be told, an encoder-decoder, or no block above.
+        ValueError: in setup, for a model whose blocks cannot be told, an encoder-decoder, PEFT's prompt tuning, or no
+            block above.
     """
 
     weight: float = 1.0
@@ -52,7 +54,7 @@ class LNSR(Method):
 
     hidden_states: ClassVar = True
     null: ClassVar = {"weight": 0.0}
-    conflicts: ClassVar[tuple[str, ...]] = ("encoder-decoders",)
+    conflicts: ClassVar[tuple[str, ...]] = ("encoder-decoders", "PEFT's prompt tuning")
     cost: ClassVar = Cost(passes=2.0)
     paper: ClassVar = Paper(
         authors=("Hang Hua", "Xingjian Li", "Dejing Dou", "Chengzhong Xu", "Jiebo Luo"),
@@ -70,6 +72,7 @@ class LNSR(Method):
 
     def setup(self, run: Run) -> None:
         name, found = type(run.model).__name__, blocks(run.model)
+        check_lengths(run.model, "LNSR")
         if getattr(getattr(run.model, "config", None), "is_encoder_decoder", False):
             raise ValueError(f"LNSR needs one stack of blocks, {name} has an encoder and a decoder: use R3F or SMART")
         self.disturbed = len(found) // 4 if self.block is None else self.block

@@ -62,6 +62,14 @@ class SIFT(StaticMask):
         in_unit("keep", self.keep)
         whole("batches", self.batches, 1)
 
+    def setup(self, run: Run) -> None:
+        super().setup(run)
+        if all(w.head for w in run.weights(self, self.scope)):
+            raise ValueError(
+                f"SIFT finds no weight in scope {self.scope!r} but the head's, which it trains whole: choose another "
+                "scope, or leave SIFT out"
+            )
+
     def choose(self, run: Run, weights: Sequence[Weight], batches: Iterable[Batch]) -> Tensors:
         first: list[Inputs] = []
         for batch in islice(batches, self.batches):

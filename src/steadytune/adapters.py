@@ -1,0 +1,185 @@
+"""Houlsby adapters: small bottlenecks inside the blocks, and the file that holds what was trained of such a model.
+
+Houlsby, Giurgiu, Jastrzebski, Morrone, de Laroussilhe, Gesmundo, Attariyan, Gelly: Parameter-Efficient Transfer
+Learning for NLP. ICML 2019, arXiv 1902.00751.
+
+    h <- h + up(gelu(down(h)))          h: what attention, or feed-forward, would add to the residual stream
+
+A bottleneck is not linear: no plain model has the same outputs, so that its weights cannot be merged as LoRA's can.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import state
+from .anatomy import Part, anatomy, blocks
+from .delta import fingerprint
+
+FILE = "adapters.safetensors"
+FORMAT = 1
+# The last matrix of attention and of feed-forward, by the ends of its path in the block.
+OUTPUTS = (
+    *("output.dense", "attention.dense", "ffn_output"),  # BERT, RoBERTa, ELECTRA, DeBERTa; ALBERT
+    *("out_lin", "lin2", ".Wo"),  # DistilBERT, XLM; ModernBERT
+    *("attn.o", "Attention.o", "DenseReluDense.wo"),  # MPNet, T5
+    *("out_proj", "fc2", "c_proj", "o_proj", "down_proj"),  # BART; GPT-2; Llama, Qwen, Gemma
+)
+
+
+class Bottleneck(nn.Module):
+    """``h + up(gelu(down(h)))``, the identity until it is trained.
+
+    Args:
+        width: of h.
+        size: of the bottleneck.
+        like: whose device and type the weights take.
+    """
+
+    def __init__(self, width: int, size: int, like: Tensor) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, size, device=like.device, dtype=like.dtype)
+        self.up = nn.Linear(size, width, device=like.device, dtype=like.dtype)
+        nn.init.trunc_normal_(self.down.weight, std=0.01, a=-0.02, b=0.02)
+        for p in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(p)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.up(nn.functional.gelu(self.down(hidden)))
+
+
+def insert(model: nn.Module, size: int) -> list[str]:
+    """Put a bottleneck behind every attention and every feed-forward of the blocks; returns the names of its weights.
+
+    Names that the model had stay; a bottleneck is called ``adapter`` and belongs to the matrix whose output it takes.
+
+    Raises:
+        ValueError: adapters are there already, or a block without a known attention and feed-forward output.
+    """
+    name, found = type(model).__name__, blocks(model)
+    layers = [outputs(block) for block in found]
+    if not found or min(map(len, layers)) < 2:
+        raise ValueError(
+            f"adapters go behind attention and feed-forward of every block, which are not known for {name}, or "
+            "quantised: use LoRA, or BitFit"
+        )
+    for layer in (layer for block in layers for layer in block):
+        if hasattr(layer, "adapter"):
+            raise ValueError(f"this {name} has adapters already: give the model without them")
+        layer.adapter = Bottleneck(width(layer), size, layer.weight)
+        layer.register_forward_hook(_through)
+    return [n for n, _ in model.named_parameters() if is_adapter(n)]
+
+
+def outputs(block: Sequence[nn.Module]) -> list[Any]:
+    """The matrices of a block that write to the residual stream. `nn.MultiheadAttention` never calls its own."""
+    uncalled = nn.modules.linear.NonDynamicallyQuantizableLinear
+    matrices = [
+        layer
+        for module in block
+        for path, layer in module.named_modules()
+        if path.endswith(OUTPUTS)
+        and not isinstance(layer, uncalled)
+        and getattr(layer, "weight", torch.tensor(0)).is_floating_point()  # no norm without weights, nothing quantised
+    ]
+    return list(dict.fromkeys(matrices))
+
+
+def width(layer: Any) -> int:
+    """Features of the output of an `nn.Linear` or a `Conv1D`."""
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.nf
+
+
+def _through(layer: Any, args: Any, output: Tensor) -> Tensor:
+    return layer.adapter(output)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a weight of this name belongs to a bottleneck."""
+    return ".adapter.down." in name or ".adapter.up." in name
+
+
+def is_trained(name: str, part: Part) -> bool:
+    """Whether a weight is trained beside frozen others: those of adapters, normalisation layers and the head."""
+    return part.head or part.kind == "norm" or is_adapter(name)
+
+
+def adapter_size(model: nn.Module) -> int | None:
+    """Size of a model's bottlenecks; None for a model without any."""
+    return next((m.down.out_features for m in model.modules() if isinstance(m, Bottleneck)), None)
+
+
+def save_adapters(path: str | os.PathLike, model: nn.Module) -> Path:
+    """Write what `steadytune.Adapters` trained (bottlenecks, normalisation layers, head), whole or not at all.
+
+    Args:
+        path: a file, or a directory, in which it is called `adapters.safetensors`.
+        model: with adapters.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: a model without adapters.
+    """
+    file, size = _file(path), adapter_size(model)
+    if size is None:
+        raise ValueError(f"this {type(model).__name__} has no adapters: save it as any model")
+    trained = {name for name, part in anatomy(model).items() if is_trained(name, part)}
+    weights = model.state_dict()
+    tree = {
+        "format": FORMAT,
+        "size": size,
+        "base": fingerprint({n: t for n, t in weights.items() if n not in trained}),
+        "trained": {n: t.detach().cpu().clone() for n, t in weights.items() if n in trained},
+    }
+    state.save(tree, file)
+    return file
+
+
+def load_adapters(path: str | os.PathLike, model: nn.Module) -> nn.Module:
+    """Put adapters into the model that they were trained in: outputs are those of the training, bit for bit.
+
+    Args:
+        path: what `save_adapters` wrote, or the directory of it.
+        model: the pre-trained model, with a head of the same shape; it is changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: another base, a head of another shape, a newer format, or a damaged file.
+    """
+    file = _file(path)
+    tree = state.load(file)
+    if tree.get("format") != FORMAT:
+        raise ValueError(f"{file} has format {tree.get('format')!r}, this version reads adapters of format {FORMAT}")
+    trained, weights = tree["trained"], model.state_dict()
+    for name, tensor in trained.items():
+        if not is_adapter(name) and (name not in weights or weights[name].shape != tensor.shape):
+            has = tuple(weights[name].shape) if name in weights else "no such weight"
+            raise ValueError(
+                f"{file} holds {name!r} of shape {tuple(tensor.shape)}, the model has {has}: load the base model with "
+                "the head that was trained (num_labels)"
+            )
+    found = fingerprint({n: t for n, t in weights.items() if n not in trained})
+    if found != tree["base"]:
+        raise ValueError(
+            f"{file} belongs to a base with hash {tree['base']}, the model given has {found}: load the pre-trained "
+            "model that the adapters were trained in, in the same dtype"
+        )
+    insert(model, tree["size"])
+    with torch.no_grad():
+        for name, tensor in trained.items():
+            model.get_parameter(name).copy_(tensor)
+    return model
+
+
+def _file(path: str | os.PathLike) -> Path:
+    return Path(path, FILE) if os.path.isdir(path) else Path(path)

@@ -1,0 +1,87 @@
+"""LLRD: the lower a layer, the smaller its learning rate.
+
+Howard, Ruder: Universal Language Model Fine-tuning for Text Classification. ACL 2018, arXiv 1801.06146.
+
+With L blocks, l = 0 at the input:
+
+    head, pooler     lr
+    block l          lr * decay^(L - l)
+    embeddings       lr * decay^(L + 1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..anatomy import blocks, depths
+from ..core import Method, Run, in_unit
+from ..facts import Paper
+
+PER_PARAMETER = ("params", "param_names")  # lists in an optimizer's group with one entry for each parameter
+
+
+@dataclass
+class LLRD(Method):
+    """Give each block the learning rate of the block above times a factor; the head has the optimizer's own.
+
+    Args:
+        decay in (0, 1]: factor from one block to the next below.
+
+    The optimizer's groups are split, whatever they were, and a scheduler built after `Run.attach` goes on with the rate
+    of each. One that has rates of its own (OneCycleLR, CyclicLR) wants a list of them:
+    ``[group["lr"] for group in optimizer.param_groups]``. Decoders' blocks follow on the encoder's. Blocks that share
+    weights (ALBERT) are one. What lies above the blocks (pooler, last norm) trains as the head does, token and position
+    tables as what lies below.
+
+    Departures:
+        The paper lowers the rate by 2.6 from layer to layer of a recurrent network; 0.95 is what Zhang et al. (ICLR
+        2021, 2006.05987) take for BERT. Their code does not decay the head's weights; here the optimizer's own weight
+        decay stays.
+
+    Raises:
+        ValueError: in setup, for a model without blocks.
+    """
+
+    decay: float = 0.95
+
+    null: ClassVar = {"decay": 1.0}
+    paper: ClassVar = Paper(
+        authors=("Jeremy Howard", "Sebastian Ruder"),
+        title="Universal Language Model Fine-tuning for Text Classification",
+        booktitle="Proceedings of the Annual Meeting of the Association for Computational Linguistics",
+        venue="ACL",
+        year=2018,
+        arxiv="1801.06146",
+    )
+
+    def __post_init__(self) -> None:
+        in_unit("decay", self.decay)
+
+    def setup(self, run: Run) -> None:
+        if not blocks(run.model):
+            raise ValueError(f"LLRD needs transformer blocks, {type(run.model).__name__} has none: leave it out")
+
+    def attach(self, run: Run) -> None:
+        assert run.optimizer is not None
+        top = len(blocks(run.model))
+        factors = {
+            id(run.model.get_parameter(name)): self.decay ** (top - depth) for name, depth in depths(run.model).items()
+        }
+        groups = run.optimizer.param_groups
+        groups[:] = [part for group in groups for part in split(group, factors)]
+
+
+def split(group: Mapping[str, Any], factors: Mapping[int, float]) -> list[dict[str, Any]]:
+    """One group for each factor, the largest first: what is logged as the learning rate is that of the first group."""
+    of_each = [factors.get(id(p), 1.0) for p in group["params"]]
+    parts = []
+    for factor in sorted(set(of_each), reverse=True):
+        held = {
+            key: [entry for entry, own in zip(group[key], of_each, strict=True) if own == factor]
+            for key in PER_PARAMETER
+            if key in group
+        }
+        parts.append({**group, **held, "lr": group["lr"] * factor})
+    return parts
