@@ -51,8 +51,10 @@ from steadytune import (
     ROSEFirst,
     ROSESecond,
     Run,
+    WeightMixup,
 )
 
+LOOK = {"input_ids": torch.arange(64).view(4, 16), "labels": torch.tensor([0, 1, 1, 0])}
 RECIPES = {
     "plain": [],
     "DPSDense": [DPSDense()],
@@ -67,6 +69,9 @@ RECIPES = {
     "Mixout": [Mixout()],
     "EMA": [EMA()],
     "SWA": [SWA(start=0.0)],
+    "WeightMixup": [WeightMixup(outer=lambda: [LOOK])],
+    "WeightMixup difference": [WeightMixup(outer=lambda: [LOOK], order="difference")],
+    "WeightMixup fixed": [WeightMixup(alpha=0.9)],
     "L2SP": [L2SP()],
     "RecAdam": [RecAdam()],
     "ClipNorm": [ClipNorm()],
@@ -94,8 +99,7 @@ class Contestant:
         )
         self.model = BertForSequenceClassification(config).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 2e-5, fused=True)
-        look = {"input_ids": torch.arange(64).view(4, 16), "labels": torch.tensor([0, 1, 1, 0])}
-        run = Run(self.model, methods, total_steps=400, data=lambda: [look])
+        run = Run(self.model, methods, total_steps=400, data=lambda: [LOOK])
         self.run = run.attach(self.optimizer) if methods else None
         self.bytes: list[int] = []
         self.bytes_during = 0

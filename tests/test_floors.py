@@ -12,6 +12,7 @@ import steadytune
 SRC = Path(steadytune.__file__).parent
 FLOORS = {
     "functional": 0,
+    "hypergradient": 0,
     "anatomy": 0,
     "checks": 0,
     "shards": 0,
@@ -39,6 +40,7 @@ FLOORS = {
     "core": 2,
     "delta": 2,
     "masks": 2,
+    "bilevel": 2,
     "methods": 3,
     "trainer": 4,
     "catalogue": 4,
@@ -57,7 +59,12 @@ FLOORS = {
     "estimators": 8,
     "cli": 10,
 }
-SIDEWAYS = {("views", "method"), ("tasks", "data"), ("masks", "core")}  # on one floor, one way only
+SIDEWAYS = {
+    ("views", "method"),
+    ("tasks", "data"),
+    ("masks", "core"),
+    ("bilevel", "core"),
+}  # on one floor, one way only
 NO_TORCH = (
     "reading",
     "guards",

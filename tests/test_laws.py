@@ -68,6 +68,7 @@ from steadytune import (
     ROSESecond,
     Run,
     Trainer,
+    WeightMixup,
     only,
     state,
 )
@@ -79,6 +80,14 @@ DPS = {"update_ratio": 0.25}  # stages of two steps: I 0-1, II 2-3, I 4-5, II 6-
 
 def in_first_block(w: Weight) -> bool:
     return w.block == 0
+
+
+def outer_batches() -> list[dict[str, Tensor]]:
+    return batches(3, seed=5)
+
+
+def outer_tokens() -> list[dict[str, Tensor]]:
+    return batches(3, seed=5, tokens=True)
 
 
 SINGLE: dict[str, list[Method]] = {
@@ -108,6 +117,8 @@ SINGLE: dict[str, list[Method]] = {
     "lnsr": [LNSR(scale=0.2)],
     "fgm": [FGM()],
     "pgd": [PGD(steps=2)],
+    "weight_mixup": [WeightMixup(outer=outer_batches, lr=0.05)],
+    "weight_mixup_difference": [WeightMixup(outer=outer_batches, lr=0.05, order="difference", convex=False)],
     "l2sp": [L2SP(alpha=0.5)],
     "l2sp_coupled": [L2SP(alpha=0.5, decoupled=False, replace_decay=False)],
     "recadam": [RecAdam(gamma=3.0, t0=0.4, k=10.0)],
@@ -432,6 +443,11 @@ def test_16_at_once_equals_4_times_4_in_a_plain_loop(name, equal):
     assert differs(ends[0]["weights"], copied(bert(dtype=torch.float64)))
 
 
+def on_tokens(recipe: list[Method]) -> list[Method]:
+    """The recipe with outer rows for a language model."""
+    return [dataclasses.replace(m, outer=outer_tokens) if hasattr(m, "outer") else m for m in recipe]
+
+
 @pytest.mark.parametrize("tokens", [False, True], ids=["classifier", "tokens"])
 @every_recipe
 def test_16_at_once_equals_4_times_4_in_the_trainer(name, tokens, tmp_path):
@@ -442,7 +458,7 @@ def test_16_at_once_equals_4_times_4_in_the_trainer(name, tokens, tmp_path):
     for size in (16, 4):
         model = hash_dropout((llama if tokens else bert)(dtype=torch.float64))
         trainer = trainer_of(
-            RECIPES[name],
+            on_tokens(RECIPES[name]) if tokens else RECIPES[name],
             tmp_path,
             model=model,
             data=rows(64, tokens=tokens),

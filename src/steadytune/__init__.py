@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .methods import ROSEEnsemble as ROSEEnsemble
     from .methods import ROSEFirst as ROSEFirst
     from .methods import ROSESecond as ROSESecond
+    from .methods import WeightMixup as WeightMixup
     from .step import Step as Step
     from .trainer import Trainer as Trainer
 
@@ -78,6 +79,7 @@ _HOMES = {
         "ROSEEnsemble",
         "ROSEFirst",
         "ROSESecond",
+        "WeightMixup",
     ),
     "step": ("Step",),
     "trainer": ("Trainer",),

@@ -24,6 +24,7 @@ from .rose import ROSESecond as ROSESecond
 from .sift import SIFT as SIFT
 from .smart import SMART as SMART
 from .smart import BregmanProximal as BregmanProximal
+from .weight_mixup import WeightMixup as WeightMixup
 
 METHODS: dict[str, type[Method]] = {
     "dps_dense": DPSDense,
@@ -43,6 +44,7 @@ METHODS: dict[str, type[Method]] = {
     "lnsr": LNSR,
     "fgm": FGM,
     "pgd": PGD,
+    "weight_mixup": WeightMixup,
     "l2sp": L2SP,
     "recadam": RecAdam,
     "clip_norm": ClipNorm,
