@@ -50,6 +50,7 @@ from steadytune import (
     ClipNorm,
     DPSDense,
     DPSMix,
+    MetaWeightNet,
     Method,
     Mixout,
     RDrop,
@@ -245,6 +246,7 @@ DDP_RECIPES = {
     "adversarial": lambda: [FGM(0.5), PGD(0.5, steps=2)],
     "mixup": lambda: [WeightMixup(outer=outer_parts, lr=0.05)],
     "mixup_difference": lambda: [WeightMixup(outer=outer_parts, lr=0.05, order="difference")],
+    "meta_weight_net": lambda: [MetaWeightNet(outer=outer_parts, lr=0.05)],
     "penalties": lambda: [RDrop(), R3F(scale=0.1), LNSR(scale=0.2)],
 }
 TWO_DRAWS = ("rdrop", "rose_first", "rose_ensemble", "bi_drop", "penalties")

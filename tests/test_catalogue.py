@@ -21,6 +21,7 @@ BATCH = {"input_ids": torch.arange(24).view(4, 6), "labels": torch.tensor([0, 1,
 
 
 SETTINGS = {
+    "meta_weight_net": {"outer": lambda: [BATCH], "hidden": 4},
     "weight_mixup": {"outer": lambda: [BATCH], "rank": "tensor"},  # at this size shares by row and column are a tenth
     "dps_dense": {"update_ratio": STAGE / 12},
     "dps_mix": {"update_ratio": STAGE / 12},

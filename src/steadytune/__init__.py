@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .methods import ClipNorm as ClipNorm
     from .methods import DPSDense as DPSDense
     from .methods import DPSMix as DPSMix
+    from .methods import MetaWeightNet as MetaWeightNet
     from .methods import Mixout as Mixout
     from .methods import RDrop as RDrop
     from .methods import RecAdam as RecAdam
@@ -73,6 +74,7 @@ _HOMES = {
         "ClipNorm",
         "DPSDense",
         "DPSMix",
+        "MetaWeightNet",
         "Mixout",
         "RDrop",
         "RecAdam",

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .core import Method, Run
+from .core import Method, Run, not_negative
 from .functional import hashed
 from .hypergradient import AdamW, slope
 from .step import Inputs
@@ -35,6 +35,14 @@ class BiLevel(Method):
     def learns(self) -> bool:
         """Whether there is anything to learn."""
         return True
+
+    def check(self) -> None:
+        """Raise for values of the common fields out of range."""
+        if isinstance(self.outer, (int, float)) and not 0 < self.outer < 1:
+            raise ValueError(f"outer must be a share in (0, 1), or a function that gives batches, got {self.outer}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        not_negative("decay", self.decay)
 
     def setup(self, run: Run) -> None:
         self.variables: Variables = {}

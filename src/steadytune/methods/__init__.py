@@ -13,6 +13,7 @@ from .ema import EMA as EMA
 from .ema import SWA as SWA
 from .l2sp import L2SP as L2SP
 from .lnsr import LNSR as LNSR
+from .meta_weight_net import MetaWeightNet as MetaWeightNet
 from .mixout import Mixout as Mixout
 from .r3f import R3F as R3F
 from .r3f import R4F as R4F
@@ -45,6 +46,7 @@ METHODS: dict[str, type[Method]] = {
     "fgm": FGM,
     "pgd": PGD,
     "weight_mixup": WeightMixup,
+    "meta_weight_net": MetaWeightNet,
     "l2sp": L2SP,
     "recadam": RecAdam,
     "clip_norm": ClipNorm,

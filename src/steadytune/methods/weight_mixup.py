@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..bilevel import BiLevel, Outer, Variables
-from ..core import Run, Scope, Weight, in_unit, not_negative, one_of, select
+from ..core import Run, Scope, Weight, in_unit, one_of, select
 from ..facts import Cost, Paper
 from ..functional import contraction, mixture, warmed_cosine
 from ..hypergradient import check_masters, check_slope, difference
@@ -98,16 +98,12 @@ class WeightMixup(BiLevel):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.outer, (int, float)) and not 0 < self.outer < 1:
-            raise ValueError(f"outer must lie in (0, 1), be a function that gives batches, or None, got {self.outer}")
+        self.check()
         if isinstance(self.alpha, (int, float)):
             in_unit("alpha", self.alpha, zero=True)
         one_of("rank", str(self.rank), ("1", "tensor", "None"))
         one_of("order", self.order, ("first", "difference"))
         one_of("schedule", self.schedule, ("cosine", "constant"))
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
-        not_negative("decay", self.decay)
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must lie in [0, 1), got {self.warmup}")
         self.full_precision = self.learns and self.outer is not None and self.order == "difference"
