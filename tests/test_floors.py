@@ -43,6 +43,7 @@ FLOORS = {
     "bilevel": 2,
     "methods": 3,
     "trainer": 4,
+    "procedures": 4,
     "catalogue": 4,
     "config": 5,
     "doctor": 5,
@@ -64,6 +65,7 @@ SIDEWAYS = {
     ("tasks", "data"),
     ("masks", "core"),
     ("bilevel", "core"),
+    ("recipe", "procedures"),
 }  # on one floor, one way only
 NO_TORCH = (
     "reading",

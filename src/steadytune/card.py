@@ -53,6 +53,8 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
     yield "## Training\n"
     yield f"- base model: {recipe['model']}"
     yield f"- methods: {methods or 'none (plain fine-tuning)'}"
+    if "procedure" in recipe:
+        yield f"- procedure: {_call(recipe['procedure'])}"
     yield (
         f"- {recipe['optimizer']}; learning rate {recipe['lr']}, {recipe['batch_size'] * recipe['accumulation']} "
         f"rows a step, {recipe['steps']} steps planned, weight decay {recipe['weight_decay']}"
