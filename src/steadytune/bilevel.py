@@ -94,7 +94,7 @@ class BiLevel(Method):
             if w.grad is not None and w.name in found:
                 state = run.optimizer.state.get(w.parameter, {})
                 factor = slope(w.group, state, w.grad) if self.precondition else w.group["lr"]
-                directions[w.name] = w.grad.copy_(found[w.name] * factor)
+                directions[w.name] = torch.mul(found[w.name], factor, out=w.grad)
         return directions
 
     def rate(self, run: Run) -> float:

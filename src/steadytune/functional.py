@@ -76,13 +76,13 @@ def contraction(
 ) -> list[Tensor]:
     """Gradient of each factor, of its shape, from the gradient of `mixture`; other arguments as there."""
     found = []
+    own = gradient * (value - reference if convex else value)
     for i, factor in enumerate(factors):
         others = [*factors[:i], *factors[i + 1 :]]
-        if convex:
-            moved = (value - reference) * product(others)
-        else:
-            moved = value * product(others) - reference * product([1 - f for f in others])
-        found.append((gradient * moved).sum_to_size(factor.shape))
+        moved = own * product(others)
+        if not convex:
+            moved -= gradient * reference * product([1 - f for f in others])
+        found.append(moved.sum_to_size(factor.shape))
     return found
 
 

@@ -165,10 +165,11 @@ def slope(group: Mapping[str, Any], state: Mapping[str, Any], gradient: Tensor) 
         return group["lr"] * (1 + group["momentum"] if group["nesterov"] else 1)
     (b1, b2), t = group["betas"], state["step"].to(gradient.device)
     c1, c2 = 1 - b1**t, 1 - b2**t
-    root = (state["exp_avg_sq"] / c2).sqrt()
+    root = (state["exp_avg_sq"] / c2).sqrt_()
     denominator = root + group["eps"]
-    bend = state["exp_avg"] / c1 * (1 - b2) / c2 * gradient / (root.clamp(min=TINY) * denominator)
-    return torch.where(root > 0, group["lr"] * ((1 - b1) / c1 - bend) / denominator, 0.0)
+    bend = (state["exp_avg"] * gradient).div_(root).div_(denominator).mul_((1 - b2) / (c1 * c2))
+    found = bend.neg_().add_((1 - b1) / c1).div_(denominator).mul_(group["lr"])  # in place: as large as the model
+    return found.masked_fill_(root == 0, 0.0)
 
 
 def check_slope(optimizer: torch.optim.Optimizer) -> None:

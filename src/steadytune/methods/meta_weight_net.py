@@ -115,7 +115,7 @@ class MetaWeightNet(BiLevel):
     def losses_at(self, run: Run, directions: Mapping[str, Tensor], by: Tensor) -> list[Tensor]:
         """Losses of the rows of each micro-batch at W + by * q, under the same dropout at every call."""
         moving = [w for w in run.weights() if w.name in directions]
-        views = ((w, w.data + by * directions[w.name]) for w in moving)
+        views = ((w, torch.addcmul(w.data, directions[w.name], by)) for w in moving)
         with run.showing(views), run.forked_rng(), torch.no_grad():
             torch.manual_seed(run.draw_seed("network inner", rank=True))
             return [row_losses(run.task(b, run.model)[1]["logits"], b["labels"]) for b in run.batch]

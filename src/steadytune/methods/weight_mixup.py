@@ -214,7 +214,7 @@ class WeightMixup(BiLevel):
             """dL1/da at W + by * q, under the same dropout at every call."""
 
             def value(name: str) -> Tensor:
-                return run.raw(name) + by * directions[name] if name in directions else run.raw(name)
+                return torch.addcmul(run.raw(name), directions[name], by) if name in directions else run.raw(name)
 
             def view(name: str) -> Tensor:
                 return self.mixture(run, name, value(name)) if name in self.alphas else value(name)
