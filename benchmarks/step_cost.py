@@ -51,6 +51,7 @@ from steadytune import (
     EasyAdapt,
     Extrapolation,
     HypergradientLR,
+    MetaWeightNet,
     Mixout,
     RDrop,
     RecAdam,
@@ -60,8 +61,10 @@ from steadytune import (
     ROSESecond,
     Run,
     TopLayers,
+    WeightMixup,
 )
 
+LOOK = {"input_ids": torch.arange(64).view(4, 16), "labels": torch.tensor([0, 1, 1, 0])}
 RECIPES = {
     "plain": [],
     "DPSDense": [DPSDense()],
@@ -76,6 +79,10 @@ RECIPES = {
     "Mixout": [Mixout()],
     "EMA": [EMA()],
     "SWA": [SWA(start=0.0)],
+    "WeightMixup": [WeightMixup(outer=lambda: [LOOK])],
+    "WeightMixup difference": [WeightMixup(outer=lambda: [LOOK], order="difference")],
+    "WeightMixup fixed": [WeightMixup(alpha=0.9)],
+    "MetaWeightNet": [MetaWeightNet(outer=lambda: [LOOK])],
     "L2SP": [L2SP()],
     "RecAdam": [RecAdam()],
     "ClipNorm": [ClipNorm()],
@@ -111,8 +118,7 @@ class Contestant:
             vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
         )
         self.model = BertForSequenceClassification(config).train()
-        look = {"input_ids": torch.arange(64).view(4, 16), "labels": torch.tensor([0, 1, 1, 0])}
-        run = Run(self.model, methods, total_steps=400, data=lambda: [look])
+        run = Run(self.model, methods, total_steps=400, data=lambda: [LOOK])
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 2e-5, fused=True)
         self.run = run.attach(self.optimizer) if methods else None
         self.bytes: list[int] = []

@@ -57,6 +57,7 @@ from steadytune import (
     EasyAdapt,
     Extrapolation,
     HypergradientLR,
+    MetaWeightNet,
     Method,
     Mixout,
     RDrop,
@@ -69,6 +70,7 @@ from steadytune import (
     TopLayers,
     Trainer,
     Weight,
+    WeightMixup,
 )
 
 STEPS = 8  # stages of two: squares, masks, squares, masks
@@ -256,6 +258,9 @@ DDP_RECIPES = {
     "r4f": lambda: [R4F(scale=0.1, detach_embedding=True)],
     "lnsr": lambda: [LNSR(scale=0.2)],
     "adversarial": lambda: [FGM(0.5), PGD(0.5, steps=2)],
+    "mixup": lambda: [WeightMixup(outer=outer_parts, lr=0.05)],
+    "mixup_difference": lambda: [WeightMixup(outer=outer_parts, lr=0.05, order="difference")],
+    "meta_weight_net": lambda: [MetaWeightNet(outer=outer_parts, lr=0.05)],
     "penalties": lambda: [RDrop(), R3F(scale=0.1), LNSR(scale=0.2)],
     "beside": lambda: [VIBERT(beta=0.1), EasyAdapt(domain=by_length, drop=0.0), Extrapolation(0.5)],
     "structure": lambda: [ReInit(), TopLayers(1), LLRD(0.5), EMA(0.8)],
@@ -263,6 +268,11 @@ DDP_RECIPES = {
     "bitfit": lambda: [BitFit()],
 }
 TWO_DRAWS = ("rdrop", "rose_first", "rose_ensemble", "bi_drop", "penalties")
+
+
+def outer_parts() -> list[dict]:
+    """This rank's share of three outer batches."""
+    return [parts(collate(rows(ROWS, seed=300 + i)), *place(), 1)[0] for i in range(3)]
 
 
 def first_look(model: nn.Module) -> list[list[dict]]:

@@ -17,10 +17,13 @@ from steadytune.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 STAGE = 3  # steps of a DPS stage below
+BATCH = {"input_ids": torch.arange(24).view(4, 6), "labels": torch.tensor([0, 1, 2, 0])}
 
 
 SETTINGS = {
     "easy_adapt": {"domain": lambda inputs: inputs["input_ids"][:, 0] % 2},
+    "meta_weight_net": {"outer": lambda: [BATCH], "hidden": 4},
+    "weight_mixup": {"outer": lambda: [BATCH], "rank": "tensor"},  # at this size shares by row and column are a tenth
     "dps_dense": {"update_ratio": STAGE / 12},
     "dps_mix": {"update_ratio": STAGE / 12},
     "recadam": {"gamma": 100.0},  # its default wants a smaller learning rate
@@ -40,15 +43,14 @@ def trained(name):
         vocab_size=32, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, num_labels=3
     )
     model = BertForSequenceClassification(config).train()
-    batch = {"input_ids": torch.randint(32, (4, 6)), "labels": torch.tensor([0, 1, 2, 0])}
-    run = Run(model, [method(name)], total_steps=12, data=lambda: [batch])
+    run = Run(model, [method(name)], total_steps=12, data=lambda: [BATCH])
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     run.attach(optimizer)
     acts = getattr(run.methods[0], "scope", "all")
     size = sum(w.data.numel() for w in run.weights(run.methods[0], acts))
     for _ in range(12):
         before = run.nbytes()
-        run.loss(batch).backward()
+        run.loss(BATCH).backward()
         during = run.nbytes() - before
         optimizer.step()
         optimizer.zero_grad()

@@ -12,6 +12,7 @@ import steadytune
 SRC = Path(steadytune.__file__).parent
 FLOORS = {
     "functional": 0,
+    "hypergradient": 0,
     "anatomy": 0,
     "checks": 0,
     "shards": 0,
@@ -41,8 +42,10 @@ FLOORS = {
     "adapters": 2,
     "masks": 2,
     "heads": 2,
+    "bilevel": 2,
     "methods": 3,
     "trainer": 4,
+    "procedures": 4,
     "catalogue": 4,
     "config": 5,
     "doctor": 5,
@@ -61,8 +64,14 @@ FLOORS = {
 }
 # On one floor, one way only.
 SIDEWAYS = {
-    ("views", "method"), ("tasks", "data"), ("masks", "core"), ("heads", "core"), ("adapters", "delta"),
-}  # fmt: skip
+    ("views", "method"),
+    ("tasks", "data"),
+    ("masks", "core"),
+    ("heads", "core"),
+    ("adapters", "delta"),
+    ("bilevel", "core"),
+    ("recipe", "procedures"),
+}
 NO_TORCH = (
     "reading",
     "guards",

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .methods import EasyAdapt as EasyAdapt
     from .methods import Extrapolation as Extrapolation
     from .methods import HypergradientLR as HypergradientLR
+    from .methods import MetaWeightNet as MetaWeightNet
     from .methods import Mixout as Mixout
     from .methods import RDrop as RDrop
     from .methods import RecAdam as RecAdam
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .methods import ROSEFirst as ROSEFirst
     from .methods import ROSESecond as ROSESecond
     from .methods import TopLayers as TopLayers
+    from .methods import WeightMixup as WeightMixup
     from .step import Step as Step
     from .trainer import Trainer as Trainer
 
@@ -91,6 +93,7 @@ _HOMES = {
         "EasyAdapt",
         "Extrapolation",
         "HypergradientLR",
+        "MetaWeightNet",
         "Mixout",
         "RDrop",
         "ReInit",
@@ -99,6 +102,7 @@ _HOMES = {
         "ROSEFirst",
         "ROSESecond",
         "TopLayers",
+        "WeightMixup",
     ),
     "step": ("Step",),
     "trainer": ("Trainer",),

@@ -64,6 +64,8 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"- adapters of PEFT: {recipe['peft']}"
     if (library := _library(recipe)) != "transformers":
         yield f"- this folder holds what was added to the base model, no model of its own: {library} joins them"
+    if "procedure" in recipe:
+        yield f"- procedure: {_call(recipe['procedure'])}"
     yield (
         f"- {recipe['optimizer']}; learning rate {recipe['lr']}, {recipe['batch_size'] * recipe['accumulation']} "
         f"rows a step, {recipe['steps']} steps planned, weight decay {recipe['weight_decay']}"

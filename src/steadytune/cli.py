@@ -89,6 +89,9 @@ def fit(
             "plain fine-tuning. See [b]steadytune methods[/].",
         ),
     ] = None,
+    procedure: Annotated[
+        str | None, _option(TRAINING, "Several trainings in place of one, with options: mixup-blo:folds=1,order=first.")
+    ] = None,
     steps: Annotated[
         int | None, _option(TRAINING, "Optimizer steps. [dim]\\[default: 20 epochs, at least 400, at most 2000][/]")
     ] = None,
@@ -174,7 +177,7 @@ def fit(
         elif train is None:
             raise UsageError("give a training file, or a benchmark task with --task NAME --data-root DIR.")
         same = ("model", "output", "label", "group", "kind", "validation", "validation_column", "seeds", "combine",
-                "refit", "folds", "resume", "overwrite", "save_steps", "push_to_hub")  # fmt: skip
+                "refit", "folds", "procedure", "resume", "overwrite", "save_steps", "push_to_hub")  # fmt: skip
         options = {
             **{name: given[name] for name in (*same, *(field.name for field in dataclasses.fields(Recipe)))},
             "text": text or None,

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +30,7 @@ from .checks import in_unit as in_unit
 from .checks import not_negative as not_negative
 from .checks import one_of as one_of
 from .checks import whole as whole
-from .functional import kept, kth_largest
+from .functional import hashed, kept, kth_largest
 from .method import SCOPES as SCOPES
 from .method import WEIGHT_VERBS, M, Method, Scope, Weight, acts_on_weights, entry, overrides, select
 from .method import gradients as gradients
@@ -470,6 +469,17 @@ class Run:
         """Show ``anchor + mask * (given - anchor) / keep``, where ``given`` is what earlier methods show."""
         self._views.mix(weight, anchor, mask, keep)
 
+    @contextlib.contextmanager
+    def showing(self, values: Iterable[tuple[Weight, Tensor]]) -> Iterator[None]:
+        """Other values of weights are live inside, in `Method.after_step`; afterwards R is again, bit for bit."""
+        try:
+            for weight, value in values:
+                self._views.show(weight, value)
+            torch.clear_autocast_cache()
+            yield
+        finally:
+            self._views.restore()
+
     def freeze(self, weight: Weight, mask: Tensor) -> None:
         """For entries where the boolean ``mask`` is False, this optimizer step does not happen.
 
@@ -582,9 +592,7 @@ class Run:
 
     def draw_seed(self, *key: Any, rank: bool = False) -> int:
         """A seed that depends on the run's seed, the step, the micro-batch and ``key``, and on nothing else."""
-        parts = (self.seed, self.index, self._micro, *key, self.rank if rank else None)
-        digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") >> 1
+        return hashed(self.seed, self.index, self._micro, *key, self.rank if rank else None)
 
     def rng(self, method: Method, label: str, *, per_rank: bool = False) -> torch.Generator:
         """A fresh generator for a method's draw: the same on every rank (unless ``per_rank``) and after a resume.

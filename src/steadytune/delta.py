@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import state
-from .views import checksum
+from .functional import checksum
 
 FILE = "delta.safetensors"
 FORMAT = 1

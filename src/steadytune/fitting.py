@@ -23,7 +23,7 @@ from .card import model_card
 from .data import Data, Kind, Table, Target, UsageError, folds, prepare, suggest
 from .guards import inspect, raise_errors, truncated
 from .output import MEMBERS, RECORD, Output, same_run, write_json, write_whole, writing
-from .recipe import Recipe, make_methods, method_record
+from .recipe import Recipe, make_methods, make_procedure, method_record, procedure_record
 from .tasks import METRICS, SMALLER_IS_BETTER
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .estimate import Estimate
     from .fitted import FittedModel
     from .modelling import Source
+    from .procedures import MixupBLO as Procedure
     from .training import Job, Setup, Trained
 
 logger = logging.getLogger("steadytune")
@@ -56,6 +57,7 @@ class Plan:
     folds: int
     save_steps: int
     progress: bool
+    procedure: Procedure | None = None
 
     @property
     def select(self) -> pd.DataFrame | None:
@@ -114,6 +116,7 @@ def fit(
     label: str | None = None,
     group: str | None = None,
     methods: str | Method | Sequence[str | Method] = (),
+    procedure: str | Procedure | None = None,
     tests: Mapping[str, Any] | None = None,
     validation: Any = None,
     validation_column: str | None = None,
@@ -144,6 +147,7 @@ def fit(
         label: the label column; found likewise.
         group: a column whose equal values keep rows on one side of every split.
         methods: methods, or their names with options (``"dps_dense:keep=0.7"``), in order of action.
+        procedure: several trainings in place of one: ``"mixup-blo:folds=5"``, see `steadytune.procedures`.
         tests: name -> table; columns as in `train`.
         validation: a table; without one ``validation_share`` of the training rows is held out.
         validation_column: instead, a column of `train` that names each row's split.
@@ -174,9 +178,9 @@ def fit(
     folder = Output(output)
     previous = folder.check(resume, overwrite)
     plan = make_plan(
-        train, model=model, text=text, label=label, group=group, methods=methods, tests=tests, validation=validation,
-        validation_column=validation_column, kind=kind, metric=metric, seeds=seeds, combine=combine, refit=refit,
-        folds=folds, save_steps=save_steps, progress=progress, **options,
+        train, model=model, text=text, label=label, group=group, methods=methods, procedure=procedure, tests=tests,
+        validation=validation, validation_column=validation_column, kind=kind, metric=metric, seeds=seeds,
+        combine=combine, refit=refit, folds=folds, save_steps=save_steps, progress=progress, **options,
     )  # fmt: skip
     result = _run(plan, folder, previous)
     if push_to_hub is not None:
@@ -196,6 +200,8 @@ def dry_run(train: Any, *, output: str | Path, **options: Any) -> Estimate:
     folder.check(options.pop("resume", False), options.pop("overwrite", False))
     options.pop("push_to_hub", None)
     plan = make_plan(train, **options)
+    if plan.procedure is not None:
+        raise UsageError("a dry run measures one training, a procedure is several: leave --dry-run or it out.")
     source = open_model(plan)
     return estimate(lambda checkpoints: setup(plan, source, checkpoints), runs(plan), plan)
 
@@ -208,6 +214,7 @@ def make_plan(
     label: str | None = None,
     group: str | None = None,
     methods: str | Method | Sequence[str | Method] = (),
+    procedure: str | Procedure | None = None,
     tests: Mapping[str, Any] | None = None,
     validation: Any = None,
     validation_column: str | None = None,
@@ -253,7 +260,7 @@ def make_plan(
         logger.warning("%s", finding.message)
     plan = Plan(
         str(model), chosen, recipe, data, recipe.total_steps(len(data.train)),
-        headline(metric, data.target), seeds, combine, refit, folds, save_steps, progress,
+        headline(metric, data.target), seeds, combine, refit, folds, save_steps, progress, make_procedure(procedure),
     )  # fmt: skip
     _check_selection(plan)
     return plan
@@ -287,6 +294,8 @@ def _check_columns(methods: Sequence[Method]) -> None:
 
 def _check_selection(plan: Plan) -> None:
     """What selects needs rows to select on."""
+    if plan.refit and plan.procedure is not None:
+        raise UsageError("refit cuts the rows for one kind of training, a procedure is several: leave one of them out.")
     if plan.refit and plan.select is not None:
         raise UsageError("refit chooses the number of steps by cross-validation: leave the validation rows out.")
     if plan.select is None:
@@ -361,7 +370,8 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
     jobs = fold_jobs(plan) if plan.refit else runs(plan)
     with folder.held():
         try:
-            trainer = place.trainer(jobs[0], jobs[0].seeds, folder.checkpoints / jobs[0].name)
+            first = place if plan.procedure is None else plan.procedure.first(place, jobs[0])
+            trainer = first.trainer(jobs[0], jobs[0].seeds, folder.checkpoints / jobs[0].name)
         except ValueError as error:  # a method that cannot act on this model, or two that exclude each other
             raise UsageError(str(error)) from error
         features: Any = trainer.train_dataset
@@ -377,7 +387,10 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
         if previous is None:
             folder.clear()
             write_json(folder.path / RECORD, record)
-        trained = [place.train(job, None if i else trainer) for i, job in enumerate(jobs)]
+        if plan.procedure is None:
+            trained = [place.train(job, None if i else trainer) for i, job in enumerate(jobs)]
+        else:
+            trained = [plan.procedure(place, job) for job in jobs]
         if plan.refit:
             stop_at = _best_step(trained, plan)
             trained = [place.train(job) for job in runs(plan, stop_at)]
@@ -532,6 +545,7 @@ def _record(plan: Plan, source: Source) -> dict[str, Any]:
         "recipe": {
             "model": plan.model,
             "methods": [method_record(method) for method in plan.methods],
+            **({} if plan.procedure is None else {"procedure": procedure_record(plan.procedure)}),
             "kind": plan.data.target.kind,
             "labels": list(plan.data.target.names),
             "optimizer": "AdamW (bias-corrected, fused), linear warm-up and decay",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +52,40 @@ def mix(anchor: Tensor, value: Tensor, mask: Tensor, keep: float, *, out: Tensor
     return torch.lerp(anchor, value, weight, out=out)
 
 
+def product(factors: Sequence[Tensor]) -> Any:
+    """Of factors that broadcast to each other; 1 of none."""
+    return functools.reduce(operator.mul, factors, 1.0)
+
+
+def mixture(factors: Sequence[Tensor], value: Tensor, reference: Tensor, *, convex: bool) -> Tensor:
+    """``a * value + (1 - a) * reference``; not ``convex``: ``a * value + (1 - a1)(1 - a2)... * reference``.
+
+    Args:
+        factors: a1, a2 ..., whose product is a; each broadcasts to the weight.
+        value: any shape.
+        reference: of the same shape.
+        convex: which of the two.
+    """
+    if convex:
+        return torch.lerp(reference, value, product(factors))
+    return product(factors) * value + product([1 - f for f in factors]) * reference
+
+
+def contraction(
+    factors: Sequence[Tensor], gradient: Tensor, value: Tensor, reference: Tensor, *, convex: bool
+) -> list[Tensor]:
+    """Gradient of each factor, of its shape, from the gradient of `mixture`; other arguments as there."""
+    found = []
+    own = gradient * (value - reference if convex else value)
+    for i, factor in enumerate(factors):
+        others = [*factors[:i], *factors[i + 1 :]]
+        moved = own * product(others)
+        if not convex:
+            moved -= gradient * reference * product([1 - f for f in others])
+        found.append(moved.sum_to_size(factor.shape))
+    return found
+
+
 def rescaled(mask: Tensor, keep: float, dtype: torch.dtype) -> Tensor:
     """``mask / keep`` in ``dtype``, zeros when ``keep`` is 0: the factor of `mix` and of its chain rule."""
     return mask.to(dtype, copy=True).mul_(1 / keep if keep else 0.0)
@@ -59,6 +97,28 @@ def byte_mask(shape: Sequence[int], share: float, generator: torch.Generator) ->
     words = torch.empty(-(-n // 8), dtype=torch.int64, device=generator.device)
     words.random_(-(2**63), None, generator=generator)  # all 64 bits: without bounds the sign bit would stay 0
     return (words.view(torch.uint8)[:n] < round(share * 256)).view(tuple(shape))
+
+
+def hashed(*parts: Any) -> int:
+    """A seed of 63 bits that depends on the parts, plain values, and on nothing else."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def checksum(tensor: Tensor) -> str:
+    """64 bits that tell one tensor's bytes from another's."""
+    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(data.tobytes(), digest_size=8).hexdigest()
+
+
+def warmed_cosine(done: float, warmup: float) -> float:
+    """A rate that rises from 0 to 1 over the share ``warmup`` of a training and falls back along half a cosine.
+
+    Args:
+        done: share of the training that is over, in [0, 1].
+        warmup: in [0, 1).
+    """
+    return done / warmup if done < warmup else (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
 
 
 def exchange(a: Tensor, b: Tensor) -> None:

@@ -15,6 +15,7 @@ from . import shards
 from .anatomy import Kind
 from .checks import one_of
 from .facts import Cost, Paper
+from .functional import checksum, hashed
 
 if TYPE_CHECKING:
     from .core import Run
@@ -81,6 +82,7 @@ class Method:
     paper: ClassVar[Paper | None] = None  # where it comes from; None for one of your own
     cost: ClassVar[Cost] = Cost()  # what it costs beside plain fine-tuning
     where: Callable[[Weight], bool] | None = None  # set by `only`
+    full_precision: bool = False  # whether it subtracts gradients, which in half precision leaves their rounding
 
     @property
     def input_columns(self) -> tuple[str, ...]:
@@ -194,9 +196,12 @@ def entry(method: Method) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON and ``torch.load(weights_only=True)`` take: names of predicates, Python's numbers for NumPy's."""
+    """What JSON and ``torch.load(weights_only=True)`` take: names for functions, Python's numbers for NumPy's."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
+    if isinstance(value, Mapping):  # of weight names to tensors
+        sums = [(name, *map(checksum, tensors)) for name, tensors in value.items()]
+        return f"of {len(value)} weights, checksum {hashed(*sums):016x}"
     if callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
     return value.item() if hasattr(value, "item") else value

@@ -16,6 +16,7 @@ from .data import UsageError, suggest
 
 if TYPE_CHECKING:
     from .method import Method
+    from .procedures import MixupBLO as Procedure
 
 # The strong baseline for small data: 20 epochs, but never so few steps that training stops half way, and a ceiling
 # where a table is large enough to need no repetition (Mosbach et al. 2021; Zhang et al. 2021).
@@ -150,12 +151,12 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def parse_method(text: str, registry: Mapping[str, type[Any]]) -> Any:
+def parse_method(text: str, registry: Mapping[str, type[Any]], what: str = "method") -> Any:
     """A method from `name` or `name:option=value,option=value`, checked against the fields of its class."""
     name, _, tail = text.partition(":")
     name = name.strip()
     if name not in registry:
-        raise UsageError(f"unknown method {name!r}.{suggest(name, registry)}")
+        raise UsageError(f"unknown {what} {name!r}.{suggest(name, registry)}")
     cls = registry[name]
     hints = typing.get_type_hints(cls)
     known = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
@@ -163,19 +164,19 @@ def parse_method(text: str, registry: Mapping[str, type[Any]]) -> Any:
     for item in filter(None, map(str.strip, tail.split(","))):
         option, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
-            raise UsageError(f"method {name!r}: options are written option=value, got {item!r}.")
+            raise UsageError(f"{what} {name!r}: options are written option=value, got {item!r}.")
         if option not in known:
-            raise UsageError(f"method {name!r}: unknown option {option!r}.{suggest(option, known)}")
+            raise UsageError(f"{what} {name!r}: unknown option {option!r}.{suggest(option, known)}")
         if option in options:
-            raise UsageError(f"method {name!r}: {option} is given twice.")
+            raise UsageError(f"{what} {name!r}: {option} is given twice.")
         try:
             options[option] = convert(value, known[option])
         except ValueError:
-            raise UsageError(f"method {name!r}: {option} must be {_spell(known[option])}, got {value!r}.") from None
+            raise UsageError(f"{what} {name!r}: {option} must be {_spell(known[option])}, got {value!r}.") from None
     try:
         return cls(**options)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"method {name!r}: {error}") from error
+        raise UsageError(f"{what} {name!r}: {error}") from error
 
 
 def convert(text: str, hint: Any) -> Any:
@@ -240,3 +241,18 @@ def make_methods(methods: str | Method | Sequence[str | Method]) -> list[Method]
 
     listed = methods if isinstance(methods, Sequence) and not isinstance(methods, str) else [methods]
     return [parse_method(method, METHODS) if isinstance(method, str) else method for method in listed]
+
+
+def make_procedure(procedure: str | Procedure | None) -> Procedure | None:
+    """A procedure from `name:option=value`, or the one given."""
+    from .procedures import PROCEDURES
+
+    return parse_method(procedure, PROCEDURES, "procedure") if isinstance(procedure, str) else procedure
+
+
+def procedure_record(procedure: Procedure) -> dict[str, Any]:
+    """Name and every option, ready for JSON."""
+    from .procedures import PROCEDURES
+
+    names = {cls: name for name, cls in PROCEDURES.items()}
+    return {"name": names[type(procedure)], "options": dataclasses.asdict(procedure)}

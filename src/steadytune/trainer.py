@@ -100,6 +100,12 @@ class Trainer(transformers.Trainer):
                 "torchrun, or one device with CUDA_VISIBLE_DEVICES=0"
             )
         known = [m for m in self.methods if isinstance(m, Method)]  # Run refuses anything else
+        exact = [type(m).__name__ for m in known if m.full_precision]
+        if exact and (self.args.bf16 or self.args.fp16):
+            raise ValueError(
+                f"{exact[0]} subtracts gradients, which in half precision leaves little but their rounding: train in "
+                "float32, or without it (WeightMixup: order='first')"
+            )
         if not any(overrides(m, verb) for m in known for verb in WEIGHT_VERBS):
             return
         if self.is_deepspeed_enabled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -10,7 +11,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 from transformers import (
     DataCollatorWithPadding,
@@ -30,7 +31,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from .data import Target, UsageError, one_line
+from . import state
+from .bilevel import BiLevel
+from .data import Target, UsageError, one_line, split
 from .modelling import Source, adapted, label_ids, merged, quiet, read_model, tokenise, write_model
 from .output import last_checkpoint, write_json
 from .recipe import MAX_STEPS, Recipe
@@ -45,7 +48,7 @@ logger = logging.getLogger("steadytune")
 WINDOW = 50  # batches whose rows are sorted by length together
 FAILING, FAILING_AFTER = 0.9, 0.2  # share of log K, share of the steps (Dodge et al. 2020, arXiv 2002.06305)
 LEAST = 10  # steps before any run is judged
-RESULT = "result.json"
+RESULT, STATE = "result.json", "methods.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +61,7 @@ class Job:
         select: to score while training, never trained on; None for no selection.
         seeds: of head, data order, dropout and methods.
         stop_at: end after this step of the schedule; None for its end.
+        start: weights to begin with; methods have taken the pre-trained ones for their references.
     """
 
     name: str
@@ -65,6 +69,7 @@ class Job:
     select: pd.DataFrame | None
     seeds: dict[str, int]
     stop_at: int | None = None
+    start: Mapping[str, Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -81,6 +86,7 @@ class Trained:
         failing: whether the loss of this one did not fall either.
         loss: the last training loss logged, a mean over 2 % of the steps, penalties included.
         passes: forward and backward passes of a step in those of a plain one, counted since the last resume.
+        state: of core and methods at the end, as `Run.state_dict` gives it; empty unless the setup keeps it.
     """
 
     model: PreTrainedModel
@@ -92,10 +98,12 @@ class Trained:
     failing: bool = False
     loss: float | None = None
     passes: float = 1.0
+    state: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """All but the model, for JSON."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
+        """All but the tensors, for JSON."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("model", "state")]
+        return {name: getattr(self, name) for name in names}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -117,6 +125,7 @@ class Setup:
         save_steps: between checkpoints, 0 for none.
         progress: whether to show a bar.
         keep: whether finished jobs stay on disk, because others follow.
+        states: whether the state of the methods is kept too.
     """
 
     source: Source
@@ -129,6 +138,7 @@ class Setup:
     save_steps: int
     progress: bool
     keep: bool = False
+    states: bool = False
 
     def train(self, job: Job, trainer: FitTrainer | None = None) -> Trained:
         """Train, restarting with other seeds while a run fails, from the last checkpoint there is.
@@ -162,6 +172,8 @@ class Setup:
                 (folder / "failed").touch()
                 continue
             found = trainer.trained(seeds, seconds, attempt, trainer.failing(self.classes))
+            if self.states and trainer.run is not None:
+                found.state = trainer.run.state_dict()
             if self.keep:
                 self._write(found, done)
             return found
@@ -188,24 +200,44 @@ class Setup:
             callbacks.append(StopAt(job.stop_at))
         select = self.features(job.select) if self.recipe.evaluations and job.select is not None else None
         selecting = select is not None
+        methods, rows = self.hold_out(job)
         if selecting and self.recipe.patience is not None:
             callbacks.append(EarlyStoppingCallback(early_stopping_patience=self.recipe.patience))
         trainer = FitTrainer(
             model=model,
             args=arguments(self.recipe, seeds, self.steps, folder, self.save_steps, self.metric if selecting else None),
-            train_dataset=self.features(job.rows),
+            train_dataset=self.features(rows),
             eval_dataset=select,
             data_collator=DataCollatorWithPadding(self.source.tokenizer),
             preprocess_logits_for_metrics=only_logits,
             compute_metrics=self.measure if selecting else None,
             compute_loss_func=weighted_loss(self.recipe, job.rows, self.target),
             callbacks=callbacks,
-            methods=self.methods,
+            methods=methods,
             method_seed=seeds["method"],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.create_optimizer()  # attaches the methods: what they refuse is known before anything is written
+        if job.start is not None:
+            model.load_state_dict(job.start)
         return trainer
+
+    def hold_out(self, job: Job) -> tuple[list[Method], pd.DataFrame]:
+        """The methods, those that learn on a share of the rows provided with it, and the rows that are left."""
+        methods, rows = [], job.rows
+        for method in self.methods:
+            if isinstance(method, BiLevel) and method.learns and isinstance(method.outer, float):
+                rows, others = split(rows, self.target, method.outer, job.seeds["subset"])
+                method = copy.copy(method)
+                method.outer = self.batches(others)
+            methods.append(method)
+        return methods, rows
+
+    def batches(self, rows: pd.DataFrame) -> Callable[[], Iterable[Any]]:
+        """A function that gives batches of all rows, in another order each time."""
+        features: Any = self.features(rows)
+        collator = DataCollatorWithPadding(self.source.tokenizer)
+        return lambda: DataLoader(features, self.recipe.batch_size, shuffle=True, collate_fn=collator)
 
     def features(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
         """Tokens and labels, one dictionary per row."""
@@ -224,6 +256,8 @@ class Setup:
         """The result comes last: without it the job is not finished."""
         with quiet():
             write_model(found.model, folder / "model")
+        if self.states:
+            state.save(found.state, folder / STATE)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint, ignore_errors=True)
         write_json(folder / RESULT, found.record())
@@ -231,8 +265,9 @@ class Setup:
     def _read(self, folder: Path) -> Trained:
         record = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         record["curve"] = [tuple(point) for point in record["curve"]]
+        held = state.load(folder / STATE) if self.states else {}
         model: Any = read_model(folder / "model", lambda: self.source.load(record["seeds"]["init"]))
-        return Trained(model.to(device()).eval(), **record)
+        return Trained(model.to(device()).eval(), **record, state=held)
 
 
 def device() -> torch.device:

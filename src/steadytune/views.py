@@ -5,7 +5,6 @@ R raw (what the optimizer moves), F forward (what the forward sees), E evaluated
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import shards
-from .functional import exchange, mix
+from .functional import checksum, exchange, mix
 from .method import Weight
 
 
@@ -203,9 +202,3 @@ class References:
                     "is not the pre-trained one. Give the base model, not a checkpoint of the run; trained weights "
                     "come from the checkpoint"
                 )
-
-
-def checksum(tensor: Tensor) -> str:
-    """64 bits that tell one tensor's bytes from another's."""
-    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(data.tobytes(), digest_size=8).hexdigest()

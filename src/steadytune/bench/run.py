@@ -82,8 +82,7 @@ def execute(run: Run, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
     with tempfile.TemporaryDirectory(prefix="steadytune-") as scratch:
         place = fitting.setup(plan, source, Path(scratch))
         (job,) = fitting.runs(plan)
-        trainer = place.trainer(job, job.seeds, Path(scratch, job.name))
-        trained = place.train(job, trainer)
+        trained = place.train(job) if plan.procedure is None else plan.procedure(place, job)
         model = fitting.fitted_model(plan, source, [trained.model])
         ended = time.perf_counter()
         predictions, scores = fitting.evaluate(model, plan.data)
@@ -116,6 +115,7 @@ def make_plan(run: Run) -> fitting.Plan:
         table,
         model=run.model,
         methods=run.methods,
+        procedure=run.procedure,
         tests=tests if rows is None else {name: _head(test, rows) for name, test in tests.items()},
         metric=spec["metric"],
         train_size=spec["train_size"],

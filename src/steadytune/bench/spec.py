@@ -21,12 +21,13 @@ from typing import Any
 
 from ..config import options, read, value
 from ..data import UsageError, suggest
-from ..recipe import SEEDS, Recipe, make_methods, method_record
+from ..recipe import SEEDS, Recipe, make_methods, make_procedure, method_record, procedure_record
 from ..tasks import METRICS, Task, find, seen_by
 
 FORMAT = 1
 FILE_SEEDS = {"seed", *(f"{name}_seed" for name in SEEDS)}
 OPTIONS = {name: hint for name, hint in options(Recipe).items() if name not in {*FILE_SEEDS, "train_size"}}
+PARTS = ("methods", "procedure")  # of a recipe, beside options
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -54,7 +55,7 @@ class Study:
         models: to start from.
         tasks: names of `steadytune.tasks`.
         train_sizes: rows drawn per run, None for all.
-        recipes: name -> ``methods`` and options of `Recipe`, on top of `options`.
+        recipes: name -> ``methods``, ``procedure`` and options of `Recipe`, on top of `options`.
         options: of all recipes.
         seeds: one run each per recipe, the same for every recipe.
         factorial: seeds that vary on their own, every value of `seeds` with every other, while the rest stay at the
@@ -137,11 +138,18 @@ class Study:
                 raise UsageError(f"{source}: label_noise and imbalance need classes, task {task.name} has none.")
         for name in self.recipes:
             self.recipe(name)
-            make_methods(self.recipes[name].get("methods", ()))
+            self.parts(name)
+
+    def parts(self, name: str) -> list[dict[str, Any]]:
+        """What a recipe has beyond plain training, as records: its methods, and last its procedure."""
+        given = self.recipes[name]
+        found = [method_record(m) for m in make_methods(given.get("methods", ()))]
+        procedure = make_procedure(given.get("procedure"))
+        return found if procedure is None else [*found, procedure_record(procedure)]
 
     def recipe(self, name: str) -> Recipe:
         """The options of a recipe, without seeds."""
-        given = {key: v for key, v in {**self.options, **self.recipes[name]}.items() if key != "methods"}
+        given = {key: v for key, v in {**self.options, **self.recipes[name]}.items() if key not in PARTS}
         for key in given:
             if key not in OPTIONS:
                 raise UsageError(f"recipe {name!r}: unknown option {key!r}.{suggest(key, sorted(OPTIONS))}")
@@ -184,7 +192,7 @@ class Study:
                 "model": {"name": model.name, "fingerprint": weights},
                 "task": {"name": task, "fingerprint": data},
                 "recipe": name,
-                "methods": [method_record(m) for m in make_methods(self.recipes[name].get("methods", ()))],
+                "methods": self.parts(name),
                 "options": {key: getattr(recipe, key) for key in sorted(OPTIONS)},
                 "train_size": size,
                 "corruption": {"label_noise": self.label_noise, "imbalance": self.imbalance},
@@ -198,6 +206,7 @@ class Study:
                     paths[model],
                     str(root),
                     tuple(self.recipes[name].get("methods", ())),
+                    self.recipes[name].get("procedure"),
                     seen_by((model.name, paths[model]), find(task), self.out_of_domain, model.seen),
                     self.keep_models,
                 )
@@ -214,6 +223,7 @@ class Run:
         model: directory or hub name.
         data_root: folder of the tasks' files.
         methods: as the study writes them.
+        procedure: likewise.
         seen: benchmark sets the model knew before.
         keep_model: write the trained model beside the record.
     """
@@ -222,6 +232,7 @@ class Run:
     model: str
     data_root: str
     methods: tuple[str, ...]
+    procedure: str | None = None
     seen: tuple[str, ...] = ()
     keep_model: bool = False
 
@@ -419,6 +430,8 @@ def _recipes(what: str, value: Any) -> dict[str, dict[str, Any]]:
     for name, entry in _mapping(what, value).items():
         about = _mapping(f"{what}.{name}", entry or {})
         found[name] = {**about, "methods": _texts(f"{what}.{name}: methods", about.get("methods", []))}
+        if "procedure" in about:
+            _text(f"{what}.{name}: procedure", about["procedure"])
     return found
 
 

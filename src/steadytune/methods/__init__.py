@@ -18,6 +18,7 @@ from .hypergradient_lr import HypergradientLR as HypergradientLR
 from .l2sp import L2SP as L2SP
 from .llrd import LLRD as LLRD
 from .lnsr import LNSR as LNSR
+from .meta_weight_net import MetaWeightNet as MetaWeightNet
 from .mixout import Mixout as Mixout
 from .partial import BitFit as BitFit
 from .partial import TopLayers as TopLayers
@@ -33,6 +34,7 @@ from .sift import SIFT as SIFT
 from .smart import SMART as SMART
 from .smart import BregmanProximal as BregmanProximal
 from .vibert import VIBERT as VIBERT
+from .weight_mixup import WeightMixup as WeightMixup
 
 METHODS: dict[str, type[Method]] = {
     "re_init": ReInit,
@@ -59,6 +61,8 @@ METHODS: dict[str, type[Method]] = {
     "pgd": PGD,
     "vibert": VIBERT,
     "easy_adapt": EasyAdapt,
+    "weight_mixup": WeightMixup,
+    "meta_weight_net": MetaWeightNet,
     "l2sp": L2SP,
     "recadam": RecAdam,
     "extrapolation": Extrapolation,

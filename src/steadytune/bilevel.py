@@ -1,0 +1,182 @@
+"""What methods share whose own variables learn on other rows than the weights: those rows, and an optimizer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .core import Method, Run, not_negative
+from .functional import hashed
+from .hypergradient import AdamW, slope
+from .step import Inputs
+
+Outer = Callable[[], Iterable[Inputs]]  # asked anew for each pass over the rows
+Variables = dict[str, list[Tensor]]
+
+
+class BiLevel(Method):
+    """Base of methods with variables of their own, which learn on ``outer`` rows after each step of the weights.
+
+    Subclasses make ``variables`` in `attach`, by `begin`, and give their gradients to `learn`.
+    """
+
+    outer: float | Outer | None
+    lr: float
+    decay: float
+    precondition: bool
+
+    interval: ClassVar[tuple[float, float] | None] = None  # to which variables are clamped
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is anything to learn."""
+        return True
+
+    def check(self) -> None:
+        """Raise for values of the common fields out of range."""
+        if isinstance(self.outer, (int, float)) and not 0 < self.outer < 1:
+            raise ValueError(f"outer must be a share in (0, 1), or a function that gives batches, got {self.outer}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        not_negative("decay", self.decay)
+
+    def setup(self, run: Run) -> None:
+        self.variables: Variables = {}
+        self.moments: tuple[int, list[Tensor], list[Tensor]] = (0, [], [])
+        self.rows: OuterRows | None = None
+        if not self.learns or self.outer is None:
+            return
+        if isinstance(self.outer, (int, float)):
+            raise ValueError(
+                f"{type(self).__name__}(outer={self.outer}) holds out a share of the training rows, which only "
+                "steadytune.fit can: hold them out yourself and pass outer=lambda: loader, a function that gives "
+                "batches of rows that the weights are not trained on"
+            )
+        self.rows = OuterRows(self.outer, run.seed)
+
+    def begin(self, run: Run, variables: Variables) -> None:
+        """Learn these, in place.
+
+        Raises:
+            ValueError: sharded weights.
+        """
+        if run.sharded:
+            raise ValueError(
+                f"{type(self).__name__} needs whole weights, but these are sharded (FSDP2): use DistributedDataParallel"
+            )
+        self.variables = variables
+        self.moments = AdamW(self.lr).start(flat(variables))
+
+    def draw(self, run: Run) -> Inputs:
+        """The next batch of the outer rows, on the model's device."""
+        assert self.rows is not None
+        device = next(run.model.parameters()).device
+        with run.forked_rng():
+            batch = self.rows.next()
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def follow(self, run: Run, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Directions q of `hypergradient`, by weight name, for the optimizer's step just taken.
+
+        They lie in the weights' ``.grad``, which that step is done with: no further copy of the weights is held.
+
+        Args:
+            run: in `Method.after_step`.
+            found: gradient of the outer loss.
+        """
+        assert run.optimizer is not None
+        directions = {}
+        for w in run.weights():
+            if w.grad is not None and w.name in found:
+                state = run.optimizer.state.get(w.parameter, {})
+                factor = slope(w.group, state, w.grad) if self.precondition else w.group["lr"]
+                directions[w.name] = torch.mul(found[w.name], factor, out=w.grad)
+        return directions
+
+    def rate(self, run: Run) -> float:
+        """Learning rate of the variables at this step."""
+        return self.lr
+
+    def learn(self, run: Run, gradients: Sequence[Tensor]) -> None:
+        """One step of AdamW on the variables."""
+        weights = flat(self.variables)
+        moved, self.moments = AdamW(self.rate(run), weight_decay=self.decay)(weights, gradients, self.moments)
+        if self.interval is not None:
+            torch._foreach_clamp_min_(moved, self.interval[0])
+            torch._foreach_clamp_max_(moved, self.interval[1])
+        torch._foreach_copy_(weights, moved)
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self.variables:
+            return {}
+        count, first, second = self.moments
+        rows = [] if self.rows is None else self.rows.at
+        return {"variables": self.variables, "count": count, "first": first, "second": second, "rows": rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not self.variables:
+            return
+        weights = flat(self.variables)
+        torch._foreach_copy_(weights, flat(state["variables"]))
+        first, second = ([t.to(w.device) for t, w in zip(state[k], weights, strict=True)] for k in ("first", "second"))
+        self.moments = (state["count"], first, second)
+        if self.rows is not None:
+            self.rows.seek(*state["rows"])
+
+
+def flat(variables: Variables) -> list[Tensor]:
+    """All tensors, in order."""
+    return [t for tensors in variables.values() for t in tensors]
+
+
+class OuterRows:
+    """Batches of a source, pass after pass, each pass in an order drawn by a seed of its own.
+
+    Args:
+        source: called for each pass; it may shuffle by torch's global generator.
+        seed: of the orders.
+    """
+
+    def __init__(self, source: Outer, seed: int) -> None:
+        self.source, self.seed = source, seed
+        self.seek(0, 0)
+
+    @property
+    def at(self) -> list[int]:
+        """Pass, and batch in it, that comes next."""
+        return [self._epoch, self._place]
+
+    def seek(self, epoch: int, place: int) -> None:
+        """Go on from there."""
+        self._epoch, self._place = epoch, place
+        self._reader = self._read()
+
+    def next(self) -> Inputs:
+        """The next batch; torch's global generator is seeded anew.
+
+        Raises:
+            ValueError: the source gives no batch.
+        """
+        return next(self._reader)
+
+    def _read(self) -> Iterator[Inputs]:
+        while True:
+            torch.manual_seed(hashed(self.seed, "outer", self._epoch))
+            batches, place = iter(self.source()), 0
+            for place in itertools.count():
+                torch.manual_seed(hashed(self.seed, "outer", self._epoch, place))
+                batch = next(batches, None)
+                if batch is None:
+                    break
+                if place >= self._place:  # those before were drawn before a resume
+                    self._place = place + 1
+                    yield batch
+            if not place:
+                raise ValueError(
+                    "outer gives no batch: it must be a function that gives batches each time it is called"
+                )
+            self._epoch, self._place = self._epoch + 1, 0

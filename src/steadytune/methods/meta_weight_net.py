@@ -1,0 +1,147 @@
+"""Meta-Weight-Net: a small network tells from the loss of a training row how much it counts, learned on trusted rows.
+
+Shu, Xie, Yi, Zhao, Zhou, Xu, Meng: Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting. NeurIPS 2019,
+arXiv 1902.07379.
+
+With l_i the loss of row i, and L2 the loss of outer rows, whose labels are clean or classes balanced:
+
+    L1 = mean of V(l_i) l_i          V(l) = sigmoid(w2 . relu(w1 l + b1) + b2), l a constant in it
+
+    dL2/dV = - mean of V'(l_i) * d/dt l_i(W + t q)  at t = 0          V' the derivative in w1, b1, w2, b2
+
+q is the last step along dL2/dW (`steadytune.hypergradient`): rows whose loss falls along it count more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..bilevel import BiLevel, Outer, flat
+from ..core import Run, Step, Weight, whole
+from ..facts import Cost, Paper
+from ..hypergradient import check_masters, check_slope, difference
+from ..step import full
+
+
+@dataclass
+class MetaWeightNet(BiLevel):
+    """Weigh training rows by a function of their loss that makes the loss on trusted rows fall.
+
+    Args:
+        outer in (0, 1): the trusted rows: a function that gives batches of them each time it is called (on several
+            processes, each its own); in `steadytune.fit` also a share of the training rows, which then must be good.
+        hidden in [1, inf): width of the network.
+        lr in (0, inf): of the network's own AdamW.
+        decay in [0, inf): of the network's weights.
+        precondition: the step that is differentiated is the optimizer's own, not one of plain descent.
+
+    It takes the place of the task's loss: cross entropy of one label per row, squared error of one number, or the mean
+    binary cross entropy of several labels; class weights or label smoothing of the trainer act on the outer rows only.
+    The two passes at moved weights are forwards without gradients.
+
+    Departures:
+        The network learns after the step of the weights, at the new ones, which spares a pass: the authors take a
+        trial step first. That step is the optimizer's, theirs plain descent whatever the optimizer.
+
+    Raises:
+        ValueError: in setup, for a share of rows outside `fit`, or weights below float32; in attach for sharded
+            weights, or an optimizer that cannot be preconditioned; at the first batch for labels of tokens.
+    """
+
+    outer: float | Outer = 0.1
+    hidden: int = 100
+    lr: float = 1e-3
+    decay: float = 0.0
+    precondition: bool = True
+
+    conflicts: ClassVar[tuple[str, ...]] = ("sharded weights (FSDP2)", "half precision", "labels of tokens")
+    cost: ClassVar = Cost(passes=8 / 3)
+    paper: ClassVar = Paper(
+        authors=("Jun Shu", "Qi Xie", "Lixuan Yi", "Qian Zhao", "Sanping Zhou", "Zongben Xu", "Deyu Meng"),
+        title="Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting",
+        booktitle="Advances in Neural Information Processing Systems",
+        venue="NeurIPS",
+        year=2019,
+        arxiv="1902.07379",
+    )
+
+    def __post_init__(self) -> None:
+        self.check()
+        whole("hidden", self.hidden, 1)
+        self.full_precision = True
+
+    def setup(self, run: Run) -> None:
+        super().setup(run)
+        check_masters([w.data for w in run.weights()])
+        self.losses: list[Tensor] = []  # of the rows of each micro-batch of the step under way
+
+    def attach(self, run: Run) -> None:
+        assert run.optimizer is not None
+        if self.precondition:
+            check_slope(run.optimizer)
+        like, generator, width = next(run.model.parameters()), run.rng(self, "network"), self.hidden**-0.5
+
+        def drawn(bound: float, *shape: int) -> Tensor:
+            return like.new_empty(shape).detach().uniform_(-bound, bound, generator=generator)
+
+        first = [drawn(1.0, self.hidden), drawn(1.0, self.hidden)]
+        self.begin(run, {"network": [*first, drawn(width, self.hidden), drawn(width)]})
+
+    def penalty(self, step: Step) -> Tensor:
+        losses = row_losses(step.outputs["logits"], step.inputs["labels"])
+        self.losses[len(step.run.batch) - 1 :] = [losses.detach()]  # a step that was left has begun anew
+        weighted = (row_weights(flat(self.variables), losses.detach()) * losses).mean()
+        return weighted - step.loss
+
+    def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
+        found = run.gradient(self.draw(run), dropout_seed=run.draw_seed("network outer", rank=True))
+        directions = self.follow(run, found)
+        del found
+        slopes = difference(lambda by: self.losses_at(run, directions, by), list(directions.values()))
+        network = [t.detach().requires_grad_() for t in flat(self.variables)]
+        with torch.enable_grad():
+            pairs = zip(self.losses, slopes, strict=True)
+            rise = torch.stack([(row_weights(network, losses) * slope).mean() for losses, slope in pairs]).mean()
+            gradients = torch.autograd.grad(-rise, network)
+        run.all_reduce(gradients)
+        self.learn(run, gradients)
+        self.losses = []
+
+    def losses_at(self, run: Run, directions: Mapping[str, Tensor], by: Tensor) -> list[Tensor]:
+        """Losses of the rows of each micro-batch at W + by * q, under the same dropout at every call."""
+        moving = [w for w in run.weights() if w.name in directions]
+        views = ((w, torch.addcmul(w.data, directions[w.name], by)) for w in moving)
+        with run.showing(views), run.forked_rng(), torch.no_grad():
+            torch.manual_seed(run.draw_seed("network inner", rank=True))
+            return [row_losses(run.task(b, run.model)[1]["logits"], b["labels"]) for b in run.batch]
+
+
+def row_weights(network: Sequence[Tensor], losses: Tensor) -> Tensor:
+    """V: (rows,) losses -> (rows,) in (0, 1)."""
+    w1, b1, w2, b2 = network
+    hidden = torch.relu(full(losses).unsqueeze(-1) * w1 + b1)
+    return torch.sigmoid(hidden @ w2 + b2)
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The task's loss of each row: (rows, outputs) -> (rows,).
+
+    Raises:
+        ValueError: labels that are neither one per row nor one per output.
+    """
+    logits = full(logits)
+    if logits.dim() == 2 and logits.size(-1) == 1 and labels.dim() == 1:
+        return (logits.squeeze(-1) - labels).square()
+    if logits.dim() == 2 and labels.dim() == 1:
+        return nn.functional.cross_entropy(logits, labels, reduction="none")
+    if logits.dim() == 2 and labels.shape == logits.shape:
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
+    raise ValueError(
+        f"MetaWeightNet weighs rows, got logits {tuple(logits.shape)} and labels {tuple(labels.shape)}: it needs one "
+        "label per row, or one per output"
+    )

@@ -1,0 +1,226 @@
+"""Attention-guided weight mixup: forward by a mixture of the task's and the pre-trained weights, learned on other rows.
+
+Somayajula, Liang, Zhang, Singh, Xie: Generalizable and Stable Finetuning of Pretrained Language Models on Low-Resource
+Texts. NAACL 2024, arXiv 2403.12918.
+
+    F = a W + (1 - a) W0        a = a1 a2, a column times a row, in [0, 1]; F is what the forward sees and what is saved
+    min over a of L2(W*(a), a)  with  W*(a) = argmin over W of L1(W, a)      L1 on the training rows, L2 on others
+
+    dL/dW = a * dL/dF           dL/da = dL/dF * (W - W0), for a1 and a2 times the other one and summed
+    the authors' code:  F = a1 a2 W + (1 - a1)(1 - a2) W0, whose coefficients need not add up to 1
+
+After each step of W, one of a by dL2/da: ``"first"`` order, or with what a does to W by way of that step
+(`steadytune.hypergradient`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..bilevel import BiLevel, Outer, Variables
+from ..core import Run, Scope, Weight, in_unit, one_of, select
+from ..facts import Cost, Paper
+from ..functional import contraction, mixture, warmed_cosine
+from ..hypergradient import check_masters, check_slope, difference
+
+
+@dataclass
+class WeightMixup(BiLevel):
+    """Show each weight as a mixture with its pre-trained value, in shares that are learned on rows held out for it.
+
+    Args:
+        outer in (0, 1): the rows that the shares learn on: in `steadytune.fit` a share of the training rows, which the
+            weights are then not trained on; elsewhere a function that gives batches each time it is called (on several
+            processes, each its own). None: the shares learn on the training rows, together with the weights.
+        alpha in [0, 1]: None learns the shares. A number, or the ``alphas`` of an earlier run, are kept as they are.
+        rank: 1 for a share a1 a2 with one number per row and one per column, None for one per entry (12 more bytes per
+            weight), ``"tensor"`` for one per weight matrix.
+        convex: the shares of both weights add up to 1. False is the authors' (1 - a1)(1 - a2) for the pre-trained one.
+        order: of the gradient of the shares. ``"difference"`` adds what they do to the outer loss through the last
+            step of the weights: two more passes of its batch.
+        precondition: in a difference, that step is the optimizer's own, not one of plain descent.
+        lr in (0, inf): of the shares' own AdamW, its peak.
+        decay in [0, inf): of the shares, toward the pre-trained weights.
+        schedule: of ``lr``: ``"cosine"`` after a warm-up, or ``"constant"``.
+        warmup in [0, 1): share of the steps.
+        scope: which weights are mixed. A new head has no pre-trained value and is left alone.
+
+    All weights that the model shows between steps, and every checkpoint, are the mixtures. The shares start at 1, are
+    clamped to [0, 1] and take no part in clipping. With `Mixout` or `DPSMix` in the list, the shares' gradient is taken
+    at the raw weights.
+
+    Departures:
+        Convex by default. The shares start at 1 without noise (the authors': N(1, 0.005), clamped). One step of the
+        weights for one of the shares; the library that the authors use takes two on the same batch, as its roll-back
+        does nothing, and leaves the weights displaced after each difference. The difference is taken at the new
+        weights, as in their code (their equation: the old ones), under one dropout draw. No folds and no second phase:
+        those are the procedure `mixup-blo`.
+
+    Raises:
+        ValueError: in setup, for a share of rows outside `fit`, or weights below float32 with differences; in attach
+            for sharded weights, or an optimizer that cannot be preconditioned.
+    """
+
+    outer: float | Outer | None = 0.2
+    alpha: float | Mapping[str, Sequence[Tensor]] | None = None
+    rank: Literal[1, "tensor"] | None = 1
+    convex: bool = True
+    order: Literal["first", "difference"] = "first"
+    precondition: bool = True
+    lr: float = 2e-3
+    decay: float = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: float = 0.1
+    scope: Scope = "linear"
+
+    interval: ClassVar = (0.0, 1.0)
+    null: ClassVar = {"alpha": 1.0}
+    exclusive: ClassVar = "average"
+    conflicts: ClassVar[tuple[str, ...]] = (
+        "adapters, which have no pre-trained value",
+        "sharded weights (FSDP2)",
+        "half precision, with differences",
+    )
+    cost: ClassVar = Cost(passes=2.0, held={"": 8}, during=4)
+    paper: ClassVar = Paper(
+        authors=("Sai Ashish Somayajula", "Youwei Liang", "Li Zhang", "Abhishek Singh", "Pengtao Xie"),
+        title="Generalizable and Stable Finetuning of Pretrained Language Models on Low-Resource Texts",
+        booktitle="Proceedings of the Conference of the North American Chapter of the Association for Computational "
+        "Linguistics: Human Language Technologies",
+        venue="NAACL",
+        year=2024,
+        arxiv="2403.12918",
+    )
+
+    def __post_init__(self) -> None:
+        self.check()
+        if isinstance(self.alpha, (int, float)):
+            in_unit("alpha", self.alpha, zero=True)
+        one_of("rank", str(self.rank), ("1", "tensor", "None"))
+        one_of("order", self.order, ("first", "difference"))
+        one_of("schedule", self.schedule, ("cosine", "constant"))
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must lie in [0, 1), got {self.warmup}")
+        self.full_precision = self.learns and self.outer is not None and self.order == "difference"
+
+    @property
+    def learns(self) -> bool:
+        """Whether the shares are not given."""
+        return self.alpha is None
+
+    def setup(self, run: Run) -> None:
+        super().setup(run)
+        self.mixed = {w.name for w in run.require(self, self.scope, reference=True)}
+        self.alphas: Variables = {}
+        self.found: list[Tensor] = []  # gradient of the shares on the training rows, of the step under way
+        if self.full_precision:
+            check_masters([w.data for w in run.weights()])
+
+    def attach(self, run: Run) -> None:
+        self.alphas = {w.name: self.factors(run, w) for w in self.chosen(run.weights(self))}
+        if self.learns:
+            self.begin(run, self.alphas)
+        if self.full_precision and self.precondition:
+            assert run.optimizer is not None
+            check_slope(run.optimizer)
+
+    def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
+        """Those that are mixed."""
+        return [w for w in select(weights, self.scope) if w.name in self.mixed]
+
+    def factors(self, run: Run, weight: Weight) -> list[Tensor]:
+        """The factors of a weight's share, each broadcasting to it: as given, or ones."""
+        like = weight.data
+        if isinstance(self.alpha, Mapping):
+            if weight.name not in self.alpha:
+                raise ValueError(f"alpha has no share for {weight.name!r}: give one for every weight in scope")
+            return [run.local(weight.name, t.to(like)) for t in self.alpha[weight.name]]
+        if self.alpha is not None or self.rank == "tensor":
+            return [like.new_full((), 1.0 if self.alpha is None else self.alpha)]
+        if self.rank is None or like.dim() == 1:
+            return [torch.ones_like(like)]
+        return [like.new_ones(like.shape[0], *[1] * (like.dim() - 1)), like.new_ones(1, *like.shape[1:])]
+
+    # ------------------------------------------------------------------ the mixture
+
+    def before_forward(self, run: Run, weights: Sequence[Weight]) -> None:
+        if self.learns:
+            self.rate(run)  # an unknown number of steps is an error before the first of them
+        for w in self.chosen(weights):
+            run.show(w, self.mixture(run, w.name, w.data))
+
+    def mixture(self, run: Run, name: str, value: Tensor) -> Tensor:
+        """F of a weight whose W is ``value``."""
+        return mixture(self.alphas[name], value, run.reference(name), convex=self.convex)
+
+    def contraction(self, run: Run, name: str, gradient: Tensor, value: Tensor) -> list[Tensor]:
+        """dL/da of a weight whose W is ``value``, from dL/dF."""
+        return contraction(self.alphas[name], gradient, value, run.reference(name), convex=self.convex)
+
+    def pull_back(self, run: Run, weights: Sequence[Weight]) -> None:
+        here = {w.name: w for w in self.chosen(weights)}
+        if self.learns and self.rows is None:
+            self.found = self.gather(run, {name: w.grad for name, w in here.items() if w.grad is not None}, run.raw)
+        for w in here.values():
+            for factor in self.alphas[w.name]:
+                assert w.grad is not None
+                w.grad.mul_(factor)
+
+    def evaluated(self, run: Run, weights: Sequence[Weight]) -> dict[str, Tensor]:
+        return {w.name: self.mixture(run, w.name, w.data) for w in self.chosen(weights)}
+
+    # ------------------------------------------------------------------ the shares
+
+    def rate(self, run: Run) -> float:
+        if self.schedule == "constant":
+            return self.lr
+        return self.lr * warmed_cosine((run.index + 1) / (run.steps(self) + 1), self.warmup)
+
+    def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
+        if self.learns:
+            self.learn(run, self.found if self.rows is None else self.hypergradient(run))
+        self.found = []
+
+    def gather(self, run: Run, gradients: Mapping[str, Tensor], value: Callable[[str], Tensor]) -> list[Tensor]:
+        """dL/da of all weights from dL/dF; zero where there is none."""
+        found: list[Tensor] = []
+        for name, factors in self.alphas.items():
+            if name in gradients:
+                found += self.contraction(run, name, gradients[name], value(name))
+            else:
+                found += [torch.zeros_like(f) for f in factors]
+        return found
+
+    def hypergradient(self, run: Run) -> list[Tensor]:
+        """dL2/da at the new weights, on the next outer batch."""
+        weights, batch = run.weights(), self.draw(run)
+        with run.showing((w, self.mixture(run, w.name, w.data)) for w in weights if w.name in self.alphas):
+            gradients = run.gradient(batch, dropout_seed=run.draw_seed("mixup outer", rank=True))
+            direct = self.gather(run, gradients, run.raw)
+        if self.order == "first":
+            return direct
+        for name, factors in self.alphas.items():  # chain rule: dL2/dF -> dL2/dW
+            for factor in factors if name in gradients else []:
+                gradients[name].mul_(factor)
+        directions = self.follow(run, gradients)
+        del gradients
+
+        def inner(by: Tensor) -> list[Tensor]:
+            """dL1/da at W + by * q, under the same dropout at every call."""
+
+            def value(name: str) -> Tensor:
+                return torch.addcmul(run.raw(name), directions[name], by) if name in directions else run.raw(name)
+
+            def view(name: str) -> Tensor:
+                return self.mixture(run, name, value(name)) if name in self.alphas else value(name)
+
+            with run.showing((w, view(w.name)) for w in weights if w.name in {*self.alphas, *directions}):
+                found = run.gradient(run.batch, dropout_seed=run.draw_seed("mixup inner", rank=True))
+                return self.gather(run, found, value)
+
+        return list(torch._foreach_sub(direct, difference(inner, list(directions.values()))))

@@ -1,0 +1,115 @@
+"""What is several trainings: from the jobs of a `fit` to one trained model, by way of others.
+
+A procedure is called with what all trainings share, whose `train` does one of them, and with the job to be done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from .checks import whole
+from .merge import uniform
+from .methods import WeightMixup
+
+if TYPE_CHECKING:
+    from .training import Job, Setup, Trained
+
+
+@dataclass(frozen=True)
+class MixupBLO:
+    """Search the shares of `WeightMixup` on splits of the rows, average what was found, fine-tune with the shares kept.
+
+    Somayajula, Liang, Zhang, Singh, Xie: Generalizable and Stable Finetuning of Pretrained Language Models on
+    Low-Resource Texts. NAACL 2024, arXiv 2403.12918.
+
+    Each search starts from the pre-trained model, on a split of its own: the weights learn on one part of the rows, the
+    shares on the other. The means of weights and shares over the searches are where the last training starts: on all
+    rows, for as many steps as any other recipe.
+
+    Args:
+        folds in [1, inf): searches; the authors' 5. The mean of several is a model soup besides.
+        search_epochs in (0, inf): passes of each over its rows; the authors' 3.
+        outer_share in (0, 1): of the rows, for the shares.
+        order: of the shares' gradient, see `WeightMixup`; the authors' is ``"difference"``.
+        convex: see `WeightMixup`.
+        lr in (0, inf): of the shares.
+
+    Departures:
+        One search of one epoch by default: the published recipe costs about 20 times a plain training. The splits are
+        stratified. Those of `WeightMixup`.
+    """
+
+    folds: int = 1
+    search_epochs: float = 1.0
+    outer_share: float = 0.2
+    order: Literal["first", "difference"] = "first"
+    convex: bool = True
+    lr: float = 2e-3
+
+    def __post_init__(self) -> None:
+        whole("folds", self.folds, 1)
+        if not 0 < self.outer_share < 1:
+            raise ValueError(f"outer_share must lie in (0, 1), got {self.outer_share}")
+        if not self.search_epochs > 0:
+            raise ValueError(f"search_epochs must be positive, got {self.search_epochs}")
+        self.mixup()
+
+    def mixup(self, alpha: Mapping[str, Sequence[Tensor]] | None = None) -> WeightMixup:
+        """The method of a search, or, with shares, of the last training."""
+        return WeightMixup(self.outer_share, alpha, order=self.order, convex=self.convex, lr=self.lr)
+
+    def __call__(self, place: Setup, job: Job) -> Trained:
+        """Do the job.
+
+        Args:
+            place: what its trainings share.
+            job: a training of `fit`; the searches never see the rows that select.
+        """
+        searched = list(self.searches(place, job))
+        weights = uniform([raw_weights(found) for found in searched])
+        alphas = mean_shares([shares(found.state) for found in searched])
+        last = dataclasses.replace(place, methods=[*place.methods, self.mixup(alphas)])
+        trained = last.train(dataclasses.replace(job, start=weights))
+        passes = sum(found.passes * found.steps for found in [*searched, trained])
+        seconds = sum(found.seconds for found in [*searched, trained])
+        return dataclasses.replace(trained, passes=passes / trained.steps, seconds=seconds)
+
+    def first(self, place: Setup, job: Job) -> Setup:
+        """What the searches share, which come first."""
+        inside = len(job.rows) - round(self.outer_share * len(job.rows))
+        steps = dataclasses.replace(place.recipe, steps=None, epochs=self.search_epochs).total_steps(inside)
+        return dataclasses.replace(place, methods=[*place.methods, self.mixup()], steps=steps, keep=True, states=True)
+
+    def searches(self, place: Setup, job: Job) -> Iterator[Trained]:
+        """The searches, one after the other; those that are finished are read."""
+        search = self.first(place, job)
+        for i in range(self.folds):
+            seeds = {name: seed if name == "init" else seed + i for name, seed in job.seeds.items()}
+            name = f"{job.name}-search-{i}"
+            yield search.train(dataclasses.replace(job, name=name, select=None, seeds=seeds, stop_at=None))
+
+
+def raw_weights(found: Trained) -> dict[str, Tensor]:
+    """What the optimizer moved, where the model shows mixtures; on the CPU."""
+    return {name: t.cpu() for name, t in {**found.model.state_dict(), **found.state["raw"]}.items()}
+
+
+def shares(state: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+    """The shares that a run with `WeightMixup` ended with, on the CPU."""
+    pairs = zip(state["recipe"], state["methods"], strict=True)
+    held = next(held for about, held in pairs if about["name"] == WeightMixup.__name__)
+    return {name: [t.cpu() for t in factors] for name, factors in held["variables"].items()}
+
+
+def mean_shares(found: Sequence[Mapping[str, Sequence[Tensor]]]) -> dict[str, list[Tensor]]:
+    """The mean of each factor over several searches."""
+    means = uniform([{f"{n} {i}": t for n, ts in one.items() for i, t in enumerate(ts)} for one in found])
+    return {name: [means[f"{name} {i}"] for i in range(len(ts))] for name, ts in found[0].items()}
+
+
+PROCEDURES: dict[str, type[MixupBLO]] = {"mixup-blo": MixupBLO}
