@@ -380,13 +380,13 @@ def methods(
     console = Console(highlight=False, markup=False)
     if name is not None:
         return _show_method(console, found[name])
-    grid = Grid(show_lines=True)
-    for title in ("method", "what it does, source", "acts at", "passes; bytes per weight", "not with"):
-        grid.add_column(title, overflow="fold", no_wrap=title == "method")
+    grid = Grid.grid(padding=(0, 2, 1, 0), collapse_padding=False)  # a table of five columns is unreadable at 80 characters
+    grid.add_column(no_wrap=True, style="bold")
     for page in found.values():
-        what = f"{page.summary}\n{page.source}".replace("``", "")
-        cost = f"{page.cost.passes:.1f}; {page.cost.memory}"
-        grid.add_row(page.name, what, "\n".join(page.moments), cost, "; ".join(page.conflicts))
+        facts = [page.summary.replace("``", ""), page.source]
+        facts += [f"{page.cost.passes:.1f} passes, bytes per weight: {page.cost.memory}; at {', '.join(page.moments)}"]
+        facts += [f"not with: {'; '.join(page.conflicts)}"] if page.conflicts else []
+        grid.add_row(page.name, "\n".join(facts))
     console.print(grid)
 
 

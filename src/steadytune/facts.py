@@ -11,7 +11,7 @@ class Paper:
     """The paper a method is written from.
 
     Attributes:
-        authors: "Given Family", in the paper's order.
+        authors: "Given Family", or "Family, Given" where the family name has several words; in the paper's order.
         title: as printed.
         booktitle: the proceedings, written out.
         venue: their short name, as in "NeurIPS".
@@ -29,7 +29,7 @@ class Paper:
     @property
     def families(self) -> tuple[str, ...]:
         """Family names in the paper's order."""
-        return tuple(author.split()[-1] for author in self.authors)
+        return tuple(a.partition(",")[0] if "," in a else a.split()[-1] for a in self.authors)
 
     @property
     def short(self) -> str:
@@ -46,7 +46,7 @@ class Paper:
     @property
     def key(self) -> str:
         """The BibTeX key, as in "zhang2022neurips"."""
-        return f"{self.families[0]}{self.year}{self.venue.replace(' ', '')}".lower()
+        return f"{self.families[0]}{self.year}{self.venue}".replace(" ", "").lower()
 
     def bibtex(self) -> str:
         """The entry for a reference list."""

@@ -84,7 +84,7 @@ class BitFit(Method):
     exclusive: ClassVar = CHOICE
     conflicts: ClassVar[tuple[str, ...]] = ("PEFT adapters", "`re_init`", "models without biases")
     paper: ClassVar = Paper(
-        authors=("Elad Ben Zaken", "Shauli Ravfogel", "Yoav Goldberg"),
+        authors=("Ben Zaken, Elad", "Shauli Ravfogel", "Yoav Goldberg"),
         title="BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
         booktitle="Proceedings of the Annual Meeting of the Association for Computational Linguistics",
         venue="ACL",
