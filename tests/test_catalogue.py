@@ -135,6 +135,8 @@ def test_bibtex():
     assert entry.startswith("@inproceedings{lovelace1950ynotes,\n")  # no space, or BibTeX refuses it
     assert "author = {Ada B. Lovelace and Alan Turing}" in entry
     assert entry.count("{") == entry.count("}")
+    two_words = Paper(("De Morgan, Augustus",), "Z", "Z", "Z", 1847, "4701.00001")
+    assert (two_words.short, two_words.key) == ("De Morgan, Z 1847", "demorgan1847z")
 
 
 def test_memory_in_words():

@@ -105,6 +105,18 @@ def test_places_of_this_machine_stay_out_of_the_study(root, monkeypatch):
     study = small(root, models={"tiny": "$HERE/bert"}, data_root="$HERE")
     assert [run.id for run in study.runs()] == [run.id for run in small(root).runs(root)]
     assert str(root) not in study.text()
+    monkeypatch.delenv("HERE")
+    with pytest.raises(UsageError, match=r"the environment variable HERE in .* is not set: HERE=DIR"):
+        study.runs()
+
+
+def test_an_option_that_is_not_in_use_is_no_part_of_a_run(root):
+    """So that one that a later version adds does not make all runs new."""
+    (run, *_), (same, *_) = (
+        small(root, seeds=1, options={"steps": 6, **more}).runs(root) for more in ({}, {"peft": None})
+    )
+    assert run.id == same.id
+    assert None not in run.spec["options"].values()
 
 
 def test_a_file_builds_on_a_preset_and_arguments_win(root, tmp_path):

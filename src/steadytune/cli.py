@@ -380,7 +380,9 @@ def methods(
     console = Console(highlight=False, markup=False)
     if name is not None:
         return _show_method(console, found[name])
-    grid = Grid.grid(padding=(0, 2, 1, 0), collapse_padding=False)  # a table of five columns is unreadable at 80 characters
+    grid = Grid.grid(
+        padding=(0, 2, 1, 0), collapse_padding=False
+    )  # a table of five columns is unreadable at 80 characters
     grid.add_column(no_wrap=True, style="bold")
     for page in found.values():
         facts = [page.summary.replace("``", ""), page.source]

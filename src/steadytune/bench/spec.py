@@ -3,6 +3,7 @@
     models x tasks x train sizes x recipes x seeds, one run each
 
 A run is known by its specification, a plain dictionary of all that decides its result; the hash of that is its name.
+Options that are not in use (None) are not in it, so that an option of a later version leaves old runs what they were.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -179,8 +181,8 @@ class Study:
         place = data_root or self.data_root
         if place is None:
             raise UsageError("give the folder of the benchmark tasks with --data-root DIR, or data_root in the study.")
-        root = Path(os.path.expandvars(place))
-        paths = {model: os.path.expandvars(model.path) for model in self.models}
+        root = Path(expanded(place))
+        paths = {model: expanded(model.path) for model in self.models}
         models = {model: fingerprint_model(path) for model, path in paths.items()}
         tasks = {name: fingerprint_files(_files(find(name), root, self.out_of_domain)) for name in self.tasks}
         found = []
@@ -193,7 +195,7 @@ class Study:
                 "task": {"name": task, "fingerprint": data},
                 "recipe": name,
                 "methods": self.parts(name),
-                "options": {key: getattr(recipe, key) for key in sorted(OPTIONS)},
+                "options": {key: v for key in sorted(OPTIONS) if (v := getattr(recipe, key)) is not None},
                 "train_size": size,
                 "corruption": {"label_noise": self.label_noise, "imbalance": self.imbalance},
                 "tests": {"out_of_domain": self.out_of_domain, "rows": self.test_rows},
@@ -310,6 +312,20 @@ def _settings(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UsageError(f"{file}: no such study file; presets are {', '.join(presets())}.")
     return dict(read(file)[0])
+
+
+def expanded(path: str | Path) -> str:
+    """A path with every ``$NAME`` taken from the environment.
+
+    Raises:
+        UsageError: one is not set.
+    """
+    found = os.path.expandvars(path)
+    if unset := re.search(r"\$\{?(\w+)", found):
+        raise UsageError(
+            f"the environment variable {unset[1]} in {str(path)!r} is not set: {unset[1]}=DIR steadytune ..."
+        )
+    return str(found)
 
 
 def fingerprint_model(path: str) -> str:
