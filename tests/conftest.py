@@ -26,7 +26,8 @@ class Golden:
     """A recorded trajectory: arrays as float64 tensors, and its hyperparameters."""
 
     def __init__(self, path: Path) -> None:
-        self.arrays = np.load(path)
+        with np.load(path) as file:
+            self.arrays = dict(file)
         self.meta = json.loads(str(self.arrays["meta"]))
 
     def __getitem__(self, key: str) -> torch.Tensor:
@@ -36,7 +37,7 @@ class Golden:
         return key in self.arrays
 
     def keys(self, prefix: str) -> list[str]:
-        return [k for k in self.arrays.files if k.startswith(prefix)]
+        return [k for k in self.arrays if k.startswith(prefix)]
 
 
 @pytest.fixture

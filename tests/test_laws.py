@@ -602,8 +602,9 @@ ONE_EACH = ["dps_dense_frozen", *{type(SINGLE[name][0]): name for name in revers
 
 
 STRUCTURE = [name for name in ONE_EACH if SINGLE[name][0].structure]
+ANCHORED = ("mixout", "dps_mix", "weight_mixup")  # linear weights of the body
 REFUSED = {
-    **dict.fromkeys(itertools.product(("bitfit", "adapters"), ("mixout", "dps_mix")), "finds no pre-trained trainable"),
+    **dict.fromkeys(itertools.product(("bitfit", "adapters"), ANCHORED), "finds no pre-trained trainable"),
     **dict.fromkeys(itertools.product(("bitfit", "adapters"), ("re_init",)), "ReInit draws 'bert.*frozen"),
     **dict.fromkeys(itertools.product(("re_init",), ("bitfit", "adapters")), "ReInit draws 'bert.*frozen"),
     ("adapters", "adapters"): "has adapters already",
