@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ class BiLevel(Method):
     decay: float
     precondition: bool
 
-    interval: ClassVar[tuple[float, float] | None] = None  # to which variables are clamped
+    eps: float = 1e-8  # of the variables' AdamW
+    interval: tuple[float, float] | None = None  # to which variables are clamped
 
     @property
     def learns(self) -> bool:
@@ -104,7 +105,8 @@ class BiLevel(Method):
     def learn(self, run: Run, gradients: Sequence[Tensor]) -> None:
         """One step of AdamW on the variables."""
         weights = flat(self.variables)
-        moved, self.moments = AdamW(self.rate(run), weight_decay=self.decay)(weights, gradients, self.moments)
+        update = AdamW(self.rate(run), eps=self.eps, weight_decay=self.decay)
+        moved, self.moments = update(weights, gradients, self.moments)
         if self.interval is not None:
             torch._foreach_clamp_min_(moved, self.interval[0])
             torch._foreach_clamp_max_(moved, self.interval[1])
