@@ -98,13 +98,16 @@ def test_the_strength_comes_to_the_best_one(start, options):
     assert run[ImplicitTune].strengths()["model"] == pytest.approx(2.4, rel=0.03)
 
 
-def test_strengths_end_at_their_range():
+def test_strengths_end_at_their_range_and_are_told(caplog):
     run = run_of(Bowl(), ImplicitTune(outer, toward="zero", start=0.2, least=0.1, most=0.4, lr=0.5))
     train(run, [inner()] * 3)
     assert run[ImplicitTune].strengths()["model"] == pytest.approx(0.4)
     run = run_of(Bowl(), ImplicitTune(lambda: [inner()], toward="zero", start=0.2, least=0.1, most=0.4, lr=0.5))
     train(run, [inner()] * 3)
     assert run[ImplicitTune].strengths()["model"] == pytest.approx(0.1)
+    with caplog.at_level("INFO", "steadytune"):
+        run.finish()
+    assert caplog.messages == ["ImplicitTune: strengths model 0.1"]
 
 
 def test_cg_acts_through_the_scale_of_adam_and_leaves_to_the_pull_what_has_no_curvature(learned):

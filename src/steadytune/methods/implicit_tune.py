@@ -17,6 +17,7 @@ own scale of a gradient (1, or 1 / (r + eps) for Adam) and t = lr / (1 + lr * a)
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,10 +26,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..bilevel import BiLevel, Outer, Variables
+from ..bilevel import BiLevel, Outer
 from ..core import Run, Scope, Weight, not_negative, one_of, whole
 from ..facts import Cost, Paper
 from ..hypergradient import check_masters, check_slope, conjugate_gradient, difference, neumann, preconditioner
+
+logger = logging.getLogger("steadytune")
 
 
 @dataclass
@@ -57,7 +60,8 @@ class ImplicitTune(BiLevel):
 
     The optimizer's own decay is switched off for weights that are pulled, and applied by this method to all others. The
     pull is a proximal step: stable at any strength, apart from the optimizer's moments, and AdamW's decay up to
-    (lr * a)^2. Found strengths are ``run[ImplicitTune].strengths()``, to be used in `L2SP` or as weight decay.
+    (lr * a)^2. Entries that a frozen mask puts back count as if pulled. What is found is logged at the end, and is
+    ``run[ImplicitTune].strengths()`` at any time: for `L2SP`, or as weight decay, in a training on all rows.
 
     Departures:
         One step of the strengths after each step of the weights, where the authors train for a while between two; one
@@ -138,11 +142,10 @@ class ImplicitTune(BiLevel):
             w.group["weight_decay"] = 0.0
         if self.full_precision and self.precondition:
             check_slope(run.optimizer)
-        first = weights[0].data
-        log = torch.tensor(math.log(self.start), dtype=torch.promote_types(first.dtype, torch.float32))
-        keys = {self.key(w): None for w in weights if w.name in self.pulled}  # in the model's order
-        logs: Variables = {key: [log.to(first.device, copy=True)] for key in keys}
-        self.begin(run, logs)
+        like, log = weights[0].data, math.log(self.start)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        chosen = [w for w in weights if w.name in self.pulled]
+        self.begin(run, {self.key(w): [like.new_full((), log, dtype=dtype)] for w in chosen})
 
     def key(self, weight: Weight) -> str:
         """Name of the strength that a weight is pulled with."""
@@ -154,12 +157,17 @@ class ImplicitTune(BiLevel):
         """The strengths as they are now, by name: "model", "block 0" ... and "rest", or the weight's."""
         return {key: float(log.exp()) for key, (log,) in self.variables.items()}
 
+    def finish(self, run: Run) -> None:
+        if self.learns and run.rank == 0:
+            found = ", ".join(f"{key} {strength:.3g}" for key, strength in self.strengths().items())
+            logger.info("ImplicitTune: strengths %s", found)
+
     # ------------------------------------------------------------------ the pull
 
     def strength(self, weight: Weight) -> Tensor | float:
         """What a weight is pulled with; one that is not in scope, its decay."""
         if weight.name in self.pulled:
-            return self.variables[self.key(weight)][0].exp().to(weight.data.device)
+            return self.variables[self.key(weight)][0].exp()
         return self.others.get(weight.name, 0.0)
 
     def gap(self, run: Run, weight: Weight) -> Tensor:
@@ -188,8 +196,8 @@ class ImplicitTune(BiLevel):
         total = {key: torch.zeros_like(log) for key, (log,) in self.variables.items()}
         for w, q in zip(weights, directions, strict=True):
             if w.name in self.pulled:
-                product = (q * self.gap(run, w)).sum(dtype=total[self.key(w)].dtype)
-                total[self.key(w)] -= (self.strength(w) * product).to(total[self.key(w)].device)
+                key = self.key(w)
+                total[key] -= self.strength(w) * (q * self.gap(run, w)).sum(dtype=total[key].dtype)
         return list(total.values())
 
     def solve(self, run: Run, weights: Sequence[Weight], v: list[Tensor]) -> list[Tensor]:
