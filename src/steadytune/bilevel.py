@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core import Method, Run, not_negative
+from .core import Method, Run, Weight, not_negative
 from .functional import hashed
 from .hypergradient import AdamW, slope
 from .step import Inputs
@@ -89,14 +89,19 @@ class BiLevel(Method):
             run: in `Method.after_step`.
             found: gradient of the outer loss.
         """
-        assert run.optimizer is not None
         directions = {}
         for w in run.weights():
             if w.grad is not None and w.name in found:
-                state = run.optimizer.state.get(w.parameter, {})
-                factor = slope(w.group, state, w.grad) if self.precondition else w.group["lr"]
-                directions[w.name] = torch.mul(found[w.name], factor, out=w.grad)
+                directions[w.name] = torch.mul(found[w.name], self.slope(run, w), out=w.grad)
         return directions
+
+    def slope(self, run: Run, weight: Weight) -> Tensor | float:
+        """Of the step of a weight that is differentiated: the optimizer's own, or the learning rate."""
+        assert run.optimizer is not None
+        assert weight.grad is not None
+        if not self.precondition:
+            return weight.group["lr"]
+        return slope(weight.group, run.optimizer.state.get(weight.parameter, {}), weight.grad)
 
     def rate(self, run: Run) -> float:
         """Learning rate of the variables at this step."""

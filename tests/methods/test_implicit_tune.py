@@ -176,27 +176,33 @@ class Pair(nn.Module):
         return {"loss": gap @ matrix @ gap / 2}
 
 
-def test_terms_are_the_derivative_of_as_many_steps(learned):
-    """Of two strengths, and of a weight beyond `only`, which the optimizer's decay pulls; from the minimum on."""
+@pytest.mark.parametrize(("momentum", "terms"), [(0.0, 3), (0.8, 2)])
+def test_terms_are_the_derivative_of_as_many_steps(momentum, terms, learned):
+    """Of two strengths, and of a weight beyond `only`, which the optimizer's decay pulls; from the minimum on.
+
+    Naive, with momentum: the curvature acts at once with all that later updates will carry of it.
+    """
     torch.manual_seed(2)
     root, target = torch.randn(6, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
     matrix = root @ root.T / 6
     data, aim = {"matrix": matrix, "target": target}, {"matrix": torch.eye(6).double(), "target": -target}
     pulls = torch.tensor([0.4] * 4 + [0.2] * 2, dtype=torch.float64)
-    best = torch.linalg.solve(matrix + pulls.diag(), matrix @ target)
+    best = torch.linalg.solve(matrix + (1 - momentum) * pulls.diag(), matrix @ target)
 
     def end(by=0.0, which=0):
         model = Pair(best)
-        optimizer = torch.optim.SGD(model.parameters(), LR, weight_decay=0.2)
-        method = ImplicitTune(lambda: [aim], toward="zero", per="tensor", start=0.4, terms=3)
+        optimizer = torch.optim.SGD(model.parameters(), LR, momentum=momentum, weight_decay=0.2)
+        method = ImplicitTune(lambda: [aim], toward="zero", per="tensor", start=0.4, terms=terms)
         run = run_of(model, only(method, lambda w: w.name != "c"), optimizer=optimizer)
+        for p, u in zip(model.parameters(), (-pulls * best).split(2), strict=True):
+            optimizer.state[p]["momentum_buffer"] = u.clone()  # the update that the pull undoes
         flat(run[ImplicitTune].variables)[which].add_(by)
-        train(run, [data] * 3)
+        train(run, [data] * terms)
         with torch.no_grad():
             return float(model(**aim)["loss"]), torch.cat([p.detach() for p in model.parameters()])
 
     assert torch.allclose(end()[1], best, rtol=0, atol=1e-12)
-    found = learned[2]
+    found = learned[terms - 1]
     for i in range(2):
         assert float(found[i]) == pytest.approx((end(1e-4, i)[0] - end(-1e-4, i)[0]) / 2e-4, rel=1e-4)
 

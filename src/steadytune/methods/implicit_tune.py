@@ -7,12 +7,15 @@ Regularization Hyperparameters. ICML 2016, arXiv 1511.06727.
     min over b of L2(W*)    with  W* = argmin over W of L1(W) + a / 2 * ||W - W0||^2,    a = exp(b)
     the pull, after each update of the optimizer:      W <- (W + lr * a * W0) / (1 + lr * a)
 
-The mixed derivative of that penalty is known, a (W - W0). With v = dL2/dW, H the Hessian of L1 in W, P the optimizer's
-own scale of a gradient (1, or 1 / (r + eps) for Adam) and t = lr / (1 + lr * a), all at the weights after the pull:
+The mixed derivative of that penalty is known, a (W - W0). With v = dL2/dW, H the Hessian of L1 in W and
+t = lr / (1 + lr * a), all at the weights after the pull:
 
-    dL2/db = -a <q, W - W0>        q = t v                                      what the last step did: exact
-                                   q = t * sum of (I - t (H P + a))^j v         j < terms: what the last ones did
-                                   q = (H P + a)^-1 v                           CG: what endless training would do
+    dL2/db = -a <q, W - W0>        q = t v                                     what the last step did: exact
+                                   q = t * sum of ((I - H S) (1 - a t))^j v    j < terms: what the last ones did
+                                   q = (H P + a)^-1 v                          CG: what endless training would do
+
+S is the derivative of the optimizer's update in its gradient, lr for plain descent (`steadytune.hypergradient.slope`),
+and P that of all later updates together, in units of lr (`preconditioner`).
 """
 
 from __future__ import annotations
@@ -65,8 +68,9 @@ class ImplicitTune(BiLevel):
 
     Departures:
         One step of the strengths after each step of the weights, where the authors train for a while between two; one
-        term, where theirs are 5 to 20. H is of the step's batch, by differences instead of second derivatives, and of
-        the task's loss alone. A strength per tensor at the finest; theirs go down to one per entry.
+        term, where theirs are 5 to 20, and through the optimizer's own update, where theirs is plain descent. H is of
+        the step's batch, by differences instead of second derivatives, and of the task's loss alone. A strength per
+        tensor at the finest; theirs go down to one per entry.
 
     Raises:
         ValueError: in setup, for a share of rows outside `fit`, weights below float32 with several terms, or no weight
@@ -206,17 +210,18 @@ class ImplicitTune(BiLevel):
         reaches = [reach(w, a) for w, a in zip(weights, strengths, strict=True)]
         if not self.full_precision:
             return times(reaches, v)
-        scales = [self.scale(run, w) for w in weights]
         if self.inverse == "neumann":
+            slopes = [self.slope(run, w) for w in weights]
 
             def product(p: Sequence[Tensor]) -> list[Tensor]:
-                """(H P + a) t p, whose series has step 1."""
-                near = times(reaches, p)
-                return plus(self.curvature(run, weights, times(scales, near)), times(strengths, near))
+                """What a step takes from p: a t p, and H S of the rest."""
+                lost = times(strengths, times(reaches, p))
+                rest = torch._foreach_sub(list(p), lost)
+                return plus(self.curvature(run, weights, times(slopes, rest)), lost)
 
             return times(reaches, neumann(product, v, step=1.0, terms=self.terms))
 
-        roots = [scale.sqrt() for scale in scales]
+        roots = [self.scale(run, w).sqrt() for w in weights]
 
         def symmetric(p: Sequence[Tensor]) -> list[Tensor]:
             """(root P H root P + a) p, the same system in p = root P q."""
