@@ -22,6 +22,7 @@ BATCH = {"input_ids": torch.arange(24).view(4, 6), "labels": torch.tensor([0, 1,
 
 SETTINGS = {
     "easy_adapt": {"domain": lambda inputs: inputs["input_ids"][:, 0] % 2},
+    "implicit_tune": {"outer": lambda: [BATCH]},
     "meta_weight_net": {"outer": lambda: [BATCH], "hidden": 4},
     "weight_mixup": {"outer": lambda: [BATCH], "rank": "tensor"},  # at this size shares by row and column are a tenth
     "dps_dense": {"update_ratio": STAGE / 12},
@@ -165,7 +166,7 @@ def test_moments_come_from_the_class_and_conflicts_from_exclusive():
 
     page = catalogue.pages({**METHODS, "mine": dataclasses.dataclass(Anchor)})["mine"]
     assert page.moments == ("penalty",)
-    assert page.conflicts == ("a second anchor of the same weight (`l2sp`, `recadam`)", "the moon")
+    assert page.conflicts == ("a second anchor of the same weight (`l2sp`, `recadam`, `implicit_tune`)", "the moon")
     assert (page.paper, page.source, page.options) == (None, "", ())
     assert "## mine" in catalogue.markdown({"mine": dataclasses.dataclass(Anchor)})
 

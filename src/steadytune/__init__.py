@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .methods import EasyAdapt as EasyAdapt
     from .methods import Extrapolation as Extrapolation
     from .methods import HypergradientLR as HypergradientLR
+    from .methods import ImplicitTune as ImplicitTune
     from .methods import MetaWeightNet as MetaWeightNet
     from .methods import Mixout as Mixout
     from .methods import RDrop as RDrop
@@ -93,6 +94,7 @@ _HOMES = {
         "EasyAdapt",
         "Extrapolation",
         "HypergradientLR",
+        "ImplicitTune",
         "MetaWeightNet",
         "Mixout",
         "RDrop",

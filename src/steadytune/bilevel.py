@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .core import Method, Run, not_negative
+from .core import Method, Run, Weight, not_negative
 from .functional import hashed
 from .hypergradient import AdamW, slope
 from .step import Inputs
@@ -29,7 +29,8 @@ class BiLevel(Method):
     decay: float
     precondition: bool
 
-    interval: ClassVar[tuple[float, float] | None] = None  # to which variables are clamped
+    eps: float = 1e-8  # of the variables' AdamW
+    interval: tuple[float, float] | None = None  # to which variables are clamped
 
     @property
     def learns(self) -> bool:
@@ -88,14 +89,19 @@ class BiLevel(Method):
             run: in `Method.after_step`.
             found: gradient of the outer loss.
         """
-        assert run.optimizer is not None
         directions = {}
         for w in run.weights():
             if w.grad is not None and w.name in found:
-                state = run.optimizer.state.get(w.parameter, {})
-                factor = slope(w.group, state, w.grad) if self.precondition else w.group["lr"]
-                directions[w.name] = torch.mul(found[w.name], factor, out=w.grad)
+                directions[w.name] = torch.mul(found[w.name], self.slope(run, w), out=w.grad)
         return directions
+
+    def slope(self, run: Run, weight: Weight) -> Tensor | float:
+        """Of the step of a weight that is differentiated: the optimizer's own, or the learning rate."""
+        assert run.optimizer is not None
+        assert weight.grad is not None
+        if not self.precondition:
+            return weight.group["lr"]
+        return slope(weight.group, run.optimizer.state.get(weight.parameter, {}), weight.grad)
 
     def rate(self, run: Run) -> float:
         """Learning rate of the variables at this step."""
@@ -104,7 +110,8 @@ class BiLevel(Method):
     def learn(self, run: Run, gradients: Sequence[Tensor]) -> None:
         """One step of AdamW on the variables."""
         weights = flat(self.variables)
-        moved, self.moments = AdamW(self.rate(run), weight_decay=self.decay)(weights, gradients, self.moments)
+        update = AdamW(self.rate(run), eps=self.eps, weight_decay=self.decay)
+        moved, self.moments = update(weights, gradients, self.moments)
         if self.interval is not None:
             torch._foreach_clamp_min_(moved, self.interval[0])
             torch._foreach_clamp_max_(moved, self.interval[1])

@@ -165,11 +165,34 @@ def slope(group: Mapping[str, Any], state: Mapping[str, Any], gradient: Tensor) 
         return group["lr"] * (1 + group["momentum"] if group["nesterov"] else 1)
     (b1, b2), t = group["betas"], state["step"].to(gradient.device)
     c1, c2 = 1 - b1**t, 1 - b2**t
-    root = (state["exp_avg_sq"] / c2).sqrt_()
+    root = corrected_root(group, state)
     denominator = root + group["eps"]
     bend = (state["exp_avg"] * gradient).div_(root).div_(denominator).mul_((1 - b2) / (c1 * c2))
     found = bend.neg_().add_((1 - b1) / c1).div_(denominator).mul_(group["lr"])  # in place: as large as the model
     return found.masked_fill_(root == 0, 0.0)
+
+
+def preconditioner(group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor | float:
+    """How far the optimizer goes in the end for a gradient, per learning rate, entry by entry.
+
+    Other than `slope` it counts later steps too, through which momentum spreads the gradient, and holds second moments
+    where they are: ``1 / (1 - momentum)`` for SGD, ``1 / (r + eps)`` for Adam and AdamW. Entries that never had a
+    gradient get 0.
+
+    Args:
+        group: of the optimizer, one that `check_slope` admits.
+        state: of the parameter, after a step.
+    """
+    if "betas" not in group:
+        return 1 / (1 - group["momentum"])
+    root = corrected_root(group, state)
+    return (1 / (root + group["eps"])).masked_fill_(root == 0, 0.0)
+
+
+def corrected_root(group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:
+    """r: root of Adam's bias-corrected second moment."""
+    second = state["exp_avg_sq"]
+    return (second / (1 - group["betas"][1] ** state["step"].to(second.device))).sqrt_()
 
 
 def check_slope(optimizer: torch.optim.Optimizer) -> None:

@@ -104,7 +104,7 @@ class Trainer(transformers.Trainer):
         if exact and (self.args.bf16 or self.args.fp16):
             raise ValueError(
                 f"{exact[0]} subtracts gradients, which in half precision leaves little but their rounding: train in "
-                "float32, or without it (WeightMixup: order='first')"
+                "float32, or without it (WeightMixup: order='first'; ImplicitTune: terms=1)"
             )
         if not any(overrides(m, verb) for m in known for verb in WEIGHT_VERBS):
             return

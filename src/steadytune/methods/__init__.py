@@ -15,6 +15,7 @@ from .ema import SWA as SWA
 from .extrapolation import Extrapolation as Extrapolation
 from .houlsby import Adapters as Adapters
 from .hypergradient_lr import HypergradientLR as HypergradientLR
+from .implicit_tune import ImplicitTune as ImplicitTune
 from .l2sp import L2SP as L2SP
 from .llrd import LLRD as LLRD
 from .lnsr import LNSR as LNSR
@@ -65,6 +66,7 @@ METHODS: dict[str, type[Method]] = {
     "meta_weight_net": MetaWeightNet,
     "l2sp": L2SP,
     "recadam": RecAdam,
+    "implicit_tune": ImplicitTune,
     "extrapolation": Extrapolation,
     "hypergradient_lr": HypergradientLR,
     "clip_norm": ClipNorm,

@@ -78,7 +78,7 @@ class WeightMixup(BiLevel):
     warmup: float = 0.1
     scope: Scope = "linear"
 
-    interval: ClassVar = (0.0, 1.0)
+    interval = (0.0, 1.0)
     null: ClassVar = {"alpha": 1.0}
     exclusive: ClassVar = "average"
     conflicts: ClassVar[tuple[str, ...]] = (
