@@ -25,6 +25,7 @@ from steadytune import (
     Run,
     only,
 )
+from steadytune.bilevel import BiLevel
 from steadytune.functional import anneal, byte_mask, symmetric_kl
 from steadytune.methods.rose import divergence
 
@@ -378,14 +379,14 @@ PAIRS = [(kind, *pair) for kind, names in FAMILIES.items() for pair in itertools
 
 def test_the_families():
     assert len(FAMILIES["mask"]) == 9
-    assert FAMILIES["anchor"] == ["l2sp", "recadam"]
+    assert FAMILIES["anchor"] == ["l2sp", "recadam", "implicit_tune"]
     assert FAMILIES["average"] == ["weight_mixup", "ema", "swa"]
 
 
 @pytest.mark.parametrize(("kind", "one", "other"), PAIRS)
 def test_every_forbidden_pair_is_refused_by_name_before_training(kind, one, other):
-    options = {"weight_mixup": {"outer": None}}  # its default is for `fit`
-    recipe = [METHODS[name](**options.get(name, {})) for name in (other, one)]
+    options = {"outer": lambda: batches(2)}  # the default is for `fit`
+    recipe = [METHODS[name](**(options if issubclass(METHODS[name], BiLevel) else {})) for name in (other, one)]
     names = " and ".join(type(m).__name__ for m in recipe)
     with pytest.raises(ValueError, match=f"{names} are both an? {kind} of 'bert.* a weight can have one: remove one"):
         run_of(recipe, lr=1e-5)
