@@ -30,7 +30,7 @@ class Views:
         self.averages: dict[str, Tensor] = {}
         self._raw: dict[str, Tensor] = {}  # of weights that show something else; empty between steps
         self._frozen: dict[str, Tensor] = {}
-        self._held: list[tuple[Tensor, Tensor, Tensor]] = []  # (live tensor, mask of frozen entries, their values)
+        self._held: list[tuple[Tensor, Tensor, Tensor]] = []  # (live tensor, mask of what may change, copy)
 
     def live(self, name: str) -> Tensor:
         """The live values of a weight."""
@@ -131,7 +131,9 @@ class Views:
         self._frozen[weight.name] = mask if other is None else mask & other
 
     def hold(self, weights: Sequence[Weight], optimizer: Optimizer) -> None:
-        """Copy the entries asked for, of weights and of their optimizer state.
+        """Copy weights of which entries are asked for, and their optimizer state.
+
+        Whole, as gathering the entries alone takes ten times as long.
 
         Raises:
             ValueError: packed or factored optimizer state.
@@ -139,7 +141,7 @@ class Views:
         for w in weights:
             if w.name not in self._frozen:
                 continue
-            where = ~self._frozen[w.name]
+            mask = self._frozen[w.name]
             state = optimizer.state.get(self.model.get_parameter(w.name), {})
             for key, value in {"weight": w.data, **state}.items():
                 if not isinstance(value, Tensor) or value.dim() == 0:
@@ -151,13 +153,13 @@ class Views:
                         f"keeps {key!r} of shape {tuple(value.shape)} for {w.name!r} {tuple(w.data.shape)}: use AdamW "
                         "or SGD, or frozen=False"
                     )
-                self._held.append((value, where, value[where]))
+                self._held.append((value, mask, value.clone()))
         self._frozen = {}
 
     def put_back(self) -> None:
-        """Restore the entries held; the earliest copy counts."""
-        for live, where, values in reversed(self._held):
-            live.masked_scatter_(where, values)
+        """Restore the entries asked for; the earliest copy counts."""
+        for live, mask, before in reversed(self._held):
+            torch.where(mask, live, before, out=live)
         self._held = []
 
     def abandon(self) -> None:
@@ -168,7 +170,7 @@ class Views:
 
     def tensors(self) -> list[Tensor]:
         """All that is kept now."""
-        return [*self.averages.values(), *self._raw.values(), *(values for _, _, values in self._held)]
+        return [*self.averages.values(), *self._raw.values(), *(before for _, _, before in self._held)]
 
 
 class References:

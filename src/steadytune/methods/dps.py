@@ -41,8 +41,8 @@ class DPSDense(Method):
         scope: which weights are masked; ``"linear"`` includes pooler and head.
         threshold: largest ``keep`` of each ``"tensor"`` (the authors), or of all weights in scope (``"global"``).
         frozen: keep unselected weights and their optimizer state bit for bit in stage II. False, as in the authors'
-            code: their gradient is zero, but momentum and decay still move them. Costs up to (1 - keep) * 12 more
-            bytes per weight during a step of AdamW.
+            code: their gradient is zero, but momentum and decay still move them. Costs up to 12 more bytes per weight
+            during a step of AdamW.
 
     Departures:
         Optimizer steps are counted, not forward calls, so accumulation changes nothing; sums are taken of synced,

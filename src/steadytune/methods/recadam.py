@@ -112,8 +112,8 @@ class RecAdam(Method):
     def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
         share = self.task_share(run)
         for w, before in zip(self.pulled_of(weights) if self.before else [], self.before, strict=True):
-            moved = torch.lerp(before, w.data, share)
-            w.data.copy_(moved.lerp_(run.reference(w.name), w.group["lr"] * (1 - share) * self.gamma))
+            w.data.lerp_(before, 1 - share)
+            w.data.lerp_(run.reference(w.name), w.group["lr"] * (1 - share) * self.gamma)
         self.before = []
         for w in weights if self.where is None else run.weights():  # taken over from the optimizer: also beyond `only`
             if self.decay.get(w.name) and w.grad is not None:

@@ -29,8 +29,8 @@ class SIFT(StaticMask):
         batches in [1, inf): batches of an optimizer step whose mean gradient chooses.
         scope: which weights are trained sparsely. All others train as usual: freeze those that shall not.
         frozen: the other entries, and their optimizer state, stay bit for bit, so that `steadytune.delta` stores the
-            run in little space. Costs up to (1 - keep) * 12 bytes per weight during a step of AdamW. False leaves
-            them to momentum and decay: the same without weight decay.
+            run in little space. Costs up to 12 bytes per weight during a step of AdamW. False leaves them to momentum
+            and decay: the same without weight decay.
 
     Gradients and optimizer state are as large as in plain fine-tuning; what is small is the difference to the
     pre-trained model.
