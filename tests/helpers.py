@@ -7,14 +7,14 @@ import functools
 import gc
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from steadytune import Step
+from steadytune import Run, Step
 from steadytune.methods.vibert import Bottleneck
 
 VOCABULARY, LENGTH = 64, 12  # LENGTH: of the longest row
@@ -146,6 +146,15 @@ def assert_same(a: Any, b: Any, *, atol: float | None = None) -> None:
             assert torch.equal(a[name], b[name]), name
         else:
             assert (a[name] - b[name]).abs().max() <= atol, (name, float((a[name] - b[name]).abs().max()))
+
+
+def train(run: Run, data: Iterable[Mapping[str, Any]]) -> Run:
+    """One optimizer step per batch."""
+    for batch in data:
+        run.loss(batch).backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    return run
 
 
 def differs(a: Any, b: Any) -> bool:

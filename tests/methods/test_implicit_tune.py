@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import Net, batches, bert, copied, points
+from helpers import Net, batches, bert, copied, points, train
 from steadytune import L2SP, ImplicitTune, Run, only
 from steadytune.bilevel import flat
 
@@ -43,14 +43,6 @@ def outer_points():
 
 def run_of(model, *methods, optimizer=None):
     return Run(model, methods).attach(optimizer or torch.optim.SGD(model.parameters(), LR))
-
-
-def train(run, data):
-    for batch in data:
-        run.loss(batch).backward()
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-    return run
 
 
 @pytest.fixture

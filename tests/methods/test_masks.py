@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import Net, assert_same, batches, bert, collate, copied, differs, hash_dropout, llama, points, rows
+from helpers import Net, assert_same, batches, bert, collate, copied, differs, hash_dropout, llama, points, rows, train
 from steadytune import (
     L2SP,
     METHODS,
@@ -35,14 +35,6 @@ def run_of(method, model=None, *, optimizer=None, data=None, total=8, lr=1e-3):
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.1) if optimizer is None else optimizer
     methods = method if isinstance(method, list) else [method]
     return Run(model, methods, total_steps=total, data=data or (lambda: batches(2))).attach(optimizer)
-
-
-def train(run, data):
-    for batch in data:
-        run.loss(batch).backward()
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-    return run
 
 
 # ---------------------------------------------------------------- Child-Tuning-F

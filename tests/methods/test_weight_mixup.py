@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from helpers import Net, arguments, assert_same, batches, bert, collate, copied, differs, points, rows
+from helpers import Net, arguments, assert_same, batches, bert, collate, copied, differs, points, rows, train
 from steadytune import EMA, ClipNorm, Run, Trainer, WeightMixup
 from steadytune.bilevel import OuterRows, flat
 from steadytune.functional import mixture
@@ -23,14 +23,6 @@ def outer():
 
 def run_of(model, *methods, lr=LR, total=12):
     return Run(model, methods, total_steps=total).attach(torch.optim.SGD(model.parameters(), lr))
-
-
-def train(run, data):
-    for batch in data:
-        run.loss(batch).backward()
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-    return run
 
 
 def shares(shape, rank):
