@@ -34,6 +34,7 @@ from .functional import hashed, kept, kth_largest
 from .method import SCOPES as SCOPES
 from .method import WEIGHT_VERBS, M, Method, Scope, Weight, acts_on_weights, entry, overrides, select
 from .method import gradients as gradients
+from .method import mask_gradients as mask_gradients
 from .method import multiply as multiply
 from .method import only as only
 from .step import Compute, Inputs, Passes, Step, batch_size, default_compute, repeated, split
@@ -480,13 +481,14 @@ class Run:
         finally:
             self._views.restore()
 
-    def freeze(self, weight: Weight, mask: Tensor) -> None:
+    def freeze(self, weight: Weight, mask: Tensor, *, state: bool = True) -> None:
         """For entries where the boolean ``mask`` is False, this optimizer step does not happen.
 
         Weights and every optimizer-state tensor of the weight's shape are put back bit for bit after all
         `Method.after_step`. Call it in `Method.pull_back` or `Method.before_step`; masks of several calls intersect.
+        ``state=False`` puts back the weights only: enough, and a third of the copies, for a mask that never changes.
         """
-        self._views.freeze(weight, mask)
+        self._views.freeze(weight, mask, state=state)
 
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         """The optimizer's step pre-hook."""

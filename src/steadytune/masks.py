@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .core import Method, Run, Scope, Weight, multiply
+from .core import Method, Run, Scope, Weight, mask_gradients
 from .step import Inputs
 
 Tensors = dict[str, Tensor]
@@ -48,11 +48,11 @@ class StaticMask(Method):
 
     def pull_back(self, run: Run, weights: Sequence[Weight]) -> None:
         for w in self.masked(weights) if self.frozen else []:
-            run.freeze(w, self.masks[w.name])
+            run.freeze(w, self.masks[w.name], state=False)  # no step will ever use the moments of what is masked
 
     def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
         weights = self.masked(weights)
-        multiply(weights, [self.masks[w.name] for w in weights])
+        mask_gradients(weights, [self.masks[w.name] for w in weights])
 
     def masked(self, weights: Sequence[Weight]) -> list[Weight]:
         """The weights that have a mask."""

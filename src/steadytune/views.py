@@ -29,7 +29,8 @@ class Views:
         self.model = model
         self.averages: dict[str, Tensor] = {}
         self._raw: dict[str, Tensor] = {}  # of weights that show something else; empty between steps
-        self._frozen: dict[str, Tensor] = {}
+        self._frozen: dict[str, Tensor] = {}  # masks by weight name, False where the weight stays
+        self._frozen_state: dict[str, Tensor] = {}  # the same for its optimizer state
         self._held: list[tuple[Tensor, Tensor, Tensor]] = []  # (live tensor, mask of what may change, copy)
 
     def live(self, name: str) -> Tensor:
@@ -125,10 +126,11 @@ class Views:
         torch.autograd.graph.increment_version(p)  # a backward pass that comes too late must fail
         return live
 
-    def freeze(self, weight: Weight, mask: Tensor) -> None:
+    def freeze(self, weight: Weight, mask: Tensor, *, state: bool = True) -> None:
         """Ask for the entries where ``mask`` is False to stay; masks of several calls intersect."""
-        other = self._frozen.get(weight.name)
-        self._frozen[weight.name] = mask if other is None else mask & other
+        for frozen in (self._frozen, self._frozen_state) if state else (self._frozen,):
+            other = frozen.get(weight.name)
+            frozen[weight.name] = mask if other is None else mask & other
 
     def hold(self, weights: Sequence[Weight], optimizer: Optimizer) -> None:
         """Copy weights of which entries are asked for, and their optimizer state.
@@ -139,22 +141,24 @@ class Views:
             ValueError: packed or factored optimizer state.
         """
         for w in weights:
-            if w.name not in self._frozen:
+            if w.name in self._frozen:
+                self._held.append((w.data, self._frozen[w.name], w.data.clone()))
+            if w.name in self._frozen_state:
+                self._hold_state(w, self._frozen_state[w.name], optimizer)
+        self._frozen, self._frozen_state = {}, {}
+
+    def _hold_state(self, weight: Weight, mask: Tensor, optimizer: Optimizer) -> None:
+        for key, value in optimizer.state.get(self.model.get_parameter(weight.name), {}).items():
+            if not isinstance(value, Tensor) or value.dim() == 0:
                 continue
-            mask = self._frozen[w.name]
-            state = optimizer.state.get(self.model.get_parameter(w.name), {})
-            for key, value in {"weight": w.data, **state}.items():
-                if not isinstance(value, Tensor) or value.dim() == 0:
-                    continue
-                value = shards.local(value)
-                if value.shape != w.data.shape:
-                    raise ValueError(
-                        f"frozen=True needs optimizer state of the weight's shape; {type(optimizer).__name__} "
-                        f"keeps {key!r} of shape {tuple(value.shape)} for {w.name!r} {tuple(w.data.shape)}: use AdamW "
-                        "or SGD, or frozen=False"
-                    )
-                self._held.append((value, mask, value.clone()))
-        self._frozen = {}
+            value = shards.local(value)
+            if value.shape != weight.data.shape:
+                raise ValueError(
+                    f"frozen=True needs optimizer state of the weight's shape; {type(optimizer).__name__} "
+                    f"keeps {key!r} of shape {tuple(value.shape)} for {weight.name!r} {tuple(weight.data.shape)}: use "
+                    "AdamW or SGD, or frozen=False"
+                )
+            self._held.append((value, mask, value.clone()))
 
     def put_back(self) -> None:
         """Restore the entries asked for; the earliest copy counts."""
@@ -166,7 +170,7 @@ class Views:
         """Live <- E, in the middle of a step that will not be taken."""
         self.restore()
         self.exchange()
-        self._frozen, self._held = {}, []
+        self._frozen, self._frozen_state, self._held = {}, {}, []
 
     def tensors(self) -> list[Tensor]:
         """All that is kept now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 
@@ -163,10 +164,34 @@ def test_child_tuning_d_masks_the_blocks_with_one_threshold_and_decay_still_move
         out = ~masks[w.name]
         expected = before[w.name][out] * (1 - 0.1 * 0.1) ** 3  # Adam's part is exactly zero
         assert torch.allclose(w.data[out], expected, atol=1e-6)
-    frozen = run_of(ChildTuningD(keep=0.3, frozen=True), lr=0.1)
-    train(frozen, batches(3))
-    for name, mask in frozen[ChildTuningD].masks.items():
-        assert torch.equal(frozen.model.get_parameter(name)[~mask], before[name][~mask])
+
+
+@pytest.mark.parametrize(
+    "method", [SIFT(keep=0.05), ChildTuningD(keep=0.3, frozen=True)], ids=["sift", "child_tuning_d"]
+)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        functools.partial(torch.optim.AdamW, weight_decay=0.1),
+        functools.partial(torch.optim.SGD, momentum=0.9, weight_decay=0.1),
+        functools.partial(torch.optim.Adafactor, weight_decay=0.1),  # moves entries of zero gradient, too
+    ],
+    ids=["adamw", "momentum", "factored"],
+)
+@pytest.mark.parametrize("beside", [[], [L2SP(scope="linear", decoupled=False)]], ids=["alone", "decay"])
+def test_entries_that_are_masked_for_good_stay_under_any_optimizer(method, optimizer, beside):
+    """Their moments may move: no step ever uses them."""
+    model = bert()
+    before = copied(model)
+    run = run_of([copy.deepcopy(method), *beside], model, optimizer=optimizer(model.parameters(), lr=0.05))
+    train(run, batches(3))
+    masks = run[type(method)].masks
+    assert masks
+    assert not all(mask.all() for mask in masks.values())
+    for name, mask in masks.items():
+        after = model.get_parameter(name)
+        assert torch.equal(after[~mask], before[name][~mask])
+        assert not mask.any() or not torch.equal(after[mask], before[name][mask])
 
 
 def test_sift_trains_its_support_and_the_whole_head():

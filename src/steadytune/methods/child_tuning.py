@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Scope, Weight, in_unit, multiply, one_of, select, whole
+from ..core import Method, Run, Scope, Weight, in_unit, mask_gradients, multiply, one_of, select, whole
 from ..facts import Cost, Paper
 from ..functional import byte_mask
 from ..masks import Batch, StaticMask, Tensors, top_masks
@@ -73,7 +73,7 @@ class ChildTuningF(Method):
     def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
         if self.share < 1:
             weights = select(weights, self.scope)
-            multiply(weights, [self.draw(run, w) for w in weights])
+            mask_gradients(weights, [self.draw(run, w) for w in weights])
             multiply(weights, 1 / self.share)
 
     def draw(self, run: Run, weight: Weight) -> Tensor:
@@ -96,8 +96,8 @@ class ChildTuningD(StaticMask):
         clip in (0, inf]: largest norm of one tensor's gradient before it is squared; inf does not clip, the authors'
             code has 1.
         batches in [0, inf): batches to look at; 0 is one pass over all rows, as the authors'.
-        frozen: keep masked entries and their optimizer state bit for bit. False, as in the authors' code: their
-            gradient is zero, but decay (and momentum that others bring) still moves them.
+        frozen: keep masked entries bit for bit. False, as in the authors' code: their gradient is zero, but decay (and
+            momentum that others bring) still moves them.
 
     The look at the data costs one epoch without updates. Dropout is as in training.
 
@@ -116,7 +116,6 @@ class ChildTuningD(StaticMask):
     frozen: bool = False
 
     null: ClassVar = {"keep": 1.0}
-    conflicts: ClassVar[tuple[str, ...]] = ("optimizers with packed or factored state, if frozen",)
     cost: ClassVar = Cost(held={"": 1})
     paper: ClassVar = PAPER
 

@@ -28,9 +28,8 @@ class SIFT(StaticMask):
         keep in (0, 1]: share of entries of each tensor that is trained; the authors' 0.008.
         batches in [1, inf): batches of an optimizer step whose mean gradient chooses.
         scope: which weights are trained sparsely. All others train as usual: freeze those that shall not.
-        frozen: the other entries, and their optimizer state, stay bit for bit, so that `steadytune.delta` stores the
-            run in little space. Costs up to 12 bytes per weight during a step of AdamW. False leaves them to momentum
-            and decay: the same without weight decay.
+        frozen: the other entries stay bit for bit, so that `steadytune.delta` stores the run in little space. Costs 4
+            bytes per weight during a step. False leaves them to momentum and decay: the same without weight decay.
 
     Gradients and optimizer state are as large as in plain fine-tuning; what is small is the difference to the
     pre-trained model.
@@ -47,7 +46,6 @@ class SIFT(StaticMask):
     frozen: bool = True
 
     null: ClassVar = {"keep": 1.0}
-    conflicts: ClassVar[tuple[str, ...]] = ("optimizers with packed or factored state, if frozen",)
     cost: ClassVar = Cost(held={"": 1})
     paper: ClassVar = Paper(
         authors=("Weixi Song", "Zuchao Li", "Lefei Zhang", "Hai Zhao", "Bo Du"),
