@@ -83,8 +83,7 @@ def test_scores_are_means_and_deviations_with_n(tmp_path):
     found = page(two_recipes(tmp_path))
     for recipe, scores in (("plain", PLAIN), ("dps_dense", RIVAL)):
         mean, sd = 100 * statistics.mean(scores), 100 * statistics.stdev(scores)
-        text = found.cell("In domain: mean", recipe, "sst2").replace(" ▲", "")
-        assert text == f"{mean:.1f} ± {sd:.1f} n = 4"
+        assert found.cell("In domain: mean", recipe, "sst2") == f"{mean:.1f} ± {sd:.1f} n = 4"
         row = found.row("In domain, in detail", recipe)
         ordered = [100 * score for score in sorted(scores)]
         half = 3.182446305284263 * sd / 2
@@ -145,20 +144,49 @@ def test_errors_are_better_when_small(tmp_path):
     ]
     found = page(write_bench(tmp_path / "b", runs))
     assert found.cell("In domain: mean", "dps_dense", "sst2").startswith("1.155 ± ")  # not × 100
-    assert found.cell("In domain: mean", "dps_dense", "sst2").count("▲") == 1
     assert found.row("In domain: gains over plain, paired", "dps_dense")[2] == "+0.1950"
     assert found.row("In domain, in detail", "dps_dense")[-1] == "0"  # collapsed: below the baseline is good
 
 
+def marked(tmp_path, name, gains, *, smaller=False, recipes=("rival",)):
+    """A page of a recipe with these gains over plain, and of others that win and lose by turns."""
+    metric = {"metric": "rmse", "baseline": 2.0} if smaller else {}
+    runs = [record("plain", seed, 0.7 + 0.01 * seed, **metric) for seed in range(len(gains))]
+    for recipe in recipes:
+        own = gains if recipe == "rival" else [0.03 * (-1) ** seed for seed in range(len(gains))]
+        runs += [record(recipe, i, 0.7 + 0.01 * i + (-g if smaller else g), **metric) for i, g in enumerate(own)]
+    return page(write_bench(tmp_path / name, runs))
+
+
+SIX, FIVE = [0.02, 0.03, 0.025, 0.02, 0.03, 0.04], [0.02, 0.03, 0.025, 0.02, 0.03]
+
+
+@pytest.mark.parametrize("smaller", [False, True])
+def test_marks_are_of_the_test_and_five_pairs_show_nothing(tmp_path, smaller):
+    """The least p of n pairs is 2^(1 - n): 0.03 of six, 0.06 of five, whose t interval is far above zero."""
+    cases = {"six": (SIX, "▲"), "down": ([-g for g in SIX], "▼"), "five": (FIVE, "")}
+    for name, (gains, mark) in cases.items():
+        cell = marked(tmp_path, name, gains, smaller=smaller).cell("In domain: mean", "rival", "sst2")
+        assert "".join(c for c in cell if c in "▲▼△▽") == mark
+    low = marked(tmp_path, "again", FIVE, smaller=smaller).row("In domain: gains over plain, paired", "rival")[3]
+    assert low.startswith("[+")
+
+
+def test_a_mark_that_does_not_survive_the_adjustment_is_hollow(tmp_path):
+    """p of 0.03 is 0.06 as the smaller of two."""
+    both = ("rival", "other")
+    assert "△" in marked(tmp_path, "up", SIX, recipes=both).cell("In domain: mean", "rival", "sst2")
+    assert "▽" in marked(tmp_path, "down", [-g for g in SIX], recipes=both).cell("In domain: mean", "rival", "sst2")
+
+
 def test_best_is_bold_only_where_it_clearly_beats_the_second(tmp_path):
-    clear = write_report(two_recipes(tmp_path / "clear")).read_text()
-    assert "<strong>83.5 ± 1.3 ▲</strong>" in clear
-    runs = [record("plain", seed, score) for seed, score in enumerate(PLAIN)]
-    runs += [record("rdrop", seed, score) for seed, score in enumerate([0.90, 0.80, 0.86, 0.78])]
-    unclear = write_report(write_bench(tmp_path / "unclear", runs)).read_text()
-    assert "83.5 ± 5.5" in unclear
-    assert "<strong>" not in unclear
-    assert "▲" not in page(tmp_path / "unclear").cell("In domain: mean", "rdrop", "sst2")
+    marked(tmp_path, "clear", SIX)
+    scores = [70 + i + 100 * gain for i, gain in enumerate(SIX)]
+    bold = f"<strong>{statistics.mean(scores):.1f} ± {statistics.stdev(scores):.1f} ▲</strong>"
+    assert bold in (tmp_path / "clear" / "report.html").read_text()
+    for name, gains in (("few", FIVE), ("unclear", [0.10, -0.02, 0.08, -0.06, 0.02, 0.03])):
+        marked(tmp_path, name, gains)
+        assert "<strong>" not in (tmp_path / name / "report.html").read_text()
 
 
 def test_failed_runs_are_shown_and_are_no_scores(tmp_path):

@@ -293,21 +293,23 @@ def _paper_table(bench: Bench, cells: pd.DataFrame, model: str, domain: str, bes
         groups=groups,
         note=(
             ("Of a task with several out-of-domain sets: the mean over them. " if domain == "out" else "")
-            + f"▲ ▼: the interval of the paired difference from {bench.baseline} lies above or below zero. Bold: the "
-            "best mean, only where the interval of its paired difference from the second best excludes zero."
+            + f"▲ ▼: better or worse than {bench.baseline}, p of the paired sign-flip test at most {tables.ALPHA} "
+            "after Holm's adjustment; △ ▽: before it only, as one comparison in twenty is by accident. Bold: the best "
+            f"mean, only where its test against the second best has p at most {tables.ALPHA}. Below 6 pairs no p is "
+            "so small, and nothing is marked."
         ),
     )
 
 
 def _marks(bench: Bench, model: str, domain: str) -> dict[tuple[str, str, str], str]:
-    """(setting, recipe, task) -> a sign where the gain's interval excludes zero."""
+    """(setting, recipe, task) -> a sign where the gain is more than an accident."""
     if bench.gains.empty:
         return {}
     found = bench.gains[(bench.gains["model"] == model) & (bench.gains["domain"] == domain)]
     return {
-        (row.setting, row.recipe, row.task): " ▲" if row.low > 0 else " ▼"
+        (row.setting, row.recipe, row.task): " " + ("△▲" if row.gain > 0 else "▽▼")[row.holm <= tables.ALPHA]
         for row in tables.rows_of(found)
-        if row.low > 0 or row.high < 0
+        if row.p <= tables.ALPHA
     }
 
 

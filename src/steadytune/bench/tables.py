@@ -24,7 +24,7 @@ from .stats import (
     Trained,
     compute_matched,
     holm,
-    mean_interval,
+    sign_flip,
     spread_sources,
     steadiness,
     stratified,
@@ -35,6 +35,7 @@ CONDITION = ["model", "task", "setting"]
 CELL = [*CONDITION, "recipe"]
 DOMAINS = ("in", "out")
 BASELINE = "plain"
+ALPHA = 0.05  # of tests whose outcome is marked
 ABOVE = 0.01  # a run that is not this much above always predicting the majority class has collapsed
 
 
@@ -268,7 +269,7 @@ def described(found: pd.Series) -> dict[str, Any]:
 
 
 def clearly_best(scores: pd.DataFrame) -> set[tuple[str, ...]]:
-    """Cells (and domain) with the best mean whose paired difference from the second best has an interval above 0."""
+    """Cells (and domain) with the best mean whose paired sign-flip test against the second best has p <= 0.05."""
     found = set()
     for condition, group in parts(scores, CONDITION):
         for domain in DOMAINS:
@@ -279,7 +280,8 @@ def clearly_best(scores: pd.DataFrame) -> set[tuple[str, ...]]:
             pairs = wide[order[:2]].dropna()
             if len(order) < 2 or len(pairs) < 2:
                 continue
-            if mean_interval((pairs[order[0]] - pairs[order[1]]).to_numpy())[0] > 0:  # NaN is not
+            gains = (pairs[order[0]] - pairs[order[1]]).to_numpy()
+            if gains.mean() > 0 and sign_flip(gains) <= ALPHA:
                 found.add((*condition, order[0], domain))
     return found
 
