@@ -882,6 +882,16 @@ def test_attaching_to_an_optimizer_that_has_trained_is_refused():
         Run(model, BASE, total_steps=TOTAL).attach(optimizer)
 
 
+def test_an_optimizer_that_makes_its_state_at_once_has_not_trained():
+    """Adagrad; after a step it is refused like any other."""
+    loop = Loop([DPSDense(**DPS), EMA()], optimizer=torch.optim.Adagrad)
+    before = copied(loop.model)
+    loop.train(batches(3))
+    assert differs(before, copied(loop.model))
+    with pytest.raises(RuntimeError, match="after the optimizer's first step"):
+        Run(loop.model, BASE, total_steps=TOTAL).attach(loop.optimizer)
+
+
 @every_recipe
 def test_restart_is_another_run_bitwise(name):
     """A second training with one Run equals a fresh Run on the same weights."""

@@ -140,3 +140,8 @@ def check_recipe(here: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str,
                     f"{mine['name']}.{field} was {other.get(field)!r} when the state was saved and is "
                     f"{mine.get(field)!r} here: resume with the same recipe"
                 )
+
+
+def has_stepped(optimizer: Optimizer) -> bool:
+    """Whether there is state of a step taken; Adagrad, for one, makes its state before its first."""
+    return any(float(state.get("step", 1)) != 0 for state in optimizer.state.values() if state)

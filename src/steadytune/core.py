@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from . import shards
 from .anatomy import Part, anatomy
-from .checks import check_model, check_optimizer, check_order, check_recipe, check_wrapper
+from .checks import check_model, check_optimizer, check_order, check_recipe, check_wrapper, has_stepped
 from .checks import in_unit as in_unit
 from .checks import not_negative as not_negative
 from .checks import one_of as one_of
@@ -311,7 +311,7 @@ class Run:
         if self.optimizer is not None:
             raise RuntimeError("this Run is already attached: use run.restart() to train once more")
         check_optimizer(optimizer, [type(m).__name__ for m in self.methods if overrides(m, "attach")])
-        if save_in_optimizer and any(optimizer.state.values()):
+        if save_in_optimizer and has_stepped(optimizer):
             raise RuntimeError(
                 "attach() after the optimizer's first step, or after its state was loaded: the methods would start "
                 "anew in the middle of a run. Call run.attach(optimizer) first, then optimizer.load_state_dict(...)"
