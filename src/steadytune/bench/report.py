@@ -226,8 +226,7 @@ def _warnings(bench: Bench) -> Iterator[Warning]:
     mixed = [name for name, values in tables.contexts(bench.records).items() if len(values) > 1]
     if mixed:
         yield Warning(
-            f"Runs were made in different contexts: {listed(mixed)} differ. Scores and times may not compare; see "
-            "Context."
+            f"Runs differ in their context ({listed(mixed)}): scores and times may not compare. See Context."
         )
     if bench.problems:
         yield Warning(f"{counted(len(bench.problems), 'file')} in records/ could not be used; see Context.")
