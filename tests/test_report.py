@@ -514,7 +514,7 @@ def test_mixed_contexts_are_a_warning(tmp_path):
         "2.13.0 (1 run); 2.6.0 (1 run)", "2.6.0 (1 run); 2.13.0 (1 run)",
     )  # fmt: skip
     warnings = re.findall(r'<p class="warning">(.*?)</p>', (folder / "report.html").read_text())
-    assert any("torch and commit differ" in text for text in warnings)
+    assert any("differ in their context (torch and commit)" in text for text in warnings)
 
 
 def test_contamination_is_told_for_each_model_and_task(tmp_path):
