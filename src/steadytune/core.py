@@ -34,7 +34,6 @@ from .functional import hashed, kept, kth_largest
 from .method import SCOPES as SCOPES
 from .method import WEIGHT_VERBS, M, Method, Scope, Weight, acts_on_weights, entry, overrides, select
 from .method import gradients as gradients
-from .method import mask_gradients as mask_gradients
 from .method import multiply as multiply
 from .method import only as only
 from .step import Compute, Inputs, Passes, Step, batch_size, default_compute, repeated, split

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .core import Method, Run, Scope, Weight, mask_gradients
+from .core import Method, Run, Scope, Weight, multiply
 from .step import Inputs
 
 Tensors = dict[str, Tensor]
@@ -52,7 +52,7 @@ class StaticMask(Method):
 
     def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
         weights = self.masked(weights)
-        mask_gradients(weights, [self.masks[w.name] for w in weights])
+        multiply(weights, [self.masks[w.name] for w in weights])
 
     def masked(self, weights: Sequence[Weight]) -> list[Weight]:
         """The weights that have a mask."""

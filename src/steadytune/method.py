@@ -169,14 +169,11 @@ def gradients(weights: Iterable[Weight]) -> list[Tensor]:
     return [w.grad for w in weights if w.grad is not None]
 
 
-def mask_gradients(weights: Iterable[Weight], masks: Iterable[Tensor]) -> None:
-    """``g <- g`` where the boolean mask is True, 0 elsewhere, in place; half the time of a product with the mask."""
-    for g, mask in zip(gradients(weights), masks, strict=True):
-        torch.where(mask, g, g.new_zeros(()), out=g)
-
-
 def multiply(weights: Iterable[Weight], factors: list[Tensor] | float) -> None:
-    """``g <- g * factor`` in place; nothing when the step gave these weights no gradient."""
+    """``g <- g * factor`` in place; nothing when the step gave these weights no gradient.
+
+    Masks are factors too: `torch.where` takes three times as long on a CPU, which cannot foresee a random mask.
+    """
     found = gradients(weights)
     if found:
         torch._foreach_mul_(found, factors)

@@ -225,9 +225,7 @@ def _warnings(bench: Bench) -> Iterator[Warning]:
         )
     mixed = [name for name, values in tables.contexts(bench.records).items() if len(values) > 1]
     if mixed:
-        yield Warning(
-            f"Runs differ in their context ({listed(mixed)}): scores and times may not compare. See Context."
-        )
+        yield Warning(f"Runs differ in their context ({listed(mixed)}): scores and times may not compare. See Context.")
     if bench.problems:
         yield Warning(f"{counted(len(bench.problems), 'file')} in records/ could not be used; see Context.")
     if not bench.gains.empty and bench.gains["n"].min() < FEW:

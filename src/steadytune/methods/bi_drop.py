@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_dropout
-from ..core import Method, Run, Scope, Weight, gradients, in_unit, mask_gradients, one_of, select
+from ..core import Method, Run, Scope, Weight, gradients, in_unit, multiply, one_of, select
 from ..facts import Cost, Paper
 from ..masks import top_masks
 
@@ -82,7 +82,7 @@ class BiDrop(Method):
         scores = {w.name: self.rank(w, again[w.name]) for w in chosen}
         torch._foreach_lerp_(gradients(weights), [again[w.name] for w in weights], 0.5)
         masks = top_masks(run, scores, self.keep, "tensor")
-        mask_gradients(chosen, [masks[w.name] for w in chosen])
+        multiply(chosen, [masks[w.name] for w in chosen])
 
     def rank(self, weight: Weight, second: Tensor) -> Tensor:
         """The score of every entry; what no factor changes is left out."""

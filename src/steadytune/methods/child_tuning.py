@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Scope, Weight, in_unit, mask_gradients, multiply, one_of, select, whole
+from ..core import Method, Run, Scope, Weight, in_unit, multiply, one_of, select, whole
 from ..facts import Cost, Paper
 from ..functional import byte_mask
 from ..masks import Batch, StaticMask, Tensors, top_masks
@@ -73,7 +73,7 @@ class ChildTuningF(Method):
     def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
         if self.share < 1:
             weights = select(weights, self.scope)
-            mask_gradients(weights, [self.draw(run, w) for w in weights])
+            multiply(weights, [self.draw(run, w) for w in weights])
             multiply(weights, 1 / self.share)
 
     def draw(self, run: Run, weight: Weight) -> Tensor:

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Scope, Weight, in_unit, mask_gradients, multiply, one_of, select
+from ..core import Method, Run, Scope, Weight, in_unit, multiply, one_of, select
 from ..facts import Cost, Paper
 from ..functional import frequency_score, selecting, stage_length
 from ..masks import Tensors, top_masks
@@ -100,7 +100,7 @@ class DPSDense(Method):
     def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
         if selecting(run.index, self.stage(run)):
             weights = self.masked(weights)
-            mask_gradients(weights, [self.masks[w.name] for w in weights])
+            multiply(weights, [self.masks[w.name] for w in weights])
         else:
             add_squares(self.squares, select(weights, self.scope))
 
@@ -188,7 +188,7 @@ class DPSMix(DPSDense):
         keep = self.keep if self.rescale_gradient else 1.0
         if selecting(run.index, self.stage(run)):
             weights = self.masked(weights)
-            mask_gradients(weights, [self.masks[w.name] for w in weights])
+            multiply(weights, [self.masks[w.name] for w in weights])
             multiply(weights, 1 / keep)
         else:
             weights = select(weights, self.scope)
