@@ -475,7 +475,7 @@ SHARDED_RECIPES = {
     "rose_first": (lambda: hash_dropout(bert()), lambda: [ROSEFirst(0.5), EMA(0.8)]),
     "rose_second": (bert, lambda: [ROSESecond(0.5), EMA(0.8)]),
     "bi_drop": (lambda: hash_dropout(bert()), lambda: [BiDrop(0.5, scope="linear"), EMA(0.8)]),
-    "sift": (bert, lambda: [SIFT(0.1, batches=2, scope="linear")]),
+    "sift": (bert, lambda: [SIFT(0.05, batches=2, scope="linear")]),
     "conv1d": (gpt2, lambda: [Mixout(keep=0.6), DPSMix(**STAGES), EMA(0.8)]),
     "rates": (bert, lambda: [Extrapolation(0.5), HypergradientLR(0.3), EMA(0.8)]),
     "random_penalties": (bert, lambda: [R3F(scale=0.1), R4F(scale=0.1), EMA(0.8)]),

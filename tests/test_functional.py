@@ -13,16 +13,19 @@ from hypothesis import strategies as st
 
 from steadytune.functional import (
     CHUNK,
+    boolean,
     exchange,
     frequency_score,
     keep_top,
     kept,
     kth_largest,
     mix,
+    put_back,
     rescaled,
     selecting,
     stage_length,
     symmetric_kl,
+    zero_others,
 )
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -144,6 +147,43 @@ def test_exchange_swaps_contents_and_keeps_both_memories(shape):
     assert torch.equal(a, was_b)
     assert torch.equal(b, was_a)
     assert (a.data_ptr(), b.data_ptr()) == places
+
+
+# ---------------------------------------------------------------- entries that a step leaves alone
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.uint8).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize("form", ["mask", "column", "indices", "all", "none"])
+def test_put_back_takes_each_entry_whole(dtype, form):
+    """NaN, infinity and the sign of zero of one side never reach the other: no arithmetic would do."""
+    odd = [math.nan, -math.inf, -0.0, 0.0] if dtype.is_floating_point else [-128, 127, -1, 0]
+    live, before = torch.tensor([*odd, 1, 2, 3, 4]), torch.tensor([5, 6, 7, 8, *odd])
+    live, before = (t.to(dtype).reshape(4, 2) for t in (live, before))
+    mask = torch.tensor([[1, 0], [0, 1], [0, 1], [1, 0]]).bool()
+    mask = {"column": mask[:, :1], "all": torch.tensor(True), "none": torch.tensor(False)}.get(form, mask)
+    expected = torch.where(mask, live, before)
+    given = mask.flatten().nonzero().flatten() if form == "indices" else mask
+    found = live.clone()
+    put_back(found, before.clone(), given)
+    assert bits(found) == bits(expected)
+    if form != "indices":  # which are of contiguous tensors
+        turned = live.T.clone(memory_format=torch.contiguous_format).T
+        put_back(turned, before.clone(), mask)
+        assert bits(turned) == bits(expected)
+
+
+def test_indices_are_another_form_of_a_mask():
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    indices = mask.flatten().nonzero().flatten()
+    assert torch.equal(boolean(indices, (2, 3)), mask)
+    assert boolean(mask, (2, 3)) is mask
+    tensor = torch.tensor([[1.0, math.nan, -3.0], [4.0, math.inf, 0.5]])
+    zero_others(tensor, indices)
+    assert torch.equal(tensor, torch.tensor([[1.0, 0.0, -3.0], [0.0, 0.0, 0.5]]))
 
 
 # ---------------------------------------------------------------- divergence

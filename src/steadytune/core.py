@@ -481,7 +481,13 @@ class Run:
             self._views.restore()
 
     def freeze(self, weight: Weight, mask: Tensor, *, state: bool = True) -> None:
-        """For entries where the boolean ``mask`` is False, this optimizer step does not happen.
+        """For entries where ``mask`` is False, this optimizer step does not happen.
+
+        Args:
+            weight: which one.
+            mask: boolean, of its shape or one for all entries (0-d); or, for a contiguous weight, the flat indices
+                (int64) of the entries that the step is for.
+            state: see below.
 
         Weights and every optimizer-state tensor of the weight's shape are put back bit for bit after all
         `Method.after_step`. Call it in `Method.pull_back` or `Method.before_step`; masks of several calls intersect.

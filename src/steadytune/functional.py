@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 18  # elements moved at once by `exchange`: one megabyte of float32, small enough for a core's cache
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
 def kept(n: int, keep: float) -> int:
@@ -130,6 +131,39 @@ def exchange(a: Tensor, b: Tensor) -> None:
         held = buffer[: x.numel()].copy_(y)
         y.copy_(x)
         x.copy_(held)
+
+
+def put_back(live: Tensor, before: Tensor, mask: Tensor) -> None:
+    """``live`` becomes ``before`` where ``mask`` is False, bit for bit, in place; ``before`` may be overwritten.
+
+    Args:
+        live: any shape and dtype; contiguous for a mask of indices.
+        before: like ``live``.
+        mask: boolean, broadcastable to ``live``, or flat indices (int64) of the entries that stay.
+    """
+    if mask.dtype != torch.bool:
+        before.view(-1).index_copy_(0, mask, live.view(-1).index_select(0, mask))
+        live.copy_(before)
+    elif live.is_cpu and mask.dim():  # torch.where is up to three times slower, as nothing foresees a random mask
+        bits, others = (t.view(WORDS[t.element_size()]) for t in (live, before))
+        bits.bitwise_xor_(others).mul_(mask).bitwise_xor_(others)
+    else:
+        torch.where(mask, live, before, out=live)
+
+
+def zero_others(tensor: Tensor, entries: Tensor) -> None:
+    """Zero all but the entries of a contiguous tensor that have these flat indices (int64), in place."""
+    flat = tensor.view(-1)
+    kept = flat.index_select(0, entries)
+    flat.zero_().index_copy_(0, entries, kept)
+
+
+def boolean(mask: Tensor, shape: Sequence[int]) -> Tensor:
+    """A mask as boolean entries, one given as flat indices (int64) too."""
+    if mask.dtype == torch.bool:
+        return mask
+    flat = torch.zeros(math.prod(shape), dtype=torch.bool, device=mask.device)
+    return flat.index_fill_(0, mask, True).view(tuple(shape))
 
 
 def symmetric_kl(a: Tensor, b: Tensor) -> Tensor:

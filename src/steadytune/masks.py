@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from .core import Method, Run, Scope, Weight, multiply
+from .functional import zero_others
 from .step import Inputs
 
 Tensors = dict[str, Tensor]
+FEW = 1 / 16  # share of kept entries up to which their indices are faster than a mask
 Batch = Inputs | Sequence[Inputs]  # of an optimizer step: as one, or as its micro-batches
 
 
@@ -37,6 +39,7 @@ class StaticMask(Method):
             raise ValueError(f"{name} looks at training batches first: pass Run(..., data=lambda: loader)")
         run.require(self, self.scope)
         self.masks: Tensors = {}
+        self.indices: dict[str, Tensor | None] = {}  # flat, of the entries that a mask keeps, if they are few
 
     def before_forward(self, run: Run, weights: Sequence[Weight]) -> None:
         if self.masks or run.index:
@@ -48,11 +51,29 @@ class StaticMask(Method):
 
     def pull_back(self, run: Run, weights: Sequence[Weight]) -> None:
         for w in self.masked(weights) if self.frozen else []:
-            run.freeze(w, self.masks[w.name], state=False)  # no step will ever use the moments of what is masked
+            few = self.few(w)
+            mask = self.masks[w.name] if few is None else few
+            run.freeze(w, mask, state=False)  # no step will ever use the moments of what is masked
 
     def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
-        weights = self.masked(weights)
-        multiply(weights, [self.masks[w.name] for w in weights])
+        others = []
+        for w in self.masked(weights):
+            few = self.few(w)
+            if few is None:
+                others.append(w)
+            elif w.grad is not None:
+                zero_others(w.grad, few)
+        multiply(others, [self.masks[w.name] for w in others])
+
+    def few(self, weight: Weight) -> Tensor | None:
+        """Flat indices of the entries that the mask of a weight keeps; None if they are many."""
+        if weight.name not in self.indices:
+            mask, found = self.masks[weight.name], None
+            dense = weight.data.is_contiguous() and (weight.grad is None or weight.grad.is_contiguous())
+            if dense and mask.sum() <= FEW * mask.numel():
+                found = mask.flatten().nonzero().squeeze(-1)
+            self.indices[weight.name] = found
+        return self.indices[weight.name]
 
     def masked(self, weights: Sequence[Weight]) -> list[Weight]:
         """The weights that have a mask."""
@@ -62,7 +83,7 @@ class StaticMask(Method):
         return {"masks": self.masks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.masks = state["masks"]
+        self.masks, self.indices = state["masks"], {}
 
 
 def top_masks(run: Run, scores: Tensors, keep: float, threshold: str) -> Tensors:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import shards
-from .functional import checksum, exchange, mix
+from .functional import boolean, checksum, exchange, mix, put_back
 from .method import Weight
 
 
@@ -130,7 +130,9 @@ class Views:
         """Ask for the entries where ``mask`` is False to stay; masks of several calls intersect."""
         for frozen in (self._frozen, self._frozen_state) if state else (self._frozen,):
             other = frozen.get(weight.name)
-            frozen[weight.name] = mask if other is None else mask & other
+            if other is not None:
+                mask = boolean(mask, weight.data.shape) & boolean(other, weight.data.shape)
+            frozen[weight.name] = mask
 
     def hold(self, weights: Sequence[Weight], optimizer: Optimizer) -> None:
         """Copy weights of which entries are asked for, and their optimizer state.
@@ -142,7 +144,7 @@ class Views:
         """
         for w in weights:
             if w.name in self._frozen:
-                self._held.append((w.data, self._frozen[w.name], w.data.clone()))
+                self._hold(w.data, self._frozen[w.name])
             if w.name in self._frozen_state:
                 self._hold_state(w, self._frozen_state[w.name], optimizer)
         self._frozen, self._frozen_state = {}, {}
@@ -158,12 +160,17 @@ class Views:
                     f"keeps {key!r} of shape {tuple(value.shape)} for {weight.name!r} {tuple(weight.data.shape)}: use "
                     "AdamW or SGD, or frozen=False"
                 )
-            self._held.append((value, mask, value.clone()))
+            self._hold(value, mask)
+
+    def _hold(self, live: Tensor, mask: Tensor) -> None:
+        """Copy a tensor, unless all of it may change and to know so takes no waiting for a device."""
+        if mask.dim() or not mask.is_cpu or not mask:
+            self._held.append((live, mask, live.clone()))
 
     def put_back(self) -> None:
         """Restore the entries asked for; the earliest copy counts."""
         for live, mask, before in reversed(self._held):
-            torch.where(mask, live, before, out=live)
+            put_back(live, before, mask)
         self._held = []
 
     def abandon(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -24,9 +25,11 @@ from steadytune import (
     ROSEFirst,
     ROSESecond,
     Run,
+    masks,
     only,
 )
 from steadytune.bilevel import BiLevel
+from steadytune.core import Method
 from steadytune.functional import anneal, byte_mask, symmetric_kl
 from steadytune.methods.rose import divergence
 
@@ -192,6 +195,32 @@ def test_entries_that_are_masked_for_good_stay_under_any_optimizer(method, optim
         after = model.get_parameter(name)
         assert torch.equal(after[~mask], before[name][~mask])
         assert not mask.any() or not torch.equal(after[mask], before[name][mask])
+
+
+@dataclasses.dataclass
+class LastStays(Method):
+    """Freezes the last entry of each weight."""
+
+    def pull_back(self, run, weights):
+        for w in weights:
+            mask = torch.ones_like(w.data, dtype=torch.bool)
+            mask.view(-1)[-1] = False
+            run.freeze(w, mask, state=False)
+
+
+@pytest.mark.parametrize(
+    "method", [SIFT(keep=0.2), ChildTuningD(keep=0.2, frozen=True)], ids=["sift", "child_tuning_d"]
+)
+@pytest.mark.parametrize("beside", [[], [LastStays()]], ids=["alone", "another mask"])
+def test_indices_of_few_entries_train_as_their_mask_does(method, beside, monkeypatch):
+    ends = []
+    for few in (-1.0, 1.0):
+        monkeypatch.setattr(masks, "FEW", few)
+        torch.manual_seed(1)
+        run = train(run_of([*beside, copy.deepcopy(method)]), batches(3))
+        assert any(i is not None for i in run[type(method)].indices.values()) == (few == 1.0)
+        ends.append({**copied(run.model), **run.optimizer.state_dict()["state"]})
+    assert_same(*ends)
 
 
 def test_sift_trains_its_support_and_the_whole_head():

@@ -90,7 +90,7 @@ class ROSE(Method):
             else:
                 w.grad.mul_(mask)
             if self.update == "frozen":
-                run.freeze(w, (mask > 0).expand_as(w.data))
+                run.freeze(w, mask > 0)
 
     def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
         for w in weights:
