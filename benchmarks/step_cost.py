@@ -67,6 +67,14 @@ from steadytune import (
 )
 
 LOOK = {"input_ids": torch.arange(64).view(4, 16), "labels": torch.tensor([0, 1, 1, 0])}
+OUTER: list[dict] = []  # of the rows held out: as large as the training's batch
+
+
+def outer() -> list[dict]:
+    """What bi-level methods learn on."""
+    return OUTER
+
+
 RECIPES = {
     "plain": [],
     "DPSDense": [DPSDense()],
@@ -81,12 +89,12 @@ RECIPES = {
     "Mixout": [Mixout()],
     "EMA": [EMA()],
     "SWA": [SWA(start=0.0)],
-    "WeightMixup": [WeightMixup(outer=lambda: [LOOK])],
-    "WeightMixup difference": [WeightMixup(outer=lambda: [LOOK], order="difference")],
+    "WeightMixup": [WeightMixup(outer=outer)],
+    "WeightMixup difference": [WeightMixup(outer=outer, order="difference")],
     "WeightMixup fixed": [WeightMixup(alpha=0.9)],
-    "MetaWeightNet": [MetaWeightNet(outer=lambda: [LOOK])],
-    "ImplicitTune": [ImplicitTune(outer=lambda: [LOOK])],
-    "ImplicitTune 3 terms": [ImplicitTune(outer=lambda: [LOOK], terms=3)],
+    "MetaWeightNet": [MetaWeightNet(outer=outer)],
+    "ImplicitTune": [ImplicitTune(outer=outer)],
+    "ImplicitTune 3 terms": [ImplicitTune(outer=outer, terms=3)],
     "L2SP": [L2SP()],
     "RecAdam": [RecAdam()],
     "ClipNorm": [ClipNorm()],
@@ -161,15 +169,20 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def measure(length: int, rounds: int, names: list[str], clock: Callable[[], float]) -> list[dict]:
-    """One row per recipe at one sequence length."""
-    contestants = {name: Contestant(RECIPES[name]) for name in ["plain", *names]}
-    generator = torch.Generator().manual_seed(1)
-    inputs = {
+def batch(length: int, seed: int) -> dict:
+    """Random rows."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
         "input_ids": torch.randint(30522, (BATCH, length), generator=generator),
         "attention_mask": torch.ones(BATCH, length, dtype=torch.long),
         "labels": torch.randint(2, (BATCH,), generator=generator),
     }
+
+
+def measure(length: int, rounds: int, names: list[str], clock: Callable[[], float]) -> list[dict]:
+    """One row per recipe at one sequence length."""
+    contestants = {name: Contestant(RECIPES[name]) for name in ["plain", *names]}
+    inputs, OUTER[:] = batch(length, seed=1), [batch(length, seed=2)]
     for contestant in contestants.values():  # optimizer state and memory pools, outside the count
         contestant.step(inputs)
         if contestant.run:
