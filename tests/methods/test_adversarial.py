@@ -36,9 +36,16 @@ def blank(inputs):
     return torch.zeros(*inputs["input_ids"].shape, 16, dtype=torch.float64)
 
 
+def in_units(model, *values):
+    """In standard deviations of the embedding table's entries."""
+    table = model.bert.embeddings.word_embeddings.weight
+    return [value / float(table.detach().std()) for value in values]
+
+
 def test_fgm_by_hand():
     inputs, model = batches(1)[0], steady()
-    loss = run_of(model, FGM(epsilon=0.7, weight=2.0)).loss(inputs)
+    (epsilon,) = in_units(model, 0.7)
+    loss = run_of(model, FGM(epsilon=epsilon, weight=2.0)).loss(inputs)
     noise = 0.7 * unit(model, inputs, blank(inputs))
     expected = model(**inputs).loss + 2 * at(model, inputs, noise)
     assert torch.allclose(loss, expected, atol=1e-12)
@@ -49,7 +56,8 @@ def test_fgm_by_hand():
 @pytest.mark.parametrize("epsilon", [0.5, 10.0], ids=["at the rim", "inside"])
 def test_pgd_by_hand(epsilon):
     inputs, model = batches(1)[0], steady()
-    loss = run_of(model, PGD(epsilon=epsilon, step_size=0.4, steps=3)).loss(inputs)
+    radius, step_size = in_units(model, epsilon, 0.4)
+    loss = run_of(model, PGD(epsilon=radius, step_size=step_size, steps=3)).loss(inputs)
     noise = blank(inputs)
     for _ in range(3):
         noise = noise + 0.4 * unit(model, inputs, noise)
@@ -76,6 +84,20 @@ def test_the_attack_raises_the_loss_and_leaves_weights_and_gradients(method, mon
     assert seen
     assert all(g is None for found in seen for g in found)
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_the_unit_is_that_of_the_pretrained_table_after_a_resume():
+    """And an embedding table of another scale is perturbed in proportion."""
+    method, inputs, model = FGM(), batches(1)[0], steady()
+    run = run_of(model, method)
+    run.loss(inputs).backward()
+    run.optimizer.step()
+    saved = run.state_dict()
+    model.bert.embeddings.word_embeddings.weight.data.mul_(3)
+    again = run_of(model, method)
+    assert again[FGM].unit == pytest.approx(3 * float(run[FGM].unit), rel=0.1)
+    again.load_state_dict(saved)
+    assert again[FGM].unit == run[FGM].unit
 
 
 def test_pgd_of_one_step_as_long_as_its_radius_is_fgm():
