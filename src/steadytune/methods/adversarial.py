@@ -68,7 +68,7 @@ class FGM(Method):
 
     def setup(self, run: Run) -> None:
         self.embedding = perturbed(run.model)
-        table = shards.whole(self.embedding.weight.detach())
+        table = shards.whole(self.embedding.get_parameter("weight").detach())
         self.unit = table.to(torch.promote_types(table.dtype, torch.float32)).std()  # s
 
     def penalty(self, step: Step) -> Tensor | None:
