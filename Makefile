@@ -19,7 +19,7 @@ demo: install  ## a real model, plain and with DPS, in and out of domain, in a f
 	$(BIN)/python examples/demo/run.py
 
 test: install  ## the whole suite: two processes, one thread each (two threads each would fight for the cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

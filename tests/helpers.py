@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from steadytune import Run, Step
 from steadytune.methods.vibert import Bottleneck
 
 VOCABULARY, LENGTH = 64, 12  # LENGTH: of the longest row
+KILLS = int(os.environ.get("STEADYTUNE_KILLS", "6"))  # of each test that kills processes; every one costs seconds
 
 
 def bert(*, labels: int = 3, dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:

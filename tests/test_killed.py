@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 
 import killed_worker
 from fit_helpers import save_tiny_bert
-
-KILLS = 20
+from helpers import KILLS
 
 
 def test_killed_at_random_moments_and_resumed_equals_uninterrupted(tmp_path):

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import bench_helpers
 from bench_helpers import Counting, comparable, make_root, predictions, records, small
+from helpers import KILLS
 from steadytune import cli
 from steadytune.bench.pool import Outcome
 from steadytune.bench.report import write_report
@@ -26,8 +27,6 @@ from steadytune.bench.store import Store
 from steadytune.bench.study import run_study
 from steadytune.data import Target, UsageError
 from steadytune.tasks import TASKS, find, seen_by
-
-KILLS = 20
 
 
 @pytest.fixture(scope="module")
