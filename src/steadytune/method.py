@@ -77,11 +77,11 @@ class Method:
     exclusive: ClassVar[str | None] = None  # at most one method of this name acts on a weight ("anchor", "average")
     structure: ClassVar[bool] = False  # changes the model or what of it is trained: before all that look at weights
     draws_weights: ClassVar[bool] = False  # its weights depend on the methods' seed from the start: no soup over seeds
-    needs_steps: ClassVar[bool] = False  # whether the schedule depends on Run.total_steps
     conflicts: ClassVar[tuple[str, ...]] = ()  # what else it cannot be combined with, in words
     paper: ClassVar[Paper | None] = None  # where it comes from; None for one of your own
     cost: ClassVar[Cost] = Cost()  # what it costs beside plain fine-tuning
     where: Callable[[Weight], bool] | None = None  # set by `only`
+    needs_steps: bool = False  # whether the schedule depends on Run.total_steps
     full_precision: bool = False  # whether it subtracts gradients, which in half precision leaves their rounding
 
     @property

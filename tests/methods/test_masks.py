@@ -14,6 +14,7 @@ from torch import nn
 
 from helpers import Net, assert_same, batches, bert, collate, copied, differs, hash_dropout, llama, points, rows, train
 from steadytune import (
+    EMA,
     L2SP,
     METHODS,
     SIFT,
@@ -400,6 +401,24 @@ def test_recadam_pulls_home_at_first_and_lets_go_in_the_end():
             p.grad.zero_()
         optimizer.step()
         assert_same(copied(model), {n: s + share for n, s in start.items()}, atol=1e-12)
+
+
+@pytest.mark.parametrize(("total", "rate"), [(40, 0.25), (4, 1.0)])
+def test_ema_looks_back_over_a_tenth_of_the_training(total, rate):
+    model = Net()
+    run = run_of(EMA(), model, total=total)
+    average = None
+    for batch in points(3):
+        train(run, [batch])
+        raw = {n: run.raw(n).clone() for n in copied(model)}
+        average = raw if average is None else {n: (1 - rate) * average[n] + rate * raw[n] for n in raw}
+        assert_same(copied(model), average, atol=1e-14)
+
+
+def test_ema_of_a_training_of_unknown_length_asks_for_it():
+    with pytest.raises(ValueError, match="EMA needs the number of optimizer steps"):
+        train(run_of(EMA(), Net(), total=None), points(1))
+    assert train(run_of(EMA(decay=0.9), Net(), total=None), points(1)).index == 1
 
 
 def test_swa_is_the_mean_of_every_second_weight_from_its_start():

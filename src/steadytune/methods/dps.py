@@ -57,7 +57,7 @@ class DPSDense(Method):
     frozen: bool = False
 
     null: ClassVar = {"keep": 1.0}
-    needs_steps: ClassVar = True
+    needs_steps = True
     exclusive: ClassVar = "mask"
     conflicts: ClassVar[tuple[str, ...]] = ("optimizers with packed or factored state, if frozen",)
     cost: ClassVar = Cost(held={"stage I": 4, "stage II": 1})

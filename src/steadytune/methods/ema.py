@@ -16,24 +16,27 @@ from typing import ClassVar
 from ..core import Method, Run, Scope, Weight, in_unit, select, whole
 from ..facts import Cost, Paper
 
+SPAN = 0.1  # share of the training that an average looks back over
+
 
 @dataclass
 class EMA(Method):
     """Evaluate, save and select the average of the weights; train the weights themselves.
 
     Args:
-        decay in [0, 1): share of the old average that stays. 0.99 looks back about 100 steps, which suits runs
-            of a few hundred; 0 is plain fine-tuning.
+        decay in [0, 1): share of the old average that stays; 1 - 1/n looks back about n steps, and 0 is plain
+            fine-tuning. None looks back over a tenth of the training.
         scope: which weights are averaged.
 
     Buffers (BatchNorm statistics) are not averaged. The Trainer's checkpoints hold the average as the model and the
     raw weights in the side file.
 
     Departures:
-        The paper averages a teacher that a student learns from; here the average is only evaluated and saved.
+        The paper averages a teacher that a student learns from; here the average is only evaluated and saved. Its decay
+        of 0.999 would hold three quarters of the start after 300 steps.
     """
 
-    decay: float = 0.99
+    decay: float | None = None
     scope: Scope = "all"
 
     null: ClassVar = {"decay": 0.0}
@@ -50,14 +53,19 @@ class EMA(Method):
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
+        if self.decay is not None and not 0 <= self.decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
+        self.needs_steps = self.decay is None
 
     def setup(self, run: Run) -> None:
         run.require(self, self.scope)
 
+    def rate(self, run: Run) -> float:
+        """Share of the average that the newest weights are."""
+        return min(1.0, 1 / (SPAN * run.steps(self))) if self.decay is None else 1 - self.decay
+
     def evaluated(self, run: Run, weights: Sequence[Weight]) -> dict[str, float]:
-        return {w.name: 1 - self.decay for w in select(weights, self.scope)}
+        return {w.name: self.rate(run) for w in select(weights, self.scope)}
 
 
 @dataclass
@@ -82,7 +90,7 @@ class SWA(Method):
     scope: Scope = "all"
 
     null: ClassVar = {"start": 1.0}
-    needs_steps: ClassVar = True
+    needs_steps = True
     exclusive: ClassVar = "average"
     cost: ClassVar = Cost(held={"": 4})
     paper: ClassVar = Paper(

@@ -57,7 +57,7 @@ class RecAdam(Method):
     replace_decay: bool = True
 
     null: ClassVar = {"schedule": "constant", "replace_decay": False}
-    needs_steps: ClassVar = True
+    needs_steps = True
     exclusive: ClassVar = "anchor"
     conflicts: ClassVar[tuple[str, ...]] = ("adapters, which have no pre-trained value",)
     cost: ClassVar = Cost(held={"": 4})

@@ -84,7 +84,7 @@ class VIBERT(BesideHead[Bottleneck]):
     beta: float = 2.5e-4
 
     place: ClassVar = "bottleneck"
-    needs_steps: ClassVar = True
+    needs_steps = True
     exclusive: ClassVar = "bottleneck"
     conflicts: ClassVar[tuple[str, ...]] = ("models without a classification head", "sharded weights (FSDP2)")
     cost: ClassVar = Cost()
