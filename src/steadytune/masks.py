@@ -13,7 +13,7 @@ from .functional import zero_others
 from .step import Inputs
 
 Tensors = dict[str, Tensor]
-FEW = 1 / 16  # share of kept entries up to which their indices are faster than a mask
+FEW = 1 / 16  # share of kept entries up to which their indices are faster than a mask; at most 0.5 bytes a weight
 Batch = Inputs | Sequence[Inputs]  # of an optimizer step: as one, or as its micro-batches
 
 

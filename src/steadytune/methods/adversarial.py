@@ -40,7 +40,8 @@ class FGM(Method):
     Departures:
         The paper normalises the embeddings to unit variance; pre-trained ones would change, so the perturbation is
         scaled instead. Widespread code perturbs the embedding table itself, by a length of 1.0 for a whole batch, and
-        puts it back; here each example has its own perturbation, and one of length 1.0 kept all-MiniLM-L6-v2 at chance.
+        puts it back; here each example has its own perturbation, and one of length 1.0 kept all-MiniLM-L6-v2 at chance
+        (500 rows of SST-2, one seed).
 
     Raises:
         ValueError: in setup, for a model without a token embedding.

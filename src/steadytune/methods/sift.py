@@ -25,7 +25,8 @@ class SIFT(StaticMask):
     """Train a fixed, sparse part of each weight, chosen by the first gradients; a new head is trained whole.
 
     Args:
-        keep in (0, 1]: share of entries of each tensor that is trained; the authors' 0.008.
+        keep in (0, 1]: share of entries of each tensor that is trained; the authors' 0.008. Up to 1/16, an index of 8
+            bytes for each of them is held beside the mask. So few want a larger learning rate than all.
         batches in [1, inf): batches of an optimizer step whose mean gradient chooses.
         scope: which weights are trained sparsely. All others train as usual: freeze those that shall not.
         frozen: the other entries stay bit for bit, so that `steadytune.delta` stores the run in little space. Costs 4
