@@ -806,7 +806,7 @@ def main(group: str, folder: str, rank: str | None = None) -> None:
     os.environ["STEADYTUNE_OUT"] = folder
     where = {} if rank is None else {"init_method": f"file://{folder}/{group}.store", "rank": int(rank)}
     world = {} if rank is None else {"world_size": 2}
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120), **where, **world)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=600), **where, **world)
     warnings.simplefilter("error")
     for name, scenario in GROUPS[group].items():
         path = Path(folder, f"{name}-{dist.get_rank()}.pt")

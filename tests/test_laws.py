@@ -319,6 +319,13 @@ def test_what_declares_a_null_setting_names_its_own_fields():
     assert set(NULLABLE) == set(RECIPES) - PLAIN_NEVER
 
 
+@every_recipe
+def test_a_method_that_no_run_has_is_its_fields_and_nothing_else(name):
+    """Naive: what follows from the fields is stored beside them, and a copy with another field has the old one."""
+    for method in RECIPES[name]:
+        assert set(vars(method)) - {"where"} == {f.name for f in dataclasses.fields(method)}
+
+
 # ---------------------------------------------------------------- null settings
 
 

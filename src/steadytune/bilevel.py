@@ -30,7 +30,11 @@ class BiLevel(Method):
     precondition: bool
 
     eps: float = 1e-8  # of the variables' AdamW
-    interval: tuple[float, float] | None = None  # to which variables are clamped
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """What variables are clamped to; None: nothing."""
+        return None
 
     @property
     def learns(self) -> bool:

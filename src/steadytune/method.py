@@ -81,8 +81,16 @@ class Method:
     paper: ClassVar[Paper | None] = None  # where it comes from; None for one of your own
     cost: ClassVar[Cost] = Cost()  # what it costs beside plain fine-tuning
     where: Callable[[Weight], bool] | None = None  # set by `only`
-    needs_steps: bool = False  # whether the schedule depends on Run.total_steps
-    full_precision: bool = False  # whether it subtracts gradients, which in half precision leaves their rounding
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether the schedule depends on `Run.total_steps`."""
+        return False
+
+    @property
+    def full_precision(self) -> bool:
+        """Whether it subtracts gradients, which in half precision would leave their rounding."""
+        return False
 
     @property
     def input_columns(self) -> tuple[str, ...]:

@@ -55,7 +55,10 @@ class EMA(Method):
     def __post_init__(self) -> None:
         if self.decay is not None and not 0 <= self.decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
-        self.needs_steps = self.decay is None
+
+    @property
+    def needs_steps(self) -> bool:
+        return self.decay is None
 
     def setup(self, run: Run) -> None:
         run.require(self, self.scope)

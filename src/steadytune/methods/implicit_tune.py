@@ -121,13 +121,20 @@ class ImplicitTune(BiLevel):
             raise ValueError(f"most must exceed least={self.least}, got {self.most}")
         if self.learns and not self.least <= self.start <= self.most:
             raise ValueError(f"start must be 0 or lie in [least, most] = [{self.least}, {self.most}], got {self.start}")
-        self.interval = (math.log(self.least), math.log(self.most))
-        self.full_precision = self.learns and (self.terms > 1 or self.inverse == "cg")
 
     @property
     def learns(self) -> bool:
         """Whether anything is pulled."""
         return self.start > 0
+
+    @property
+    def full_precision(self) -> bool:
+        return self.learns and (self.terms > 1 or self.inverse == "cg")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Least and largest logarithm of a strength."""
+        return math.log(self.least), math.log(self.most)
 
     def setup(self, run: Run) -> None:
         super().setup(run)

@@ -59,6 +59,7 @@ class MetaWeightNet(BiLevel):
     decay: float = 0.0
     precondition: bool = True
 
+    full_precision = True
     conflicts: ClassVar[tuple[str, ...]] = ("sharded weights (FSDP2)", "half precision", "labels of tokens")
     cost: ClassVar = Cost(passes=8 / 3)
     paper: ClassVar = Paper(
@@ -73,7 +74,6 @@ class MetaWeightNet(BiLevel):
     def __post_init__(self) -> None:
         self.check()
         whole("hidden", self.hidden, 1)
-        self.full_precision = True
 
     def setup(self, run: Run) -> None:
         super().setup(run)

@@ -106,12 +106,15 @@ class WeightMixup(BiLevel):
         one_of("schedule", self.schedule, ("cosine", "constant"))
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must lie in [0, 1), got {self.warmup}")
-        self.full_precision = self.learns and self.outer is not None and self.order == "difference"
 
     @property
     def learns(self) -> bool:
         """Whether the shares are not given."""
         return self.alpha is None
+
+    @property
+    def full_precision(self) -> bool:
+        return self.learns and self.outer is not None and self.order == "difference"
 
     def setup(self, run: Run) -> None:
         super().setup(run)
