@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -29,22 +30,22 @@ def word_tokenizer(pad: bool = True) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, **names, **({"pad_token": "[PAD]"} if pad else {}))
 
 
-def save_tiny_bert(folder: Path) -> str:
+def save_tiny_bert(folder: Path, **changes: Any) -> str:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(WORDS) + 4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=64,
+        max_position_embeddings=64, **changes,
     )  # fmt: skip
     BertForSequenceClassification(config).bert.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
-def save_tiny_gpt2(folder: Path) -> str:
+def save_tiny_gpt2(folder: Path, **changes: Any) -> str:
     """A decoder whose tokenizer has no padding token."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(WORDS) + 4, n_embd=16, n_layer=1, n_head=2, n_positions=64, eos_token_id=3,
-                        bos_token_id=2)  # fmt: skip
+                        bos_token_id=2, **changes)  # fmt: skip
     GPT2Model(config).save_pretrained(folder)
     word_tokenizer(pad=False).save_pretrained(folder)
     return str(folder)

@@ -455,6 +455,35 @@ def test_regression_with_pairs_on_a_decoder_without_padding_token(tmp_path):
     assert loaded.config.pad_token_id == 3
 
 
+def test_other_units_of_the_numbers_change_nothing_but_the_units(tmp_path):
+    """On raw numbers far from 0, a training of 30 steps cannot even reach their mean."""
+    model = save_tiny_bert(tmp_path / "bert", initializer_range=0.2)
+    table = toy(60)
+    other = table.assign(score=900 * table["score"] - 12000)
+    own = {**QUICK, "steps": 30, "lr": 3e-3, "label": "score", "kind": "regression", "validation_share": 0.0}
+    found = [
+        fit(t, model=model, output=tmp_path / f"{i}", **own).predict(table["text"])
+        for i, t in enumerate((table, other))
+    ]
+    assert np.std(found[0]) > 0.01
+    np.testing.assert_allclose(found[1], 900 * found[0] - 12000, rtol=1e-4)
+    raw = fit(other, model=model, output=tmp_path / "raw", standardize=False, **own).predict(table["text"])
+    assert np.abs(raw).max() < 100
+    assert np.abs(found[1] - other["score"]).mean() < 1000
+
+
+@pytest.mark.parametrize("save", [save_tiny_bert, save_tiny_gpt2], ids=["bias", "no bias"])
+def test_a_head_that_is_not_new_goes_on_where_it_was(save, tmp_path):
+    """Its outputs are in units; in training they are not."""
+    own = {**QUICK, "label": "score", "validation_share": 0.0}
+    model = save(tmp_path / "model", initializer_range=0.2)
+    first = fit(toy(40), model=model, output=tmp_path / "first", **own)
+    again = fit(toy(40), model=tmp_path / "first", output=tmp_path / "again", **{**own, "lr": 1e-12})
+    texts = toy(40)["text"]
+    np.testing.assert_allclose(again.predict(texts), first.predict(texts), rtol=1e-4)
+    assert np.std(first.predict(texts)) > 0.01
+
+
 def test_bf16_keeps_float32_weights(tmp_path, bert):
     result = fit(toy(20), model=bert, output=tmp_path / "out", bf16=True, **QUICK)
     assert {tensor.dtype for tensor in weights(result.output).values()} == {torch.float32}

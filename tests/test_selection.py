@@ -298,16 +298,16 @@ def test_temperature_is_the_best_one_and_lies_in_the_weights(tmp_path, bert):
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_cooling_divides_the_logits_of_every_architecture(architecture):
+def test_a_scale_divides_the_logits_of_every_architecture(architecture):
     model = tiny(architecture, num_labels=3).eval()
     feature = {"input_ids": [3, 4, 5, 2], "attention_mask": [1, 1, 1, 1]}
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    modelling.check_cooling(model, feature)
+    modelling.check_scale(model, feature, "calibrate")
     assert same(before, model.state_dict()), "trying leaves no trace"
     inputs = {name: torch.tensor([values]) for name, values in feature.items()}
     with torch.no_grad():
         logits = model(**inputs).logits
-        modelling.cool(model, 3.0)
+        modelling.rescale(model, 1 / 3, 0.0, "calibrate")
         torch.testing.assert_close(model(**inputs).logits, logits / 3)
 
 
@@ -316,7 +316,7 @@ def test_a_model_whose_logits_are_not_those_of_its_last_linear_layer_is_refused(
     model.classifier = torch.nn.Sequential(model.classifier, torch.nn.LogSoftmax(-1))
     weights = model.classifier[0].weight.clone()
     with pytest.raises(UsageError, match="calibrate: the logits of this model are not those of its last linear"):
-        modelling.check_cooling(model, {"input_ids": [3, 4, 5]})
+        modelling.check_scale(model, {"input_ids": [3, 4, 5]}, "calibrate")
     assert torch.equal(weights, model.classifier[0].weight)
 
 

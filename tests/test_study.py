@@ -282,6 +282,14 @@ def test_a_regression_has_no_baseline_and_selection_is_marked(root, tmp_path):
     assert [step for step, _ in record["training"]["curve"]] == [3, 6]
 
 
+def test_an_option_for_numbers_is_no_part_of_runs_that_have_none(root):
+    for standardize in (True, False):
+        study = small(root, tasks=["sst2", "stsb"], options={"standardize": standardize})
+        found = {run.spec["task"]["name"]: run.spec["options"] for run in study.runs(root)}
+        assert "standardize" not in found["sst2"]
+        assert found["stsb"].get("standardize", False) is standardize
+
+
 def rows(labels):
     return pd.DataFrame({"text": [str(i) for i in range(len(labels))], "label": labels})
 

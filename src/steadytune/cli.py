@@ -114,6 +114,10 @@ def fit(
     peft: Annotated[
         str | None, _option(TRAINING, "Adapters to train: lora or ia3 (merged at the end), prefix or prompt (kept).")
     ] = None,
+    standardize: Annotated[
+        bool,
+        _option(TRAINING, "Learn numbers in units of their standard deviation.", "--standardize/--no-standardize"),
+    ] = True,
     class_weights: Annotated[str, _option(TRAINING, "none, or balanced: by inverse frequency.")] = "none",
     bf16: Annotated[bool, _option(TRAINING, "bfloat16 autocast; weights stay float32.")] = False,
     evaluations: Annotated[

@@ -102,11 +102,14 @@ class Table:
 class Target:
     """What is predicted: one of `names` (classification), some of them (`multi`), or a number (no names: regression).
 
-    A row's label is a class name, a tuple of class names in class order (which may be empty), or a float.
+    A row's label is a class name, a tuple of class names in class order (which may be empty), or a float, for which a
+    model in training stands for ``(label - mean) / spread``.
     """
 
     names: tuple[str, ...] = ()
     multi: bool = False
+    mean: float = 0.0
+    spread: float = 1.0
 
     @property
     def kind(self) -> str:

@@ -338,10 +338,14 @@ def open_model(plan: Plan) -> Source:
 
 def setup(plan: Plan, source: Source, checkpoints: Path) -> Setup:
     """What all trainings share."""
+    from .modelling import standardised
     from .training import Setup
 
+    target = plan.data.target
+    if target.kind == "regression" and plan.recipe.standardize:
+        target = standardised(target, plan.data.train["label"].tolist(), centred=source.bias)
     return Setup(
-        source, plan.methods, plan.recipe, plan.data.target, plan.steps, plan.metric, checkpoints, plan.save_steps,
+        source, plan.methods, plan.recipe, target, plan.steps, plan.metric, checkpoints, plan.save_steps,
         plan.progress, keep=plan.seeds > 1 or plan.refit,
     )  # fmt: skip
 
@@ -360,7 +364,7 @@ def runs(plan: Plan, stop_at: int | None = None) -> list[Job]:
 
 def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResult:
     """Load, train, evaluate, write; everything about the data has been checked."""
-    from .modelling import check_adapted, check_cooling
+    from .modelling import check_adapted, check_scale
 
     source = open_model(plan)
     record = _record(plan, source)
@@ -377,7 +381,9 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
         features: Any = trainer.train_dataset
         _check_tokens(features, source)
         if plan.recipe.calibrate:
-            check_cooling(trainer.model, features[0])
+            check_scale(trainer.model, features[0], "calibrate")
+        if place.target != plan.data.target:
+            check_scale(trainer.model, features[0], "standardize")
         if plan.recipe.peft is not None:
             check_adapted(trainer.model, plan.recipe.peft, features, source.tokenizer)
         assert trainer.run is not None
@@ -394,7 +400,7 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
         if plan.refit:
             stop_at = _best_step(trained, plan)
             trained = [place.train(job) for job in runs(plan, stop_at)]
-        return _finish(plan, source, folder, record, trained)
+        return _finish(plan, source, folder, record, [place.in_units(t) for t in trained])
 
 
 def _check_tokens(features: Any, source: Source) -> None:
@@ -487,7 +493,7 @@ def _calibrate(trained: Trained, plan: Plan, source: Source) -> float:
     outputs = logits(trained.model, source.tokenizer, features, plan.recipe.bf16)
     labels = modelling.label_ids(plan.select["label"].tolist(), plan.data.target)
     found = modelling.temperature(outputs, labels)
-    modelling.cool(trained.model, found)
+    modelling.rescale(trained.model, 1 / found, 0.0, "calibrate")
     logger.info("calibrated on %d validation rows: temperature %.3f", len(labels), found)
     return found
 

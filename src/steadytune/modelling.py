@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -89,8 +91,15 @@ class Source:
         _set_pad(config, tokenizer, name)
         return cls(name, config, tokenizer, token_limit(max_length, config, tokenizer), in_force)
 
-    def load(self, seed: int) -> PreTrainedModel:
-        """The model in float32, new weights drawn with ``seed``.
+    @functools.cached_property
+    def bias(self) -> bool:
+        """Whether the output layer has one."""
+        with torch.device("meta"):  # no weights
+            layer = output_layer(AutoModelForSequenceClassification.from_config(copy.deepcopy(self.config)), "bias")
+        return layer.bias is not None
+
+    def load(self, seed: int, target: Target | None = None) -> PreTrainedModel:
+        """The model in float32, new weights drawn with ``seed``; a head that is not new goes to the target's scale.
 
         Whatever the checkpoint's precision, the weights that AdamW moves are float32: at 2e-5 bfloat16 rounds most
         updates to nothing.
@@ -107,6 +116,10 @@ class Source:
         new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
         if new:
             logger.info("new weights, drawn with seed %d: %s", seed, ", ".join(new))
+        if target is not None and target.spread != 1.0:
+            layer = output_layer(model, "standardize")
+            if not any(model.get_parameter(name) is layer.weight for name in new):
+                rescale(model, 1 / target.spread, -target.mean / target.spread, "standardize")
         return model
 
 
@@ -199,9 +212,9 @@ def unknown_share(features: Sequence[dict[str, Any]], tokenizer: PreTrainedToken
 
 
 def label_ids(labels: Sequence[Any], target: Target) -> list[Any]:
-    """Labels as the model takes them: class numbers, rows of 0.0 and 1.0 (several labels), or numbers."""
+    """Labels as the model takes them: class numbers, rows of 0.0 and 1.0 (several labels), or standardised numbers."""
     if not target.names:
-        return [float(label) for label in labels]
+        return [(float(label) - target.mean) / target.spread for label in labels]
     ids = {name: number for number, name in enumerate(target.names)}
     if target.kind == "multilabel":
         return [[float(name in label) for name in target.names] for label in labels]
@@ -329,7 +342,40 @@ def read_model(folder: str | Path, base: Callable[[], PreTrainedModel]) -> nn.Mo
         return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
 
 
-# ---- calibration ------------------------------------------------------------------------------------------------
+# ---- calibration and scale ----------------------------------------------------------------------------------------
+
+
+def standardised(target: Target, labels: Sequence[float], *, centred: bool) -> Target:
+    """The target with mean and spread of these labels; without a mean the root of their mean square is the spread."""
+    values = np.asarray(labels, dtype=float)
+    mean = float(values.mean()) if centred else 0.0
+    spread = float(np.sqrt(np.square(values - mean).mean()))
+    return dataclasses.replace(target, mean=mean, spread=spread or 1.0)
+
+
+def output_layer(model: Any, what: str) -> nn.Linear:
+    """The last linear layer with one output per label.
+
+    Raises:
+        UsageError: there is none.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
+    if not layers:
+        raise UsageError(f"{what}: a {model.config.model_type} model has no linear output layer: switch it off.")
+    return layers[-1]
+
+
+def rescale(model: Any, spread: float, mean: float, what: str) -> None:
+    """Outputs become ``spread * outputs + mean`` for good, in the output layer: any user of the model sees it.
+
+    Raises:
+        UsageError: the model's outputs do not come from one linear layer.
+    """
+    layer = output_layer(model, what)
+    with torch.no_grad():
+        layer.weight.mul_(spread)
+        if layer.bias is not None:
+            layer.bias.mul_(spread).add_(mean)
 
 
 def temperature(logits: np.ndarray, labels: Sequence[int]) -> float:
@@ -351,26 +397,13 @@ def temperature(logits: np.ndarray, labels: Sequence[int]) -> float:
     return float(np.exp(found.x))
 
 
-def cool(model: Any, temperature: float) -> None:
-    """Divide a classifier's logits by a temperature for good, in its last linear layer: any user of the model sees it.
-
-    Raises:
-        UsageError: the model's outputs do not come from one linear layer.
-    """
-    outputs = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
-    if not outputs:
-        raise UsageError(f"calibrate: a {model.config.model_type} model has no linear output layer: leave it out.")
-    with torch.no_grad():
-        for p in outputs[-1].parameters():
-            p.div_(temperature)
-
-
-def check_cooling(model: Any, feature: dict[str, Any]) -> None:
-    """Try on one row that `cool` does divide the logits of this model, and put its weights back.
+def check_scale(model: Any, feature: dict[str, Any], what: str) -> None:
+    """Try on one row that `rescale` does what it says to this model, and put its weights back.
 
     Args:
-        model: as it will be trained; with adapters it is not tried, as `cool` acts after they are merged.
+        model: as it will be trained; with adapters it is not tried.
         feature: a tokenised row.
+        what: is asked for.
 
     Raises:
         UsageError: the logits are computed otherwise.
@@ -386,9 +419,9 @@ def check_cooling(model: Any, feature: dict[str, Any]) -> None:
     training = model.training
     model.eval()
     before = outputs()
-    cool(model, 2.0)
+    rescale(model, 0.5, 0.0, what)
     after = outputs()
-    cool(model, 0.5)  # powers of two: exact
+    rescale(model, 2.0, 0.0, what)  # powers of two: exact
     model.train(training)
     if not torch.allclose(2 * after, before, rtol=1e-4, atol=1e-6):
-        raise UsageError("calibrate: the logits of this model are not those of its last linear layer: leave it out.")
+        raise UsageError(f"{what}: the logits of this model are not those of its last linear layer: switch it off.")

@@ -49,6 +49,8 @@ class Recipe:
         peft: train adapters of this kind: ``"lora"``, ``"ia3"`` (both merged at the end), ``"prefix"`` or ``"prompt"``
             (never merged: the output holds them alone, in PEFT's format, and `predict` puts them into the base model).
         class_weights: ``"balanced"`` weighs classes by inverse frequency.
+        standardize: train on numbers less their mean, in units of their standard deviation, and take both back into
+            the output layer at the end; for regression.
         evaluations: how often the validation rows are scored while training; the best weights of those moments are
             kept. 0: the last weights are kept, nothing is selected.
         patience: stop after this many evaluations without a new best.
@@ -79,6 +81,7 @@ class Recipe:
     lora: bool | None = None
     peft: Literal["lora", "ia3", "prefix", "prompt"] | None = None
     class_weights: Literal["none", "balanced"] = "none"
+    standardize: bool = True
     evaluations: int = 0
     patience: int | None = None
     calibrate: bool = False

@@ -34,7 +34,7 @@ from transformers import (
 from . import state
 from .bilevel import BiLevel
 from .data import Target, UsageError, one_line, split
-from .modelling import Source, adapted, label_ids, merged, quiet, read_model, tokenise, write_model
+from .modelling import Source, adapted, label_ids, merged, quiet, read_model, rescale, tokenise, write_model
 from .output import last_checkpoint, write_json
 from .recipe import MAX_STEPS, Recipe
 from .tasks import SMALLER_IS_BETTER, score
@@ -118,7 +118,7 @@ class Setup:
         source: the pre-trained model.
         methods: the recipe's methods.
         recipe: its options.
-        target: what is predicted.
+        target: what is predicted; in the scale of the training, which `in_units` takes back.
         steps: of the schedule.
         metric: that selects.
         folder: of the checkpoints.
@@ -179,6 +179,12 @@ class Setup:
             return found
         raise AssertionError("the last attempt returns")
 
+    def in_units(self, trained: Trained) -> Trained:
+        """With the outputs of its model in the units of the labels."""
+        if self.target.spread != 1.0 or self.target.mean != 0.0:
+            rescale(trained.model, self.target.spread, self.target.mean, "standardize")
+        return trained
+
     @property
     def classes(self) -> int:
         """Number of exclusive classes; 0 where chance has no loss to compare with."""
@@ -190,7 +196,7 @@ class Setup:
         Raises:
             ValueError: a method that cannot act on this model, or two that exclude each other.
         """
-        model = adapted(self.source.load(seeds["init"]), self.recipe.lora, self.recipe.peft)
+        model = adapted(self.source.load(seeds["init"], self.target), self.recipe.lora, self.recipe.peft)
         callbacks: list[TrainerCallback] = [Interrupt()]
         if self.progress:
             callbacks.append(Progress(job.name))
@@ -291,7 +297,7 @@ def decide(values: Any, target: Target) -> np.ndarray:
     """
     values = np.asarray(values)
     if not target.names:
-        return values.reshape(len(values)).astype(float)
+        return values.reshape(len(values)).astype(float) * target.spread + target.mean
     if target.kind == "multilabel":  # label 1 or logit above 0, that is a probability above a half
         found = [tuple(name for name, on in zip(target.names, row, strict=True) if on > 0) for row in values]
         return np.fromiter(found, dtype=object, count=len(found))

@@ -82,7 +82,7 @@ def execute(run: Run, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
     with tempfile.TemporaryDirectory(prefix="steadytune-") as scratch:
         place = fitting.setup(plan, source, Path(scratch))
         (job,) = fitting.runs(plan)
-        trained = place.train(job) if plan.procedure is None else plan.procedure(place, job)
+        trained = place.in_units(place.train(job) if plan.procedure is None else plan.procedure(place, job))
         model = fitting.fitted_model(plan, source, [trained.model])
         ended = time.perf_counter()
         predictions, scores = fitting.evaluate(model, plan.data)

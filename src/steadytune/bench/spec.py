@@ -195,7 +195,7 @@ class Study:
                 "task": {"name": task, "fingerprint": data},
                 "recipe": name,
                 "methods": self.parts(name),
-                "options": {key: v for key in sorted(OPTIONS) if (v := getattr(recipe, key)) is not None},
+                "options": in_use(recipe, find(task)),
                 "train_size": size,
                 "corruption": {"label_noise": self.label_noise, "imbalance": self.imbalance},
                 "tests": {"out_of_domain": self.out_of_domain, "rows": self.test_rows},
@@ -214,6 +214,14 @@ class Study:
                 )
             )
         return found
+
+
+def in_use(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """The options of a recipe that decide something of this task; learning raw numbers is none, as it always was."""
+    found = {key: v for key in sorted(OPTIONS) if (v := getattr(recipe, key)) is not None}
+    if task.labels or not recipe.standardize:
+        found.pop("standardize", None)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
