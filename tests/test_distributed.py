@@ -22,7 +22,7 @@ import distributed_worker as worker
 from helpers import assert_same, differs
 
 WORKER = Path(worker.__file__)
-PATIENCE = 1500  # seconds for a pair of processes; an idle machine needs 40, one whose cores others use ten times that
+PATIENCE = 1500  # seconds for a pair of processes: more than 420 where others use most of the cores
 
 
 class Pair:

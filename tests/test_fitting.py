@@ -481,7 +481,21 @@ def test_a_head_that_is_not_new_goes_on_where_it_was(save, tmp_path):
     again = fit(toy(40), model=tmp_path / "first", output=tmp_path / "again", **{**own, "lr": 1e-12})
     texts = toy(40)["text"]
     np.testing.assert_allclose(again.predict(texts), first.predict(texts), rtol=1e-4)
+    apart = toy(40).assign(score=[4.0, 6.0] * 20)  # a mean of 5 and a spread of exactly 1
+    unit = fit(apart, model=tmp_path / "first", output=tmp_path / "unit", **{**own, "kind": "regression", "lr": 1e-12})
+    np.testing.assert_allclose(unit.predict(texts), first.predict(texts), rtol=1e-4)
     assert np.std(first.predict(texts)) > 0.01
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
+@pytest.mark.parametrize("peft", ["lora", "prompt"])  # merged, and kept beside the base model
+def test_adapters_give_numbers_in_units(peft, tmp_path, bert, caplog):
+    table = toy(40)
+    table["score"] = 900 * table["score"] - 12000
+    result = fit(table, model=bert, output=tmp_path / "out", peft=peft, label="score", kind="regression", **QUICK)
+    assert "rescale" not in caplog.text, "the scale is taken care of"
+    for model in (result, FittedModel.load(result.output)):
+        assert np.abs(model.predict(table["text"]) - table["score"].mean()).max() < 3 * table["score"].std()
 
 
 def test_bf16_keeps_float32_weights(tmp_path, bert):

@@ -112,6 +112,11 @@ class Target:
     spread: float = 1.0
 
     @property
+    def scaled(self) -> bool:
+        """Whether a model in training stands for other numbers than the labels."""
+        return (self.mean, self.spread) != (0.0, 1.0)
+
+    @property
     def kind(self) -> str:
         if self.multi:
             return "multilabel"

@@ -256,7 +256,7 @@ def make_plan(
         validation_column=validation_column,
         seed=recipe.seeds["subset"],
     )
-    for finding in raise_errors(inspect(data)):
+    for finding in raise_errors(inspect(data, standardize=recipe.standardize)):
         logger.warning("%s", finding.message)
     plan = Plan(
         str(model), chosen, recipe, data, recipe.total_steps(len(data.train)),
@@ -382,7 +382,7 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
         _check_tokens(features, source)
         if plan.recipe.calibrate:
             check_scale(trainer.model, features[0], "calibrate")
-        if place.target != plan.data.target:
+        if place.target.scaled:
             check_scale(trainer.model, features[0], "standardize")
         if plan.recipe.peft is not None:
             check_adapted(trainer.model, plan.recipe.peft, features, source.tokenizer)

@@ -41,8 +41,8 @@ class Finding:
     rows: tuple[int, ...] = ()
 
 
-def inspect(data: Data) -> list[Finding]:
-    """All findings, errors first.
+def inspect(data: Data, *, standardize: bool = False) -> list[Finding]:
+    """All findings, errors first; with ``standardize``, numbers may have any scale.
 
     Errors are: a test or validation set of 20 rows or more, over half of which are training rows too; contradicting
     labels in over half of 20 training rows or more; over half as many classes as rows, in 20 rows or more.
@@ -53,7 +53,7 @@ def inspect(data: Data) -> list[Finding]:
         *_contradicting(data),
         *_small_classes(data),
         *_ordinal(data),
-        *_scale(data),
+        *(() if standardize else _scale(data)),
         *(finding for name in data.tests for finding in (*_shared_texts(data, name), *_shared_groups(data, name))),
         *(finding for name in ("train", *data.tests) for finding in _garbled(data, name)),
     ]
@@ -224,7 +224,10 @@ def _scale(data: Data) -> Iterator[Finding]:
     mean, spread = float(labels.mean()), float(labels.std())
     if abs(mean) > 20 or not 0.05 < spread < 20:
         after = f"have mean {mean:.3g} and spread {spread:.3g}"
-        remedy, every = "models learn best near 0 and 1, rescale them", np.ones(len(labels), dtype=bool)
+        remedy, every = (
+            "models learn best near 0 and 1, leave out --no-standardize or rescale them",
+            np.ones(len(labels), dtype=bool),
+        )
         yield _finding("warning", f"{_source(data, 'train')}: the targets of", every, after, remedy, data.train.index)
 
 

@@ -116,7 +116,7 @@ class Source:
         new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
         if new:
             logger.info("new weights, drawn with seed %d: %s", seed, ", ".join(new))
-        if target is not None and target.spread != 1.0:
+        if target is not None and target.scaled:
             layer = output_layer(model, "standardize")
             if not any(model.get_parameter(name) is layer.weight for name in new):
                 rescale(model, 1 / target.spread, -target.mean / target.spread, "standardize")

@@ -50,7 +50,7 @@ class Recipe:
             (never merged: the output holds them alone, in PEFT's format, and `predict` puts them into the base model).
         class_weights: ``"balanced"`` weighs classes by inverse frequency.
         standardize: train on numbers less their mean, in units of their standard deviation, and take both back into
-            the output layer at the end; for regression.
+            the output layer at the end, after the last checkpoint; for regression.
         evaluations: how often the validation rows are scored while training; the best weights of those moments are
             kept. 0: the last weights are kept, nothing is selected.
         patience: stop after this many evaluations without a new best.

@@ -181,7 +181,7 @@ class Setup:
 
     def in_units(self, trained: Trained) -> Trained:
         """With the outputs of its model in the units of the labels."""
-        if self.target.spread != 1.0 or self.target.mean != 0.0:
+        if self.target.scaled:
             rescale(trained.model, self.target.spread, self.target.mean, "standardize")
         return trained
 
