@@ -175,8 +175,10 @@ def test_weights_without_a_gradient_give_no_nan_through_adam():
     assert total[0, 1] == 0 != total[0, 0]
 
 
+@pytest.mark.parametrize("block", [2, 2**16])
 @pytest.mark.parametrize("kind", ["sgd", "nesterov", "adam", "adamw"])
-def test_the_slope_is_the_derivative_of_the_step_just_taken(kind):
+def test_the_slope_is_the_derivative_of_the_step_just_taken(kind, block, monkeypatch):
+    monkeypatch.setattr("steadytune.hypergradient.BLOCK", block)
     options = {
         "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
         "nesterov": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True),

@@ -1394,7 +1394,11 @@ def test_one_more_gradient_leaves_no_trace_and_is_right(name):
             trained = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
             places = {n: p.grad.data_ptr() for n, p in trained.items()}
             noise = torch.get_rng_state()
-            found = run.gradient([others[run.index], others[run.index - 1]], dropout_seed=7)
+            two, parts = [others[run.index], others[run.index - 1]], {}
+            found = run.gradient(two, dropout_seed=7)
+            taken = run.gradient(two, dropout_seed=7, take=lambda n, g: parts.update({n: parts.get(n, 0) + g}))
+            assert taken == {}
+            assert_same(parts, found, atol=1e-6)
             assert torch.equal(torch.get_rng_state(), noise)
             assert {n: p.grad.data_ptr() for n, p in trained.items()} == places
             assert_same({w.name: w.grad for w in weights}, held)

@@ -96,16 +96,16 @@ class BiLevel(Method):
         directions = {}
         for w in run.weights():
             if w.grad is not None and w.name in found:
-                directions[w.name] = torch.mul(found[w.name], self.slope(run, w), out=w.grad)
+                directions[w.name] = torch.mul(found[w.name], self.slope(run, w, out=w.grad), out=w.grad)
         return directions
 
-    def slope(self, run: Run, weight: Weight) -> Tensor | float:
+    def slope(self, run: Run, weight: Weight, out: Tensor | None = None) -> Tensor | float:
         """Of the step of a weight that is differentiated: the optimizer's own, or the learning rate."""
         assert run.optimizer is not None
         assert weight.grad is not None
         if not self.precondition:
             return weight.group["lr"]
-        return slope(weight.group, run.optimizer.state.get(weight.parameter, {}), weight.grad)
+        return slope(weight.group, run.optimizer.state.get(weight.parameter, {}), weight.grad, out=out)
 
     def rate(self, run: Run) -> float:
         """Learning rate of the variables at this step."""

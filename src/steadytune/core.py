@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from . import shards
 from .anatomy import Part, anatomy
@@ -638,6 +639,7 @@ class Run:
         loss: Callable[[Inputs], Tensor] | None = None,
         *,
         dropout_seed: int | None = None,
+        take: Callable[[str, Tensor], None] | None = None,
     ) -> dict[str, Tensor]:
         """One more gradient at the live weights, by weight name, through the wrapper, so that ranks are averaged.
 
@@ -647,6 +649,8 @@ class Run:
             inputs: one batch, or several micro-batches over which the loss is averaged (`Run.batch`).
             loss: of one batch; by default the task's own, without penalties.
             dropout_seed: for a chosen dropout draw.
+            take: is given a weight's name and gradient, in place of the dictionary, which stays empty: as soon as it is
+                known and for the last time, so that never all are held. It may come in parts that add up.
 
         Raises:
             RuntimeError: no batch, as `Run.batch` in a loop that calls the model itself.
@@ -662,26 +666,23 @@ class Run:
         shards.reshard(self.model)
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         views = getattr(self.wrapper, "gradient_as_bucket_view", False)  # then .grad is memory that DDP writes again
-        parked = {n: p.grad.clone() if views and p.grad is not None else p.grad for n, p in parameters.items()}
-        for p in parameters.values():
-            p.grad = None
-        try:
-            with self.forked_rng():
-                if dropout_seed is not None:
-                    torch.manual_seed(dropout_seed)
-                for i, batch in enumerate(batches):
-                    last = i == len(batches) - 1
-                    with shards.sync(self.wrapper) if last else shards.no_sync(self.wrapper):
-                        (loss(batch) / share).backward()
+        averaged = self.sharded or isinstance(self.wrapper, nn.parallel.DistributedDataParallel)
+        with set_aside(list(parameters.values()), views), self.forked_rng(), contextlib.ExitStack() as stack:
+            if take is not None and not averaged:
+                for n, p in parameters.items():
+                    stack.callback(hand_over(n, p, take).remove)
+            if dropout_seed is not None:
+                torch.manual_seed(dropout_seed)
+            for i, batch in enumerate(batches):
+                last = i == len(batches) - 1
+                with shards.sync(self.wrapper) if last else shards.no_sync(self.wrapper):
+                    (loss(batch) / share).backward()
             found = {n: shards.local(p.grad) for n, p in parameters.items() if p.grad is not None}
-            return {n: g.clone() for n, g in found.items()} if views else found
-        finally:
-            for n, p in parameters.items():
-                before = parked[n]
-                if views and p.grad is not None and before is not None:
-                    p.grad.copy_(before)
-                else:
-                    p.grad = before
+            if take is None:
+                return {n: g.clone() for n, g in found.items()} if views else found
+            for n, g in found.items():
+                take(n, g)
+            return {}
 
     @property
     def sharded(self) -> bool:
@@ -819,6 +820,33 @@ class Run:
         if self.methods and self.passes.forwards:
             rows.append(f"each batch of the last step: {self.passes}")
         return "\n".join(rows) or "plain fine-tuning: no methods"
+
+
+@contextlib.contextmanager
+def set_aside(parameters: Sequence[nn.Parameter], views: bool) -> Iterator[None]:
+    """No ``.grad`` inside, and the same as before afterwards; ``views``: of memory that must stay theirs."""
+    parked = [p.grad.clone() if views and p.grad is not None else p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, before in zip(parameters, parked, strict=True):
+            if views and p.grad is not None and before is not None:
+                p.grad.copy_(before)
+            else:
+                p.grad = before
+
+
+def hand_over(name: str, parameter: nn.Parameter, take: Callable[[str, Tensor], None]) -> RemovableHandle:
+    """Give a parameter's gradients away as they come, until the handle is removed."""
+
+    def hook(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        take(name, parameter.grad)
+        parameter.grad = None
+
+    return parameter.register_post_accumulate_grad_hook(hook)
 
 
 def bare(optimizer: Any) -> Optimizer:

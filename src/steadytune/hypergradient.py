@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 Tensors = Sequence[Tensor]
 Loss = Callable[[Tensors, Tensors], Tensor]  # of weights and outer variables
 TINY = 1e-30  # of a quotient
+BLOCK = 2**16  # entries
 
 
 # ---------------------------------------------------------------- differences of gradients
@@ -146,7 +147,9 @@ def length(tensors: Tensors) -> Tensor:
 # ---------------------------------------------------------------- the optimizer's own derivative
 
 
-def slope(group: Mapping[str, Any], state: Mapping[str, Any], gradient: Tensor) -> Tensor | float:
+def slope(
+    group: Mapping[str, Any], state: Mapping[str, Any], gradient: Tensor, *, out: Tensor | None = None
+) -> Tensor | float:
     """How far the optimizer's last update of a parameter moves with the gradient it took, entry by entry.
 
     ``W' = W - update``, ``slope = d update / d gradient``: the learning rate for SGD; for Adam and AdamW, with r the
@@ -160,16 +163,28 @@ def slope(group: Mapping[str, Any], state: Mapping[str, Any], gradient: Tensor) 
         group: of the optimizer, one that `check_slope` admits.
         state: of the parameter, after the step.
         gradient: of that step.
+        out: where a tensor is to lie; ``gradient`` itself will do.
     """
     if "betas" not in group:
         return group["lr"] * (1 + group["momentum"] if group["nesterov"] else 1)
     (b1, b2), t = group["betas"], state["step"].to(gradient.device)
     c1, c2 = 1 - b1**t, 1 - b2**t
-    root = corrected_root(group, state)
-    denominator = root + group["eps"]
-    bend = (state["exp_avg"] * gradient).div_(root).div_(denominator).mul_((1 - b2) / (c1 * c2))
-    found = bend.neg_().add_((1 - b1) / c1).div_(denominator).mul_(group["lr"])  # in place: as large as the model
-    return found.masked_fill_(root == 0, 0.0)
+    found = torch.empty_like(gradient) if out is None else out
+    for here, g, first, second in blocks(found, gradient, state["exp_avg"], state["exp_avg_sq"]):
+        root = corrected_root(group, state["step"], second)
+        denominator = root + group["eps"]
+        bend = torch.mul(first, g, out=here).div_(root).div_(denominator).mul_((1 - b2) / (c1 * c2))
+        bend.neg_().add_((1 - b1) / c1).div_(denominator).mul_(group["lr"]).masked_fill_(root == 0, 0.0)
+    return found
+
+
+def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of some rows of each at a time, on a CPU: what is worked out of them entry by entry stays in its cache."""
+    like = tensors[0]
+    if like.device.type != "cpu" or like.dim() == 0 or not like.numel():
+        return iter([tensors])
+    rows = max(1, BLOCK * len(like) // like.numel())
+    return zip(*(t.split(rows) for t in tensors), strict=True)
 
 
 def preconditioner(group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor | float:
@@ -185,14 +200,13 @@ def preconditioner(group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor
     """
     if "betas" not in group:
         return 1 / (1 - group["momentum"])
-    root = corrected_root(group, state)
+    root = corrected_root(group, state["step"], state["exp_avg_sq"])
     return (1 / (root + group["eps"])).masked_fill_(root == 0, 0.0)
 
 
-def corrected_root(group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:
+def corrected_root(group: Mapping[str, Any], step: Tensor, second: Tensor) -> Tensor:
     """r: root of Adam's bias-corrected second moment."""
-    second = state["exp_avg_sq"]
-    return (second / (1 - group["betas"][1] ** state["step"].to(second.device))).sqrt_()
+    return (second / (1 - group["betas"][1] ** step.to(second.device))).sqrt_()
 
 
 def check_slope(optimizer: torch.optim.Optimizer) -> None:

@@ -22,11 +22,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..bilevel import BiLevel, Outer, Variables
+from ..bilevel import BiLevel, Outer, Variables, flat
 from ..core import Run, Scope, Weight, in_unit, one_of, select
 from ..facts import Cost, Paper
 from ..functional import contraction, mixture, warmed_cosine
 from ..hypergradient import check_masters, check_slope, difference
+
+Value = Callable[[str], Tensor]  # a W by its name
 
 
 @dataclass
@@ -42,7 +44,7 @@ class WeightMixup(BiLevel):
             weight), ``"tensor"`` for one per weight matrix.
         convex: the shares of both weights add up to 1. False is the authors' (1 - a1)(1 - a2) for the pre-trained one.
         order: of the gradient of the shares. ``"difference"`` adds what they do to the outer loss through the last
-            step of the weights: two more passes of its batch.
+            step of the weights: two more passes of its batch, and while they last one more gradient of all weights.
         precondition: in a difference, that step is the optimizer's own, not one of plain descent.
         lr in (0, inf): of the shares' own AdamW, its peak.
         decay in [0, inf): of the shares, toward the pre-trained weights.
@@ -168,7 +170,10 @@ class WeightMixup(BiLevel):
     def pull_back(self, run: Run, weights: Sequence[Weight]) -> None:
         here = {w.name: w for w in self.chosen(weights)}
         if self.learns and self.rows is None:
-            self.found = self.gather(run, {name: w.grad for name, w in here.items() if w.grad is not None}, run.raw)
+            self.found, take = self.collector(run, run.raw)
+            for name, w in here.items():
+                if w.grad is not None:
+                    take(name, w.grad)
         for w in here.values():
             for factor in self.alphas[w.name]:
                 assert w.grad is not None
@@ -189,24 +194,27 @@ class WeightMixup(BiLevel):
             self.learn(run, self.found if self.rows is None else self.hypergradient(run))
         self.found = []
 
-    def gather(self, run: Run, gradients: Mapping[str, Tensor], value: Callable[[str], Tensor]) -> list[Tensor]:
-        """dL/da of all weights from dL/dF; zero where there is none."""
-        found: list[Tensor] = []
-        for name, factors in self.alphas.items():
-            if name in gradients:
-                found += self.contraction(run, name, gradients[name], value(name))
-            else:
-                found += [torch.zeros_like(f) for f in factors]
-        return found
+    def collector(self, run: Run, value: Value) -> tuple[list[Tensor], Callable[[str, Tensor], None]]:
+        """dL/da of all weights, zeros at first, and what adds to it when given a weight's name and dL/dF."""
+        found = {name: [torch.zeros_like(f) for f in factors] for name, factors in self.alphas.items()}
+
+        def take(name: str, gradient: Tensor) -> None:
+            if name in found:
+                torch._foreach_add_(found[name], self.contraction(run, name, gradient, value(name)))
+
+        return flat(found), take
 
     def hypergradient(self, run: Run) -> list[Tensor]:
         """dL2/da at the new weights, on the next outer batch."""
-        weights, batch = run.weights(), self.draw(run)
+        weights, batch, seed = run.weights(), self.draw(run), run.draw_seed("mixup outer", rank=True)
+        direct, take = self.collector(run, run.raw)
         with run.showing((w, self.mixture(run, w.name, w.data)) for w in weights if w.name in self.alphas):
-            gradients = run.gradient(batch, dropout_seed=run.draw_seed("mixup outer", rank=True))
-            direct = self.gather(run, gradients, run.raw)
-        if self.order == "first":
-            return direct
+            if self.order == "first":
+                run.gradient(batch, dropout_seed=seed, take=take)
+                return direct
+            gradients = run.gradient(batch, dropout_seed=seed)
+        for name, gradient in gradients.items():
+            take(name, gradient)
         for name, factors in self.alphas.items():  # chain rule: dL2/dF -> dL2/dW
             for factor in factors if name in gradients else []:
                 gradients[name].mul_(factor)
@@ -222,8 +230,9 @@ class WeightMixup(BiLevel):
             def view(name: str) -> Tensor:
                 return self.mixture(run, name, value(name)) if name in self.alphas else value(name)
 
+            found, take = self.collector(run, value)
             with run.showing((w, view(w.name)) for w in weights if w.name in {*self.alphas, *directions}):
-                found = run.gradient(run.batch, dropout_seed=run.draw_seed("mixup inner", rank=True))
-                return self.gather(run, found, value)
+                run.gradient(run.batch, dropout_seed=run.draw_seed("mixup inner", rank=True), take=take)
+            return found
 
         return list(torch._foreach_sub(direct, difference(inner, list(directions.values()))))
