@@ -1065,6 +1065,24 @@ def test_between_steps_every_weight_is_where_it_always_was(name):
     assert places(loop.model) == before
 
 
+def test_a_value_given_away_takes_the_weights_place_unless_it_shares_its_memory():
+    """And a second one is written into the first, so that the raw weight is not lost."""
+    model = Net()
+    run = Run(model, [], total_steps=4)
+    weight = run.weights()[0]
+    raw, place = weight.data.clone(), weight.data.data_ptr()
+    alone, shared = raw + 1, torch.stack([raw + 2, raw])[0]
+    with run.showing([(weight, alone)]):
+        assert weight.parameter.data_ptr() == alone.data_ptr()
+    with run.showing([(weight, shared)]):
+        assert weight.parameter.data_ptr() != shared.data_ptr()
+        assert torch.equal(weight.parameter, shared)
+    with run.showing([(weight, alone), (weight, shared)]):
+        assert torch.equal(weight.parameter, raw + 2)
+    assert torch.equal(weight.parameter, raw)
+    assert weight.parameter.data_ptr() == place
+
+
 def in_shared_memory(model: nn.Module) -> nn.Module:
     return model.share_memory()
 

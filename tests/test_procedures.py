@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -56,6 +58,22 @@ def test_searches_start_anew_on_splits_of_their_own_and_the_last_training_has_al
     assert not set(result.predictions["row"]) & splits[2]  # rows that select are in no training
     first, second = (place.trainer(job, job.seeds, place.folder / "x").model.state_dict() for place, job, _ in done[:2])
     assert same(first, second)  # the pre-trained model and the same head
+
+
+def test_no_model_of_a_search_is_held_beside_the_next(bert, tmp_path, monkeypatch):
+    """Naive: five searches hold five models with their states."""
+    train, models, alive = Setup.train, [], []
+
+    def spy(self, job, trainer=None):
+        gc.collect()
+        alive.append(sum(model() is not None for model in models))
+        found = train(self, job, trainer)
+        models.append(weakref.ref(found.model))
+        return found
+
+    monkeypatch.setattr(Setup, "train", spy)
+    fit(toy(40), model=bert, output=tmp_path / "o", procedure=TWO, **QUICK)
+    assert alive == [0, 0, 0]
 
 
 def test_the_last_training_starts_at_the_means_and_keeps_the_shares(whole):

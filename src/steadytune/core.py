@@ -462,9 +462,12 @@ class Run:
             method.before_forward(self, self._restrict(method, weights))
         torch.clear_autocast_cache()
 
-    def show(self, weight: Weight, value: Tensor) -> None:
-        """Make ``value`` the forward view of a weight (in `Method.before_forward`)."""
-        self._views.show(weight, value)
+    def show(self, weight: Weight, value: Tensor, *, own: bool = False) -> None:
+        """Make ``value`` the forward view of a weight (in `Method.before_forward`).
+
+        ``own``: it was made for this and is kept nowhere else, so that it need not be copied.
+        """
+        self._views.show(weight, value, own=own)
 
     def mix(self, weight: Weight, anchor: Tensor, mask: Tensor, keep: float) -> None:
         """Show ``anchor + mask * (given - anchor) / keep``, where ``given`` is what earlier methods show."""
@@ -472,10 +475,13 @@ class Run:
 
     @contextlib.contextmanager
     def showing(self, values: Iterable[tuple[Weight, Tensor]]) -> Iterator[None]:
-        """Other values of weights are live inside, in `Method.after_step`; afterwards R is again, bit for bit."""
+        """Other values of weights are live inside, in `Method.after_step`; afterwards R is again, bit for bit.
+
+        They are given away: made for this and kept nowhere else, so that they need not be copied.
+        """
         try:
             for weight, value in values:
-                self._views.show(weight, value)
+                self._views.show(weight, value, own=True)
             torch.clear_autocast_cache()
             yield
         finally:

@@ -19,6 +19,8 @@ from .methods import WeightMixup
 if TYPE_CHECKING:
     from .training import Job, Setup, Trained
 
+Shares = dict[str, list[Tensor]]  # factors by weight name
+
 
 @dataclass(frozen=True)
 class MixupBLO:
@@ -70,14 +72,16 @@ class MixupBLO:
             place: what its trainings share.
             job: a training of `fit`; the searches never see the rows that select.
         """
-        searched = list(self.searches(place, job))
-        weights = uniform([raw_weights(found) for found in searched])
-        alphas = mean_shares([shares(found.state) for found in searched])
+        weights, alphas, passes, seconds = self.search(place, job)
         last = dataclasses.replace(place, methods=[*place.methods, self.mixup(alphas)])
         trained = last.train(dataclasses.replace(job, start=weights))
-        passes = sum(found.passes * found.steps for found in [*searched, trained])
-        seconds = sum(found.seconds for found in [*searched, trained])
-        return dataclasses.replace(trained, passes=passes / trained.steps, seconds=seconds)
+        passes = trained.passes + passes / trained.steps
+        return dataclasses.replace(trained, passes=passes, seconds=trained.seconds + seconds)
+
+    def search(self, place: Setup, job: Job) -> tuple[dict[str, Tensor], Shares, float, float]:
+        """Means of weights and shares over the searches; passes and seconds of all of them."""
+        weights, alphas, passes, seconds = zip(*self.searches(place, job), strict=True)
+        return uniform(weights), mean_shares(alphas), sum(passes), sum(seconds)
 
     def first(self, place: Setup, job: Job) -> Setup:
         """What the searches share, which come first."""
@@ -85,13 +89,19 @@ class MixupBLO:
         steps = dataclasses.replace(place.recipe, steps=None, epochs=self.search_epochs).total_steps(inside)
         return dataclasses.replace(place, methods=[*place.methods, self.mixup()], steps=steps, keep=True, states=True)
 
-    def searches(self, place: Setup, job: Job) -> Iterator[Trained]:
-        """The searches, one after the other; those that are finished are read."""
+    def searches(self, place: Setup, job: Job) -> Iterator[tuple[dict[str, Tensor], Shares, float, float]]:
+        """What one search after the other found, without its model; those that are finished are read."""
         search = self.first(place, job)
         for i in range(self.folds):
             seeds = {name: seed if name == "init" else seed + i for name, seed in job.seeds.items()}
             name = f"{job.name}-search-{i}"
-            yield search.train(dataclasses.replace(job, name=name, select=None, seeds=seeds, stop_at=None))
+            alone = dataclasses.replace(job, name=name, select=None, seeds=seeds, stop_at=None)
+            yield found_by(search.train(alone))
+
+
+def found_by(search: Trained) -> tuple[dict[str, Tensor], Shares, float, float]:
+    """Weights, shares, passes and seconds of a search."""
+    return raw_weights(search), shares(search.state), search.passes * search.steps, search.seconds
 
 
 def raw_weights(found: Trained) -> dict[str, Tensor]:
@@ -99,14 +109,14 @@ def raw_weights(found: Trained) -> dict[str, Tensor]:
     return {name: t.cpu() for name, t in {**found.model.state_dict(), **found.state["raw"]}.items()}
 
 
-def shares(state: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+def shares(state: Mapping[str, Any]) -> Shares:
     """The shares that a run with `WeightMixup` ended with, on the CPU."""
     pairs = zip(state["recipe"], state["methods"], strict=True)
     held = next(held for about, held in pairs if about["name"] == WeightMixup.__name__)
     return {name: [t.cpu() for t in factors] for name, factors in held["variables"].items()}
 
 
-def mean_shares(found: Sequence[Mapping[str, Sequence[Tensor]]]) -> dict[str, list[Tensor]]:
+def mean_shares(found: Sequence[Shares]) -> Shares:
     """The mean of each factor over several searches."""
     means = uniform([{f"{n} {i}": t for n, ts in one.items() for i, t in enumerate(ts)} for one in found])
     return {name: [means[f"{name} {i}"] for i in range(len(ts))] for name, ts in found[0].items()}

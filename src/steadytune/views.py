@@ -42,10 +42,14 @@ class Views:
         held = (self._raw if stepping else self.averages).get(name)
         return self.live(name) if held is None else held
 
-    def show(self, weight: Weight, value: Tensor) -> None:
-        """Make ``value`` live, R kept."""
-        self._keep(weight)
-        weight.data.copy_(value)
+    def show(self, weight: Weight, value: Tensor, *, own: bool) -> None:
+        """Make ``value`` live, R kept; ``own``: that tensor itself where it can take the weight's place."""
+        name, live = weight.name, weight.data
+        if own and name not in self._raw and self._movable(name) and alike(value, live):
+            self._raw[name] = self._place(name, value)
+        else:
+            self._keep(weight)
+            weight.data.copy_(value)
 
     def mix(self, weight: Weight, anchor: Tensor, mask: Tensor, keep: float) -> None:
         """Make a mixture of ``anchor`` and the live values live, R kept."""
@@ -182,6 +186,16 @@ class Views:
     def tensors(self) -> list[Tensor]:
         """All that is kept now."""
         return [*self.averages.values(), *self._raw.values(), *(before for _, _, before in self._held)]
+
+
+def alike(tensor: Tensor, other: Tensor) -> bool:
+    """Whether a tensor lies in its memory as another does, and has it for itself."""
+    return (
+        (tensor.shape, tensor.stride(), tensor.dtype) == (other.shape, other.stride(), other.dtype)
+        and tensor.device == other.device
+        and tensor.untyped_storage().nbytes() == tensor.nbytes
+        and not tensor.requires_grad
+    )
 
 
 class References:

@@ -60,7 +60,7 @@ class Extrapolation(Method):
         for w in select(weights, self.scope):
             if w.name in self.before:
                 move = run.raw(w.name) - self.before[w.name]
-                run.show(w, move.mul_(self.ahead).add_(w.data))
+                run.show(w, move.mul_(self.ahead).add_(w.data), own=True)
 
     def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
         if self.ahead:

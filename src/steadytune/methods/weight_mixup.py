@@ -157,7 +157,7 @@ class WeightMixup(BiLevel):
         if self.learns:
             self.rate(run)  # an unknown number of steps is an error before the first of them
         for w in self.chosen(weights):
-            run.show(w, self.mixture(run, w.name, w.data))
+            run.show(w, self.mixture(run, w.name, w.data), own=True)
 
     def mixture(self, run: Run, name: str, value: Tensor) -> Tensor:
         """F of a weight whose W is ``value``."""
