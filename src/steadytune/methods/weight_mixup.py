@@ -37,8 +37,9 @@ class WeightMixup(BiLevel):
 
     Args:
         outer in (0, 1): the rows that the shares learn on: in `steadytune.fit` a share of the training rows, which the
-            weights are then not trained on; elsewhere a function that gives batches each time it is called (on several
-            processes, each its own). None: the shares learn on the training rows, together with the weights.
+            weights are then not trained on (where rows are few they are missed: the procedure `mixup-blo` trains on all
+            of them afterwards); elsewhere a function that gives batches each time it is called (on several processes,
+            each its own). None: the shares learn on the training rows, together with the weights.
         alpha in [0, 1]: None learns the shares. A number, or the ``alphas`` of an earlier run, are kept as they are.
         rank: 1 for a share a1 a2 with one number per row and one per column, None for one per entry (12 more bytes per
             weight), ``"tensor"`` for one per weight matrix.
