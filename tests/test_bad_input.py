@@ -102,6 +102,7 @@ FILES = {
     "broken Parquet": (lambda: write("rows.parquet", b"PAR1 nonsense PAR1"), [], ["not a readable .parquet"]),
     "hub unreachable": (lambda: "hub:no/such", [], ["hub:no/such"]),
     "text column": (lambda: "good.csv", ["--text", "txt"], ["no column 'txt'", "mean 'text'"]),
+    "two texts in one": (lambda: "good.csv", ["--text", "text,label"], ["no column", "--text NAME, once for each"]),
     "label column": (lambda: "good.csv", ["--label", "lable"], ["no column 'lable'", "mean 'label'"]),
     "one column twice": (lambda: "good.csv", ["--text", "label", "--label", "label"], ["different columns"]),
     "three texts": (lambda: "good.csv", ["--text", "text"] * 3, ["one or two text columns", "3"]),

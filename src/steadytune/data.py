@@ -172,7 +172,11 @@ def _only(what: str, found: Sequence[str], table: Table) -> str | None:
 
 
 def _choose(what: str, columns: Iterable[Any]) -> str:
-    return f": {', '.join(map(str, columns)) or 'none is left'}. Choose with --{what} NAME."
+    return f": {', '.join(map(str, columns)) or 'none is left'}. {_option(what)}"
+
+
+def _option(what: str) -> str:
+    return f"Choose with --{what} NAME{', once for each column' if what == 'text' else ''}."
 
 
 def _find_text(columns: Sequence[str], table: Table, spare: int) -> tuple[str, ...]:
@@ -271,9 +275,8 @@ def examples(table: Table) -> pd.DataFrame:
 
 def _check_column(table: Table, column: str, what: str) -> None:
     if column not in table.frame.columns:
-        raise UsageError(
-            f"{table.source}: no column {column!r}.{suggest(column, table.frame.columns)} Choose with --{what} NAME."
-        )
+        known = suggest(column, table.frame.columns)
+        raise UsageError(f"{table.source}: no column {column!r}.{known} {_option(what)}")
     if (count := int((table.frame.columns == column).sum())) > 1:
         raise UsageError(f"{table.source}: {count} columns are called {column!r}: rename them.")
 
