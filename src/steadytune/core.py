@@ -673,7 +673,7 @@ class Run:
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         views = getattr(self.wrapper, "gradient_as_bucket_view", False)  # then .grad is memory that DDP writes again
         averaged = self.sharded or isinstance(self.wrapper, nn.parallel.DistributedDataParallel)
-        with set_aside(list(parameters.values()), views), self.forked_rng(), contextlib.ExitStack() as stack:
+        with shards.set_aside(list(parameters.values()), views), self.forked_rng(), contextlib.ExitStack() as stack:
             if take is not None and not averaged:
                 for n, p in parameters.items():
                     stack.callback(hand_over(n, p, take).remove)
@@ -828,26 +828,10 @@ class Run:
         return "\n".join(rows) or "plain fine-tuning: no methods"
 
 
-@contextlib.contextmanager
-def set_aside(parameters: Sequence[nn.Parameter], views: bool) -> Iterator[None]:
-    """No ``.grad`` inside, and the same as before afterwards; ``views``: of memory that must stay theirs."""
-    parked = [p.grad.clone() if views and p.grad is not None else p.grad for p in parameters]
-    for p in parameters:
-        p.grad = None
-    try:
-        yield
-    finally:
-        for p, before in zip(parameters, parked, strict=True):
-            if views and p.grad is not None and before is not None:
-                p.grad.copy_(before)
-            else:
-                p.grad = before
-
-
 def hand_over(name: str, parameter: nn.Parameter, take: Callable[[str, Tensor], None]) -> RemovableHandle:
     """Give a parameter's gradients away as they come, until the handle is removed."""
 
-    def hook(parameter: Tensor) -> None:
+    def hook(_: Tensor) -> None:
         assert parameter.grad is not None
         take(name, parameter.grad)
         parameter.grad = None

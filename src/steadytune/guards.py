@@ -224,10 +224,8 @@ def _scale(data: Data) -> Iterator[Finding]:
     mean, spread = float(labels.mean()), float(labels.std())
     if abs(mean) > 20 or not 0.05 < spread < 20:
         after = f"have mean {mean:.3g} and spread {spread:.3g}"
-        remedy, every = (
-            "models learn best near 0 and 1, leave out --no-standardize or rescale them",
-            np.ones(len(labels), dtype=bool),
-        )
+        remedy = "models learn best near 0 and 1, leave out --no-standardize or rescale them"
+        every = np.ones(len(labels), dtype=bool)
         yield _finding("warning", f"{_source(data, 'train')}: the targets of", every, after, remedy, data.train.index)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from .training import Job, Setup, Trained
 
 Shares = dict[str, list[Tensor]]  # factors by weight name
+
+
+class Found(NamedTuple):
+    """What a search leaves, without its model; or several: means of the first two, sums of the others."""
+
+    weights: dict[str, Tensor]
+    shares: Shares
+    passes: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -72,16 +81,16 @@ class MixupBLO:
             place: what its trainings share.
             job: a training of `fit`; the searches never see the rows that select.
         """
-        weights, alphas, passes, seconds = self.search(place, job)
-        last = dataclasses.replace(place, methods=[*place.methods, self.mixup(alphas)])
-        trained = last.train(dataclasses.replace(job, start=weights))
-        passes = trained.passes + passes / trained.steps
-        return dataclasses.replace(trained, passes=passes, seconds=trained.seconds + seconds)
+        found = self.search(place, job)
+        last = dataclasses.replace(place, methods=[*place.methods, self.mixup(found.shares)])
+        trained = last.train(dataclasses.replace(job, start=found.weights))
+        passes = trained.passes + found.passes / trained.steps
+        return dataclasses.replace(trained, passes=passes, seconds=trained.seconds + found.seconds)
 
-    def search(self, place: Setup, job: Job) -> tuple[dict[str, Tensor], Shares, float, float]:
-        """Means of weights and shares over the searches; passes and seconds of all of them."""
+    def search(self, place: Setup, job: Job) -> Found:
+        """What all searches found together."""
         weights, alphas, passes, seconds = zip(*self.searches(place, job), strict=True)
-        return uniform(weights), mean_shares(alphas), sum(passes), sum(seconds)
+        return Found(uniform(weights), mean_shares(alphas), sum(passes), sum(seconds))
 
     def first(self, place: Setup, job: Job) -> Setup:
         """What the searches share, which come first."""
@@ -89,19 +98,19 @@ class MixupBLO:
         steps = dataclasses.replace(place.recipe, steps=None, epochs=self.search_epochs).total_steps(inside)
         return dataclasses.replace(place, methods=[*place.methods, self.mixup()], steps=steps, keep=True, states=True)
 
-    def searches(self, place: Setup, job: Job) -> Iterator[tuple[dict[str, Tensor], Shares, float, float]]:
-        """What one search after the other found, without its model; those that are finished are read."""
+    def searches(self, place: Setup, job: Job) -> Iterator[Found]:
+        """What one search after the other found; those that are finished are read."""
         search = self.first(place, job)
         for i in range(self.folds):
             seeds = {name: seed if name == "init" else seed + i for name, seed in job.seeds.items()}
             name = f"{job.name}-search-{i}"
             alone = dataclasses.replace(job, name=name, select=None, seeds=seeds, stop_at=None)
-            yield found_by(search.train(alone))
+            yield found_by(search.train(alone))  # and no name for it: its model would be held beside the next
 
 
-def found_by(search: Trained) -> tuple[dict[str, Tensor], Shares, float, float]:
-    """Weights, shares, passes and seconds of a search."""
-    return raw_weights(search), shares(search.state), search.passes * search.steps, search.seconds
+def found_by(search: Trained) -> Found:
+    """What is needed of a finished search."""
+    return Found(raw_weights(search), shares(search.state), search.passes * search.steps, search.seconds)
 
 
 def raw_weights(found: Trained) -> dict[str, Tensor]:

@@ -124,3 +124,19 @@ def sync(wrapper: nn.Module) -> Iterator[None]:
         if FSDPModule != () and isinstance(wrapper, FSDPModule):
             wrapper.set_requires_gradient_sync(True)  # it stays: a micro-batch reduced too early is as right
         yield
+
+
+@contextlib.contextmanager
+def set_aside(parameters: Sequence[nn.Parameter], views: bool) -> Iterator[None]:
+    """No ``.grad`` inside, and the same as before afterwards; ``views``: of memory that must stay theirs."""
+    parked = [p.grad.clone() if views and p.grad is not None else p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, before in zip(parameters, parked, strict=True):
+            if views and p.grad is not None and before is not None:
+                p.grad.copy_(before)
+            else:
+                p.grad = before
