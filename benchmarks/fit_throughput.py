@@ -38,8 +38,8 @@ from transformers import (
 )
 
 import steadytune
-from steadytune.data import Data, Table, prepare
-from steadytune.modelling import label_ids, tokenise
+from steadytune.data.prepare import Data, Table, prepare
+from steadytune.fitting.source import label_ids, tokenise
 from steadytune.tasks import find, load, score
 
 BATCH, LENGTH = 16, 128

@@ -28,9 +28,10 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from steadytune import MetaWeightNet, fitting
+from steadytune import MetaWeightNet
 from steadytune.bench.run import corrupted
 from steadytune.bench.stats import compare
+from steadytune.fitting import main as fitting
 from steadytune.tasks import find, load
 
 ARMS = ("noisy", "noisy + clean", "clean", "meta", "meta + clean")

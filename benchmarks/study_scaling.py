@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from steadytune.bench.pool import Pool, slots
-from steadytune.bench.report import write_report
+from steadytune.bench.report.write import write_report
 from steadytune.bench.spec import Run, Study
 from steadytune.bench.store import Store
 from steadytune.bench.study import WORK

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from steadytune.anatomy import Part, anatomy, depths, input_embedding
+from steadytune.core.anatomy import Part, anatomy, depths, input_embedding
 
 SIZES = {
     "vocab_size": 30,

@@ -16,8 +16,8 @@ from filelock import FileLock
 from typer.testing import CliRunner
 
 from fit_helpers import save_tiny_bert, toy
-from steadytune import training
 from steadytune.cli import app
+from steadytune.fitting import training
 
 QUICK = ["--steps", "6", "--batch-size", "4", "--save-steps", "2", "--quiet"]
 

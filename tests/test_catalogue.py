@@ -10,10 +10,10 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
-from steadytune import Method, Run, catalogue
+from steadytune import Method, Run
 from steadytune.cli import app
-from steadytune.facts import Cost, Paper
-from steadytune.methods import METHODS
+from steadytune.core.facts import Cost, Paper
+from steadytune.methods import METHODS, catalogue
 
 ROOT = Path(__file__).parent.parent
 STAGE = 3  # steps of a DPS stage below

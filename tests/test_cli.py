@@ -12,8 +12,8 @@ from fit_helpers import data_root, save_tiny_bert, toy
 from steadytune import __version__
 from steadytune import cli as cli_module
 from steadytune.cli import app
+from steadytune.fitting.recipe import Recipe
 from steadytune.methods import METHODS
-from steadytune.recipe import Recipe
 from steadytune.tasks import TASKS
 
 QUICK = ["--steps", "4", "--batch-size", "4", "--quiet"]
@@ -144,7 +144,7 @@ def test_ctrl_c_says_how_to_go_on(shell, bert, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("steadytune.fitting._run", interrupted)
+    monkeypatch.setattr("steadytune.fitting.main._run", interrupted)
     done = shell("fit", "train.csv", "--model", bert, "--output", "out")
     assert done.exit_code == 130
     assert "--resume" in done.stderr

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from fit_helpers import save_tiny_bert, toy
 from steadytune import cli
 from steadytune.config import defaults, options
-from steadytune.data import UsageError
+from steadytune.data.prepare import UsageError
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_methods_and_tests_as_text_or_mapping(folder):
     """
     found = given(text)
     assert found["test"] == ["dev=a.csv", "far=b.csv"]
-    from steadytune.recipe import make_methods
+    from steadytune.fitting.recipe import make_methods
 
     names = [(type(m).__name__, m) for m in make_methods(found["method"])]
     assert [name for name, _ in names] == ["DPSDense", "Mixout", "RDrop", "L2SP", "EMA"]

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from fit_helpers import toy
-from steadytune.data import (
+from steadytune.data.prepare import (
     Data,
     Table,
     Target,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from helpers import assert_same, batches, bert
 from steadytune import SIFT, ChildTuningD, DPSDense, Run, apply_delta, save_delta
-from steadytune.delta import FILE
+from steadytune.files.delta import FILE
 
 
 def tuned_by(method, steps=5):

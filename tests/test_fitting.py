@@ -13,15 +13,18 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from fit_helpers import WORDS, same, save_tiny_bert, save_tiny_gpt2, toy, weights, word_tokenizer
-from steadytune import fitted, fitting, modelling, training
-from steadytune.data import Target, UsageError
-from steadytune.fitted import FittedModel, logits
-from steadytune.fitting import fit
+from steadytune.data.prepare import Target, UsageError
+from steadytune.fitting import fitted_model as fitted
+from steadytune.fitting import main as fitting
+from steadytune.fitting import source as modelling
+from steadytune.fitting import training
+from steadytune.fitting.fitted_model import FittedModel, logits
+from steadytune.fitting.folder import last_checkpoint, write_json, write_whole
+from steadytune.fitting.main import fit
+from steadytune.fitting.recipe import Recipe, convert, method_record, parse_method
+from steadytune.fitting.source import Source, set_dropout, tokenise
+from steadytune.fitting.training import ByLength, arguments
 from steadytune.methods import METHODS
-from steadytune.modelling import Source, set_dropout, tokenise
-from steadytune.output import last_checkpoint, write_json, write_whole
-from steadytune.recipe import Recipe, convert, method_record, parse_method
-from steadytune.training import ByLength, arguments
 
 QUICK = {"steps": 12, "batch_size": 4, "lr": 1e-3, "save_steps": 5, "progress": False}
 

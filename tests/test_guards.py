@@ -2,8 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from steadytune.data import Data, Table, Target, UsageError, prepare
-from steadytune.guards import Finding, inspect, raise_errors, truncated
+from steadytune.data.guards import Finding, inspect, raise_errors, truncated
+from steadytune.data.prepare import Data, Table, Target, UsageError, prepare
 
 
 def frame(labels, texts=None, **more):

@@ -19,7 +19,9 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(tmp_path):
     """In the middle of DPS stages, of checkpoints, of loading, of writing the result: wherever it falls."""
     save_tiny_bert(tmp_path / "bert")
     processes = multiprocessing.get_context("forkserver")  # imports once: moments of the run are hit, not of imports
-    processes.set_forkserver_preload(["steadytune.training", "steadytune.fitting", "steadytune.fitted"])
+    processes.set_forkserver_preload(
+        ["steadytune.fitting.training", "steadytune.fitting.main", "steadytune.fitting.fitted_model"]
+    )
 
     def run(output: str, seconds: float | None) -> bool:
         """Whether it came to its end before it was killed."""

@@ -82,9 +82,9 @@ from steadytune import (
     WeightMixup,
     load_adapters,
     only,
-    state,
 )
 from steadytune.core import Method, Weight
+from steadytune.files import state
 
 TOTAL = 8
 DPS = {"update_ratio": 0.25}  # stages of two steps: I 0-1, II 2-3, I 4-5, II 6-7

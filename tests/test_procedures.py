@@ -12,13 +12,13 @@ from transformers import TrainerCallback
 
 from bench_helpers import make_root, records, small
 from fit_helpers import same, save_tiny_bert, toy, weights
-from steadytune import training
 from steadytune.bench.study import run_study
-from steadytune.data import UsageError
-from steadytune.fitting import dry_run, fit
+from steadytune.data.prepare import UsageError
+from steadytune.fitting import training
+from steadytune.fitting.main import dry_run, fit
+from steadytune.fitting.procedures import mean_shares
+from steadytune.fitting.training import Setup
 from steadytune.methods import WeightMixup
-from steadytune.procedures import mean_shares
-from steadytune.training import Setup
 
 QUICK = {"steps": 6, "batch_size": 4, "lr": 1e-2, "save_steps": 2, "progress": False, "validation_share": 0.25}
 TWO = "mixup-blo:folds=2,search_epochs=1,outer_share=0.25,lr=0.1,order=difference"

@@ -5,8 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from steadytune.data import Table, examples, find_target
-from steadytune.reading import UsageError, read_source, read_table
+from steadytune.data.files import UsageError, read_source, read_table
+from steadytune.data.prepare import Table, examples, find_target
 
 # ---- files ------------------------------------------------------------------------------------------------------
 

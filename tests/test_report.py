@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from bench_records import record, synthetic, write_bench
 from steadytune import cli
-from steadytune.bench import figures, tables
 from steadytune.bench.records import read_records
-from steadytune.bench.report import write_report
-from steadytune.reading import UsageError
+from steadytune.bench.report import figures, tables
+from steadytune.bench.report.write import write_report
+from steadytune.data.files import UsageError
 
 PLAIN, RIVAL = [0.80, 0.82, 0.78, 0.84], [0.83, 0.84, 0.82, 0.85]
 FILES = ("report.html", "report.md", "runs.csv", "summary.csv")

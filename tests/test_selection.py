@@ -16,12 +16,14 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, TrainerCallback
 
 from fit_helpers import same, save_tiny_bert, save_tiny_gpt2, toy, weights, word_tokenizer
-from steadytune import FittedModel, SteadyClassifier, SteadyRegressor, dry_run, fit, modelling, training
-from steadytune.data import Target, UsageError
-from steadytune.estimate import per_step
+from steadytune import FittedModel, SteadyClassifier, SteadyRegressor, dry_run, fit
+from steadytune.data.prepare import Target, UsageError
+from steadytune.fitting import source as modelling
+from steadytune.fitting import training
+from steadytune.fitting.estimate import per_step
+from steadytune.fitting.folder import last_checkpoint
+from steadytune.fitting.recipe import Recipe
 from steadytune.merge import uniform
-from steadytune.output import last_checkpoint
-from steadytune.recipe import Recipe
 from test_anatomy import CONFIGS, tiny
 
 QUICK = {"steps": 40, "batch_size": 8, "lr": 5e-3, "save_steps": 0, "progress": False, "text": "text", "label": "label"}

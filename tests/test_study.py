@@ -20,12 +20,12 @@ from bench_helpers import Counting, comparable, make_root, predictions, records,
 from helpers import KILLS
 from steadytune import cli
 from steadytune.bench.pool import Outcome
-from steadytune.bench.report import write_report
+from steadytune.bench.report.write import write_report
 from steadytune.bench.run import corrupted, make_plan
 from steadytune.bench.spec import Study, preset, presets
 from steadytune.bench.store import Store
 from steadytune.bench.study import run_study
-from steadytune.data import Target, UsageError
+from steadytune.data.prepare import Target, UsageError
 from steadytune.tasks import TASKS, find, seen_by
 
 
@@ -372,7 +372,9 @@ def test_workers_give_the_same_records_as_this_process(root, finished, tmp_path)
 def test_killed_at_random_moments_all_records_equal_an_uninterrupted_study(root, tmp_path):
     """None lost, none double, none half: the log of each process names the runs that it brought to their end."""
     processes = multiprocessing.get_context("forkserver")  # imports once: moments of runs are hit, not of imports
-    processes.set_forkserver_preload(["steadytune.training", "steadytune.bench.run", "steadytune.fitted"])
+    processes.set_forkserver_preload(
+        ["steadytune.fitting.training", "steadytune.bench.run", "steadytune.fitting.fitted_model"]
+    )
 
     def conduct(output, seconds):
         process = processes.Process(target=bench_helpers.conduct, args=(str(root), str(tmp_path / output)))

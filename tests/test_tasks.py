@@ -4,7 +4,7 @@ import pytest
 
 from fit_helpers import data_root
 from steadytune import tasks
-from steadytune.data import Target, UsageError, prepare
+from steadytune.data.prepare import Target, UsageError, prepare
 from steadytune.tasks import COLUMNS, METRICS, TASKS, find, load, merge_rule, score
 
 

@@ -4,20 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapters import load_adapters as load_adapters
-    from .adapters import save_adapters as save_adapters
+    from .core import Method as Method
     from .core import Run as Run
-    from .delta import apply_delta as apply_delta
-    from .delta import save_delta as save_delta
-    from .estimators import SteadyClassifier as SteadyClassifier
-    from .estimators import SteadyRegressor as SteadyRegressor
-    from .fitted import FittedModel as FittedModel
+    from .core import Step as Step
+    from .core import Weight as Weight
+    from .core import only as only
+    from .files.delta import apply_delta as apply_delta
+    from .files.delta import save_delta as save_delta
     from .fitting import FitResult as FitResult
     from .fitting import dry_run as dry_run
     from .fitting import fit as fit
-    from .method import Method as Method
-    from .method import Weight as Weight
-    from .method import only as only
+    from .fitting.estimators import SteadyClassifier as SteadyClassifier
+    from .fitting.estimators import SteadyRegressor as SteadyRegressor
+    from .fitting.fitted_model import FittedModel as FittedModel
     from .methods import EMA as EMA
     from .methods import FGM as FGM
     from .methods import L2SP as L2SP
@@ -54,20 +53,19 @@ if TYPE_CHECKING:
     from .methods import ROSESecond as ROSESecond
     from .methods import TopLayers as TopLayers
     from .methods import WeightMixup as WeightMixup
-    from .step import Step as Step
+    from .methods.adapters import load_adapters as load_adapters
+    from .methods.adapters import save_adapters as save_adapters
     from .trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
 
 # torch and transformers take seconds to import: a name is looked up where it is first used, `--help` never waits
 _HOMES = {
-    "adapters": ("load_adapters", "save_adapters"),
-    "core": ("Run",),
-    "delta": ("apply_delta", "save_delta"),
-    "estimators": ("SteadyClassifier", "SteadyRegressor"),
-    "fitted": ("FittedModel",),
+    "core": ("Method", "Run", "Step", "Weight", "only"),
+    "files.delta": ("apply_delta", "save_delta"),
     "fitting": ("FitResult", "dry_run", "fit"),
-    "method": ("Method", "Weight", "only"),
+    "fitting.estimators": ("SteadyClassifier", "SteadyRegressor"),
+    "fitting.fitted_model": ("FittedModel",),
     "methods": (
         "EMA",
         "L2SP",
@@ -106,7 +104,7 @@ _HOMES = {
         "TopLayers",
         "WeightMixup",
     ),
-    "step": ("Step",),
+    "methods.adapters": ("load_adapters", "save_adapters"),
     "trainer": ("Trainer",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

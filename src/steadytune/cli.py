@@ -167,9 +167,9 @@ def fit(
     """
     given = dict(locals())
     with _errors_in_one_line():
-        from . import fitting
-        from .data import UsageError
-        from .recipe import Recipe
+        from .data.prepare import UsageError
+        from .fitting import main as fitting
+        from .fitting.recipe import Recipe
 
         tests: dict[str, Any] = _named(test or [])
         source: Any = train
@@ -218,8 +218,8 @@ def predict(
     Example: steadytune predict out new.csv --output labelled.csv
     """
     with _errors_in_one_line():
-        from .data import UsageError, suggest
-        from .output import TABLE_WRITERS, write_whole, writing
+        from .data.prepare import UsageError, suggest
+        from .fitting.folder import TABLE_WRITERS, write_whole, writing
 
         writer = TABLE_WRITERS.get(output.suffix.lower())
         if writer is None:
@@ -229,8 +229,8 @@ def predict(
         if not output.absolute().parent.is_dir():
             raise UsageError(f"output {output}: no such directory {output.parent}. Make it first.")
         with _speaking(quiet):
-            from .data import Table
-            from .fitted import FittedModel
+            from .data.prepare import Table
+            from .fitting.fitted_model import FittedModel
 
             fitted = FittedModel.load(model)
             columns = tuple(text) if text else fitted.text
@@ -329,7 +329,7 @@ def report(
     Example: steadytune report runs/glue --output site
     """
     with _errors_in_one_line(), _speaking(quiet=False):
-        from .bench.report import write_report
+        from .bench.report.write import write_report
 
         page = write_report(folder, output, metric)
     typer.echo(f"report: {page}")
@@ -337,7 +337,7 @@ def report(
 
 def _named(tests: list[str]) -> dict[str, Path]:
     """Test files by name: `NAME=FILE`, or `FILE` under its own stem."""
-    from .data import UsageError
+    from .data.prepare import UsageError
 
     named: dict[str, Path] = {}
     for item in tests:
@@ -353,7 +353,7 @@ def _named(tests: list[str]) -> dict[str, Path]:
 def _from_task(given: dict[str, Any], tests: dict[str, Any]) -> tuple[Any, str, dict[str, Any]]:
     """Training table, metric and test tables of `--task`; flags that would contradict the task are errors."""
     from . import tasks
-    from .data import UsageError
+    from .data.prepare import UsageError
 
     other = {"train": "a training file", "text": "--text", "test": "--test", "validation": "--validation"}
     for name, flag in other.items():
@@ -373,8 +373,8 @@ def methods(
 ) -> None:
     """List the fine-tuning methods with source, cost and conflicts, or show one with its options."""
     with _errors_in_one_line():
-        from . import catalogue
-        from .data import UsageError, suggest
+        from .data.prepare import UsageError, suggest
+        from .methods import catalogue
 
         if markdown:
             return typer.echo(catalogue.markdown(), nl=False)
@@ -450,7 +450,7 @@ def merge(
     Example: steadytune merge run-1 run-2 run-3 --output soup
     """
     with _errors_in_one_line():
-        from .merging import merge_folders
+        from .fitting.merge_folders import merge_folders
 
         said = merge_folders(
             models, output, how=how, base=base, alpha=alpha, validation=validation or (), text=text, label=label,
@@ -536,7 +536,7 @@ def _speaking(quiet: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _errors_in_one_line(go_on: str = "with --resume goes on from the last checkpoint") -> Iterator[None]:
     """A user's mistake is a sentence and exit code 2, Ctrl-C is 130; a traceback is for our own bugs."""
-    from .data import UsageError
+    from .data.prepare import UsageError
 
     try:
         yield

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .data import Table, Target
-from .reading import UsageError, read_table, suggest
+from .data.files import UsageError, read_table, suggest
+from .data.prepare import Table, Target
 
 NLI3 = ("entailment", "neutral", "contradiction")
 NLI2 = ("entailment", "not_entailment")

@@ -14,10 +14,10 @@ import transformers
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from . import state
-from .adapters import adapter_size, save_adapters
 from .core import WEIGHT_VERBS, Method, Run, bare, overrides
+from .files import state
 from .methods import ClipNorm
+from .methods.adapters import adapter_size, save_adapters
 
 logger = logging.getLogger(__name__)
 SIDE_FILE = "steadytune.safetensors"

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from helpers import Net, copied, points
-from steadytune import EMA, DPSMix, Run, state
+from steadytune import EMA, DPSMix, Run
 from steadytune.core import Weight
+from steadytune.files import state
 
 FILE = Path(__file__).with_name("state-format-1.safetensors")
 SAVED = {"stage one": 2, "stage two": 6}  # stages of four steps: both in the middle

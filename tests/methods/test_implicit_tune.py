@@ -11,7 +11,7 @@ from torch import nn
 
 from helpers import Net, batches, bert, copied, points, train
 from steadytune import L2SP, ImplicitTune, Run, only
-from steadytune.bilevel import flat
+from steadytune.methods.bases.bilevel import flat
 
 A, C, START = (torch.tensor(v, dtype=torch.float64) for v in ([2.0, -1.0, 0.3], [1.0, 0.2, 0.9], [0.0, 0.4, -0.5]))
 H, LR, STRENGTH, STEPS = 0.8, 0.3, 0.5, 25

@@ -26,12 +26,12 @@ from steadytune import (
     ROSEFirst,
     ROSESecond,
     Run,
-    masks,
     only,
 )
-from steadytune.bilevel import BiLevel
 from steadytune.core import Method
 from steadytune.functional import anneal, byte_mask, symmetric_kl
+from steadytune.methods.bases import static_mask as masks
+from steadytune.methods.bases.bilevel import BiLevel
 from steadytune.methods.rose import divergence
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from helpers import Net, assert_same, copied, llama, points, tensors
 from steadytune import MetaWeightNet, RDrop, Run
-from steadytune.bilevel import flat
+from steadytune.methods.bases.bilevel import flat
 from steadytune.methods.meta_weight_net import row_losses, row_weights
 
 LR, NET_LR = 0.3, 0.05

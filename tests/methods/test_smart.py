@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import batches, bert, collate, copied, hash_dropout, hash_noise, llama, rows
 from steadytune import FGM, LNSR, PGD, R3F, SMART, BregmanProximal, Method, RDrop, Run, Step, Trainer
-from steadytune.anatomy import input_embedding
+from steadytune.core.anatomy import input_embedding
 from steadytune.functional import jeffreys, jeffreys_to_constants, kl, odds_gap
 
 ATOL = 1e-10

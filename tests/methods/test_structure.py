@@ -27,7 +27,7 @@ from steadytune import (
     only,
     save_adapters,
 )
-from steadytune.anatomy import anatomy, blocks, depths
+from steadytune.core.anatomy import anatomy, blocks, depths
 from test_anatomy import CONFIGS, tiny
 
 TOKENS = {"input_ids": torch.tensor([[5, 6, 7, 2], [8, 9, 3, 2]])}

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, linear, softplus
 from fit_helpers import save_tiny_bert, toy
 from helpers import arguments, batches, bert, collate, copied, llama, rows
 from steadytune import VIBERT, Method, RDrop, Run, Trainer, fit
-from steadytune.checks import check_unwrapped
+from steadytune.core.checks import check_unwrapped
 from steadytune.methods.vibert import Bottleneck
 
 TOTAL = 8

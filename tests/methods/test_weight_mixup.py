@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from helpers import Net, arguments, assert_same, batches, bert, collate, copied, differs, points, rows, train
 from steadytune import EMA, ClipNorm, Run, Trainer, WeightMixup
-from steadytune.bilevel import OuterRows, flat
 from steadytune.functional import mixture
+from steadytune.methods.bases.bilevel import OuterRows, flat
 
 LR, SHARES_LR = 0.3, 0.02
 MATRICES = ("first.weight", "last.weight")

@@ -22,15 +22,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .. import __version__, fitting
-from ..data import Data, Table, Target
-from ..recipe import SEEDS
+from .. import __version__
+from ..data.prepare import Data, Table, Target
+from ..fitting import main as fitting
+from ..fitting.recipe import SEEDS
 from ..tasks import find, load, score
 from .spec import FORMAT, Run
 from .store import Store
 
 if TYPE_CHECKING:
-    from ..training import Trained
+    from ..fitting.training import Trained
 
 TEST_ROWS_SEED = 0  # which rows of a test set are used is the same for every run
 

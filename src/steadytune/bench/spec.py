@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import options, read, value
-from ..data import UsageError, suggest
-from ..recipe import SEEDS, Recipe, make_methods, make_procedure, method_record, procedure_record
+from ..data.prepare import UsageError, suggest
+from ..fitting.recipe import SEEDS, Recipe, make_methods, make_procedure, method_record, procedure_record
 from ..tasks import METRICS, Task, find, seen_by
 
 FORMAT = 1

@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from ..data import UsageError
-from ..output import write_json, write_whole, writing
+from ..data.prepare import UsageError
+from ..fitting.folder import write_json, write_whole, writing
 from .records import PLANNED, STUDY, planned
 
 

@@ -20,10 +20,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import shards
-from ..core import Method, Run, Step, not_negative, whole
-from ..facts import Cost, Paper
-from ..step import perturbed, width
+from ..core import Method, Run, Step, not_negative, shards, whole
+from ..core.facts import Cost, Paper
+from ..core.step import perturbed, width
 
 
 @dataclass

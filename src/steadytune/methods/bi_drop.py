@@ -19,10 +19,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_dropout
 from ..core import Method, Run, Scope, Weight, gradients, in_unit, multiply, one_of, select
-from ..facts import Cost, Paper
-from ..masks import top_masks
+from ..core.checks import check_dropout
+from ..core.facts import Cost, Paper
+from .bases.static_mask import top_masks
 
 TINY = 1e-30  # of a quotient: a gradient that is zero twice scores nothing
 

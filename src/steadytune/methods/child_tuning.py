@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ..core import Method, Run, Scope, Weight, in_unit, multiply, one_of, select, whole
-from ..facts import Cost, Paper
+from ..core.facts import Cost, Paper
+from ..core.step import Inputs, batch_size
 from ..functional import byte_mask
-from ..masks import Batch, StaticMask, Tensors, top_masks
-from ..step import Inputs, batch_size
+from .bases.static_mask import Batch, StaticMask, Tensors, top_masks
 
 PAPER = Paper(
     authors=(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core import Method, Run, Weight, gradients
-from ..facts import Paper
+from ..core.facts import Paper
 
 
 @dataclass

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from ..core import Method, Run, Scope, Weight, in_unit, multiply, one_of, select
-from ..facts import Cost, Paper
+from ..core.facts import Cost, Paper
 from ..functional import frequency_score, selecting, stage_length
-from ..masks import Tensors, top_masks
+from .bases.static_mask import Tensors, top_masks
 
 
 @dataclass

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..core import Run, in_unit, whole
-from ..facts import Cost, Paper
-from ..heads import Beside, BesideHead
+from ..core.facts import Cost, Paper
+from .bases.beside_head import Beside, BesideHead
 
 
 class Domains(Beside):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core import Method, Run, Scope, Weight, in_unit, select, whole
-from ..facts import Cost, Paper
+from ..core.facts import Cost, Paper
 
 SPAN = 0.1  # share of the training that an average looks back over
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core import Method, Run, Scope, Weight, not_negative, select
-from ..facts import Cost, Paper
+from ..core.facts import Cost, Paper
 
 
 @dataclass

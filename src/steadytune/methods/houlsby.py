@@ -13,9 +13,9 @@ from typing import ClassVar
 
 import torch
 
-from ..adapters import insert, is_trained
 from ..core import Method, Run, whole
-from ..facts import Paper
+from ..core.facts import Paper
+from .adapters import insert, is_trained
 
 
 @dataclass

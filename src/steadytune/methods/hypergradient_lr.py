@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core import Method, Run, Weight, one_of
-from ..facts import Cost, Paper
+from ..core.facts import Cost, Paper
 
 LEAST = 0.01  # of the factor: at 0 there would be no more updates to learn from
 

@@ -29,10 +29,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..bilevel import BiLevel, Outer
 from ..core import Run, Scope, Weight, not_negative, one_of, whole
-from ..facts import Cost, Paper
+from ..core.facts import Cost, Paper
 from ..hypergradient import check_masters, check_slope, conjugate_gradient, difference, neumann, preconditioner
+from .bases.bilevel import BiLevel, Outer
 
 logger = logging.getLogger("steadytune")
 

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..anatomy import blocks, depths
 from ..core import Method, Run, in_unit
-from ..facts import Paper
+from ..core.anatomy import blocks, depths
+from ..core.facts import Paper
 
 PER_PARAMETER = ("params", "param_names")  # lists in an optimizer's group with one entry for each parameter
 

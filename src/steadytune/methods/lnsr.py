@@ -16,11 +16,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..anatomy import blocks
-from ..checks import check_lengths
 from ..core import Method, Run, Step, not_negative
-from ..facts import Cost, Paper
-from ..step import full
+from ..core.anatomy import blocks
+from ..core.checks import check_lengths
+from ..core.facts import Cost, Paper
+from ..core.step import full
 
 
 @dataclass

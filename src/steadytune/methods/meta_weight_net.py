@@ -21,11 +21,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..bilevel import BiLevel, Outer, flat
 from ..core import Run, Step, Weight, whole
-from ..facts import Cost, Paper
+from ..core.facts import Cost, Paper
+from ..core.step import full
 from ..hypergradient import check_masters, check_slope, difference
-from ..step import full
+from .bases.bilevel import BiLevel, Outer, flat
 
 
 @dataclass

@@ -17,7 +17,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..core import Method, Run, Scope, Weight, in_unit, multiply, select
-from ..facts import Cost, Paper
+from ..core.facts import Cost, Paper
 
 
 @dataclass

@@ -15,9 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..anatomy import Part, anatomy, blocks, depths
 from ..core import Method, Run, whole
-from ..facts import Paper
+from ..core.anatomy import Part, anatomy, blocks, depths
+from ..core.facts import Paper
 
 CHOICE = "choice of what is trained"
 

@@ -18,11 +18,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .. import shards
-from ..core import Method, Run, Step, Weight, not_negative, one_of
-from ..facts import Cost, Paper
+from ..core import Method, Run, Step, Weight, not_negative, one_of, shards
+from ..core.facts import Cost, Paper
+from ..core.step import full, perturbed, width
 from ..functional import jeffreys
-from ..step import full, perturbed, width
 
 PAPER = Paper(
     authors=(

@@ -13,9 +13,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..checks import check_dropout
 from ..core import Method, Run, Step, not_negative
-from ..facts import Cost, Paper
+from ..core.checks import check_dropout
+from ..core.facts import Cost, Paper
 
 
 @dataclass

@@ -14,11 +14,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import shards
-from ..anatomy import anatomy, blocks
-from ..core import Method, Run, whole
-from ..facts import Paper
-from ..views import checksum
+from ..core import Method, Run, shards, whole
+from ..core.anatomy import anatomy, blocks
+from ..core.facts import Paper
+from ..core.views import checksum
 
 LOADED = "_is_hf_initialized"  # on a loaded tensor, transformers 5 leaves it alone whatever `_init_weights` asks for
 

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import torch
 
 from ..core import Method, Run, Scope, Weight, not_negative, one_of, select
-from ..facts import Cost, Paper
+from ..core.facts import Cost, Paper
 from ..functional import anneal
 
 

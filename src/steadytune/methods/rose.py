@@ -21,13 +21,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_dropout
 from ..core import Method, Run, Scope, Weight, in_unit, one_of, select
-from ..facts import Cost, Paper
+from ..core.checks import check_dropout
+from ..core.facts import Cost, Paper
+from ..core.shards import local
+from ..core.step import Inputs, aligned, batch_size, split
 from ..functional import symmetric_kl
-from ..masks import Tensors, top_masks
-from ..shards import local
-from ..step import Inputs, aligned, batch_size, split
+from .bases.static_mask import Tensors, top_masks
 
 PAPER = Paper(
     authors=("Lan Jiang", "Hao Zhou", "Yankai Lin", "Peng Li", "Jie Zhou", "Rui Jiang"),

@@ -15,9 +15,9 @@ from itertools import islice
 from typing import ClassVar
 
 from ..core import Run, Scope, Weight, in_unit, select, whole
-from ..facts import Cost, Paper
-from ..masks import Batch, StaticMask, Tensors, top_masks
-from ..step import Inputs
+from ..core.facts import Cost, Paper
+from ..core.step import Inputs
+from .bases.static_mask import Batch, StaticMask, Tensors, top_masks
 
 
 @dataclass

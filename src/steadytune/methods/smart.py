@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ..core import Method, Run, Step, Weight, in_unit, not_negative, one_of, whole
-from ..facts import Cost, Paper
+from ..core.facts import Cost, Paper
+from ..core.step import perturbed, width
 from ..functional import jeffreys, jeffreys_to_constants, odds_gap
-from ..step import perturbed, width
 
 
 @dataclass(frozen=True)

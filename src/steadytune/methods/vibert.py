@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
 from ..core import Run, Step, in_unit
-from ..facts import Cost, Paper
+from ..core.facts import Cost, Paper
+from ..core.step import batch_size, full
 from ..functional import gaussian_kl
-from ..heads import Beside, BesideHead
-from ..step import batch_size, full
+from .bases.beside_head import Beside, BesideHead
 
 
 class Bottleneck(Beside):

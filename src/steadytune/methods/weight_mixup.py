@@ -22,11 +22,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..bilevel import BiLevel, Outer, Variables, flat
 from ..core import Run, Scope, Weight, in_unit, one_of, select
-from ..facts import Cost, Paper
+from ..core.facts import Cost, Paper
 from ..functional import contraction, mixture, warmed_cosine
 from ..hypergradient import check_masters, check_slope, difference
+from .bases.bilevel import BiLevel, Outer, Variables, flat
 
 Value = Callable[[str], Tensor]  # a W by its name
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from .data import UsageError, suggest
+from ..data.prepare import UsageError, suggest
 
 if TYPE_CHECKING:
-    from .method import Method
+    from ..core import Method
     from .procedures import MixupBLO as Procedure
 
 # The strong baseline for small data: 20 epochs, but never so few steps that training stops half way, and a ceiling
@@ -219,7 +219,7 @@ def _spell(hint: Any) -> str:
 
 def method_record(method: Any) -> dict[str, Any]:
     """Name and every option of a method, ready for JSON."""
-    from .methods import METHODS
+    from ..methods import METHODS
 
     names = {cls: name for name, cls in METHODS.items()}
     options = {field.name: _plain(getattr(method, field.name)) for field in dataclasses.fields(method)}
@@ -240,7 +240,7 @@ def _plain(value: Any) -> Any:
 
 
 def make_methods(methods: str | Method | Sequence[str | Method]) -> list[Method]:
-    from .methods import METHODS
+    from ..methods import METHODS
 
     listed = methods if isinstance(methods, Sequence) and not isinstance(methods, str) else [methods]
     return [parse_method(method, METHODS) if isinstance(method, str) else method for method in listed]

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..output import write_whole, writing
-from ..reading import UsageError
-from ..tasks import SMALLER_IS_BETTER
+from ...data.files import UsageError
+from ...fitting.folder import write_whole, writing
+from ...tasks import SMALLER_IS_BETTER
+from ..records import STUDY, planned, read_records
 from . import figures, tables
 from .document import (
     NONE,
@@ -37,7 +38,6 @@ from .document import (
     markdown,
     number,
 )
-from .records import STUDY, planned, read_records
 
 PANELS = 24  # drawn of one kind of figure
 LISTED = 50  # shown of failed runs, and of skipped files

@@ -31,17 +31,17 @@ from transformers import (
     TrainingArguments,
 )
 
-from . import state
-from .bilevel import BiLevel
-from .data import Target, UsageError, one_line, split
-from .modelling import Source, adapted, label_ids, merged, quiet, read_model, rescale, tokenise, write_model
-from .output import last_checkpoint, write_json
+from ..data.prepare import Target, UsageError, one_line, split
+from ..files import state
+from ..methods.bases.bilevel import BiLevel
+from ..tasks import SMALLER_IS_BETTER, score
+from ..trainer import Trainer
+from .folder import last_checkpoint, write_json
 from .recipe import MAX_STEPS, Recipe
-from .tasks import SMALLER_IS_BETTER, score
-from .trainer import Trainer
+from .source import Source, adapted, label_ids, merged, quiet, read_model, rescale, tokenise, write_model
 
 if TYPE_CHECKING:
-    from .core import Method
+    from ..core import Method
 
 logger = logging.getLogger("steadytune")
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..functional import boolean, checksum, exchange, mix, put_back
 from . import shards
-from .functional import boolean, checksum, exchange, mix, put_back
 from .method import Weight
 
 

@@ -15,10 +15,10 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import Table, Target, UsageError, encode, examples, one_line
-from .modelling import Source, quiet, read_model, tokenise, write_model
-from .output import MEMBERS, RECORD
-from .tasks import score
+from ..data.prepare import Table, Target, UsageError, encode, examples, one_line
+from ..tasks import score
+from .folder import MEMBERS, RECORD
+from .source import Source, quiet, read_model, tokenise, write_model
 from .training import decide, device
 
 logger = logging.getLogger("steadytune")

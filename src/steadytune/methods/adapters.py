@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import state
-from .anatomy import Part, anatomy, blocks
-from .delta import fingerprint
+from ..core.anatomy import Part, anatomy, blocks
+from ..files import state
+from ..files.delta import fingerprint
 
 FILE = "adapters.safetensors"
 FORMAT = 1

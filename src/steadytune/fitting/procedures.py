@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from .checks import whole
-from .merge import uniform
-from .methods import WeightMixup
+from ..core.checks import whole
+from ..merge import uniform
+from ..methods import WeightMixup
 
 if TYPE_CHECKING:
     from .training import Job, Setup, Trained

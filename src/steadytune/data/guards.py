@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from .data import Data, Target, keys, label_name, membership
-from .reading import UsageError
+from .files import UsageError
+from .prepare import Data, Target, keys, label_name, membership
 
 # Shares are only held against sets of this many rows: of a handful a few may well repeat.
 LEAST_ROWS = 20

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..functional import checksum
 from . import state
-from .functional import checksum
 
 FILE = "delta.safetensors"
 FORMAT = 1

@@ -97,7 +97,7 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
 
 def _environment(autoescape: bool) -> Environment:
     environment = Environment(
-        loader=PackageLoader("steadytune.bench", "."),
+        loader=PackageLoader("steadytune.bench.report", "."),
         autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -18,9 +18,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pandas as pd
 
-from .reading import UsageError as UsageError
-from .reading import one_line as one_line
-from .reading import read_source, suggest
+from .files import UsageError as UsageError
+from .files import one_line as one_line
+from .files import read_source, suggest
 
 logger = logging.getLogger("steadytune")
 

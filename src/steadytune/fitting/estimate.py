@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from .modelling import tokenise
+from .source import tokenise
 from .training import ByLength, Job, Setup
 
 if TYPE_CHECKING:
-    from .fitting import Plan
+    from .main import Plan
 
 MEASURED = 3  # steps, after one that warms up
 FORWARD = 1 / 3  # of a training step's time: the backward pass costs twice the forward

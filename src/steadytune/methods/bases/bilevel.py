@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core import Method, Run, Weight, not_negative
-from .functional import hashed
-from .hypergradient import AdamW, slope
-from .step import Inputs
+from ...core import Method, Run, Weight, not_negative
+from ...core.step import Inputs
+from ...functional import hashed
+from ...hypergradient import AdamW, slope
 
 Outer = Callable[[], Iterable[Inputs]]  # asked anew for each pass over the rows
 Variables = dict[str, list[Tensor]]

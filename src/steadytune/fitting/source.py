@@ -27,10 +27,10 @@ from transformers import (
 )
 from transformers.utils import logging as hub_logging
 
-from .adapters import FILE as ADAPTERS
-from .adapters import adapter_size, load_adapters, save_adapters
-from .anatomy import anatomy
-from .data import Target, UsageError, one_line
+from ..core.anatomy import anatomy
+from ..data.prepare import Target, UsageError, one_line
+from ..methods.adapters import FILE as ADAPTERS
+from ..methods.adapters import adapter_size, load_adapters, save_adapters
 
 logger = logging.getLogger("steadytune")
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .facts import Cost, Paper
-from .method import SCOPES, Method, Scope, overrides
-from .methods import METHODS
+from ..core import SCOPES, Method, Scope, overrides
+from ..core.facts import Cost, Paper
+from . import METHODS
 
 VERBS = ("before_forward", "penalty", "pull_back", "before_step", "after_step", "evaluated")
 HEADER = """\

@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from . import __version__
+from .. import __version__
+from ..data.guards import inspect, raise_errors, truncated
+from ..data.prepare import Data, Kind, Table, Target, UsageError, folds, prepare, suggest
+from ..tasks import METRICS, SMALLER_IS_BETTER
 from .card import model_card
-from .data import Data, Kind, Table, Target, UsageError, folds, prepare, suggest
-from .guards import inspect, raise_errors, truncated
-from .output import MEMBERS, RECORD, Output, same_run, write_json, write_whole, writing
+from .folder import MEMBERS, RECORD, Output, same_run, write_json, write_whole, writing
 from .recipe import Recipe, make_methods, make_procedure, method_record, procedure_record
-from .tasks import METRICS, SMALLER_IS_BETTER
 
 if TYPE_CHECKING:
-    from .core import Method
+    from ..core import Method
     from .estimate import Estimate
-    from .fitted import FittedModel
-    from .modelling import Source
+    from .fitted_model import FittedModel
     from .procedures import MixupBLO as Procedure
+    from .source import Source
     from .training import Job, Setup, Trained
 
 logger = logging.getLogger("steadytune")
@@ -331,14 +331,14 @@ def headline(metric: str | None, target: Target) -> str:
 
 def open_model(plan: Plan) -> Source:
     """Config and tokenizer of the model, before its weights."""
-    from .modelling import Source
+    from .source import Source
 
     return Source.open(plan.model, plan.data.target, dropout=plan.recipe.dropout, max_length=plan.recipe.max_length)
 
 
 def setup(plan: Plan, source: Source, checkpoints: Path) -> Setup:
     """What all trainings share."""
-    from .modelling import standardised
+    from .source import standardised
     from .training import Setup
 
     target = plan.data.target
@@ -364,7 +364,7 @@ def runs(plan: Plan, stop_at: int | None = None) -> list[Job]:
 
 def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResult:
     """Load, train, evaluate, write; everything about the data has been checked."""
-    from .modelling import check_adapted, check_scale
+    from .source import check_adapted, check_scale
 
     source = open_model(plan)
     record = _record(plan, source)
@@ -405,7 +405,7 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
 
 def _check_tokens(features: Any, source: Source) -> None:
     """A directory without tokenizer files gives a tokenizer without words."""
-    from .modelling import unknown_share
+    from .source import unknown_share
 
     share = unknown_share(features, source.tokenizer)
     message = (
@@ -468,7 +468,7 @@ def _finish(plan: Plan, source: Source, folder: Output, record: dict[str, Any], 
 
 def fitted_model(plan: Plan, source: Source, models: Sequence[Any]) -> FittedModel:
     """Trained models as one that reads tables like the training table."""
-    from .fitted import FittedModel
+    from .fitted_model import FittedModel
 
     table = plan.data.table
     assert table is not None
@@ -485,8 +485,8 @@ def fitted_model(plan: Plan, source: Source, models: Sequence[Any]) -> FittedMod
 
 def _calibrate(trained: Trained, plan: Plan, source: Source) -> float:
     """Fit a temperature on the validation rows and take it into the model."""
-    from . import modelling
-    from .fitted import logits
+    from . import source as modelling
+    from .fitted_model import logits
 
     assert plan.select is not None
     features = modelling.tokenise(plan.select, source.tokenizer, source.max_length)
@@ -512,7 +512,7 @@ def _combine(
     plan: Plan, trained: list[Trained], scores: list[dict[str, dict[str, Any]]]
 ) -> tuple[list[Any], int | None]:
     """The models whose predictions are averaged, and the number of the run chosen, if one was."""
-    from .merge import uniform
+    from ..merge import uniform
 
     models = [t.model for t in trained]
     if len(models) == 1:
@@ -578,7 +578,7 @@ def _record(plan: Plan, source: Source) -> dict[str, Any]:
 
 def _write(folder: Output, result: FitResult, record: dict[str, Any]) -> None:
     """The model, the results, and last of all the record that calls the run finished."""
-    from .modelling import quiet, write_model
+    from .source import quiet, write_model
 
     models = result.model.models
     with writing(folder.path):
@@ -620,7 +620,7 @@ def upload(folder: Path, repository: str) -> None:
 
 def _announce(plan: Plan, source: Source, features: Any) -> None:
     """Say what is about to happen, and what in the data may surprise."""
-    from .modelling import token_counts
+    from .source import token_counts
 
     data, rows_per_step = plan.data, plan.recipe.batch_size * plan.recipe.accumulation
     sizes = ", ".join(f"{name} {len(rows)}" for name, rows in data.tests.items()) or "no test set"

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .data import Table, Target, UsageError, resolve, suggest
-from .output import MEMBERS, RECORD, writing
-from .tasks import SMALLER_IS_BETTER
+from ..data.prepare import Table, Target, UsageError, resolve, suggest
+from ..tasks import SMALLER_IS_BETTER
+from .folder import MEMBERS, RECORD, writing
 
 WAYS = ("uniform", "greedy", "interpolate", "paint", "add")
 FROM_BASE, SCORED = ("interpolate", "paint", "add"), ("greedy", "paint")
@@ -54,7 +54,7 @@ def merge_folders(
     Raises:
         UsageError: what was asked for cannot be done; nothing is written.
     """
-    from . import merge
+    from .. import merge
 
     _check(models, output, how, base, validation)
     loaded = [_load(path) for path in models]
@@ -132,9 +132,9 @@ def _scorer(
     """
     import numpy as np
 
-    from .fitted import FittedModel
-    from .fitting import headline
-    from .modelling import Source
+    from .fitted_model import FittedModel
+    from .main import headline
+    from .source import Source
     from .training import device
 
     if not type(model).__name__.endswith("ForSequenceClassification"):
@@ -180,7 +180,7 @@ def _load(path: Path, kind: Any = None) -> tuple[Any, set[str]]:
     """A model, and the names of weights that its directory lacks."""
     import transformers
 
-    from .modelling import quiet
+    from .source import quiet
 
     try:
         if kind is None:
@@ -221,7 +221,7 @@ def _write(model: Any, source: Path, output: Path) -> None:
     """Model and tokenizer, beside the final place first."""
     from transformers import AutoTokenizer
 
-    from .modelling import quiet
+    from .source import quiet
 
     with writing(output):
         part = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.absolute().parent))

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..functional import checksum, hashed
 from . import shards
 from .anatomy import Kind
 from .checks import one_of
 from .facts import Cost, Paper
-from .functional import checksum, hashed
 
 if TYPE_CHECKING:
-    from .core import Run
+    from .run import Run
     from .step import Step
 
 M = TypeVar("M", bound="Method")

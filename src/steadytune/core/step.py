@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..functional import symmetric_kl
 from . import shards
 from .anatomy import input_embedding
-from .functional import symmetric_kl
 
 if TYPE_CHECKING:
-    from .core import Run
     from .method import Method
+    from .run import Run
 
 Inputs = Mapping[str, Any]
 Compute = Callable[[Any, Inputs, int], tuple[Tensor, Any]]  # (model, inputs, copies) -> (loss, outputs)

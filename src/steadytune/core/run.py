@@ -24,19 +24,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ..functional import hashed, kept, kth_largest
 from . import shards
 from .anatomy import Part, anatomy
 from .checks import check_model, check_optimizer, check_order, check_recipe, check_wrapper, has_stepped
-from .checks import in_unit as in_unit
-from .checks import not_negative as not_negative
-from .checks import one_of as one_of
-from .checks import whole as whole
-from .functional import hashed, kept, kth_largest
-from .method import SCOPES as SCOPES
 from .method import WEIGHT_VERBS, M, Method, Scope, Weight, acts_on_weights, entry, overrides, select
-from .method import gradients as gradients
-from .method import multiply as multiply
-from .method import only as only
 from .step import Compute, Inputs, Passes, Step, batch_size, default_compute, repeated, split
 from .views import References, Views
 

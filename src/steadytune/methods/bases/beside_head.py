@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import nn
 
-from .checks import check_unwrapped
-from .core import Method, Run, Scope, Weight
+from ...core import Method, Run, Scope, Weight
+from ...core.checks import check_unwrapped
 
 
 class Beside(nn.Module):

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..reading import UsageError, suggest
-from ..tasks import SMALLER_IS_BETTER
-from .stats import (
+from ...data.files import UsageError, suggest
+from ...tasks import SMALLER_IS_BETTER
+from ..stats import (
     Comparison,
     Steadiness,
     Stratified,

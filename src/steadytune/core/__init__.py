@@ -1,0 +1,23 @@
+"""The core: a recipe is a list of methods, which a `Run` binds to any model, optimizer and training loop.
+
+`Method` is what a method overrides, `Weight` and `Step` are what its verbs are given, `Run` carries them out.
+"""
+
+from . import shards as shards
+from .checks import in_unit as in_unit
+from .checks import not_negative as not_negative
+from .checks import one_of as one_of
+from .checks import whole as whole
+from .method import SCOPES as SCOPES
+from .method import WEIGHT_VERBS as WEIGHT_VERBS
+from .method import Method as Method
+from .method import Scope as Scope
+from .method import Weight as Weight
+from .method import gradients as gradients
+from .method import multiply as multiply
+from .method import only as only
+from .method import overrides as overrides
+from .method import select as select
+from .run import Run as Run
+from .run import bare as bare
+from .step import Step as Step
