@@ -5,8 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from steadytune.data.files import UsageError, read_source, read_table
+from steadytune.data.files import read_source, read_table
 from steadytune.data.prepare import Table, examples, find_target
+from steadytune.errors import UsageError
 
 # ---- files ------------------------------------------------------------------------------------------------------
 

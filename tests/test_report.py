@@ -19,7 +19,7 @@ from steadytune import cli
 from steadytune.bench.records import read_records
 from steadytune.bench.report import figures, tables
 from steadytune.bench.report.write import write_report
-from steadytune.data.files import UsageError
+from steadytune.errors import UsageError
 
 PLAIN, RIVAL = [0.80, 0.82, 0.78, 0.84], [0.83, 0.84, 0.82, 0.85]
 FILES = ("report.html", "report.md", "runs.csv", "summary.csv")

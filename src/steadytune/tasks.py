@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from .data.files import UsageError, read_table, suggest
+from .data.files import read_table
 from .data.prepare import Table, Target
+from .errors import UsageError, suggest
 
 NLI3 = ("entailment", "neutral", "contradiction")
 NLI2 = ("entailment", "not_entailment")

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
-from ..data.files import UsageError, one_line
+from ..errors import UsageError, one_line
 
 FORMAT = 1
 FOLDER, STUDY, PLANNED = "records", "study.yaml", "planned.json"

@@ -10,30 +10,16 @@ import difflib
 import importlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 import pandas as pd
 
+from ..errors import UsageError, one_line, suggest
+
 HUB = "hub:"  # what a source on the hub starts with
-
-
-class UsageError(ValueError):
-    """What the user asked for cannot be done; the message says what, why, and what to do instead."""
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """The tail of every 'unknown name' message: the nearest known name, then all of them."""
-    names = [str(known_name) for known_name in known]
-    near = difflib.get_close_matches(name, names, n=1)
-    return (f" Did you mean {near[0]!r}?" if near else "") + f" Known: {', '.join(names) or 'none'}."
-
-
-def one_line(error: BaseException) -> str:
-    """A library's message, fit to stand inside ours."""
-    return " ".join(str(error).split())
 
 
 def read_source(source: Any, called: str = "the table") -> tuple[pd.DataFrame, str]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from .files import UsageError
+from ..errors import UsageError
 from .prepare import Data, Target, keys, label_name, membership
 
 # Shares are only held against sets of this many rows: of a handful a few may well repeat.

@@ -18,9 +18,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pandas as pd
 
-from .files import UsageError as UsageError
-from .files import one_line as one_line
-from .files import read_source, suggest
+from ..errors import UsageError as UsageError
+from ..errors import one_line as one_line
+from ..errors import suggest
+from .files import read_source
 
 logger = logging.getLogger("steadytune")
 

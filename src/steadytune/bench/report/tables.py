@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ...data.files import UsageError, suggest
+from ...errors import UsageError, suggest
 from ...tasks import SMALLER_IS_BETTER
 from ..stats import (
     Comparison,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ...data.files import UsageError
+from ...errors import UsageError
 from ...fitting.folder import write_whole, writing
 from ...tasks import SMALLER_IS_BETTER
 from ..records import STUDY, planned, read_records
