@@ -11,22 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steadytune.functional import (
-    CHUNK,
-    boolean,
-    exchange,
-    frequency_score,
-    keep_top,
-    kept,
-    kth_largest,
-    mix,
-    put_back,
-    rescaled,
-    selecting,
-    stage_length,
-    symmetric_kl,
-    zero_others,
-)
+from steadytune.core.tensors import CHUNK, boolean, exchange, keep_top, kept, kth_largest, put_back, zero_others
+from steadytune.functional import frequency_score, mix, rescaled, selecting, stage_length, symmetric_kl
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 integers = st.lists(st.integers(-1000, 1000), min_size=1, max_size=40)

@@ -29,7 +29,8 @@ from steadytune import (
     only,
 )
 from steadytune.core import Method
-from steadytune.functional import anneal, byte_mask, symmetric_kl
+from steadytune.core.tensors import byte_mask
+from steadytune.functional import anneal, symmetric_kl
 from steadytune.methods.bases import static_mask as masks
 from steadytune.methods.bases.bilevel import BiLevel
 from steadytune.methods.rose import divergence

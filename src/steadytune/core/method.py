@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..functional import checksum, hashed
 from . import shards
 from .anatomy import Kind
 from .checks import one_of
 from .facts import Cost, Paper
+from .tensors import checksum, hashed
 
 if TYPE_CHECKING:
     from .run import Run

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..functional import hashed, kept, kth_largest
 from . import shards
 from .anatomy import Part, anatomy
 from .checks import check_model, check_optimizer, check_order, check_recipe, check_wrapper, has_stepped
 from .method import WEIGHT_VERBS, M, Method, Scope, Weight, acts_on_weights, entry, overrides, select
 from .step import Compute, Inputs, Passes, Step, batch_size, default_compute, repeated, split
+from .tensors import hashed, kept, kth_largest
 from .views import References, Views
 
 FORMAT = 1  # of Run.state_dict(); older formats must go on loading

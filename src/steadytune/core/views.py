@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..functional import boolean, checksum, exchange, mix, put_back
+from ..functional import mix
 from . import shards
 from .method import Weight
+from .tensors import boolean, checksum, exchange, put_back
 
 
 class Views:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..functional import checksum
+from ..core.tensors import checksum
 from . import state
 
 FILE = "delta.safetensors"

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..core import Method, Run, Scope, Weight, in_unit, multiply, one_of, select, whole
 from ..core.facts import Cost, Paper
 from ..core.step import Inputs, batch_size
-from ..functional import byte_mask
+from ..core.tensors import byte_mask
 from .bases.static_mask import Batch, StaticMask, Tensors, top_masks
 
 PAPER = Paper(

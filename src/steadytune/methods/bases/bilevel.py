@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...core import Method, Run, Weight, not_negative
 from ...core.step import Inputs
-from ...functional import hashed
+from ...core.tensors import hashed
 from ...hypergradient import AdamW, slope
 
 Outer = Callable[[], Iterable[Inputs]]  # asked anew for each pass over the rows

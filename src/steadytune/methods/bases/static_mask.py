@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...core import Method, Run, Scope, Weight, multiply
 from ...core.step import Inputs
-from ...functional import zero_others
+from ...core.tensors import zero_others
 
 Tensors = dict[str, Tensor]
 FEW = 1 / 16  # share of kept entries up to which their indices are faster than a mask; at most 0.5 bytes a weight

@@ -1,0 +1,101 @@
+"""What the core does to tensors in place, and the thresholds, hashes and masks that it shares with the methods."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 18  # elements moved at once by `exchange`: one megabyte of float32, small enough for a core's cache
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+
+
+def kept(n: int, keep: float) -> int:
+    """Number of entries of ``n`` that a share ``keep`` in [0, 1] leaves: the ceiling of ``n * keep``.
+
+    Rounding noise is removed first: 100 * 0.29 is 28.999999999999996 in floating point and counts as 29.
+    """
+    return math.ceil(round(n * keep, 6))
+
+
+def kth_largest(scores: Tensor, k: int) -> Tensor:
+    """The ``k``-th largest entry (1-based) of a tensor of any shape, as a 0-d tensor; +inf for ``k = 0``."""
+    flat = scores.flatten()
+    if k == 0:
+        return flat.new_full((), math.inf)
+    if flat.is_cuda:  # kthvalue runs in a single block there
+        return flat.sort().values[flat.numel() - k]
+    return flat.kthvalue(flat.numel() - k + 1).values
+
+
+def keep_top(scores: Tensor, keep: float) -> Tensor:
+    """Boolean mask of the ``ceil(n * keep)`` largest scores; entries tied with the threshold are all kept."""
+    return scores >= kth_largest(scores, kept(scores.numel(), keep))
+
+
+def byte_mask(shape: Sequence[int], share: float, generator: torch.Generator) -> Tensor:
+    """Boolean entries, each True with probability ``share``, a multiple of 1/256 below 1, from one random byte each."""
+    n = math.prod(shape)
+    words = torch.empty(-(-n // 8), dtype=torch.int64, device=generator.device)
+    words.random_(-(2**63), None, generator=generator)  # all 64 bits: without bounds the sign bit would stay 0
+    return (words.view(torch.uint8)[:n] < round(share * 256)).view(tuple(shape))
+
+
+def hashed(*parts: Any) -> int:
+    """A seed of 63 bits that depends on the parts, plain values, and on nothing else."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def checksum(tensor: Tensor) -> str:
+    """64 bits that tell one tensor's bytes from another's."""
+    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(data.tobytes(), digest_size=8).hexdigest()
+
+
+def exchange(a: Tensor, b: Tensor) -> None:
+    """Swap the contents of two contiguous tensors of one shape, with a buffer of `CHUNK` elements."""
+    a, b = a.view(-1), b.view(-1)
+    buffer = torch.empty_like(a[:CHUNK])
+    for start in range(0, a.numel(), CHUNK):
+        x, y = a[start : start + CHUNK], b[start : start + CHUNK]
+        held = buffer[: x.numel()].copy_(y)
+        y.copy_(x)
+        x.copy_(held)
+
+
+def put_back(live: Tensor, before: Tensor, mask: Tensor) -> None:
+    """``live`` becomes ``before`` where ``mask`` is False, bit for bit, in place; ``before`` may be overwritten.
+
+    Args:
+        live: any shape and dtype; contiguous for a mask of indices.
+        before: like ``live``.
+        mask: boolean, broadcastable to ``live``, or flat indices (int64) of the entries that stay.
+    """
+    if mask.dtype != torch.bool:
+        before.view(-1).index_copy_(0, mask, live.view(-1).index_select(0, mask))
+        live.copy_(before)
+    elif live.is_cpu and mask.dim():  # torch.where is up to three times slower, as nothing foresees a random mask
+        bits, others = (t.view(WORDS[t.element_size()]) for t in (live, before))
+        bits.bitwise_xor_(others).mul_(mask).bitwise_xor_(others)
+    else:
+        torch.where(mask, live, before, out=live)
+
+
+def zero_others(tensor: Tensor, entries: Tensor) -> None:
+    """Zero all but the entries of a contiguous tensor that have these flat indices (int64), in place."""
+    flat = tensor.view(-1)
+    kept = flat.index_select(0, entries)
+    flat.zero_().index_copy_(0, entries, kept)
+
+
+def boolean(mask: Tensor, shape: Sequence[int]) -> Tensor:
+    """A mask as boolean entries, one given as flat indices (int64) too."""
+    if mask.dtype == torch.bool:
+        return mask
+    flat = torch.zeros(math.prod(shape), dtype=torch.bool, device=mask.device)
+    return flat.index_fill_(0, mask, True).view(tuple(shape))
