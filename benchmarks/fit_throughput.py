@@ -38,7 +38,8 @@ from transformers import (
 )
 
 import steadytune
-from steadytune.data.prepare import Data, Table, prepare
+from steadytune.data.prepare import Data, prepare
+from steadytune.data.tables import Table
 from steadytune.fitting.source import label_ids, tokenise
 from steadytune.tasks import find, load, score
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from fit_helpers import save_tiny_bert, toy
 from steadytune import cli
 from steadytune.config import defaults, options
-from steadytune.data.prepare import UsageError
+from steadytune.errors import UsageError
 
 
 @pytest.fixture

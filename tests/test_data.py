@@ -6,27 +6,11 @@ import pandas as pd
 import pytest
 
 from fit_helpers import toy
-from steadytune.data.prepare import (
-    Data,
-    Table,
-    Target,
-    UsageError,
-    allot,
-    draw,
-    encode,
-    examples,
-    find_target,
-    fingerprint,
-    folds,
-    label_name,
-    membership,
-    prepare,
-    resolve,
-    split,
-    strata,
-    subset,
-    texts,
-)
+from steadytune.data.prepare import Data, fingerprint, prepare
+from steadytune.data.splits import allot, draw, folds, split, strata, subset
+from steadytune.data.tables import Table, Target, examples, label_name, membership, resolve, texts
+from steadytune.data.targets import encode, find_target
+from steadytune.errors import UsageError
 
 
 def problem(labels, kind="auto", **more):

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from fit_helpers import WORDS, same, save_tiny_bert, save_tiny_gpt2, toy, weights, word_tokenizer
-from steadytune.data.prepare import Target, UsageError
+from steadytune.data.tables import Target
+from steadytune.errors import UsageError
 from steadytune.fitting import fitted_model as fitted
 from steadytune.fitting import main as fitting
 from steadytune.fitting import source as modelling

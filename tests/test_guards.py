@@ -3,7 +3,9 @@ import pandas as pd
 import pytest
 
 from steadytune.data.guards import Finding, inspect, raise_errors, truncated
-from steadytune.data.prepare import Data, Table, Target, UsageError, prepare
+from steadytune.data.prepare import Data, prepare
+from steadytune.data.tables import Table, Target
+from steadytune.errors import UsageError
 
 
 def frame(labels, texts=None, **more):

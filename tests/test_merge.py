@@ -13,7 +13,7 @@ from fit_helpers import save_tiny_bert, toy
 from helpers import assert_same, copied
 from steadytune import FittedModel, merge
 from steadytune.cli import app
-from steadytune.data.prepare import Target
+from steadytune.data.tables import Target
 
 ATOL = 1e-10
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import helpers
 from fit_helpers import save_tiny_bert, save_tiny_gpt2, toy
 from steadytune import EMA, FGM, LNSR, SMART, DPSDense, FittedModel, RDrop, Run, fit
-from steadytune.data.prepare import UsageError
+from steadytune.errors import UsageError
 from steadytune.fitting import source as modelling
 from test_anatomy import tiny
 

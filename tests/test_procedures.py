@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from bench_helpers import make_root, records, small
 from fit_helpers import same, save_tiny_bert, toy, weights
 from steadytune.bench.study import run_study
-from steadytune.data.prepare import UsageError
+from steadytune.errors import UsageError
 from steadytune.fitting import training
 from steadytune.fitting.main import dry_run, fit
 from steadytune.fitting.procedures import mean_shares

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 from steadytune.data.files import read_source, read_table
-from steadytune.data.prepare import Table, examples, find_target
+from steadytune.data.tables import Table, examples
+from steadytune.data.targets import find_target
 from steadytune.errors import UsageError
 
 # ---- files ------------------------------------------------------------------------------------------------------

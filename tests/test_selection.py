@@ -17,7 +17,8 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 from fit_helpers import same, save_tiny_bert, save_tiny_gpt2, toy, weights, word_tokenizer
 from steadytune import FittedModel, SteadyClassifier, SteadyRegressor, dry_run, fit
-from steadytune.data.prepare import Target, UsageError
+from steadytune.data.tables import Target
+from steadytune.errors import UsageError
 from steadytune.fitting import source as modelling
 from steadytune.fitting import training
 from steadytune.fitting.estimate import per_step

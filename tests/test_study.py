@@ -25,7 +25,8 @@ from steadytune.bench.run import corrupted, make_plan
 from steadytune.bench.spec import Study, preset, presets
 from steadytune.bench.store import Store
 from steadytune.bench.study import run_study
-from steadytune.data.prepare import Target, UsageError
+from steadytune.data.tables import Target
+from steadytune.errors import UsageError
 from steadytune.tasks import TASKS, find, seen_by
 
 

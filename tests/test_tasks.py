@@ -4,7 +4,9 @@ import pytest
 
 from fit_helpers import data_root
 from steadytune import tasks
-from steadytune.data.prepare import Target, UsageError, prepare
+from steadytune.data.prepare import prepare
+from steadytune.data.tables import Target
+from steadytune.errors import UsageError
 from steadytune.tasks import COLUMNS, METRICS, TASKS, find, load, merge_rule, score
 
 

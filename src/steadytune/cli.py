@@ -167,7 +167,7 @@ def fit(
     """
     given = dict(locals())
     with _errors_in_one_line():
-        from .data.prepare import UsageError
+        from .errors import UsageError
         from .fitting import main as fitting
         from .fitting.recipe import Recipe
 
@@ -218,7 +218,7 @@ def predict(
     Example: steadytune predict out new.csv --output labelled.csv
     """
     with _errors_in_one_line():
-        from .data.prepare import UsageError, suggest
+        from .errors import UsageError, suggest
         from .fitting.folder import TABLE_WRITERS, write_whole, writing
 
         writer = TABLE_WRITERS.get(output.suffix.lower())
@@ -229,7 +229,7 @@ def predict(
         if not output.absolute().parent.is_dir():
             raise UsageError(f"output {output}: no such directory {output.parent}. Make it first.")
         with _speaking(quiet):
-            from .data.prepare import Table
+            from .data.tables import Table
             from .fitting.fitted_model import FittedModel
 
             fitted = FittedModel.load(model)
@@ -337,7 +337,7 @@ def report(
 
 def _named(tests: list[str]) -> dict[str, Path]:
     """Test files by name: `NAME=FILE`, or `FILE` under its own stem."""
-    from .data.prepare import UsageError
+    from .errors import UsageError
 
     named: dict[str, Path] = {}
     for item in tests:
@@ -353,7 +353,7 @@ def _named(tests: list[str]) -> dict[str, Path]:
 def _from_task(given: dict[str, Any], tests: dict[str, Any]) -> tuple[Any, str, dict[str, Any]]:
     """Training table, metric and test tables of `--task`; flags that would contradict the task are errors."""
     from . import tasks
-    from .data.prepare import UsageError
+    from .errors import UsageError
 
     other = {"train": "a training file", "text": "--text", "test": "--test", "validation": "--validation"}
     for name, flag in other.items():
@@ -373,7 +373,7 @@ def methods(
 ) -> None:
     """List the fine-tuning methods with source, cost and conflicts, or show one with its options."""
     with _errors_in_one_line():
-        from .data.prepare import UsageError, suggest
+        from .errors import UsageError, suggest
         from .methods import catalogue
 
         if markdown:
@@ -536,7 +536,7 @@ def _speaking(quiet: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _errors_in_one_line(go_on: str = "with --resume goes on from the last checkpoint") -> Iterator[None]:
     """A user's mistake is a sentence and exit code 2, Ctrl-C is 130; a traceback is for our own bugs."""
-    from .data.prepare import UsageError
+    from .errors import UsageError
 
     try:
         yield

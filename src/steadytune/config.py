@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .data.prepare import UsageError, one_line, suggest
+from .errors import UsageError, one_line, suggest
 
 
 def defaults(path: Path, command: Callable[..., Any]) -> dict[str, Any]:

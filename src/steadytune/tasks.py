@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .data.files import read_table
-from .data.prepare import Table, Target
+from .data.tables import Table, Target
 from .errors import UsageError, suggest
 
 NLI3 = ("entailment", "neutral", "contradiction")

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from fit_helpers import toy
 from helpers import arguments, batches, bert, collate, copied, rows
 from steadytune import EasyAdapt, Run, Trainer
-from steadytune.data.prepare import UsageError
+from steadytune.errors import UsageError
 from steadytune.fitting.main import make_plan
 from steadytune.methods.easy_adapt import Domains
 

@@ -23,7 +23,8 @@ import numpy as np
 import pandas as pd
 
 from .. import __version__
-from ..data.prepare import Data, Table, Target
+from ..data.prepare import Data
+from ..data.tables import Table, Target
 from ..fitting import main as fitting
 from ..fitting.recipe import SEEDS
 from ..tasks import find, load, score

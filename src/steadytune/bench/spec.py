@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import options, read, value
-from ..data.prepare import UsageError, suggest
+from ..errors import UsageError, suggest
 from ..fitting.recipe import SEEDS, Recipe, make_methods, make_procedure, method_record, procedure_record
 from ..tasks import METRICS, Task, find, seen_by
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from ..data.prepare import UsageError
+from ..errors import UsageError
 from ..fitting.folder import write_json, write_whole, writing
 from .records import PLANNED, STUDY, planned
 

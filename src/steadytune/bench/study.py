@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..data.prepare import UsageError
+from ..errors import UsageError
 from ..tasks import SMALLER_IS_BETTER
 from .pool import Engine, Here, Outcome, Pool, cores, slots, visible_gpus
 from .spec import Run, Study

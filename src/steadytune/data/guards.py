@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from ..errors import UsageError
-from .prepare import Data, Target, keys, label_name, membership
+from .prepare import Data, keys
+from .tables import Target, label_name, membership
 
 # Shares are only held against sets of this many rows: of a handful a few may well repeat.
 LEAST_ROWS = 20

@@ -12,7 +12,8 @@ import pandas as pd
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
-from ..data.prepare import Kind, UsageError, label_name
+from ..data.tables import Kind, label_name
+from ..errors import UsageError
 from .main import fit
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"

@@ -16,7 +16,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from ..data.prepare import UsageError
+from ..errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.prepare import Table, Target, UsageError, resolve, suggest
+from ..data.tables import Table, Target, resolve
+from ..errors import UsageError, suggest
 from ..tasks import SMALLER_IS_BETTER
 from .folder import MEMBERS, RECORD, writing
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..data.prepare import UsageError, suggest
+from ..errors import UsageError, suggest
 
 if TYPE_CHECKING:
     from ..core import Method

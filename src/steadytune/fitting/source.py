@@ -28,7 +28,8 @@ from transformers import (
 from transformers.utils import logging as hub_logging
 
 from ..core.anatomy import anatomy
-from ..data.prepare import Target, UsageError, one_line
+from ..data.tables import Target
+from ..errors import UsageError, one_line
 from ..methods.adapters import FILE as ADAPTERS
 from ..methods.adapters import adapter_size, load_adapters, save_adapters
 

@@ -31,7 +31,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..data.prepare import Target, UsageError, one_line, split
+from ..data.splits import split
+from ..data.tables import Target
+from ..errors import UsageError, one_line
 from ..files import state
 from ..methods.bases.bilevel import BiLevel
 from ..tasks import SMALLER_IS_BETTER, score

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..core import Method, Run, shards, whole
 from ..core.anatomy import anatomy, blocks
 from ..core.facts import Paper
-from ..core.views import checksum
+from ..core.tensors import checksum
 
 LOADED = "_is_hf_initialized"  # on a loaded tensor, transformers 5 leaves it alone whatever `_init_weights` asks for
 

@@ -1,0 +1,206 @@
+"""Splits of rows: strata, groups, subsets, validation shares and folds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from ..errors import UsageError
+from .tables import _check_column, label_name, membership
+
+if TYPE_CHECKING:
+    from .tables import Table, Target
+
+
+def allot(counts: np.ndarray, size: int, least: int, most: np.ndarray) -> np.ndarray:
+    """Share `size` places among strata in proportion to `counts`, between `least` and `most` each."""
+    take = np.minimum(least, most)
+    wanted = counts * size / counts.sum()
+    while take.sum() < size:
+        take[np.argmax(np.where(take < most, wanted - take, -np.inf))] += 1
+    return take
+
+
+def strata(labels: pd.Series, target: Target) -> np.ndarray:
+    """A stratum number for every row.
+
+    Its class; of several classes (multi-label) the one with the fewest rows, and a stratum of their own for rows
+    without any; for regression the tenth of the range of ranks it falls in.
+    """
+    if target.multi:
+        member = membership(labels, target)
+        rarest = np.where(member, member.sum(axis=0), len(labels) + 1).argmin(axis=1)
+        return np.where(member.any(axis=1), rarest, len(target.names))
+    if target.names:
+        return pd.Categorical(labels, categories=target.names).codes.astype(int)
+    ranks = labels.rank(method="first").to_numpy() - 1
+    return (ranks * 10 // len(ranks)).astype(int)
+
+
+def draw(groups: np.ndarray, take: np.ndarray, seed: int) -> np.ndarray:
+    """Positions of `take[g]` rows drawn at random from every group g, in file order."""
+    order = np.random.default_rng(seed).permutation(len(groups))
+    chosen = [order[groups[order] == group][:amount] for group, amount in enumerate(take)]
+    return np.sort(np.concatenate(chosen))
+
+
+def subset(rows: pd.DataFrame, target: Target, size: int, seed: int) -> pd.DataFrame:
+    """A stratified draw of `size` rows; every class that occurs keeps at least one row."""
+    groups = strata(rows["label"], target)
+    counts = np.bincount(groups)
+    least = int((counts > 0).sum())
+    if not least <= size <= len(rows):
+        raise UsageError(f"train size must lie between {least} (one row a class) and {len(rows)} (all), got {size}.")
+    return rows.iloc[draw(groups, allot(counts, size, 1, counts), seed)]
+
+
+def split(rows: pd.DataFrame, target: Target, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Carve a stratified validation share out of the rows; every class keeps at least one row for training.
+
+    Rows of one `group` stay together; the share and the strata are then met as well as the groups allow.
+
+    Raises:
+        UsageError: a class has one row only, the share leaves a class without training rows, or every group is too
+            large to be held out.
+    """
+    counts = membership(rows["label"], target).sum(axis=0)
+    single = [name for name, count in zip(target.names, counts, strict=True) if count == 1]
+    if single:
+        raise UsageError(
+            f"class {single[0]!r} has 1 row only and cannot be on both sides of a split{_and_more(single)}. Take it "
+            "out, give a validation set, or set --validation-share 0."
+        )
+    size = max(1, round(share * len(rows)))
+    held_out = _hold_groups(rows, target, size, seed) if "group" in rows else _hold_rows(rows, target, size, seed)
+    return rows[~held_out], rows[held_out]
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" (so have {len(names) - 1} other classes)" if len(names) > 1 else ""
+
+
+def _hold_rows(rows: pd.DataFrame, target: Target, size: int, seed: int) -> np.ndarray:
+    numbers = strata(rows["label"], target)
+    counts = np.bincount(numbers)
+    most = np.maximum(counts - 1, 0)
+    if size > most.sum():
+        raise UsageError(
+            f"a validation share of {size} of {len(rows)} rows leaves a class without training rows. "
+            "Lower --validation-share, or set it to 0."
+        )
+    held_out = np.zeros(len(rows), dtype=bool)
+    held_out[draw(numbers, allot(counts, size, 0, most), seed)] = True
+    return held_out
+
+
+def _hold_groups(rows: pd.DataFrame, target: Target, size: int, seed: int) -> np.ndarray:
+    """Groups in random order change sides where that brings rows and strata nearer to what is wanted, in two rounds.
+
+    Not from large to small: that would hold out the large ones whatever the seed. The second round mends what the
+    first one found too late.
+    """
+    groups, counts, order = _groups(rows, target, seed)
+    total = counts.sum(axis=0)
+    wanted, held = total * size / len(rows), np.zeros_like(total)
+    chosen: set[int] = set()
+    for group in [*order, *order]:
+        after = held + (-counts[group] if group in chosen else counts[group])
+        nearer = ((after - wanted) ** 2).sum() < ((held - wanted) ** 2).sum()
+        if nearer and not ((after == total) & (total > 0)).any():
+            held = after
+            chosen ^= {group}
+    if not chosen:
+        raise UsageError(
+            f"none of the {len(counts)} groups can be held out to make {size} of {len(rows)} validation rows. "
+            "Raise --validation-share, give a validation set, or set it to 0."
+        )
+    return np.isin(groups, list(chosen))
+
+
+def _groups(rows: pd.DataFrame, target: Target, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Group number of every row; rows of each (group, stratum), all of the group last; the groups in random order."""
+    groups, names = pd.factorize(rows["group"])
+    numbers = strata(rows["label"], target)
+    counts = np.zeros((len(names), numbers.max() + 2), dtype=int)
+    np.add.at(counts, (groups, numbers), 1)
+    counts[:, -1] = counts.sum(axis=1)
+    return groups, counts, np.random.default_rng(seed).permutation(len(names))
+
+
+def folds(rows: pd.DataFrame, target: Target, k: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`k` cuts of the rows: positions to train on and positions held out, both in file order.
+
+    Every row is held out once; folds have like sizes and strata, and rows of one `group` share a fold.
+
+    Raises:
+        UsageError: there are fewer rows (or groups) than folds, or a class would be missing from a training part.
+    """
+    units, what = (rows["group"].nunique(), "groups") if "group" in rows else (len(rows), "rows")
+    if not 2 <= k <= units:
+        raise UsageError(f"folds must lie between 2 and {units}, the number of {what}, got {k}.")
+    fold = _fold_groups(rows, target, k, seed) if "group" in rows else _fold_rows(rows, target, k, seed)
+    member = membership(rows["label"], target)
+    for number in range(k):
+        lost = (member.sum(axis=0) > 0) & ~member[fold != number].any(axis=0)
+        if lost.any():
+            name, count = target.names[lost.argmax()], int(member[:, lost.argmax()].sum())
+            why = ", all in one group" if "group" in rows and count > 1 else ""
+            raise UsageError(
+                f"class {name!r} has {count} row{'s' * (count > 1)}{why}: too few for {k} folds, one would train "
+                "without it. Take it out, or set fewer folds."
+            )
+    return [(np.flatnonzero(fold != number), np.flatnonzero(fold == number)) for number in range(k)]
+
+
+def _fold_rows(rows: pd.DataFrame, target: Target, k: int, seed: int) -> np.ndarray:
+    """Shuffled, sorted by stratum, dealt out like cards: sizes and strata differ by one row at most."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    order = order[np.argsort(strata(rows["label"], target)[order], kind="stable")]
+    fold = np.empty(len(rows), dtype=int)
+    fold[order] = np.arange(len(rows)) % k
+    return fold
+
+
+def _fold_groups(rows: pd.DataFrame, target: Target, k: int, seed: int) -> np.ndarray:
+    """Groups from large to small, each into the fold that most lacks such rows."""
+    groups, counts, order = _groups(rows, target, seed)
+    held = np.zeros((k, counts.shape[1]), dtype=int)
+    home = np.empty(len(counts), dtype=int)
+    for group in order[np.argsort(-counts[order, -1], kind="stable")]:
+        home[group] = (held @ counts[group]).argmin()
+        held[home[group]] += counts[group]
+    return home[groups]
+
+
+# Words that mark the side of a row in a validation column.
+MARKS = {
+    "train": "train", "training": "train", "false": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "true": "validation",
+    "test": "test",
+}  # fmt: skip
+
+
+def cut(rows: pd.DataFrame, table: Table, column: str) -> dict[str, pd.DataFrame]:
+    """The rows by what `column` of their table says: `train`, and `validation` and `test` where there are such rows.
+
+    Known are the words of `MARKS` in any case, and truth values: true means validation.
+
+    Raises:
+        UsageError: there is no such column, another value in it, or no training row.
+    """
+    _check_column(table, column, "validation-column")
+    values = table.frame[column].map(label_name)
+    marks = values.str.strip().str.lower().map(MARKS).to_numpy(dtype=object)
+    strange = pd.isna(marks)
+    if strange.any():
+        raise UsageError(
+            f"{table.source}: validation column {column!r} must say train, validation or test (or be true or false), "
+            f"got {values[strange].iloc[0]!r} in {int(strange.sum())} of {len(rows)} rows."
+        )
+    parts = {mark: rows[marks == mark] for mark in ("train", "validation", "test") if (marks == mark).any()}
+    if "train" not in parts:
+        raise UsageError(f"{table.source}: validation column {column!r} leaves no row for training.")
+    return parts

@@ -1,0 +1,329 @@
+"""Tables of labelled text: finding their columns and checking their cells."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from ..errors import UsageError, suggest
+from .files import read_source
+
+logger = logging.getLogger("steadytune")
+
+
+Kind = Literal["auto", "classification", "multilabel", "regression"]
+
+# Above this many different values the table no longer tells classes from something else (scores, ids, free text).
+MANY_CLASSES = 20
+
+# Column names by which text and label are known, whatever their case; an earlier line wins.
+LABELS = (
+    ("label", "labels", "target", "targets", "y", "gold_label"),
+    ("class", "category", "sentiment", "stars", "score", "rating", "intent", "topic", "emotion"),
+)
+PAIRS = (
+    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
+    ("text", "text_pair"), ("text_a", "text_b"), ("text1", "text2"), ("sentence_a", "sentence_b"),
+    ("question", "answer"), ("query", "passage"), ("query", "document"),
+)  # fmt: skip
+TEXTS = (
+    ("text",),
+    ("sentence", "review", "tweet", "comment", "content", "body", "message", "utterance", "document", "question"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A table and how to read it.
+
+    Attributes:
+        frame: the rows.
+        source: what messages call it, usually the file.
+        text: one text column, or two for sentence pairs; None: `resolve` finds them.
+        label: the label column; None: `resolve` finds it.
+        kind: classification, multi-label, regression, or decided from the labels.
+        rename: raw label to class name, in class order; empty keeps the labels as they are.
+        merge: class name to the coarser (or other) name it is scored under, for gold labels and predictions alike;
+            only for test sets whose label scheme differs from the training set's.
+        group: the column whose equal values keep rows on one side of a split.
+    """
+
+    frame: pd.DataFrame
+    source: str
+    text: tuple[str, ...] | None = ("text",)
+    label: str | None = "label"
+    kind: Kind = "auto"
+    rename: Mapping[str, str] = field(default_factory=dict)
+    merge: Mapping[str, str] = field(default_factory=dict)
+    group: str | None = None
+
+    @property
+    def columns(self) -> tuple[tuple[str, ...], str]:
+        """Text columns and label column of a resolved table."""
+        if self.text is None or self.label is None:
+            missing = "label" if self.text else "text"
+            raise UsageError(f"{self.source}: the {missing} column is not known{_choose(missing, self.frame.columns)}")
+        return self.text, self.label
+
+    @classmethod
+    def of(
+        cls,
+        data: Any,
+        text: tuple[str, ...] | None,
+        label: str | None,
+        name: str,
+        kind: Kind = "auto",
+        group: str | None = None,
+    ) -> Table:
+        """A Table from any source that `read_source` takes; a Table stays as it is."""
+        if isinstance(data, Table):
+            return data
+        frame, source = read_source(data, f"the {name} table")
+        return cls(frame, source, text, label, kind, group=group)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is predicted: one of `names` (classification), some of them (`multi`), or a number (no names: regression).
+
+    A row's label is a class name, a tuple of class names in class order (which may be empty), or a float, for which a
+    model in training stands for ``(label - mean) / spread``.
+    """
+
+    names: tuple[str, ...] = ()
+    multi: bool = False
+    mean: float = 0.0
+    spread: float = 1.0
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a model in training stands for other numbers than the labels."""
+        return (self.mean, self.spread) != (0.0, 1.0)
+
+    @property
+    def kind(self) -> str:
+        if self.multi:
+            return "multilabel"
+        return "classification" if self.names else "regression"
+
+    def merged(self, merge: Mapping[str, str]) -> tuple[str, ...]:
+        """The class names after merging, in class order, each once."""
+        return tuple(dict.fromkeys(merge.get(name, name) for name in self.names))
+
+
+def resolve(table: Table, other: Sequence[str] = ()) -> Table:
+    """The table with its text and label columns named; what was found is logged.
+
+    Names come first (`LABELS`, `PAIRS`, `TEXTS`), then shapes: text is the one column of prose, or the two if the
+    table has nothing else; the label is the one column with few values, fractions or lists.
+
+    Args:
+        table: with None for what is to be found.
+        other: columns that are neither (the group is left out anyway).
+
+    Raises:
+        UsageError: there is no such column, or more than one; the message lists them.
+    """
+    if table.frame.empty:
+        raise UsageError(f"{table.source}: the table has no rows.")
+    if table.text is not None and table.label is not None:
+        return table
+    taken = {*other, table.group, *(table.text or ()), table.label}
+    columns = table.frame.columns
+    free = [column for column in columns[~columns.duplicated(keep=False)] if column not in taken]
+    label = table.label or _only("label", _by_name(free, LABELS), table)
+    free = [column for column in free if column != label]
+    text = table.text or _find_text(free, table, spare=label is None)
+    label = label or _only("label", [c for c in free if c not in text and _like_label(table.frame[c])], table)
+    if label is None:
+        raise UsageError(f"{table.source}: no column looks like a label{_choose('label', free)}")
+    logger.info("%s: text from %s, label from %r", table.source, " and ".join(map(repr, text)), label)
+    return dataclasses.replace(table, text=text, label=label)
+
+
+def _by_name(columns: Sequence[str], known: Sequence[Sequence[str]]) -> list[str]:
+    """The columns named on the first line of `known` that names any."""
+    for names in known:
+        if found := [column for column in columns if str(column).lower() in names]:
+            return found
+    return []
+
+
+def _only(what: str, found: Sequence[str], table: Table) -> str | None:
+    if len(found) > 1:
+        raise UsageError(f"{table.source}: more than one column may be the {what}{_choose(what, found)}")
+    return found[0] if found else None
+
+
+def _choose(what: str, columns: Iterable[Any]) -> str:
+    return f": {', '.join(map(str, columns)) or 'none is left'}. {_option(what)}"
+
+
+def _option(what: str) -> str:
+    return f"Choose with --{what} NAME{', once for each column' if what == 'text' else ''}."
+
+
+def _find_text(columns: Sequence[str], table: Table, spare: int) -> tuple[str, ...]:
+    """The text among `columns`, `spare` of which are still to be the label."""
+    strings = [column for column in columns if _is_text(table.frame[column])]
+    # one side of a pair may well be the group: all the answers to a question
+    lower = {str(column).lower(): column for column in (*strings, table.group) if column is not None}
+    pairs = [tuple(lower[name] for name in pair) for pair in PAIRS if set(pair) <= set(lower)]
+    if len(pairs) > 1:
+        found = list(dict.fromkeys(column for pair in pairs for column in pair))
+        raise UsageError(f"{table.source}: more than one pair of columns may be the text{_choose('text', found)}")
+    if pairs:
+        return pairs[0]
+    named = _by_name(strings, TEXTS)
+    prose = [column for column in strings if _is_prose(table.frame[column])]
+    # two columns of prose beside others may as well be a text and its translation, or its explanation
+    if not named and len(prose) == 2 and len(columns) == 2 + spare:
+        return tuple(prose)
+    text = _only("text", named or prose or (strings if len(strings) == 1 else []), table)
+    if text is None:
+        raise UsageError(f"{table.source}: no column looks like text{_choose('text', columns)}")
+    return (text,)
+
+
+def _is_text(column: pd.Series) -> bool:
+    values = column.dropna().head(1000)
+    return len(values) > 0 and all(isinstance(value, str) for value in values)
+
+
+def _is_prose(column: pd.Series) -> bool:
+    """Three words or more on average, and hardly a repetition."""
+    values = column.dropna().head(1000).astype(str)
+    return bool(values.map(lambda text: len(text.split())).mean() >= 3 and values.nunique() > len(values) / 2)
+
+
+def _like_label(column: pd.Series) -> bool:
+    values = column.dropna()
+    if len(values) and values.map(_parts).notna().all():
+        return True
+    numbers = _numbers(values)
+    fractions = bool(numbers.notna().all() and (numbers % 1 != 0).any())
+    return fractions or 2 <= values.astype(str).nunique() <= min(MANY_CLASSES, len(values) / 2)
+
+
+def _follow(table: Table, train: Table) -> Table:
+    """A test table with the columns of the training table where it names none; not every one has the group."""
+    group = train.group if train.group in table.frame.columns else None
+    return dataclasses.replace(
+        table, text=table.text or train.text, label=table.label or train.label, group=table.group or group
+    )
+
+
+def texts(table: Table) -> pd.DataFrame:
+    """The checked texts alone: `text`, and `text_pair` for two columns; the labels are not looked at.
+
+    Raises:
+        UsageError: no rows, an unknown column, or a cell that is empty or no string.
+    """
+    frame, source, columns = table.frame, table.source, table.text
+    if frame.empty:
+        raise UsageError(f"{source}: the table has no rows.")
+    if columns is None:
+        raise UsageError(f"{source}: the text column is not known{_choose('text', frame.columns)}")
+    if not 1 <= len(columns) <= 2:
+        raise UsageError(f"one or two text columns are read, got {len(columns)}: {', '.join(columns)}.")
+    for column in columns:
+        _check_column(table, column, "text")
+        _check_texts(frame[column], column, source)
+    names = ("text", "text_pair")[: len(columns)]
+    return pd.DataFrame({name: frame[column].astype(str).tolist() for name, column in zip(names, columns, strict=True)})
+
+
+def examples(table: Table) -> pd.DataFrame:
+    """The checked rows: `text`, `text_pair` for two columns, `label` as it stands in the file, `group` if there is one.
+
+    Raises:
+        UsageError: what `texts` raises, and the same for labels and groups.
+    """
+    table = resolve(table)
+    rows, (text, label) = texts(table), table.columns
+    if len({*text, label}) != len(text) + 1:
+        raise UsageError(f"text and label must be different columns, got {', '.join([*text, label])}.")
+    _check_column(table, label, "label")
+    labels = table.frame[label]
+    _refuse(_empty(labels), f"label column {label!r}", "empty", table.source)
+    rows["label"] = labels.astype(object).to_numpy()
+    if table.group is not None:
+        if table.group == label:
+            raise UsageError(f"group and label must be different columns, got {label!r} for both.")
+        _check_column(table, table.group, "group")
+        groups = table.frame[table.group]
+        _refuse(_empty(groups), f"group column {table.group!r}", "empty", table.source)
+        rows["group"] = [label_name(value) for value in groups]
+    return rows
+
+
+def _check_column(table: Table, column: str, what: str) -> None:
+    if column not in table.frame.columns:
+        known = suggest(column, table.frame.columns)
+        raise UsageError(f"{table.source}: no column {column!r}.{known} {_option(what)}")
+    if (count := int((table.frame.columns == column).sum())) > 1:
+        raise UsageError(f"{table.source}: {count} columns are called {column!r}: rename them.")
+
+
+def _empty(values: pd.Series) -> pd.Series:
+    return values.isna() | (values.astype(str).str.strip() == "")
+
+
+def _check_texts(texts: pd.Series, column: str, source: str) -> None:
+    strings = texts.map(lambda value: isinstance(value, str)).astype(bool)
+    missing = texts.isna()
+    if not (strings | missing).all():
+        value = texts[~(strings | missing)].iloc[0]
+        raise UsageError(
+            f"{source}: text column {column!r} must hold strings, got {value} ({type(value).__name__}). "
+            "Choose another column with --text NAME."
+        )
+    _refuse(_empty(texts), f"text column {column!r}", "empty", source)
+
+
+def _refuse(bad: pd.Series, what: str, how: str, source: str) -> None:
+    """Raise when any row is bad, with the count and the first rows."""
+    if bad.any():
+        rows = np.flatnonzero(bad.to_numpy(dtype=bool))
+        first = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+        raise UsageError(
+            f"{source}: {what} is {how} in {len(rows)} of {len(bad)} rows (rows counted from 0: {first}). "
+            "Fill them in or take them out."
+        )
+
+
+def label_name(value: Any) -> str:
+    """The name of a label of any type: `1`, `1.0` and `"1"` are one class, whichever file format they came from."""
+    if isinstance(value, (float, np.floating)) and float(value).is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _parts(value: Any) -> list[Any] | None:
+    """The members of a list, tuple, set or array, or of a list written as text (`['a', 'b']`, what CSV can hold)."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return None
+    return list(value) if isinstance(value, (list, tuple, set, frozenset, np.ndarray)) else None
+
+
+def _numbers(labels: pd.Series) -> pd.Series:
+    """The labels as floats, NaN where one is no number; truth values and lists are classes, not numbers."""
+    none = (bool, np.bool_, list, tuple, set, frozenset, np.ndarray)
+    plain = labels.map(lambda value: None if isinstance(value, none) else value)
+    return pd.to_numeric(plain, errors="coerce").astype(float)
+
+
+def membership(labels: pd.Series, target: Target) -> np.ndarray:
+    """Truth values (rows, classes): which classes a row has; no columns for regression."""
+    rows = labels if target.multi else [(label,) for label in labels]
+    return np.array([[name in row for name in target.names] for row in rows], dtype=bool)
