@@ -4,10 +4,11 @@ import pytest
 
 from fit_helpers import data_root
 from steadytune import tasks
+from steadytune.data.metrics import METRICS, score
 from steadytune.data.prepare import prepare
 from steadytune.data.tables import Target
 from steadytune.errors import UsageError
-from steadytune.tasks import COLUMNS, METRICS, TASKS, find, load, merge_rule, score
+from steadytune.tasks import COLUMNS, TASKS, find, load, merge_rule
 
 
 def test_every_listed_file_has_columns_and_a_merge_rule():

@@ -23,11 +23,12 @@ import numpy as np
 import pandas as pd
 
 from .. import __version__
+from ..data.metrics import score
 from ..data.prepare import Data
 from ..data.tables import Table, Target
 from ..fitting import main as fitting
 from ..fitting.recipe import SEEDS
-from ..tasks import find, load, score
+from ..tasks import find, load
 from .spec import FORMAT, Run
 from .store import Store
 

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import options, read, value
+from ..data.metrics import METRICS
 from ..errors import UsageError, suggest
 from ..fitting.recipe import SEEDS, Recipe, make_methods, make_procedure, method_record, procedure_record
-from ..tasks import METRICS, Task, find, seen_by
+from ..tasks import Task, find, seen_by
 
 FORMAT = 1
 FILE_SEEDS = {"seed", *(f"{name}_seed" for name in SEEDS)}

@@ -14,8 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..data.metrics import SMALLER_IS_BETTER
 from ..errors import UsageError
-from ..tasks import SMALLER_IS_BETTER
 from .pool import Engine, Here, Outcome, Pool, cores, slots, visible_gpus
 from .spec import Run, Study
 from .store import Store, checked

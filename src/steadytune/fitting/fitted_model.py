@@ -15,10 +15,10 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.metrics import score
 from ..data.tables import Table, Target, examples
 from ..data.targets import encode
 from ..errors import UsageError, one_line
-from ..tasks import score
 from .folder import MEMBERS, RECORD
 from .source import Source, quiet, read_model, tokenise, write_model
 from .training import decide, device

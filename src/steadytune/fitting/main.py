@@ -20,11 +20,11 @@ import pandas as pd
 
 from .. import __version__
 from ..data.guards import inspect, raise_errors, truncated
+from ..data.metrics import METRICS, SMALLER_IS_BETTER
 from ..data.prepare import Data, prepare
 from ..data.splits import folds
 from ..data.tables import Kind, Table, Target
 from ..errors import UsageError, suggest
-from ..tasks import METRICS, SMALLER_IS_BETTER
 from .card import model_card
 from .folder import MEMBERS, RECORD, Output, same_run, write_json, write_whole, writing
 from .recipe import Recipe, make_methods, make_procedure, method_record, procedure_record

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.metrics import SMALLER_IS_BETTER
 from ..data.tables import Table, Target, resolve
 from ..errors import UsageError, suggest
-from ..tasks import SMALLER_IS_BETTER
 from .folder import MEMBERS, RECORD, writing
 
 WAYS = ("uniform", "greedy", "interpolate", "paint", "add")

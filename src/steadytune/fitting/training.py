@@ -31,12 +31,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from ..data.metrics import SMALLER_IS_BETTER, score
 from ..data.splits import split
 from ..data.tables import Target
 from ..errors import UsageError, one_line
 from ..files import state
 from ..methods.bases.bilevel import BiLevel
-from ..tasks import SMALLER_IS_BETTER, score
 from ..trainer import Trainer
 from .folder import last_checkpoint, write_json
 from .recipe import MAX_STEPS, Recipe

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ...data.metrics import SMALLER_IS_BETTER
 from ...errors import UsageError, suggest
-from ...tasks import SMALLER_IS_BETTER
 from ..stats import (
     Comparison,
     Steadiness,

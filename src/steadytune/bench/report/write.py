@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ...data.metrics import SMALLER_IS_BETTER
 from ...errors import UsageError
 from ...fitting.folder import write_whole, writing
-from ...tasks import SMALLER_IS_BETTER
 from ..records import STUDY, planned, read_records
 from . import figures, tables
 from .document import (
