@@ -15,12 +15,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from fit_helpers import WORDS, same, save_tiny_bert, save_tiny_gpt2, toy, weights, word_tokenizer
 from steadytune.data.tables import Target
 from steadytune.errors import UsageError
+from steadytune.files.atomic import write_json, write_whole
 from steadytune.fitting import fitted_model as fitted
 from steadytune.fitting import main as fitting
 from steadytune.fitting import source as modelling
 from steadytune.fitting import training
 from steadytune.fitting.fitted_model import FittedModel, logits
-from steadytune.fitting.folder import last_checkpoint, write_json, write_whole
+from steadytune.fitting.folder import last_checkpoint
 from steadytune.fitting.main import fit
 from steadytune.fitting.recipe import Recipe, convert, method_record, parse_method
 from steadytune.fitting.source import Source, set_dropout, tokenise

@@ -218,8 +218,9 @@ def predict(
     Example: steadytune predict out new.csv --output labelled.csv
     """
     with _errors_in_one_line():
+        from .data.files import TABLE_WRITERS
         from .errors import UsageError, suggest
-        from .fitting.folder import TABLE_WRITERS, write_whole, writing
+        from .files.atomic import write_whole, writing
 
         writer = TABLE_WRITERS.get(output.suffix.lower())
         if writer is None:

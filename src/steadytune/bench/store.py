@@ -11,7 +11,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from ..errors import UsageError
-from ..fitting.folder import write_json, write_whole, writing
+from ..files.atomic import write_json, write_whole, writing
 from .records import PLANNED, STUDY, planned
 
 

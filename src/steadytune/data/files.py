@@ -201,3 +201,11 @@ def _named(values: pd.Series, feature: Any) -> pd.Series:
 
 def _class_name(feature: Any, number: Any) -> str | None:
     return None if pd.isna(number) or number < 0 else str(feature.int2str(int(number)))
+
+
+TABLE_WRITERS: dict[str, Callable[[pd.DataFrame, Path], Any]] = {
+    ".csv": lambda table, path: table.to_csv(path, index=False),
+    ".tsv": lambda table, path: table.to_csv(path, index=False, sep="\t"),
+    ".jsonl": lambda table, path: table.to_json(path, orient="records", lines=True, force_ascii=False),
+    ".parquet": lambda table, path: table.to_parquet(path),
+}

@@ -25,8 +25,9 @@ from ..data.prepare import Data, prepare
 from ..data.splits import folds
 from ..data.tables import Kind, Table, Target
 from ..errors import UsageError, suggest
+from ..files.atomic import write_json, write_whole, writing
 from .card import model_card
-from .folder import MEMBERS, RECORD, Output, same_run, write_json, write_whole, writing
+from .folder import MEMBERS, RECORD, Output, same_run
 from .recipe import Recipe, make_methods, make_procedure, method_record, procedure_record
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from typing import Any
 from ..data.metrics import SMALLER_IS_BETTER
 from ..data.tables import Table, Target, resolve
 from ..errors import UsageError, suggest
-from .folder import MEMBERS, RECORD, writing
+from ..files.atomic import writing
+from .folder import MEMBERS, RECORD
 
 WAYS = ("uniform", "greedy", "interpolate", "paint", "add")
 FROM_BASE, SCORED = ("interpolate", "paint", "add"), ("greedy", "paint")

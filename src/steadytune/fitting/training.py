@@ -36,9 +36,10 @@ from ..data.splits import split
 from ..data.tables import Target
 from ..errors import UsageError, one_line
 from ..files import state
+from ..files.atomic import write_json
 from ..methods.bases.bilevel import BiLevel
 from ..trainer import Trainer
-from .folder import last_checkpoint, write_json
+from .folder import last_checkpoint
 from .recipe import MAX_STEPS, Recipe
 from .source import Source, adapted, label_ids, merged, quiet, read_model, rescale, tokenise, write_model
 

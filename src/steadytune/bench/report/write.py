@@ -17,7 +17,7 @@ import pandas as pd
 
 from ...data.metrics import SMALLER_IS_BETTER
 from ...errors import UsageError
-from ...fitting.folder import write_whole, writing
+from ...files.atomic import write_whole, writing
 from ..records import STUDY, planned, read_records
 from . import figures, tables
 from .document import (
