@@ -41,7 +41,7 @@ import steadytune
 from steadytune.data.metrics import score
 from steadytune.data.prepare import Data, prepare
 from steadytune.data.tables import Table
-from steadytune.fitting.source import label_ids, tokenise
+from steadytune.fitting.encoding import label_ids, tokenise
 from steadytune.tasks import find, load
 
 BATCH, LENGTH = 16, 128

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from .source import tokenise
+from .encoding import tokenise
 from .training import ByLength, Job, Setup
 
 if TYPE_CHECKING:

@@ -19,8 +19,10 @@ from ..data.metrics import score
 from ..data.tables import Table, Target, examples
 from ..data.targets import encode
 from ..errors import UsageError, one_line
+from .encoding import tokenise
 from .folder import MEMBERS, RECORD
-from .source import Source, quiet, read_model, tokenise, write_model
+from .peft_models import read_model, write_model
+from .source import Source, quiet
 from .training import decide, device
 
 logger = logging.getLogger("steadytune")

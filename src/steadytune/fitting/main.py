@@ -342,7 +342,7 @@ def open_model(plan: Plan) -> Source:
 
 def setup(plan: Plan, source: Source, checkpoints: Path) -> Setup:
     """What all trainings share."""
-    from .source import standardised
+    from .scale import standardised
     from .training import Setup
 
     target = plan.data.target
@@ -368,7 +368,8 @@ def runs(plan: Plan, stop_at: int | None = None) -> list[Job]:
 
 def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResult:
     """Load, train, evaluate, write; everything about the data has been checked."""
-    from .source import check_adapted, check_scale
+    from .peft_models import check_adapted
+    from .scale import check_scale
 
     source = open_model(plan)
     record = _record(plan, source)
@@ -409,7 +410,7 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
 
 def _check_tokens(features: Any, source: Source) -> None:
     """A directory without tokenizer files gives a tokenizer without words."""
-    from .source import unknown_share
+    from .encoding import unknown_share
 
     share = unknown_share(features, source.tokenizer)
     message = (
@@ -582,7 +583,8 @@ def _record(plan: Plan, source: Source) -> dict[str, Any]:
 
 def _write(folder: Output, result: FitResult, record: dict[str, Any]) -> None:
     """The model, the results, and last of all the record that calls the run finished."""
-    from .source import quiet, write_model
+    from .peft_models import write_model
+    from .source import quiet
 
     models = result.model.models
     with writing(folder.path):
@@ -624,7 +626,7 @@ def upload(folder: Path, repository: str) -> None:
 
 def _announce(plan: Plan, source: Source, features: Any) -> None:
     """Say what is about to happen, and what in the data may surprise."""
-    from .source import token_counts
+    from .encoding import token_counts
 
     data, rows_per_step = plan.data, plan.recipe.batch_size * plan.recipe.accumulation
     sizes = ", ".join(f"{name} {len(rows)}" for name, rows in data.tests.items()) or "no test set"

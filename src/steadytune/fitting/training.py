@@ -39,9 +39,12 @@ from ..files import state
 from ..files.atomic import write_json
 from ..methods.bases.bilevel import BiLevel
 from ..trainer import Trainer
+from .encoding import label_ids, tokenise
 from .folder import last_checkpoint
+from .peft_models import adapted, merged, read_model, write_model
 from .recipe import MAX_STEPS, Recipe
-from .source import Source, adapted, label_ids, merged, quiet, read_model, rescale, tokenise, write_model
+from .scale import rescale
+from .source import Source, quiet
 
 if TYPE_CHECKING:
     from ..core import Method

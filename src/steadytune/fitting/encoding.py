@@ -1,0 +1,49 @@
+"""From rows to token ids and label ids, and from outputs back to labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedTokenizerBase
+
+from ..data.tables import Target
+
+if TYPE_CHECKING:
+    from .source import Source
+
+
+def tokenise(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> list[dict[str, Any]]:
+    """One feature dictionary per row, unpadded, cut to ``max_length`` tokens (None: whole)."""
+    pairs = rows["text_pair"].tolist() if "text_pair" in rows else None
+    cut: dict[str, Any] = {"truncation": True, "max_length": max_length} if max_length is not None else {}
+    encoded = tokenizer(rows["text"].tolist(), pairs, verbose=False, **cut)
+    return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+
+
+def token_counts(rows: pd.DataFrame, features: Sequence[dict[str, Any]], source: Source) -> list[int]:
+    """Tokens of every row before anything is cut; only rows as long as the limit are tokenised again."""
+    counts = np.array([len(feature["input_ids"]) for feature in features])
+    full = np.flatnonzero(counts == source.max_length)
+    if len(full):
+        counts[full] = [len(f["input_ids"]) for f in tokenise(rows.iloc[full], source.tokenizer, None)]
+    return counts.tolist()
+
+
+def unknown_share(features: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> float:
+    """Share of tokens that the tokenizer does not know, special ones not counted."""
+    ids = np.concatenate([f["input_ids"] for f in features])
+    ids = ids[~np.isin(ids, [i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id])]
+    return float((ids == tokenizer.unk_token_id).mean()) if tokenizer.unk_token_id is not None and len(ids) else 0.0
+
+
+def label_ids(labels: Sequence[Any], target: Target) -> list[Any]:
+    """Labels as the model takes them: class numbers, rows of 0.0 and 1.0 (several labels), or standardised numbers."""
+    if not target.names:
+        return [(float(label) - target.mean) / target.spread for label in labels]
+    ids = {name: number for number, name in enumerate(target.names)}
+    if target.kind == "multilabel":
+        return [[float(name in label) for name in target.names] for label in labels]
+    return [ids[label] for label in labels]

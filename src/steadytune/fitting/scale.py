@@ -1,0 +1,97 @@
+"""Units of numbers, and the temperature of probabilities."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..data.tables import Target
+from ..errors import UsageError
+
+
+def standardised(target: Target, labels: Sequence[float], *, centred: bool) -> Target:
+    """The target with mean and spread of these labels; without a mean the root of their mean square is the spread."""
+    values = np.asarray(labels, dtype=float)
+    mean = float(values.mean()) if centred else 0.0
+    spread = float(np.sqrt(np.square(values - mean).mean()))
+    return dataclasses.replace(target, mean=mean, spread=spread or 1.0)
+
+
+def output_layer(model: Any, what: str) -> nn.Linear:
+    """The last linear layer with one output per label.
+
+    Raises:
+        UsageError: there is none.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
+    if not layers:
+        raise UsageError(f"{what}: a {model.config.model_type} model has no linear output layer: switch it off.")
+    return layers[-1]
+
+
+def rescale(model: Any, spread: float, mean: float, what: str) -> None:
+    """Outputs become ``spread * outputs + mean`` for good, in the output layer: any user of the model sees it.
+
+    Raises:
+        UsageError: the model's outputs do not come from one linear layer.
+    """
+    layer = output_layer(model, what)
+    with torch.no_grad():
+        layer.weight.mul_(spread)
+        if layer.bias is not None:
+            layer.bias.mul_(spread).add_(mean)
+
+
+def temperature(logits: np.ndarray, labels: Sequence[int]) -> float:
+    """The temperature in [0.05, 20] under which the labels are most probable (Guo et al., ICML 2017, arXiv 1706.04599).
+
+    Args:
+        logits: (rows, classes).
+        labels: class numbers.
+    """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import log_softmax
+
+    rows = np.arange(len(labels))
+    found = minimize_scalar(
+        lambda power: -log_softmax(logits / np.exp(power), axis=1)[rows, labels].mean(),
+        bounds=(math.log(0.05), math.log(20)),
+        method="bounded",
+    )
+    return float(np.exp(found.x))
+
+
+def check_scale(model: Any, feature: dict[str, Any], what: str) -> None:
+    """Try on one row that `rescale` does what it says to this model, and put its weights back.
+
+    Args:
+        model: as it will be trained; with adapters it is not tried.
+        feature: a tokenised row.
+        what: is asked for.
+
+    Raises:
+        UsageError: the logits are computed otherwise.
+    """
+    if hasattr(model, "peft_config"):
+        return
+    inputs = {k: torch.tensor([v], device=next(model.parameters()).device) for k, v in feature.items() if k != "labels"}
+
+    def outputs() -> torch.Tensor:
+        with torch.inference_mode():
+            return model(**inputs).logits
+
+    training = model.training
+    model.eval()
+    before = outputs()
+    rescale(model, 0.5, 0.0, what)
+    after = outputs()
+    rescale(model, 2.0, 0.0, what)  # powers of two: exact
+    model.train(training)
+    if not torch.allclose(2 * after, before, rtol=1e-4, atol=1e-6):
+        raise UsageError(f"{what}: the logits of this model are not those of its last linear layer: switch it off.")
