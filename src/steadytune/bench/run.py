@@ -33,7 +33,7 @@ from .spec import FORMAT, Run
 from .store import Store
 
 if TYPE_CHECKING:
-    from ..fitting.training import Trained
+    from ..fitting.fit_trainer import Trained
 
 TEST_ROWS_SEED = 0  # which rows of a test set are used is the same for every run
 

@@ -47,3 +47,20 @@ def label_ids(labels: Sequence[Any], target: Target) -> list[Any]:
     if target.kind == "multilabel":
         return [[float(name in label) for name in target.names] for label in labels]
     return [ids[label] for label in labels]
+
+
+def decide(values: Any, target: Target) -> np.ndarray:
+    """Class names, tuples of class names, or numbers, from the label ids or the outputs of a model.
+
+    Args:
+        values: (rows,) class numbers, or (rows, outputs).
+        target: what is predicted.
+    """
+    values = np.asarray(values)
+    if not target.names:
+        return values.reshape(len(values)).astype(float) * target.spread + target.mean
+    if target.kind == "multilabel":  # label 1 or logit above 0, that is a probability above a half
+        found = [tuple(name for name, on in zip(target.names, row, strict=True) if on > 0) for row in values]
+        return np.fromiter(found, dtype=object, count=len(found))
+    numbers = values.argmax(axis=1) if values.ndim == 2 else values
+    return np.array(target.names, dtype=object)[numbers.astype(int)]

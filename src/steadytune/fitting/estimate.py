@@ -17,7 +17,8 @@ import torch
 from transformers import TrainerCallback
 
 from .encoding import tokenise
-from .training import ByLength, Job, Setup
+from .fit_trainer import ByLength
+from .training import Job, Setup
 
 if TYPE_CHECKING:
     from .main import Plan

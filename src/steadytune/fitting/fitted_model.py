@@ -19,11 +19,11 @@ from ..data.metrics import score
 from ..data.tables import Table, Target, examples
 from ..data.targets import encode
 from ..errors import UsageError, one_line
-from .encoding import tokenise
+from .encoding import decide, tokenise
 from .folder import MEMBERS, RECORD
 from .peft_models import read_model, write_model
 from .source import Source, quiet
-from .training import decide, device
+from .training import device
 
 logger = logging.getLogger("steadytune")
 

@@ -33,10 +33,11 @@ from .recipe import Recipe, make_methods, make_procedure, method_record, procedu
 if TYPE_CHECKING:
     from ..core import Method
     from .estimate import Estimate
+    from .fit_trainer import Trained
     from .fitted_model import FittedModel
     from .procedures import MixupBLO as Procedure
     from .source import Source
-    from .training import Job, Setup, Trained
+    from .training import Job, Setup
 
 logger = logging.getLogger("steadytune")
 

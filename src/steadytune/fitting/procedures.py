@@ -17,7 +17,8 @@ from ..merge import uniform
 from ..methods import WeightMixup
 
 if TYPE_CHECKING:
-    from .training import Job, Setup, Trained
+    from .fit_trainer import Trained
+    from .training import Job, Setup
 
 Shares = dict[str, list[Tensor]]  # factors by weight name
 

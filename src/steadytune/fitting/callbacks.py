@@ -1,0 +1,157 @@
+"""What watches a training: progress, interruption, early end, the best weights so far."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from ..data.metrics import SMALLER_IS_BETTER
+
+if TYPE_CHECKING:
+    from .fit_trainer import FitTrainer
+
+logger = logging.getLogger("steadytune")
+
+
+FAILING, FAILING_AFTER = 0.9, 0.2  # share of log K, share of the steps (Dodge et al. 2020, arXiv 2002.06305)
+LEAST = 10  # steps before any run is judged
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, after a checkpoint was written."""
+
+
+def judged_at(steps: int) -> int:
+    """The step at which a run is judged failing or not."""
+    return max(LEAST, int(FAILING_AFTER * steps))
+
+
+def _failing(state: Any, classes: int, after: int) -> bool:
+    """From the log, which travels in checkpoints: whether no logged loss so far was below the threshold."""
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    return state.global_step >= after and bool(losses) and min(losses) > FAILING * math.log(classes)
+
+
+class StopFailing(TrainerCallback):
+    """End a training whose loss has not fallen below 0.9 log K after 20 % of its steps."""
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        after = judged_at(args.max_steps)
+        if state.global_step == after and _failing(state, self.classes, after):
+            control.should_training_stop = True
+
+
+class Begun(TrainerCallback):
+    """Whether a first step has begun, that is, everything was read."""
+
+    yes = False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.yes = True
+
+
+class StopAt(TrainerCallback):
+    """End a training at a step of a longer schedule."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step >= self.step
+
+
+class KeepBest(TrainerCallback):
+    """The best of the evaluated weights in memory, for trainings that write no checkpoints."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric, self.sign = f"eval_{metric}", -1 if metric in SMALLER_IS_BETTER else 1
+        self.best, self.step = -math.inf, 0
+        self.weights: dict[str, Tensor] = {}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        value = self.sign * given["metrics"][self.metric]
+        if value > self.best:
+            self.best, self.step = value, state.global_step
+            self.weights = {n: t.detach().to("cpu", copy=True) for n, t in given["model"].state_dict().items()}
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C and SIGTERM end the training after a checkpoint; a second one ends it at once."""
+
+    received: int | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save |= self.received is not None
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= self.received is not None  # not in the checkpoint: the training is not over
+
+    @classmethod
+    def listening(cls, trainer: FitTrainer) -> _Listening:
+        return _Listening(next(c for c in trainer.callback_handler.callbacks if isinstance(c, cls)))
+
+
+@dataclass
+class _Listening:
+    """While open, signals wait for the end of the step. Only a main thread gets signals; elsewhere nothing changes."""
+
+    interrupt: Interrupt
+    before: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.interrupt.received is not None:
+            self._restore()
+            raise KeyboardInterrupt
+        self.interrupt.received = number
+        logger.warning("stopping after this step and its checkpoint (once more: at once)")
+
+    def _restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        self._restore()
+        if kind is None and self.interrupt.received is not None:
+            raise Interrupted
+
+
+class Progress(TrainerCallback):
+    """One bar over optimizer steps with the running loss."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.bar: Any = None
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        scores = ("loss", f"eval_{args.metric_for_best_model}")
+        shown = {key.removeprefix("eval_"): f"{float(logs[key]):.3f}" for key in scores if key in logs}
+        shown |= {f"{key}/step": f"{logs[key]:g}" for key in ("forwards", "backwards") if key in logs}
+        if shown and self.bar is not None:
+            self.bar.set_postfix(shown)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+        self.bar = None
