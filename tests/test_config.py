@@ -68,7 +68,7 @@ def test_methods_and_tests_as_text_or_mapping(folder):
     """
     found = given(text)
     assert found["test"] == ["dev=a.csv", "far=b.csv"]
-    from steadytune.fitting.recipe import make_methods
+    from steadytune.fitting.spelling import make_methods
 
     names = [(type(m).__name__, m) for m in make_methods(found["method"])]
     assert [name for name, _ in names] == ["DPSDense", "Mixout", "RDrop", "L2SP", "EMA"]

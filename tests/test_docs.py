@@ -15,7 +15,7 @@ from fit_helpers import save_tiny_bert, toy
 from steadytune import cli, config
 from steadytune.bench.spec import Study
 from steadytune.fitting import recipe
-from steadytune.fitting.recipe import make_methods
+from steadytune.fitting.spelling import make_methods
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

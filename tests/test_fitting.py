@@ -25,8 +25,9 @@ from steadytune.fitting.fit_trainer import ByLength, arguments
 from steadytune.fitting.fitted_model import FittedModel, logits
 from steadytune.fitting.folder import last_checkpoint
 from steadytune.fitting.main import fit
-from steadytune.fitting.recipe import Recipe, convert, method_record, parse_method
+from steadytune.fitting.recipe import Recipe
 from steadytune.fitting.source import Source, set_dropout
+from steadytune.fitting.spelling import convert, method_record, parse_method
 from steadytune.methods import METHODS
 
 QUICK = {"steps": 12, "batch_size": 4, "lr": 1e-3, "save_steps": 5, "progress": False}

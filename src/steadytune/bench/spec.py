@@ -24,7 +24,8 @@ from typing import Any
 from ..config import options, read, value
 from ..data.metrics import METRICS
 from ..errors import UsageError, suggest
-from ..fitting.recipe import SEEDS, Recipe, make_methods, make_procedure, method_record, procedure_record
+from ..fitting.recipe import SEEDS, Recipe
+from ..fitting.spelling import make_methods, make_procedure, method_record, procedure_record
 from ..tasks import Task, find, seen_by
 
 FORMAT = 1

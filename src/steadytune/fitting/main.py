@@ -28,7 +28,8 @@ from ..errors import UsageError, suggest
 from ..files.atomic import write_json, write_whole, writing
 from .card import model_card
 from .folder import MEMBERS, RECORD, Output, same_run
-from .recipe import Recipe, make_methods, make_procedure, method_record, procedure_record
+from .recipe import Recipe
+from .spelling import make_methods, make_procedure, method_record, procedure_record
 
 if TYPE_CHECKING:
     from ..core import Method
