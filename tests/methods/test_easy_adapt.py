@@ -12,7 +12,7 @@ from fit_helpers import toy
 from helpers import arguments, batches, bert, collate, copied, rows
 from steadytune import EasyAdapt, Run, Trainer
 from steadytune.errors import UsageError
-from steadytune.fitting.main import make_plan
+from steadytune.fitting.plan import make_plan
 from steadytune.methods.easy_adapt import Domains
 
 DOMAINS = torch.tensor([0, 1, 1, -1])

@@ -21,7 +21,7 @@ from .fit_trainer import ByLength
 from .training import Job, Setup
 
 if TYPE_CHECKING:
-    from .main import Plan
+    from .plan import Plan
 
 MEASURED = 3  # steps, after one that warms up
 FORWARD = 1 / 3  # of a training step's time: the backward pass costs twice the forward

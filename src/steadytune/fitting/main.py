@@ -5,112 +5,30 @@ torch and transformers are imported inside the functions that use them: command-
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import os
-import platform
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
-from .. import __version__
-from ..data.guards import inspect, raise_errors, truncated
-from ..data.metrics import METRICS, SMALLER_IS_BETTER
-from ..data.prepare import Data, prepare
-from ..data.splits import folds
-from ..data.tables import Kind, Table, Target
-from ..errors import UsageError, suggest
-from ..files.atomic import write_json, write_whole, writing
-from .card import model_card
-from .folder import MEMBERS, RECORD, Output, same_run
-from .recipe import Recipe
-from .spelling import make_methods, make_procedure, method_record, procedure_record
+from ..data.guards import truncated
+from ..data.metrics import SMALLER_IS_BETTER
+from ..data.tables import Kind
+from ..errors import UsageError
+from ..files.atomic import write_json
+from .folder import RECORD, Output, same_run
+from .plan import Combine, Plan, evaluate, fitted_model, fold_jobs, make_plan, open_model, runs, setup
+from .record import FitResult, _record, _write, upload
 
 if TYPE_CHECKING:
     from ..core import Method
     from .estimate import Estimate
     from .fit_trainer import Trained
-    from .fitted_model import FittedModel
     from .procedures import MixupBLO as Procedure
     from .source import Source
-    from .training import Job, Setup
 
 logger = logging.getLogger("steadytune")
-
-Combine = Literal["best", "soup", "ensemble"]
-COMBINE = ("best", "soup", "ensemble")
-REFIT_EVALUATIONS = 10  # moments of a fold at which training may end
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """What `fit` was asked for, checked and resolved."""
-
-    model: str
-    methods: list[Method]
-    recipe: Recipe
-    data: Data
-    steps: int
-    metric: str
-    seeds: int
-    combine: Combine
-    refit: bool
-    folds: int
-    save_steps: int
-    progress: bool
-    procedure: Procedure | None = None
-
-    @property
-    def select(self) -> pd.DataFrame | None:
-        """The rows on which runs and moments are chosen: never trained on, and no test set."""
-        return self.data.tests.get("validation")
-
-
-@dataclass(frozen=True, eq=False)
-class FitResult:
-    """What `fit` leaves behind.
-
-    Attributes:
-        output: a plain Hugging Face model directory, with README.md (model card), `metrics.json`,
-            `predictions.parquet`, `steadytune.json`; adapters that cannot be merged are there alone.
-        model: the fitted model; `predict`, `evaluate` and `save_pretrained` are its own.
-        metrics: set -> metric -> value, of the model; with several runs also each metric's mean and spread over them.
-        metric: the one to look at first.
-        predictions: a row for every row of the sets: set, row, label, prediction, probabilities.
-        runs: one record per training: seeds, steps, seconds, failures, scores.
-        steps: optimizer steps behind the model.
-        seconds: of training alone, all runs (since the last resume).
-    """
-
-    output: Path
-    model: FittedModel
-    metrics: dict[str, dict[str, Any]]
-    metric: str
-    predictions: pd.DataFrame
-    runs: list[dict[str, Any]]
-    steps: int
-    seconds: float
-
-    def predict(self, rows: Any) -> np.ndarray:
-        """Class names or numbers for texts, pairs of texts, or a table; see `FittedModel.predict`."""
-        return self.model.predict(rows)
-
-    def predict_proba(self, rows: Any) -> np.ndarray:
-        """Probabilities (rows, classes); see `FittedModel.predict_proba`."""
-        return self.model.predict_proba(rows)
-
-    def evaluate(self, rows: Any) -> dict[str, Any]:
-        """Scores on a table with labels; see `FittedModel.evaluate`."""
-        return self.model.evaluate(rows)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model and tokenizer once more."""
-        self.model.save_pretrained(folder)
 
 
 def fit(
@@ -212,160 +130,7 @@ def dry_run(train: Any, *, output: str | Path, **options: Any) -> Estimate:
     return estimate(lambda checkpoints: setup(plan, source, checkpoints), runs(plan), plan)
 
 
-def make_plan(
-    train: Any,
-    *,
-    model: str | Path,
-    text: str | Sequence[str] | None = None,
-    label: str | None = None,
-    group: str | None = None,
-    methods: str | Method | Sequence[str | Method] = (),
-    procedure: str | Procedure | None = None,
-    tests: Mapping[str, Any] | None = None,
-    validation: Any = None,
-    validation_column: str | None = None,
-    kind: Kind = "auto",
-    metric: str | None = None,
-    seeds: int = 1,
-    combine: Combine = "best",
-    refit: bool = False,
-    folds: int = 5,
-    save_steps: int = 200,
-    progress: bool = True,
-    **options: Any,
-) -> Plan:
-    """Check options and data; arguments as of `fit`.
-
-    Raises:
-        UsageError: what was asked for cannot be done.
-    """
-    recipe = Recipe.of(options)
-    if refit and not recipe.evaluations:
-        recipe = dataclasses.replace(recipe, evaluations=REFIT_EVALUATIONS)
-    _check(seeds, combine, refit, folds, save_steps, recipe)
-    chosen = make_methods(methods)
-    _check_columns(chosen)
-    drawing = [type(m).__name__ for m in chosen if m.draws_weights]
-    if combine == "soup" and seeds > 1 and drawing:
-        raise UsageError(
-            f"a soup is the mean of models that began alike, and {drawing[0]} draws other weights in every run: "
-            "choose combine best or ensemble."
-        )
-    columns = (text,) if isinstance(text, str) else None if text is None else tuple(text)
-    table = Table.of(train, columns, label, "train", kind, group)
-    data = prepare(
-        table,
-        {name: Table.of(t, columns, label, name) for name, t in (tests or {}).items()},
-        None if validation is None else Table.of(validation, columns, label, "validation"),
-        train_size=recipe.train_size,
-        validation_share=0.0 if refit else recipe.validation_share,
-        validation_column=validation_column,
-        seed=recipe.seeds["subset"],
-    )
-    for finding in raise_errors(inspect(data, standardize=recipe.standardize)):
-        logger.warning("%s", finding.message)
-    plan = Plan(
-        str(model), chosen, recipe, data, recipe.total_steps(len(data.train)),
-        headline(metric, data.target), seeds, combine, refit, folds, save_steps, progress, make_procedure(procedure),
-    )  # fmt: skip
-    _check_selection(plan)
-    return plan
-
-
-def _check(seeds: int, combine: str, refit: bool, folds: int, save_steps: int, recipe: Recipe) -> None:
-    if save_steps < 0:
-        raise UsageError(f"save_steps must be 0 (no checkpoints) or more, got {save_steps}.")
-    if seeds < 1:
-        raise UsageError(f"seeds must be 1 or more, got {seeds}.")
-    if combine not in COMBINE:
-        raise UsageError(f"unknown combine {combine!r}.{suggest(combine, COMBINE)}")
-    if refit and folds < 2:
-        raise UsageError(f"folds must be 2 or more, got {folds}.")
-    if refit and (recipe.calibrate or recipe.patience is not None):
-        what = "calibrate" if recipe.calibrate else "patience"
-        raise UsageError(f"refit trains on all rows, {what} needs validation rows: leave one of them out.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("fit runs in one process: start it without torchrun, or use steadytune.Trainer.")
-
-
-def _check_columns(methods: Sequence[Method]) -> None:
-    """Batches of `fit` hold tokens and labels."""
-    for method in methods:
-        if method.input_columns:
-            raise UsageError(
-                f"{type(method).__name__} reads the column {method.input_columns[0]!r} of each batch, fit passes on "
-                "text and labels only: use steadytune.Trainer, or leave it out."
-            )
-
-
-def _check_selection(plan: Plan) -> None:
-    """What selects needs rows to select on."""
-    if plan.refit and plan.procedure is not None:
-        raise UsageError("refit cuts the rows for one kind of training, a procedure is several: leave one of them out.")
-    if plan.refit and plan.select is not None:
-        raise UsageError("refit chooses the number of steps by cross-validation: leave the validation rows out.")
-    if plan.select is None:
-        asked = {
-            "evaluations": bool(plan.recipe.evaluations) and not plan.refit,
-            "calibrate": plan.recipe.calibrate,
-            "combine='best'": plan.seeds > 1 and plan.combine == "best",
-        }
-        for name in (name for name, wanted in asked.items() if wanted):
-            raise UsageError(f"{name} needs validation rows: give a validation table or share, or leave it out.")
-    if plan.recipe.calibrate and plan.data.target.kind != "classification":
-        raise UsageError(f"calibrate is for classification, this is {plan.data.target.kind}: leave it out.")
-    if plan.recipe.class_weights != "none" and not plan.data.target.names:
-        raise UsageError("class_weights are for classification, this is regression: leave them out.")
-
-
-def headline(metric: str | None, target: Target) -> str:
-    """The metric asked for, or the first of the kind.
-
-    Raises:
-        UsageError: unknown, or not for so many classes.
-    """
-    known = METRICS[target.kind]
-    if metric is not None and metric not in known:
-        raise UsageError(f"unknown metric {metric!r} for {target.kind}.{suggest(metric, known)}")
-    if metric == "f1" and len(target.names) != 2:
-        raise UsageError(f"f1 is for two classes, here are {len(target.names)}: choose f1_macro.")
-    return metric or next(iter(known))
-
-
 # ---- running ----------------------------------------------------------------------------------------------------
-
-
-def open_model(plan: Plan) -> Source:
-    """Config and tokenizer of the model, before its weights."""
-    from .source import Source
-
-    return Source.open(plan.model, plan.data.target, dropout=plan.recipe.dropout, max_length=plan.recipe.max_length)
-
-
-def setup(plan: Plan, source: Source, checkpoints: Path) -> Setup:
-    """What all trainings share."""
-    from .scale import standardised
-    from .training import Setup
-
-    target = plan.data.target
-    if target.kind == "regression" and plan.recipe.standardize:
-        target = standardised(target, plan.data.train["label"].tolist(), centred=source.bias)
-    return Setup(
-        source, plan.methods, plan.recipe, target, plan.steps, plan.metric, checkpoints, plan.save_steps,
-        plan.progress, keep=plan.seeds > 1 or plan.refit,
-    )  # fmt: skip
-
-
-def runs(plan: Plan, stop_at: int | None = None) -> list[Job]:
-    """The trainings whose models are combined: same head, other orders, dropout and draws."""
-    from .training import Job
-
-    def seeds(i: int) -> dict[str, int]:
-        same = ("init", "subset")
-        return {name: value if name in same else value + i for name, value in plan.recipe.seeds.items()}
-
-    names = [f"run-{i}" if plan.seeds > 1 else "training" for i in range(plan.seeds)]
-    return [Job(name, plan.data.train, plan.select, seeds(i), stop_at) for i, name in enumerate(names)]
 
 
 def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResult:
@@ -425,18 +190,6 @@ def _check_tokens(features: Any, source: Source) -> None:
         logger.warning("%s", message)
 
 
-def fold_jobs(plan: Plan) -> list[Job]:
-    """One training per fold, scored on the rows it left out."""
-    from .training import Job
-
-    rows = plan.data.train
-    parts = folds(rows, plan.data.target, plan.folds, plan.recipe.seeds["subset"])
-    return [
-        Job(f"fold-{i}", rows.iloc[inside], rows.iloc[outside], plan.recipe.seeds)
-        for i, (inside, outside) in enumerate(parts)
-    ]
-
-
 def _best_step(tried: Sequence[Trained], plan: Plan) -> int:
     """The step with the best mean score over folds; the earliest of equals."""
     sign = -1 if plan.metric in SMALLER_IS_BETTER else 1
@@ -473,23 +226,6 @@ def _finish(plan: Plan, source: Source, folder: Output, record: dict[str, Any], 
     return result
 
 
-def fitted_model(plan: Plan, source: Source, models: Sequence[Any]) -> FittedModel:
-    """Trained models as one that reads tables like the training table."""
-    from .fitted_model import FittedModel
-
-    table = plan.data.table
-    assert table is not None
-    return FittedModel(
-        models,
-        source.tokenizer,
-        plan.data.target,
-        text=table.text or (),
-        label=table.label or "",  # found, if they were not given
-        max_length=source.max_length,
-        bf16=plan.recipe.bf16,
-    )
-
-
 def _calibrate(trained: Trained, plan: Plan, source: Source) -> float:
     """Fit a temperature on the validation rows and take it into the model."""
     from . import source as modelling
@@ -503,16 +239,6 @@ def _calibrate(trained: Trained, plan: Plan, source: Source) -> float:
     modelling.rescale(trained.model, 1 / found, 0.0, "calibrate")
     logger.info("calibrated on %d validation rows: temperature %.3f", len(labels), found)
     return found
-
-
-def evaluate(model: FittedModel, data: Data, progress: bool = False) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
-    """Predictions of all sets, one under the other, and the scores of each."""
-    tables, scores = [], {}
-    for name, rows in data.tests.items():
-        found, scores[name] = model.judge(rows, data.merges.get(name), progress=progress)
-        about = pd.DataFrame({"set": name, "row": rows.index, "label": rows["label"].to_numpy()})
-        tables.append(pd.concat([about, found], axis=1))
-    return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), scores
 
 
 def _combine(
@@ -544,86 +270,6 @@ def spread(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 # ---- records ----------------------------------------------------------------------------------------------------
-
-
-def _record(plan: Plan, source: Source) -> dict[str, Any]:
-    """All that is needed to run it again, as JSON; `recipe` decides the weights, together with the training rows."""
-    import torch
-    import transformers
-
-    own = {key: value for key, value in dataclasses.asdict(plan.recipe).items() if not key.endswith("seed")}
-    return {
-        "format": 1,
-        "status": "training",
-        "recipe": {
-            "model": plan.model,
-            "methods": [method_record(method) for method in plan.methods],
-            **({} if plan.procedure is None else {"procedure": procedure_record(plan.procedure)}),
-            "kind": plan.data.target.kind,
-            "labels": list(plan.data.target.names),
-            "optimizer": "AdamW (bias-corrected, fused), linear warm-up and decay",
-            **own,
-            "steps": plan.steps,
-            "max_length": source.max_length,
-            "dropout": source.dropout,
-            "seeds": plan.recipe.seeds,
-            "runs": plan.seeds,
-            "combine": plan.combine,
-            "refit": plan.folds if plan.refit else False,
-            "metric": plan.metric,
-        },
-        "data": plan.data.describe(),
-        "versions": {
-            "steadytune": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "files": [],
-    }
-
-
-def _write(folder: Output, result: FitResult, record: dict[str, Any]) -> None:
-    """The model, the results, and last of all the record that calls the run finished."""
-    from .peft_models import write_model
-    from .source import quiet
-
-    models = result.model.models
-    with writing(folder.path):
-        with quiet():
-            files = folder.save_model(lambda part: write_model(models[0], part), result.model.tokenizer)
-            for i, member in enumerate(models if len(models) > 1 else ()):
-                write_model(member, folder.path / MEMBERS / str(i))
-        write_whole(folder.path / "predictions.parquet", storable(result.predictions).to_parquet)
-        metrics = {"metric": result.metric, "steps": result.steps, "seconds": result.seconds, "sets": result.metrics}
-        write_json(folder.path / "metrics.json", metrics)
-        card = model_card(record, result.metrics, result.metric)
-        write_whole(folder.path / "README.md", lambda part: part.write_text(card, encoding="utf-8"))
-        files += ["predictions.parquet", "metrics.json", "README.md"]
-        write_json(folder.path / RECORD, {**record, "status": "finished", "files": files})
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)
-
-
-def storable(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Tuples of labels as lists: Parquet has no tuples."""
-    several = [str(c) for c in predictions if predictions[c].map(lambda v: isinstance(v, tuple)).any()]
-    return predictions.assign(**{c: predictions[c].map(list) for c in several})
-
-
-def upload(folder: Path, repository: str) -> None:
-    """Upload a finished folder to the hub.
-
-    Raises:
-        UsageError: it cannot; the folder stays as it is.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        api.create_repo(repository, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=repository)
-    except Exception as error:  # network, names, rights: the hub's words say which
-        raise UsageError(f"the model is in {folder}, but not uploaded to {repository!r}: {error}") from error
 
 
 def _announce(plan: Plan, source: Source, features: Any) -> None:

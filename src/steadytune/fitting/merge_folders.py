@@ -135,7 +135,7 @@ def _scorer(
     import numpy as np
 
     from .fitted_model import FittedModel
-    from .main import headline
+    from .plan import headline
     from .source import Source
     from .training import device
 

@@ -1,0 +1,252 @@
+"""What `fit` was asked for, checked before anything is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pandas as pd
+
+from ..data.guards import inspect, raise_errors
+from ..data.metrics import METRICS
+from ..data.prepare import Data, prepare
+from ..data.splits import folds
+from ..data.tables import Kind, Table, Target
+from ..errors import UsageError, suggest
+from .recipe import Recipe
+from .spelling import make_methods, make_procedure
+
+if TYPE_CHECKING:
+    from ..core import Method
+    from .fitted_model import FittedModel
+    from .procedures import MixupBLO as Procedure
+    from .source import Source
+    from .training import Job, Setup
+
+logger = logging.getLogger("steadytune")
+
+
+Combine = Literal["best", "soup", "ensemble"]
+COMBINE = ("best", "soup", "ensemble")
+REFIT_EVALUATIONS = 10  # moments of a fold at which training may end
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What `fit` was asked for, checked and resolved."""
+
+    model: str
+    methods: list[Method]
+    recipe: Recipe
+    data: Data
+    steps: int
+    metric: str
+    seeds: int
+    combine: Combine
+    refit: bool
+    folds: int
+    save_steps: int
+    progress: bool
+    procedure: Procedure | None = None
+
+    @property
+    def select(self) -> pd.DataFrame | None:
+        """The rows on which runs and moments are chosen: never trained on, and no test set."""
+        return self.data.tests.get("validation")
+
+
+def make_plan(
+    train: Any,
+    *,
+    model: str | Path,
+    text: str | Sequence[str] | None = None,
+    label: str | None = None,
+    group: str | None = None,
+    methods: str | Method | Sequence[str | Method] = (),
+    procedure: str | Procedure | None = None,
+    tests: Mapping[str, Any] | None = None,
+    validation: Any = None,
+    validation_column: str | None = None,
+    kind: Kind = "auto",
+    metric: str | None = None,
+    seeds: int = 1,
+    combine: Combine = "best",
+    refit: bool = False,
+    folds: int = 5,
+    save_steps: int = 200,
+    progress: bool = True,
+    **options: Any,
+) -> Plan:
+    """Check options and data; arguments as of `fit`.
+
+    Raises:
+        UsageError: what was asked for cannot be done.
+    """
+    recipe = Recipe.of(options)
+    if refit and not recipe.evaluations:
+        recipe = dataclasses.replace(recipe, evaluations=REFIT_EVALUATIONS)
+    _check(seeds, combine, refit, folds, save_steps, recipe)
+    chosen = make_methods(methods)
+    _check_columns(chosen)
+    drawing = [type(m).__name__ for m in chosen if m.draws_weights]
+    if combine == "soup" and seeds > 1 and drawing:
+        raise UsageError(
+            f"a soup is the mean of models that began alike, and {drawing[0]} draws other weights in every run: "
+            "choose combine best or ensemble."
+        )
+    columns = (text,) if isinstance(text, str) else None if text is None else tuple(text)
+    table = Table.of(train, columns, label, "train", kind, group)
+    data = prepare(
+        table,
+        {name: Table.of(t, columns, label, name) for name, t in (tests or {}).items()},
+        None if validation is None else Table.of(validation, columns, label, "validation"),
+        train_size=recipe.train_size,
+        validation_share=0.0 if refit else recipe.validation_share,
+        validation_column=validation_column,
+        seed=recipe.seeds["subset"],
+    )
+    for finding in raise_errors(inspect(data, standardize=recipe.standardize)):
+        logger.warning("%s", finding.message)
+    plan = Plan(
+        str(model), chosen, recipe, data, recipe.total_steps(len(data.train)),
+        headline(metric, data.target), seeds, combine, refit, folds, save_steps, progress, make_procedure(procedure),
+    )  # fmt: skip
+    _check_selection(plan)
+    return plan
+
+
+def _check(seeds: int, combine: str, refit: bool, folds: int, save_steps: int, recipe: Recipe) -> None:
+    if save_steps < 0:
+        raise UsageError(f"save_steps must be 0 (no checkpoints) or more, got {save_steps}.")
+    if seeds < 1:
+        raise UsageError(f"seeds must be 1 or more, got {seeds}.")
+    if combine not in COMBINE:
+        raise UsageError(f"unknown combine {combine!r}.{suggest(combine, COMBINE)}")
+    if refit and folds < 2:
+        raise UsageError(f"folds must be 2 or more, got {folds}.")
+    if refit and (recipe.calibrate or recipe.patience is not None):
+        what = "calibrate" if recipe.calibrate else "patience"
+        raise UsageError(f"refit trains on all rows, {what} needs validation rows: leave one of them out.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("fit runs in one process: start it without torchrun, or use steadytune.Trainer.")
+
+
+def _check_columns(methods: Sequence[Method]) -> None:
+    """Batches of `fit` hold tokens and labels."""
+    for method in methods:
+        if method.input_columns:
+            raise UsageError(
+                f"{type(method).__name__} reads the column {method.input_columns[0]!r} of each batch, fit passes on "
+                "text and labels only: use steadytune.Trainer, or leave it out."
+            )
+
+
+def _check_selection(plan: Plan) -> None:
+    """What selects needs rows to select on."""
+    if plan.refit and plan.procedure is not None:
+        raise UsageError("refit cuts the rows for one kind of training, a procedure is several: leave one of them out.")
+    if plan.refit and plan.select is not None:
+        raise UsageError("refit chooses the number of steps by cross-validation: leave the validation rows out.")
+    if plan.select is None:
+        asked = {
+            "evaluations": bool(plan.recipe.evaluations) and not plan.refit,
+            "calibrate": plan.recipe.calibrate,
+            "combine='best'": plan.seeds > 1 and plan.combine == "best",
+        }
+        for name in (name for name, wanted in asked.items() if wanted):
+            raise UsageError(f"{name} needs validation rows: give a validation table or share, or leave it out.")
+    if plan.recipe.calibrate and plan.data.target.kind != "classification":
+        raise UsageError(f"calibrate is for classification, this is {plan.data.target.kind}: leave it out.")
+    if plan.recipe.class_weights != "none" and not plan.data.target.names:
+        raise UsageError("class_weights are for classification, this is regression: leave them out.")
+
+
+def headline(metric: str | None, target: Target) -> str:
+    """The metric asked for, or the first of the kind.
+
+    Raises:
+        UsageError: unknown, or not for so many classes.
+    """
+    known = METRICS[target.kind]
+    if metric is not None and metric not in known:
+        raise UsageError(f"unknown metric {metric!r} for {target.kind}.{suggest(metric, known)}")
+    if metric == "f1" and len(target.names) != 2:
+        raise UsageError(f"f1 is for two classes, here are {len(target.names)}: choose f1_macro.")
+    return metric or next(iter(known))
+
+
+def open_model(plan: Plan) -> Source:
+    """Config and tokenizer of the model, before its weights."""
+    from .source import Source
+
+    return Source.open(plan.model, plan.data.target, dropout=plan.recipe.dropout, max_length=plan.recipe.max_length)
+
+
+def setup(plan: Plan, source: Source, checkpoints: Path) -> Setup:
+    """What all trainings share."""
+    from .scale import standardised
+    from .training import Setup
+
+    target = plan.data.target
+    if target.kind == "regression" and plan.recipe.standardize:
+        target = standardised(target, plan.data.train["label"].tolist(), centred=source.bias)
+    return Setup(
+        source, plan.methods, plan.recipe, target, plan.steps, plan.metric, checkpoints, plan.save_steps,
+        plan.progress, keep=plan.seeds > 1 or plan.refit,
+    )  # fmt: skip
+
+
+def runs(plan: Plan, stop_at: int | None = None) -> list[Job]:
+    """The trainings whose models are combined: same head, other orders, dropout and draws."""
+    from .training import Job
+
+    def seeds(i: int) -> dict[str, int]:
+        same = ("init", "subset")
+        return {name: value if name in same else value + i for name, value in plan.recipe.seeds.items()}
+
+    names = [f"run-{i}" if plan.seeds > 1 else "training" for i in range(plan.seeds)]
+    return [Job(name, plan.data.train, plan.select, seeds(i), stop_at) for i, name in enumerate(names)]
+
+
+def fold_jobs(plan: Plan) -> list[Job]:
+    """One training per fold, scored on the rows it left out."""
+    from .training import Job
+
+    rows = plan.data.train
+    parts = folds(rows, plan.data.target, plan.folds, plan.recipe.seeds["subset"])
+    return [
+        Job(f"fold-{i}", rows.iloc[inside], rows.iloc[outside], plan.recipe.seeds)
+        for i, (inside, outside) in enumerate(parts)
+    ]
+
+
+def fitted_model(plan: Plan, source: Source, models: Sequence[Any]) -> FittedModel:
+    """Trained models as one that reads tables like the training table."""
+    from .fitted_model import FittedModel
+
+    table = plan.data.table
+    assert table is not None
+    return FittedModel(
+        models,
+        source.tokenizer,
+        plan.data.target,
+        text=table.text or (),
+        label=table.label or "",  # found, if they were not given
+        max_length=source.max_length,
+        bf16=plan.recipe.bf16,
+    )
+
+
+def evaluate(model: FittedModel, data: Data, progress: bool = False) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+    """Predictions of all sets, one under the other, and the scores of each."""
+    tables, scores = [], {}
+    for name, rows in data.tests.items():
+        found, scores[name] = model.judge(rows, data.merges.get(name), progress=progress)
+        about = pd.DataFrame({"set": name, "row": rows.index, "label": rows["label"].to_numpy()})
+        tables.append(pd.concat([about, found], axis=1))
+    return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), scores

@@ -1,0 +1,147 @@
+"""What a fit leaves: its result, record, card and files."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from .. import __version__
+from ..errors import UsageError
+from ..files.atomic import write_json, write_whole, writing
+from .card import model_card
+from .folder import MEMBERS, RECORD, Output
+from .spelling import method_record, procedure_record
+
+if TYPE_CHECKING:
+    from .fitted_model import FittedModel
+    from .plan import Plan
+    from .source import Source
+
+
+@dataclass(frozen=True, eq=False)
+class FitResult:
+    """What `fit` leaves behind.
+
+    Attributes:
+        output: a plain Hugging Face model directory, with README.md (model card), `metrics.json`,
+            `predictions.parquet`, `steadytune.json`; adapters that cannot be merged are there alone.
+        model: the fitted model; `predict`, `evaluate` and `save_pretrained` are its own.
+        metrics: set -> metric -> value, of the model; with several runs also each metric's mean and spread over them.
+        metric: the one to look at first.
+        predictions: a row for every row of the sets: set, row, label, prediction, probabilities.
+        runs: one record per training: seeds, steps, seconds, failures, scores.
+        steps: optimizer steps behind the model.
+        seconds: of training alone, all runs (since the last resume).
+    """
+
+    output: Path
+    model: FittedModel
+    metrics: dict[str, dict[str, Any]]
+    metric: str
+    predictions: pd.DataFrame
+    runs: list[dict[str, Any]]
+    steps: int
+    seconds: float
+
+    def predict(self, rows: Any) -> np.ndarray:
+        """Class names or numbers for texts, pairs of texts, or a table; see `FittedModel.predict`."""
+        return self.model.predict(rows)
+
+    def predict_proba(self, rows: Any) -> np.ndarray:
+        """Probabilities (rows, classes); see `FittedModel.predict_proba`."""
+        return self.model.predict_proba(rows)
+
+    def evaluate(self, rows: Any) -> dict[str, Any]:
+        """Scores on a table with labels; see `FittedModel.evaluate`."""
+        return self.model.evaluate(rows)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model and tokenizer once more."""
+        self.model.save_pretrained(folder)
+
+
+def _record(plan: Plan, source: Source) -> dict[str, Any]:
+    """All that is needed to run it again, as JSON; `recipe` decides the weights, together with the training rows."""
+    import torch
+    import transformers
+
+    own = {key: value for key, value in dataclasses.asdict(plan.recipe).items() if not key.endswith("seed")}
+    return {
+        "format": 1,
+        "status": "training",
+        "recipe": {
+            "model": plan.model,
+            "methods": [method_record(method) for method in plan.methods],
+            **({} if plan.procedure is None else {"procedure": procedure_record(plan.procedure)}),
+            "kind": plan.data.target.kind,
+            "labels": list(plan.data.target.names),
+            "optimizer": "AdamW (bias-corrected, fused), linear warm-up and decay",
+            **own,
+            "steps": plan.steps,
+            "max_length": source.max_length,
+            "dropout": source.dropout,
+            "seeds": plan.recipe.seeds,
+            "runs": plan.seeds,
+            "combine": plan.combine,
+            "refit": plan.folds if plan.refit else False,
+            "metric": plan.metric,
+        },
+        "data": plan.data.describe(),
+        "versions": {
+            "steadytune": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "files": [],
+    }
+
+
+def _write(folder: Output, result: FitResult, record: dict[str, Any]) -> None:
+    """The model, the results, and last of all the record that calls the run finished."""
+    from .peft_models import write_model
+    from .source import quiet
+
+    models = result.model.models
+    with writing(folder.path):
+        with quiet():
+            files = folder.save_model(lambda part: write_model(models[0], part), result.model.tokenizer)
+            for i, member in enumerate(models if len(models) > 1 else ()):
+                write_model(member, folder.path / MEMBERS / str(i))
+        write_whole(folder.path / "predictions.parquet", storable(result.predictions).to_parquet)
+        metrics = {"metric": result.metric, "steps": result.steps, "seconds": result.seconds, "sets": result.metrics}
+        write_json(folder.path / "metrics.json", metrics)
+        card = model_card(record, result.metrics, result.metric)
+        write_whole(folder.path / "README.md", lambda part: part.write_text(card, encoding="utf-8"))
+        files += ["predictions.parquet", "metrics.json", "README.md"]
+        write_json(folder.path / RECORD, {**record, "status": "finished", "files": files})
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+
+
+def storable(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Tuples of labels as lists: Parquet has no tuples."""
+    several = [str(c) for c in predictions if predictions[c].map(lambda v: isinstance(v, tuple)).any()]
+    return predictions.assign(**{c: predictions[c].map(list) for c in several})
+
+
+def upload(folder: Path, repository: str) -> None:
+    """Upload a finished folder to the hub.
+
+    Raises:
+        UsageError: it cannot; the folder stays as it is.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repository)
+    except Exception as error:  # network, names, rights: the hub's words say which
+        raise UsageError(f"the model is in {folder}, but not uploaded to {repository!r}: {error}") from error
