@@ -31,7 +31,7 @@ from tqdm import tqdm
 from steadytune import MetaWeightNet
 from steadytune.bench.run import corrupted
 from steadytune.bench.stats import compare
-from steadytune.fitting import main as fitting
+from steadytune.fitting import plan as planning
 from steadytune.tasks import find, load
 
 ARMS = ("noisy", "noisy + clean", "clean", "meta", "meta + clean")
@@ -41,7 +41,7 @@ BASE = "noisy + clean"
 def run(arm: str, seed: int, options: argparse.Namespace) -> dict:
     """Train and test one arm; returns its line of the file."""
     table, tests = load(options.task, options.data_root)
-    plan = fitting.make_plan(
+    plan = planning.make_plan(
         table, model=options.model, tests=tests, metric=find(options.task).metric, validation_share=0.0,
         train_size=options.rows + options.clean, seed=seed, steps=options.steps, lr=options.lr,
         max_length=options.max_length, save_steps=0, progress=False,
@@ -52,15 +52,15 @@ def run(arm: str, seed: int, options: argparse.Namespace) -> dict:
     noisy = corrupted(noisy, plan.data.target, spec)
     train = {"noisy": noisy, "meta": noisy, "clean": clean}.get(arm, pd.concat([noisy, clean]))
     plan = dataclasses.replace(plan, data=dataclasses.replace(plan.data, train=train))
-    source = fitting.open_model(plan)
+    source = planning.open_model(plan)
     with tempfile.TemporaryDirectory() as scratch:
-        place = fitting.setup(plan, source, Path(scratch))
+        place = planning.setup(plan, source, Path(scratch))
         if arm.startswith("meta"):
             method = MetaWeightNet(outer=place.batches(clean), hidden=options.hidden, lr=options.meta_lr)
             place = dataclasses.replace(place, methods=[method])
-        (job,) = fitting.runs(plan)
+        (job,) = planning.runs(plan)
         trained = place.train(job)
-    _, scores = fitting.evaluate(fitting.fitted_model(plan, source, [trained.model]), plan.data)
+    _, scores = planning.evaluate(planning.fitted_model(plan, source, [trained.model]), plan.data)
     (found,) = (s[plan.metric] for s in scores.values())
     return {"arm": arm, "seed": seed, "score": found, "seconds": trained.seconds, "passes": trained.passes}
 

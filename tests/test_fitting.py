@@ -17,16 +17,15 @@ from steadytune.data.tables import Target
 from steadytune.errors import UsageError
 from steadytune.files.atomic import write_json, write_whole
 from steadytune.fitting import fitted_model as fitted
-from steadytune.fitting import main as fitting
-from steadytune.fitting import source as modelling
+from steadytune.fitting import plan as planning
 from steadytune.fitting import training
-from steadytune.fitting.encoding import tokenise
+from steadytune.fitting.encoding import token_counts, tokenise
 from steadytune.fitting.fit_trainer import ByLength, arguments
 from steadytune.fitting.fitted_model import FittedModel, logits
 from steadytune.fitting.folder import last_checkpoint
 from steadytune.fitting.main import fit
 from steadytune.fitting.recipe import Recipe
-from steadytune.fitting.source import Source, set_dropout
+from steadytune.fitting.source import Source, set_dropout, token_limit
 from steadytune.fitting.spelling import convert, method_record, parse_method
 from steadytune.methods import METHODS
 
@@ -287,9 +286,9 @@ def test_length_is_cut_at_the_limit_and_pairs_share_it(bert):
     assert len(feature["input_ids"]) == 8
     assert feature["input_ids"].count(WORDS.index("bad") + 4) == 1
     assert feature["token_type_ids"] == [0] * 6 + [1] * 2
-    assert modelling.token_limit(None, config, tokenizer) == 64
+    assert token_limit(None, config, tokenizer) == 64
     with pytest.raises(UsageError, match="at most 64, the model's limit, got 65"):
-        modelling.token_limit(65, config, tokenizer)
+        token_limit(65, config, tokenizer)
 
 
 def test_a_row_that_just_fits_is_not_counted_as_cut(bert):
@@ -298,7 +297,7 @@ def test_a_row_that_just_fits_is_not_counted_as_cut(bert):
     rows = pd.DataFrame({"text": ["good " * words for words in (6, 7, 2, 60)]}, index=[5, 6, 7, 8])
     features = tokenise(rows, source.tokenizer, source.max_length)
     assert [len(f["input_ids"]) for f in features] == [8, 8, 4, 8]
-    assert modelling.token_counts(rows, features, source) == [8, 9, 4, 62]
+    assert token_counts(rows, features, source) == [8, 9, 4, 62]
 
 
 def test_cut_rows_are_named_by_their_number_in_the_file(tmp_path, bert, caplog):
@@ -720,9 +719,9 @@ def test_a_finished_checkpoint_takes_no_further_step(tmp_path, bert):
     """Stock code resumed from the last checkpoint in the middle of an epoch takes one more; an average would move."""
     own = {**QUICK, "methods": "ema:decay=0.9", "save_steps": 4, "lr": 1e-2}
     straight = fit(toy(30), model=bert, output=tmp_path / "s", **own)
-    plan = fitting.make_plan(toy(30), model=bert, **own)
-    place = fitting.setup(plan, fitting.open_model(plan), tmp_path / "checkpoints")
-    (job,) = fitting.runs(plan)
+    plan = planning.make_plan(toy(30), model=bert, **own)
+    place = planning.setup(plan, planning.open_model(plan), tmp_path / "checkpoints")
+    (job,) = planning.runs(plan)
     steps = []
     for _ in range(2):
         trained = place.train(job)
@@ -740,9 +739,9 @@ class KillAfterSave(TrainerCallback):
 def test_a_training_that_stopped_early_stays_stopped_after_a_resume(tmp_path, bert, monkeypatch):
     """Killed between its last checkpoint and its result: the stock code would go on to another evaluation."""
     own = {**QUICK, "evaluations": 6, "patience": 1, "lr": 1e-7, "progress": True}
-    plan = fitting.make_plan(toy(30), model=bert, **own)
-    place = fitting.setup(plan, fitting.open_model(plan), tmp_path / "checkpoints")
-    (job,) = fitting.runs(plan)
+    plan = planning.make_plan(toy(30), model=bert, **own)
+    place = planning.setup(plan, planning.open_model(plan), tmp_path / "checkpoints")
+    (job,) = planning.runs(plan)
     with monkeypatch.context() as patch:
         patch.setattr(training, "Progress", lambda name: KillAfterSave())
         with pytest.raises(KeyboardInterrupt):

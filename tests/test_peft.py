@@ -11,8 +11,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import helpers
 from fit_helpers import save_tiny_bert, save_tiny_gpt2, toy
 from steadytune import EMA, FGM, LNSR, SMART, DPSDense, FittedModel, RDrop, Run, fit
+from steadytune.core.anatomy import anatomy
 from steadytune.errors import UsageError
-from steadytune.fitting import source as modelling
+from steadytune.fitting.peft_models import adapted
 from test_anatomy import tiny
 
 # PEFT reads an attribute that transformers 5.23 renamed
@@ -109,8 +110,8 @@ def test_a_prompt_that_hides_the_padding_from_a_decoder_is_refused(tmp_path):
 def test_the_whole_head_is_trained_whatever_its_name(architecture, kind):
     """Naive: PEFT knows heads called classifier and score; others would stay as drawn, and would not be saved."""
     model = tiny(architecture)
-    heads = {name for name, part in modelling.anatomy(model).items() if part.head}
-    found = modelling.adapted(model, None, kind)
+    heads = {name for name, part in anatomy(model).items() if part.head}
+    found = adapted(model, None, kind)
     trained = {n for n, p in found.named_parameters() if p.requires_grad}
     for name in heads:
         top, _, rest = name.partition(".")

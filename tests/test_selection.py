@@ -19,11 +19,12 @@ from fit_helpers import same, save_tiny_bert, save_tiny_gpt2, toy, weights, word
 from steadytune import FittedModel, SteadyClassifier, SteadyRegressor, dry_run, fit
 from steadytune.data.tables import Target
 from steadytune.errors import UsageError
-from steadytune.fitting import source as modelling
 from steadytune.fitting import training
 from steadytune.fitting.estimate import per_step
 from steadytune.fitting.folder import last_checkpoint
+from steadytune.fitting.peft_models import adapted
 from steadytune.fitting.recipe import Recipe
+from steadytune.fitting.scale import check_scale, rescale, temperature
 from steadytune.merge import uniform
 from test_anatomy import CONFIGS, tiny
 
@@ -305,12 +306,12 @@ def test_a_scale_divides_the_logits_of_every_architecture(architecture):
     model = tiny(architecture, num_labels=3).eval()
     feature = {"input_ids": [3, 4, 5, 2], "attention_mask": [1, 1, 1, 1]}
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    modelling.check_scale(model, feature, "calibrate")
+    check_scale(model, feature, "calibrate")
     assert same(before, model.state_dict()), "trying leaves no trace"
     inputs = {name: torch.tensor([values]) for name, values in feature.items()}
     with torch.no_grad():
         logits = model(**inputs).logits
-        modelling.rescale(model, 1 / 3, 0.0, "calibrate")
+        rescale(model, 1 / 3, 0.0, "calibrate")
         torch.testing.assert_close(model(**inputs).logits, logits / 3)
 
 
@@ -319,7 +320,7 @@ def test_a_model_whose_logits_are_not_those_of_its_last_linear_layer_is_refused(
     model.classifier = torch.nn.Sequential(model.classifier, torch.nn.LogSoftmax(-1))
     weights = model.classifier[0].weight.clone()
     with pytest.raises(UsageError, match="calibrate: the logits of this model are not those of its last linear"):
-        modelling.check_scale(model, {"input_ids": [3, 4, 5]}, "calibrate")
+        check_scale(model, {"input_ids": [3, 4, 5]}, "calibrate")
     assert torch.equal(weights, model.classifier[0].weight)
 
 
@@ -328,7 +329,7 @@ def test_temperature_of_a_known_distribution():
     logits = rng.normal(size=(20000, 3))
     powers = np.exp(logits / 2.5)
     labels = [rng.choice(3, p=p / p.sum()) for p in powers]
-    assert modelling.temperature(logits, labels) == pytest.approx(2.5, rel=0.05)
+    assert temperature(logits, labels) == pytest.approx(2.5, rel=0.05)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -348,7 +349,7 @@ def test_adapters_are_merged_into_a_plain_model(tmp_path, bert):
     )
     assert torch.linalg.matrix_rank(change) <= 16
     assert (
-        modelling.adapted(
+        adapted(
             BertForSequenceClassification(
                 BertConfig(hidden_size=16, num_attention_heads=2, intermediate_size=8, vocab_size=9)
             ),

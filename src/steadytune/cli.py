@@ -167,8 +167,8 @@ def fit(
     """
     given = dict(locals())
     with _errors_in_one_line():
+        from . import fitting
         from .errors import UsageError
-        from .fitting import main as fitting
         from .fitting.recipe import Recipe
 
         tests: dict[str, Any] = _named(test or [])

@@ -26,8 +26,9 @@ from .. import __version__
 from ..data.metrics import score
 from ..data.prepare import Data
 from ..data.tables import Table, Target
-from ..fitting import main as fitting
+from ..fitting import plan as planning
 from ..fitting.recipe import SEEDS
+from ..fitting.record import storable
 from ..tasks import find, load
 from .spec import FORMAT, Run
 from .store import Store
@@ -81,14 +82,14 @@ def execute(run: Run, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
     started = time.perf_counter()
     _reset_peak()
     plan = make_plan(run)
-    source = fitting.open_model(plan)
+    source = planning.open_model(plan)
     with tempfile.TemporaryDirectory(prefix="steadytune-") as scratch:
-        place = fitting.setup(plan, source, Path(scratch))
-        (job,) = fitting.runs(plan)
+        place = planning.setup(plan, source, Path(scratch))
+        (job,) = planning.runs(plan)
         trained = place.in_units(place.train(job) if plan.procedure is None else plan.procedure(place, job))
-        model = fitting.fitted_model(plan, source, [trained.model])
+        model = planning.fitted_model(plan, source, [trained.model])
         ended = time.perf_counter()
-        predictions, scores = fitting.evaluate(model, plan.data)
+        predictions, scores = planning.evaluate(model, plan.data)
         tested = time.perf_counter() - ended
         if run.keep_model:
             model.save_pretrained(store.model(run.id))
@@ -105,16 +106,16 @@ def execute(run: Run, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
             "peak_memory": _peak(),
         },
     }
-    return record, fitting.storable(predictions)
+    return record, storable(predictions)
 
 
-def make_plan(run: Run) -> fitting.Plan:
+def make_plan(run: Run) -> planning.Plan:
     """The plan of `fit` for this run."""
     spec = run.spec
     task = find(spec["task"]["name"])
     table, tests = load(task.name, run.data_root, beyond=spec["tests"]["out_of_domain"])
     rows = spec["tests"]["rows"]
-    plan = fitting.make_plan(
+    plan = planning.make_plan(
         table,
         model=run.model,
         methods=run.methods,
@@ -205,7 +206,7 @@ def _baseline(rows: pd.DataFrame, data: Data, name: str, metric: str) -> float |
     return max(score(data.target, gold, np.full(len(gold), n, dtype=object), names)[metric] for n in names)
 
 
-def _training(trained: Trained, plan: fitting.Plan) -> dict[str, Any]:
+def _training(trained: Trained, plan: planning.Plan) -> dict[str, Any]:
     return {
         "rows": len(plan.data.train),
         "steps": trained.steps,

@@ -228,15 +228,16 @@ def _finish(plan: Plan, source: Source, folder: Output, record: dict[str, Any], 
 
 def _calibrate(trained: Trained, plan: Plan, source: Source) -> float:
     """Fit a temperature on the validation rows and take it into the model."""
-    from . import source as modelling
+    from .encoding import label_ids, tokenise
     from .fitted_model import logits
+    from .scale import rescale, temperature
 
     assert plan.select is not None
-    features = modelling.tokenise(plan.select, source.tokenizer, source.max_length)
+    features = tokenise(plan.select, source.tokenizer, source.max_length)
     outputs = logits(trained.model, source.tokenizer, features, plan.recipe.bf16)
-    labels = modelling.label_ids(plan.select["label"].tolist(), plan.data.target)
-    found = modelling.temperature(outputs, labels)
-    modelling.rescale(trained.model, 1 / found, 0.0, "calibrate")
+    labels = label_ids(plan.select["label"].tolist(), plan.data.target)
+    found = temperature(outputs, labels)
+    rescale(trained.model, 1 / found, 0.0, "calibrate")
     logger.info("calibrated on %d validation rows: temperature %.3f", len(labels), found)
     return found
 
