@@ -21,8 +21,8 @@ demo: install  ## a real model, plain and with DPS, in and out of domain, in a f
 test: install  ## the whole suite: two processes, one thread each (two threads each would fight for the cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-lint: install
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: install  ## style, and the layers that imports keep to
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
 types: install
 	$(BIN)/mypy

@@ -21,14 +21,14 @@ import numpy as np
 
 from steadytune.bench.pool import Pool, slots
 from steadytune.bench.report.write import write_report
-from steadytune.bench.spec import Run, Study
+from steadytune.bench.spec import Study, Trial
 from steadytune.bench.store import Store
 from steadytune.bench.study import WORK
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 
-def study(options: argparse.Namespace, seeds: range) -> list[Run]:
+def study(options: argparse.Namespace, seeds: range) -> list[Trial]:
     """Short real trainings."""
     return Study.of(
         {

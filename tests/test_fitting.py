@@ -20,7 +20,7 @@ from steadytune.fitting import fitted_model as fitted
 from steadytune.fitting import plan as planning
 from steadytune.fitting import training
 from steadytune.fitting.encoding import token_counts, tokenise
-from steadytune.fitting.fit_trainer import ByLength, arguments
+from steadytune.fitting.fit_trainer import WINDOW, ByLength, FitTrainer, arguments
 from steadytune.fitting.fitted_model import FittedModel, logits
 from steadytune.fitting.folder import last_checkpoint
 from steadytune.fitting.main import fit
@@ -102,7 +102,7 @@ def test_every_row_once_an_epoch_with_rows_of_like_length(lengths, size, seed, e
     assert sorted(order) == list(range(len(lengths)))
     assert order == list(sampler)  # of (seed, epoch) alone
     whole = len(lengths) // size
-    if whole <= training.WINDOW:  # one window: its batches do not overlap in length
+    if whole <= WINDOW:  # one window: its batches do not overlap in length
         batches = sorted(sorted(lengths[i] for i in order[k * size : (k + 1) * size]) for k in range(whole))
         assert all(a[-1] <= b[0] for a, b in itertools.pairwise(batches))
 
@@ -131,7 +131,7 @@ def test_neighbouring_data_seeds_share_no_epoch_order():
 def test_the_trainer_sees_the_rows_in_this_order(tmp_path, bert, monkeypatch):
     """Epoch after epoch, also after a resume in the middle of one."""
     seen = []
-    compute = training.FitTrainer.compute_loss
+    compute = FitTrainer.compute_loss
 
     def spy(self, model, inputs, *args, **kwargs):
         seen.append(inputs["input_ids"].shape[0])
@@ -139,7 +139,7 @@ def test_the_trainer_sees_the_rows_in_this_order(tmp_path, bert, monkeypatch):
 
     drawn = []
     iterate = ByLength.__iter__
-    monkeypatch.setattr(training.FitTrainer, "compute_loss", spy)
+    monkeypatch.setattr(FitTrainer, "compute_loss", spy)
     monkeypatch.setattr(ByLength, "__iter__", lambda self: drawn.append(self.epoch) or iterate(self))
     fit(toy(24), model=bert, output=tmp_path / "o", validation_share=0, **{**QUICK, "steps": 15})
     assert seen == [4] * 15

@@ -19,8 +19,9 @@ from fit_helpers import same, save_tiny_bert, save_tiny_gpt2, toy, weights, word
 from steadytune import FittedModel, SteadyClassifier, SteadyRegressor, dry_run, fit
 from steadytune.data.tables import Target
 from steadytune.errors import UsageError
-from steadytune.fitting import training
+from steadytune.fitting import callbacks, training
 from steadytune.fitting.estimate import per_step
+from steadytune.fitting.fit_trainer import class_weights, weighted_loss
 from steadytune.fitting.folder import last_checkpoint
 from steadytune.fitting.peft_models import adapted
 from steadytune.fitting.recipe import Recipe
@@ -253,7 +254,7 @@ class State:
     ],
 )  # fmt: skip
 def test_failing_is_a_loss_that_stays_above_nine_tenths_of_chance(state, classes, failing):
-    assert training._failing(state, classes, 20) == failing
+    assert callbacks._failing(state, classes, 20) == failing
 
 
 # ---- weights of classes, calibration, adapters, several labels --------------------------------------------------
@@ -262,14 +263,14 @@ def test_failing_is_a_loss_that_stays_above_nine_tenths_of_chance(state, classes
 def test_class_weights_by_hand():
     two = Target(("a", "b"))
     rows = pd.DataFrame({"label": ["a"] * 6 + ["b"] * 2})
-    weights = training.class_weights(rows, two)
+    weights = class_weights(rows, two)
     assert weights.tolist() == pytest.approx([8 / 12, 8 / 4])
-    loss = training.weighted_loss(Recipe(class_weights="balanced"), rows, two)
+    loss = weighted_loss(Recipe(class_weights="balanced"), rows, two)
     logits, labels = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1])
     each = [np.log(1 + np.exp(-1)), np.log(2)]
     output = type("Output", (), {"logits": logits})
     assert float(loss(output, labels)) == pytest.approx((each[0] * 2 / 3 + each[1] * 2) / (2 / 3 + 2))
-    assert training.weighted_loss(Recipe(), rows, two) is None
+    assert weighted_loss(Recipe(), rows, two) is None
 
 
 def test_class_weights_reach_the_training(tmp_path, bert):
@@ -395,7 +396,7 @@ def test_signals_leave_a_checkpoint_of_the_last_step(tmp_path, bert, monkeypatch
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         patch.setattr(training, "Progress", lambda name: Signal(6, number))
-        with pytest.raises(training.Interrupted):
+        with pytest.raises(callbacks.Interrupted):
             fit(toy(40), model=bert, output=tmp_path / "cut", **own)
     assert last_checkpoint(tmp_path / "cut" / "checkpoints" / "training").name == "checkpoint-7"
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__ as __version__
+
 if TYPE_CHECKING:
     from .core import Method as Method
     from .core import Run as Run
@@ -56,8 +58,6 @@ if TYPE_CHECKING:
     from .methods.adapters import load_adapters as load_adapters
     from .methods.adapters import save_adapters as save_adapters
     from .trainer import Trainer as Trainer
-
-__version__ = "0.1.0"
 
 # torch and transformers take seconds to import: a name is looked up where it is first used, `--help` never waits
 _HOMES = {

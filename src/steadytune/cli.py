@@ -551,7 +551,7 @@ def _errors_in_one_line(go_on: str = "with --resume goes on from the last checkp
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from . import __version__
+        from .version import __version__
 
         typer.echo(f"steadytune {__version__}")
         raise typer.Exit()

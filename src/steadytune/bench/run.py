@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .. import __version__
 from ..data.metrics import score
 from ..data.prepare import Data
 from ..data.tables import Table, Target
@@ -30,7 +29,8 @@ from ..fitting import plan as planning
 from ..fitting.recipe import SEEDS
 from ..fitting.record import storable
 from ..tasks import find, load
-from .spec import FORMAT, Run
+from ..version import __version__
+from .spec import FORMAT, Trial
 from .store import Store
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 TEST_ROWS_SEED = 0  # which rows of a test set are used is the same for every run
 
 
-def perform(given: tuple[str, Run]) -> str:
+def perform(given: tuple[str, Trial]) -> str:
     """Do a run and record it, unless it is done or another process is at work on it.
 
     Args:
@@ -77,7 +77,7 @@ def _silent() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def execute(run: Run, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
+def execute(run: Trial, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
     """Train and test; returns the record and the predictions."""
     started = time.perf_counter()
     _reset_peak()
@@ -109,7 +109,7 @@ def execute(run: Run, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
     return record, storable(predictions)
 
 
-def make_plan(run: Run) -> planning.Plan:
+def make_plan(run: Trial) -> planning.Plan:
     """The plan of `fit` for this run."""
     spec = run.spec
     task = find(spec["task"]["name"])
@@ -169,13 +169,13 @@ def corrupted(rows: pd.DataFrame, target: Target, spec: Mapping[str, Any]) -> pd
     return rows
 
 
-def failed(run: Run, error: str, seconds: float, message: str | None = None) -> dict[str, Any]:
+def failed(run: Trial, error: str, seconds: float, message: str | None = None) -> dict[str, Any]:
     """The record of a run that gave no model."""
     text = error if message is None or message in error else f"{error}\n{message}"
     return {**_header(run, "failed"), "error": text, "sets": {}, "training": None, "cost": {"seconds": seconds}}
 
 
-def _header(run: Run, status: str) -> dict[str, Any]:
+def _header(run: Trial, status: str) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "id": run.id,
@@ -188,7 +188,7 @@ def _header(run: Run, status: str) -> dict[str, Any]:
     }
 
 
-def _about(name: str, run: Run, data: Data, predictions: pd.DataFrame) -> dict[str, Any]:
+def _about(name: str, run: Trial, data: Data, predictions: pd.DataFrame) -> dict[str, Any]:
     """Which domain a set belongs to, and the score of a constant prediction on it."""
     task = find(run.spec["task"]["name"])
     inside = {file.partition(":")[0] for file in task.tests}

@@ -171,7 +171,7 @@ class Study:
         for values in itertools.product(self.seeds, repeat=len(self.factorial)):
             yield {**dict.fromkeys(SEEDS, self.seeds[0]), **dict(zip(self.factorial, values, strict=True))}
 
-    def runs(self, data_root: str | Path | None = None) -> list[Run]:
+    def runs(self, data_root: str | Path | None = None) -> list[Trial]:
         """Every run, seeds outermost: whatever is interrupted has whole rounds of all recipes.
 
         Args:
@@ -205,7 +205,7 @@ class Study:
                 "seeds": seeds,
             }
             found.append(
-                Run(
+                Trial(
                     spec,
                     paths[model],
                     str(root),
@@ -227,7 +227,7 @@ def in_use(recipe: Recipe, task: Task) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class Trial:
     """One run of a study: its specification, and where this machine finds what it needs.
 
     Attributes:

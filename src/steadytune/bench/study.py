@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..data.metrics import SMALLER_IS_BETTER
 from ..errors import UsageError
 from .pool import Engine, Here, Outcome, Pool, cores, slots, visible_gpus
-from .spec import Run, Study
+from .spec import Study, Trial
 from .store import Store, checked
 
 logger = logging.getLogger("steadytune")
@@ -97,7 +97,7 @@ def _engine(workers: int, timeout: float | None) -> Engine:
     return Pool(WORK, slots(workers, cores(), visible_gpus()), timeout) if workers else Here(WORK)
 
 
-def chosen(runs: Sequence[Run], filters: Sequence[str]) -> list[Run]:
+def chosen(runs: Sequence[Trial], filters: Sequence[str]) -> list[Trial]:
     """The runs that match every filter.
 
     Raises:
@@ -121,11 +121,11 @@ def _settle(store: Store, outcome: Outcome) -> bool:
     return outcome.value == "elsewhere"
 
 
-def _status(store: Store, run: Run) -> str:
+def _status(store: Store, run: Trial) -> str:
     return str(_read(store, run)["status"])
 
 
-def _read(store: Store, run: Run) -> dict[str, Any]:
+def _read(store: Store, run: Trial) -> dict[str, Any]:
     file = store.record(run.id)
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
@@ -136,7 +136,7 @@ def _read(store: Store, run: Run) -> dict[str, Any]:
 class Progress:
     """Done, failed, remaining and the best recipe so far: a bar on a terminal, else a line per run."""
 
-    def __init__(self, store: Store, runs: Sequence[Run], shown: bool) -> None:
+    def __init__(self, store: Store, runs: Sequence[Trial], shown: bool) -> None:
         self.store, self.total, self.shown = store, len(runs), shown
         self.counts: Counter[str] = Counter()
         self.scores: dict[tuple[str, str], list[float]] = {}
@@ -153,7 +153,7 @@ class Progress:
     def __exit__(self, *about: object) -> None:
         self.bar.close()
 
-    def update(self, run: Run) -> None:
+    def update(self, run: Trial) -> None:
         """A run may have ended."""
         if not self._count(run):
             return
@@ -162,7 +162,7 @@ class Progress:
         if self.shown and not _terminal():
             logger.info("%d/%d %s: %s", len(self.seen), self.total, run.title, self.line(run))
 
-    def _count(self, run: Run) -> bool:
+    def _count(self, run: Trial) -> bool:
         """Read the record of a run that has one by now."""
         if run.id in self.seen or not self.store.has(run.id):
             return False
@@ -174,7 +174,7 @@ class Progress:
             self.scores.setdefault((run.spec["task"]["name"], run.spec["recipe"]), []).append(value)
         return True
 
-    def line(self, run: Run) -> str:
+    def line(self, run: Trial) -> str:
         """Counts, and the best recipe on the task of this run."""
         task = run.spec["task"]["name"]
         remaining = self.total - len(self.seen)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .. import __version__
 from ..errors import UsageError
 from ..files.atomic import write_json, write_whole, writing
+from ..version import __version__
 from .card import model_card
 from .folder import MEMBERS, RECORD, Output
 from .spelling import method_record, procedure_record

@@ -1,6 +1,7 @@
 """The methods, written out: the name on the command line and the class."""
 
 from ..core import Method
+from .adapters import Adapters as Adapters
 from .adversarial import FGM as FGM
 from .adversarial import PGD as PGD
 from .bi_drop import BiDrop as BiDrop
@@ -13,7 +14,6 @@ from .easy_adapt import EasyAdapt as EasyAdapt
 from .ema import EMA as EMA
 from .ema import SWA as SWA
 from .extrapolation import Extrapolation as Extrapolation
-from .houlsby import Adapters as Adapters
 from .hypergradient_lr import HypergradientLR as HypergradientLR
 from .implicit_tune import ImplicitTune as ImplicitTune
 from .l2sp import L2SP as L2SP

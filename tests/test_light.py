@@ -1,0 +1,37 @@
+"""Command-line help, data errors and reports come at once: what they need loads no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+LIGHT = (
+    "steadytune",
+    "steadytune.cli",
+    "steadytune.config",
+    "steadytune.data.guards",
+    "steadytune.doctor",
+    "steadytune.files.atomic",
+    "steadytune.fitting",
+    "steadytune.fitting.merge_folders",
+    "steadytune.tasks",
+    "steadytune.bench.report",
+    "steadytune.bench.run",
+    "steadytune.bench.study",
+)
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_modules_do_not_import_torch(name):
+    code = f"import sys, {name}; print(sorted({{'torch', 'transformers'}} & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_found_where_it_lives():
+    import steadytune
+
+    for name in steadytune.__all__:
+        assert getattr(steadytune, name) is not None, name
