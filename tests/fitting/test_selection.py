@@ -13,6 +13,7 @@ import torch
 from scipy.special import log_softmax
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
+from test_anatomy import CONFIGS, tiny
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, TrainerCallback
 
 from fit_helpers import same, save_tiny_bert, save_tiny_gpt2, toy, weights, word_tokenizer
@@ -27,7 +28,6 @@ from steadytune.fitting.peft_models import adapted
 from steadytune.fitting.recipe import Recipe
 from steadytune.fitting.scale import check_scale, rescale, temperature
 from steadytune.merge import uniform
-from test_anatomy import CONFIGS, tiny
 
 QUICK = {"steps": 40, "batch_size": 8, "lr": 5e-3, "save_steps": 0, "progress": False, "text": "text", "label": "label"}
 TESTS = {"test": toy(30, start=200)}

@@ -37,7 +37,7 @@ from steadytune.bench.stats import (
     two_way_bootstrap,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 rows_right = st.lists(st.tuples(st.integers(0, 277), st.integers(0, 277)), min_size=2, max_size=10)
 

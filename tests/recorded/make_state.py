@@ -1,6 +1,6 @@
 """Writes state-format-1.safetensors: two states of one run, and how it went on. Never to be run again for format 1.
 
-    PYTHONPATH=tests python tests/data/make_state.py
+    PYTHONPATH=tests python tests/recorded/make_state.py
 
 A later format gets a file of its own; the old one must go on loading.
 """

@@ -22,7 +22,6 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from data import make_state
 from helpers import (
     Net,
     arguments,
@@ -41,6 +40,7 @@ from helpers import (
     rows,
     tensors,
 )
+from recorded import make_state
 from steadytune import (
     EMA,
     FGM,

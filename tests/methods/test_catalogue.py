@@ -15,7 +15,7 @@ from steadytune.cli import app
 from steadytune.core.facts import Cost, Paper
 from steadytune.methods import METHODS, catalogue
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STAGE = 3  # steps of a DPS stage below
 BATCH = {"input_ids": torch.arange(24).view(4, 6), "labels": torch.tensor([0, 1, 2, 0])}
 

@@ -6,6 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from test_anatomy import tiny
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import helpers
@@ -14,7 +15,6 @@ from steadytune import EMA, FGM, LNSR, SMART, DPSDense, FittedModel, RDrop, Run,
 from steadytune.core.anatomy import anatomy
 from steadytune.errors import UsageError
 from steadytune.fitting.peft_models import adapted
-from test_anatomy import tiny
 
 # PEFT reads an attribute that transformers 5.23 renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
