@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import transformers
+from test_anatomy import CONFIGS, tiny
 from torch import nn
 
 from helpers import arguments, assert_same, batches, bert, collate, copied, differs, llama, rows
@@ -28,7 +29,6 @@ from steadytune import (
     save_adapters,
 )
 from steadytune.core.anatomy import anatomy, blocks, depths
-from test_anatomy import CONFIGS, tiny
 
 TOKENS = {"input_ids": torch.tensor([[5, 6, 7, 2], [8, 9, 3, 2]])}
 

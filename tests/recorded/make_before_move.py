@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from steadytune.training import FitTrainer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
 
 from steadytune import fit
 from steadytune.bench.spec import Study
 from steadytune.bench.study import run_study
-from steadytune.training import FitTrainer
 
 FOLDER = Path(__file__).with_name("before-move")
 WORDS = ["good", "bad", "fine", "poor", "film", "play", "cast", "plot"]
