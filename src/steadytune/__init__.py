@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .methods import DPSMix as DPSMix
     from .methods import EasyAdapt as EasyAdapt
     from .methods import Extrapolation as Extrapolation
+    from .methods import HeadInit as HeadInit
     from .methods import HypergradientLR as HypergradientLR
     from .methods import ImplicitTune as ImplicitTune
     from .methods import MetaWeightNet as MetaWeightNet
@@ -91,6 +92,7 @@ _HOMES = {
         "DPSMix",
         "EasyAdapt",
         "Extrapolation",
+        "HeadInit",
         "HypergradientLR",
         "ImplicitTune",
         "MetaWeightNet",

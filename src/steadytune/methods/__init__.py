@@ -14,6 +14,7 @@ from .easy_adapt import EasyAdapt as EasyAdapt
 from .ema import EMA as EMA
 from .ema import SWA as SWA
 from .extrapolation import Extrapolation as Extrapolation
+from .head_init import HeadInit as HeadInit
 from .hypergradient_lr import HypergradientLR as HypergradientLR
 from .implicit_tune import ImplicitTune as ImplicitTune
 from .l2sp import L2SP as L2SP
@@ -38,6 +39,7 @@ from .vibert import VIBERT as VIBERT
 from .weight_mixup import WeightMixup as WeightMixup
 
 METHODS: dict[str, type[Method]] = {
+    "head_init": HeadInit,
     "re_init": ReInit,
     "top_layers": TopLayers,
     "bitfit": BitFit,

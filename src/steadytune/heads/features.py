@@ -1,0 +1,98 @@
+"""Features: what enters the last linear layer of a classifier, in evaluation mode.
+
+The layer is made to hand on its input for a while, so that whatever the model does with the layer's outputs (a decoder
+picks those of the last token) it does with the features. One rule serves every architecture; it is checked on the
+first batch that the features, times the layer's weights, are the model's own logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TOLERANCE = 1e-3  # between logits and features times weights, as a share of the largest logit
+
+
+def output_layer(model: Any) -> nn.Linear:
+    """The last linear layer with one output per label.
+
+    Raises:
+        ValueError: The model has none.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
+    if not layers:
+        raise ValueError(
+            f"a {type(model).__name__} has no linear layer with {model.config.num_labels} outputs at its end: use a "
+            "model for sequence classification"
+        )
+    return layers[-1]
+
+
+@torch.no_grad()
+def features(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    """What enters the model's last linear layer, one row per row of the batches.
+
+    The model is left in the mode in which it was. Dropout is off, and no random number is drawn.
+
+    Args:
+        model: A classifier, on any device.
+        batches: Inputs of the model; ``labels`` are left out.
+
+    Returns:
+        (rows, width), float64 on the CPU.
+
+    Raises:
+        ValueError: The logits of this model are not those of its last linear layer, or there is no batch.
+    """
+    layer = output_layer(model)
+    device = next(model.parameters()).device
+    rows: list[Tensor] = []
+    with _evaluating(model):
+        for batch in batches:
+            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+            with _handing_on(layer):
+                rows.append(model(**inputs).logits.double())
+            if len(rows) == 1:
+                _check(model, layer, model(**inputs).logits, rows[0])
+    if not rows:
+        raise ValueError("features need at least one batch of rows")
+    return torch.cat(rows).cpu()
+
+
+def _check(model: nn.Module, layer: nn.Linear, logits: Tensor, rows: Tensor) -> None:
+    """Raise unless the layer makes the model's logits of these features."""
+    bias = None if layer.bias is None else layer.bias.double()
+    if rows.shape == (len(logits), layer.in_features):
+        difference = (nn.functional.linear(rows, layer.weight.double(), bias) - logits).abs().max()
+        if difference <= TOLERANCE * (1 + logits.abs().max()):
+            return
+    raise ValueError(
+        f"the logits of a {type(model).__name__} are not those of its last linear layer: this model has no features "
+        "that a linear probe could read"
+    )
+
+
+@contextlib.contextmanager
+def _handing_on(layer: nn.Linear) -> Iterator[None]:
+    """While open, the layer's output is its input."""
+    handle = layer.register_forward_hook(lambda module, args, output: args[0])
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """While open, the model is in evaluation mode; each module's own mode is restored."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

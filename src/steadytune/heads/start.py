@@ -1,0 +1,144 @@
+"""Heads that begin as a linear probe: which probe suits the labels, and how it gets into the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .features import features, output_layer
+from .probe import Parts, Probe, logistic, logistic_each, ridge, ridge_classes
+
+How = Literal["logistic", "ridge"]
+HOW = ("logistic", "ridge")
+Inputs = Mapping[str, Tensor]
+FOLDS = 5
+
+
+def fit_probe(phi: np.ndarray, labels: np.ndarray, outputs: int, *, how: How, bias: bool, parts: Parts) -> Probe:
+    """The probe that suits the labels.
+
+    Args:
+        phi: Features (rows, width).
+        labels: Class numbers (rows,); 0 and 1 (rows, classes) for several labels; or floats (rows,).
+        outputs: Outputs of the head.
+        how: Kind of probe for classes. Numbers always take ridge, several labels always logistic regressions.
+        bias: Whether the head has one.
+        parts: Folds of the logistic probes, as of `probe.logistic`.
+    """
+    if labels.ndim == 2:
+        return logistic_each(phi, labels, parts, bias=bias)
+    if outputs == 1:
+        return ridge(phi, labels, bias=bias)
+    if how == "ridge":
+        return ridge_classes(phi, labels.astype(int), outputs, bias=bias)
+    return logistic(phi, labels.astype(int), outputs, parts, bias=bias)
+
+
+def even_parts(labels: np.ndarray, seed: int, folds: int = FOLDS) -> Parts:
+    """Folds of like sizes, each with like shares of the classes where the labels are class numbers.
+
+    Rows are shuffled, sorted by class, and dealt out like cards.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    if labels.ndim == 1:
+        order = order[np.argsort(labels[order], kind="stable")]
+    fold = np.empty(len(labels), dtype=int)
+    fold[order] = np.arange(len(labels)) % min(folds, len(labels))
+    return [(np.flatnonzero(fold != i), np.flatnonzero(fold == i)) for i in np.unique(fold)]
+
+
+@torch.no_grad()
+def set_head(model: nn.Module, probe: Probe, scale: float = 1.0) -> None:
+    """Make the probe the model's last linear layer.
+
+    Args:
+        model: A classifier with as many outputs as the probe.
+        probe: Its bias is left out where the layer has none.
+        scale: Factor on weights and bias. Below 1 the head starts less sure of itself, and the body moves faster.
+    """
+    layer = output_layer(model)
+    layer.weight.copy_(torch.from_numpy(scale * probe.weight))
+    if layer.bias is not None:
+        layer.bias.copy_(torch.from_numpy(scale * probe.bias))
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Features and labels of rows, in an order that depends on the rows alone.
+
+    Attributes:
+        phi: Features (rows, width).
+        labels: Class numbers or floats (rows,), or 0 and 1 (rows, classes).
+        keys: What the order is by: the tokens of each row.
+    """
+
+    phi: np.ndarray
+    labels: np.ndarray
+    keys: list[bytes]
+
+    @classmethod
+    def of(cls, model: Any, batches: Iterable[Inputs | Sequence[Inputs]]) -> Labelled:
+        """Pass the batches, or lists of micro-batches, through the model.
+
+        Raises:
+            ValueError: Batches without labels, or labels of another shape than one, or one per output, a row.
+        """
+        held: list[Inputs] = []
+        for given in batches:
+            held += [given] if isinstance(given, Mapping) else list(given)
+        if not held or any("labels" not in batch for batch in held):
+            raise ValueError("a head can begin as a probe only on batches that hold labels")
+        labels = torch.cat([batch["labels"].cpu() for batch in held]).numpy()
+        outputs = output_layer(model).out_features
+        if labels.ndim > 2 or (labels.ndim == 2 and labels.shape[1] != outputs):
+            raise ValueError(f"a head of {outputs} outputs cannot begin as a probe on labels of shape {labels.shape}")
+        labels = labels[:, 0] if outputs == 1 and labels.ndim == 2 else labels
+        keys = [key for batch in held for key in _keys(batch)]
+        return cls(features(model, held).numpy(), labels, keys)
+
+    def together(self) -> Labelled:
+        """With the rows of all ranks."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, (self.phi, self.labels, self.keys))
+        phi, labels, keys = zip(*parts, strict=True)
+        return Labelled(np.concatenate(phi), np.concatenate(labels), [key for part in keys for key in part])
+
+    def in_order(self) -> Labelled:
+        """Sorted by tokens: folds, and so the penalty, do not depend on how a loader shuffles."""
+        order = sorted(range(len(self.keys)), key=self.keys.__getitem__)
+        return Labelled(self.phi[order], self.labels[order], [self.keys[i] for i in order])
+
+
+def _keys(batch: Inputs) -> list[bytes]:
+    """The tokens of each row without padding."""
+    if "input_ids" not in batch:
+        return [b""] * len(batch["labels"])
+    ids = batch["input_ids"].cpu().numpy()
+    mask = batch["attention_mask"].cpu().numpy() > 0 if "attention_mask" in batch else np.ones(ids.shape, dtype=bool)
+    return [row[kept].astype(">i8").tobytes() for row, kept in zip(ids, mask, strict=True)]
+
+
+def probe_of_batches(model: Any, batches: Iterable[Inputs | Sequence[Inputs]], *, how: How, seed: int = 0) -> Probe:
+    """The probe of a model on labelled batches, those of all ranks together.
+
+    Args:
+        model: A classifier.
+        batches: Inputs with ``labels``, or lists of micro-batches.
+        how: Kind of probe for classes.
+        seed: Seed of the folds.
+
+    Raises:
+        ValueError: As `Labelled.of`.
+    """
+    rows = Labelled.of(model, batches).together().in_order()
+    layer = output_layer(model)
+    parts = even_parts(rows.labels, seed)
+    return fit_probe(rows.phi, rows.labels, layer.out_features, how=how, bias=layer.bias is not None, parts=parts)

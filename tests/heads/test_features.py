@@ -1,0 +1,182 @@
+"""Features of real architectures: the head on them is the model, whatever lies between the two."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from helpers import assert_same, batches, bert, copied
+from steadytune import L2SP, METHODS, Run
+from steadytune.heads.features import features, output_layer
+from steadytune.heads.start import probe_of_batches, set_head
+from steadytune.methods.head_init import HeadInit
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 40,
+}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+DECODER = {**SIZES, **TOKENS, "num_key_value_heads": 1}
+ENCODERS = {
+    "Albert": {**SIZES, "embedding_size": 4},
+    "Bert": SIZES,
+    "BigBird": {**SIZES, "attention_type": "original_full"},
+    "Camembert": {**SIZES, **TOKENS},
+    "ConvBert": {**SIZES, "embedding_size": 8},
+    "DebertaV2": {**SIZES, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4}
+    | {"norm_rel_ebd": "layer_norm", "share_att_key": True},
+    "DistilBert": {"vocab_size": 64, "dim": 8, "hidden_dim": 16, "n_layers": 2, "n_heads": 2},
+    "Electra": {**SIZES, "embedding_size": 4},
+    "Ernie": SIZES,
+    "Funnel": {"vocab_size": 64, "block_sizes": [2, 2], "num_decoder_layers": 1, "d_model": 8, "n_head": 2}
+    | {"d_head": 4, "d_inner": 16},
+    "MPNet": SIZES,
+    "MobileBert": {**SIZES, "embedding_size": 4, "intra_bottleneck_size": 8, "num_feedforward_networks": 2},
+    "ModernBert": {**SIZES, **TOKENS, "cls_token_id": 1, "sep_token_id": 2},
+    "Roberta": {**SIZES, **TOKENS},
+    "XLM": {"vocab_size": 64, "emb_dim": 8, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 40},
+    "XLMRoberta": {**SIZES, **TOKENS},
+    "XLNet": {"vocab_size": 64, "d_model": 8, "n_layer": 2, "n_head": 2, "d_inner": 16},
+}
+DECODERS = {
+    "GPT2": {"vocab_size": 64, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 40, **TOKENS},
+    "Gemma": {**DECODER, "head_dim": 4},
+    "Llama": DECODER,
+    "Mistral": DECODER,
+    "OPT": {"vocab_size": 64, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 16}
+    | {"max_position_embeddings": 40, "word_embed_proj_dim": 8, **TOKENS},
+    "Qwen2": DECODER,
+}
+
+
+def tiny(architecture: str, labels: int = 3) -> transformers.PreTrainedModel:
+    sizes = {**ENCODERS, **DECODERS}[architecture]
+    config = getattr(transformers, architecture + "Config")(**sizes, num_labels=labels, initializer_range=0.3)
+    torch.manual_seed(0)
+    return transformers.AutoModelForSequenceClassification.from_config(config)
+
+
+@pytest.mark.parametrize("architecture", [*ENCODERS, *DECODERS])
+def test_the_head_on_the_features_is_the_model(architecture):
+    model = tiny(architecture).train()
+    given = batches(2)
+    phi = features(model, given)
+    layer = output_layer(model)
+    assert phi.shape == (8, layer.in_features)
+    bias = 0.0 if layer.bias is None else layer.bias.double()
+    model.eval()
+    with torch.no_grad():
+        logits = torch.cat([model(**{k: v for k, v in b.items() if k != "labels"}).logits for b in given])
+    assert torch.allclose(phi @ layer.weight.double().T + bias, logits.double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["Bert", "DistilBert", "Roberta", "ModernBert", "GPT2", "Qwen2"])
+def test_a_head_that_begins_as_the_probe_says_what_the_probe_says(architecture):
+    model = tiny(architecture)
+    given = batches(6)
+    probe = probe_of_batches(model, given, how="logistic")
+    phi = features(model, given).numpy()
+    set_head(model, probe)
+    model.eval()
+    with torch.no_grad():
+        logits = torch.cat([model(**{k: v for k, v in b.items() if k != "labels"}).logits for b in given])
+    assert np.abs(logits.numpy() - probe.outputs(phi)).max() < 1e-4
+    assert (logits.numpy().argmax(1) == probe.outputs(phi).argmax(1)).all()
+
+
+def test_modes_and_random_state_stay_as_they_were():
+    model = bert(dropout=0.5).train()
+    model.bert.encoder.eval()
+    modes = [m.training for m in model.modules()]
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first, second = features(model, batches(2)), features(model, batches(2))
+    assert torch.equal(first, second)  # no dropout
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Squashed(nn.Module):
+    """Its logits are not linear in anything that a hook could see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = bert()
+        self.config = self.inner.config
+
+    def forward(self, **inputs):
+        outputs = self.inner(**inputs)
+        outputs.logits = outputs.logits.tanh()
+        return outputs
+
+
+def test_logits_that_no_linear_layer_makes_are_refused():
+    with pytest.raises(ValueError, match="not those of its last linear layer"):
+        features(Squashed(), batches(1))
+
+
+def test_several_labels_and_numbers():
+    model = bert(labels=2)
+    given = [{**b, "labels": torch.stack([b["labels"] > 0, b["labels"] > 1], 1).float()} for b in batches(4)]
+    probe = probe_of_batches(model, given, how="logistic")
+    assert probe.weight.shape == (2, 16)
+    number = bert(labels=1)
+    given = [{**b, "labels": b["labels"].float() / 2} for b in batches(4)]
+    probe = probe_of_batches(number, given, how="logistic")
+    phi, y = features(number, given).numpy(), torch.cat([b["labels"] for b in given]).numpy()
+    held_out, ours = np.square(probe.out_of_fold[:, 0] - y).mean(), np.square(probe.outputs(phi)[:, 0] - y).mean()
+    assert ours < held_out
+
+
+@pytest.mark.parametrize("labels", [None, torch.zeros(4, 2, 2), torch.zeros(4, 7)])
+def test_labels_of_another_shape_are_refused(labels):
+    (batch,) = batches(1)
+    batch = {k: v for k, v in {**batch, "labels": labels}.items() if v is not None}
+    with pytest.raises(ValueError, match="labels"):
+        probe_of_batches(bert(), [batch], how="logistic")
+
+
+# ---- the method ---------------------------------------------------------------------------------------------------
+
+
+def test_two_heads_become_one_whatever_seed_or_order_of_the_rows():
+    """So that a soup of runs is the mean of models that began alike."""
+    given = batches(6)
+    models = [bert(seed=0), bert(seed=0)]
+    nn.init.normal_(models[1].classifier.weight)
+    Run(models[0], [HeadInit()], data=lambda: given, seed=0)
+    Run(models[1], [HeadInit()], data=lambda: given[::-1], seed=7)
+    for name, p in models[0].named_parameters():
+        assert torch.allclose(p, models[1].get_parameter(name), atol=1e-6), name
+    Run(again := bert(seed=0), [HeadInit()], data=lambda: given, seed=7)
+    assert_same(copied(again), copied(models[0]))
+
+
+def test_scale_zero_begins_with_outputs_of_zero():
+    model = bert()
+    Run(model, [HeadInit(scale=0.0)], data=lambda: batches(4))
+    assert not model.classifier.weight.any()
+
+
+def test_an_anchor_leaves_the_new_head_out():
+    model = bert()
+    run = Run(model, [HeadInit(), L2SP()], data=lambda: batches(4))
+    heads = [w for w in run.weights() if w.head]
+    assert heads
+    assert all(run.is_new(w) for w in heads)
+
+
+def test_without_data_it_says_what_to_pass():
+    with pytest.raises(ValueError, match=r"data=lambda: loader"):
+        Run(bert(), [HeadInit()])
+
+
+def test_the_method_is_known_by_name():
+    assert METHODS["head_init"] is HeadInit
