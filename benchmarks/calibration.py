@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy
-from scipy import special, stats
+from scipy import stats
 from tqdm import tqdm
 
 import steadytune
@@ -28,7 +28,6 @@ ALPHA = 0.05
 MOST = 0.064  # false positives: 0.05 and three standard errors of 2,000 repetitions
 LEAST = 0.93  # coverage
 TASKS = 5
-EXAMPLES = 277
 SEEDS = (5, 10, 20)
 MORE_SEEDS = (5, 10, 20, 30, 50)
 
@@ -183,21 +182,6 @@ def share_coverage(law: str, n: int, repetitions: int, seed: int = 0) -> list[di
     return [row("coverage", "P(A > B)", law, n, covers(own.proportion_interval(found, n), truth))]
 
 
-def two_way_coverage(n: int, repetitions: int, seed: int = 0) -> list[dict]:
-    """Seeds and examples with effects of their own on the chance of a right answer; the true difference is 0."""
-    rng = np.random.default_rng([seed, 300, n])
-    covered = []
-    for repetition in range(repetitions):
-        ease = rng.normal(1, 1.5, EXAMPLES)  # of an example, for both recipes
-        right = [
-            rng.random((n, EXAMPLES)) < special.expit(ease + rng.normal(0, 0.5, EXAMPLES) + rng.normal(0, 0.2, (n, 1)))
-            for _ in "ab"
-        ]
-        found = own.two_way_bootstrap(*right, draws=499, seed=repetition).interval
-        covered.append(covers(np.array(found)))
-    return [row("coverage", "seeds by examples", f"{EXAMPLES} rows, logits with effects of both", n, np.array(covered))]
-
-
 # ---------------------------------------------------------------- the report
 
 
@@ -211,8 +195,6 @@ def records(repetitions: int) -> Iterator[dict]:
     for law in SHARES:
         for n in MORE_SEEDS:
             yield from share_coverage(law, n, repetitions)
-    for n in SEEDS:
-        yield from two_way_coverage(n, repetitions // 4)
 
 
 def table(found: Iterable[dict], good: Callable[[float], bool]) -> str:
@@ -243,7 +225,7 @@ def power_table() -> str:
 PAGE = """# Calibration of the statistics
 
 Written by `benchmarks/calibration.py` (steadytune {version}, NumPy {numpy}, SciPy {scipy}). {repetitions:,} repetitions
-per cell; half of that for bootstrap intervals, a quarter for seeds by examples. n is the number of seeds. Bold: a test
+per cell; half of that for bootstrap intervals. n is the number of seeds. Bold: a test
 that errs in more than {most} of studies (three standard errors above 0.05), an interval that covers less than {least}.
 
 ## Errors of the tests

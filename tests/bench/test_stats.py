@@ -21,7 +21,6 @@ from steadytune.bench.stats import (
     compare,
     compute_matched,
     detectable_gain,
-    expected_max,
     holm,
     log_sd_interval,
     mean_interval,
@@ -34,7 +33,6 @@ from steadytune.bench.stats import (
     stratified,
     stratified_interval,
     summary,
-    two_way_bootstrap,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -98,23 +96,6 @@ def test_interval_of_many_rows_is_that_of_each():
     found = mean_interval(rows)
     assert np.isnan(found[1]).all()
     assert found[[0, 2]] == pytest.approx(np.stack([mean_interval(rows[0]), mean_interval(rows[2])]))
-
-
-def test_expected_max_by_hand_and_against_draws():
-    assert expected_max([1, 0]) == pytest.approx([0.5, 0.75])
-    values = normal(8)
-    drawn = np.random.default_rng(1).choice(values, (200_000, 8))
-    simulated = np.maximum.accumulate(drawn, axis=1).mean(0)
-    assert expected_max(values) == pytest.approx(simulated, abs=0.008)
-
-
-@quick
-@given(st.lists(st.integers(-100, 100), min_size=1, max_size=20))
-def test_expected_max_grows_from_the_mean_towards_the_best(values):
-    found = expected_max(values)
-    assert found[0] == pytest.approx(np.mean(values))
-    assert (np.diff(found) >= -1e-9).all()
-    assert found[-1] <= max(values) + 1e-9
 
 
 # ---------------------------------------------------------------- sign flips
@@ -329,40 +310,6 @@ def test_each_recipe_meets_the_cheapest_plain_run_that_costs_no_less():
     assert rows["huge"].comparison is None
 
 
-# ---------------------------------------------------------------- seeds by examples
-
-
-def test_two_way_bootstrap_agrees_with_drawing_rows_and_columns_one_by_one():
-    rng = np.random.default_rng(0)
-    a = (rng.random((6, 40)) < 0.75).astype(float)
-    b = (rng.random((6, 40)) < 0.65).astype(float)
-    means = [(a - b)[np.ix_(rng.integers(6, size=6), rng.integers(40, size=40))].mean() for _ in range(8000)]
-    found = two_way_bootstrap(a, b, seed=1)
-    assert found.difference == pytest.approx((a - b).mean())
-    assert found.interval == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.006)
-
-
-def test_two_way_bootstrap_sees_both_sources():
-    effect = normal(8)[:, None] * np.ones(500)
-    low, high = two_way_bootstrap(effect, np.zeros((8, 500)), draws=999).interval  # all noise between seeds
-    assert high - low > 0.5
-    low, high = two_way_bootstrap(effect.T, np.zeros((500, 8)), draws=999).interval  # all between examples
-    assert high - low > 0.5
-    assert two_way_bootstrap(np.ones((3, 4)), np.zeros((3, 4)), draws=99).interval is None
-
-
-def test_two_way_bootstrap_is_read_from_its_cache(tmp_path):
-    a, b = normal(2, 4, 30)
-    first = two_way_bootstrap(a, b, draws=99, cache=tmp_path / "new")
-    assert two_way_bootstrap(a, b, draws=99) == first == two_way_bootstrap(a, b, draws=99, cache=tmp_path / "new")
-    (file,) = (tmp_path / "new").iterdir()  # no partial file is left
-    file.write_text(json.dumps({"difference": 7.0, "interval": None}))
-    assert two_way_bootstrap(a, b, draws=99, cache=tmp_path / "new").difference == 7
-    assert two_way_bootstrap(a, b, draws=99, seed=1, cache=tmp_path / "new") != first
-    assert two_way_bootstrap(a + b, b, draws=99, cache=tmp_path / "new").difference == pytest.approx(a.mean())
-    assert len(list((tmp_path / "new").iterdir())) == 3
-
-
 # ---------------------------------------------------------------- bad input, imports
 
 
@@ -383,14 +330,12 @@ def test_two_way_bootstrap_is_read_from_its_cache(tmp_path):
         (lambda: steadiness([1, 2], [1, 3]), "at least 3"),
         (lambda: sign_flip([1, math.nan]), "differences must hold finite"),
         (lambda: stratified_interval([[1, 2], [3]]), r"at least 2, got shape \(1,\)"),
+        (lambda: summary([]), "scores must hold finite"),
         (lambda: mean_interval(math.nan), "values must hold finite"),
-        (lambda: expected_max([]), "scores must hold finite"),
         (lambda: holm([0.5, math.nan]), "p-values"),
         (lambda: proportion_interval(1.5, 3), "share must lie"),
         (lambda: detectable_gain(1, 1.0), "n >= 2"),
         (lambda: detectable_gain(5, 0.0), "sd > 0"),
-        (lambda: two_way_bootstrap(np.ones((1, 5)), np.ones((1, 5))), r"\(seeds, examples\)"),
-        (lambda: two_way_bootstrap(np.ones((2, 5)), np.ones((5, 2))), r"got \(2, 5\) and \(5, 2\)"),
     ],
 )
 def test_bad_input_is_one_clear_error(call, message):
@@ -458,7 +403,7 @@ def test_the_published_calibration_holds(calibration):
     covered = {(r["name"], r["law"], r["n"]): r["rate"] for r in used if r["measure"] == "coverage"}
     assert min(rate for (_, law, _), rate in covered.items() if law in tame) >= calibration.LEAST
     assert {n for name, law, n in covered if (name, law) == ("mean of one recipe", "normal")} == {5, 10, 20, 30, 50}
-    assert all(r["of"] >= 1000 for r in used if r["name"] != "seeds by examples")
+    assert all(r["of"] >= 1000 for r in used)
     text = (ROOT / "docs" / "results" / "calibration.md").read_text()
     assert text.splitlines()[3:] == calibration.page(published, 2000).splitlines()[3:]  # up to the versions
 

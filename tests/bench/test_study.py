@@ -317,6 +317,27 @@ def test_imbalance_thins_all_classes_but_the_largest():
     assert after.index.is_monotonic_increasing
 
 
+def test_epochs_are_epochs_of_the_rows_that_imbalance_leaves(root):
+    """32 toy rows hold 21 of the larger class and 11 of the smaller, of which a tenth, one row, stays: 22 rows."""
+    epochs = {"steps": None, "epochs": 4, "batch_size": 2}
+    plans = [
+        make_plan(run)
+        for imbalance in (None, 0.1)
+        for run in small(root, seeds=1, recipes={"plain": {}}, options=epochs, imbalance=imbalance).runs(root)
+    ]
+    assert [(len(plan.data.train), plan.steps) for plan in plans] == [(32, 4 * 16), (22, 4 * 11)]
+
+
+def test_runs_of_thinned_classes_that_were_trained_for_other_steps_are_other_runs(root):
+    """Before, steps were counted on the rows before thinning; steps that are given were right and keep their names."""
+    given, counted = (
+        small(root, seeds=1, recipes={"plain": {}}, imbalance=0.1, options=options).runs(root)[0].spec
+        for options in ({"steps": 6}, {"epochs": 2})
+    )
+    assert given["corruption"] == {"label_noise": 0.0, "imbalance": 0.1}
+    assert counted["corruption"] == {**given["corruption"], "steps": "of the rows that are left"}
+
+
 def test_a_run_that_fails_is_a_record_with_its_traceback_and_the_others_go_on(root, tmp_path):
     study = small(root, recipes={"plain": {}, "none": {"dropout": 0.0, "methods": ["rdrop"]}}, seeds=1)
     result = run_study(study, tmp_path, data_root=root, workers=0, progress=False)

@@ -128,8 +128,9 @@ def make_plan(run: Trial) -> planning.Plan:
         **spec["options"],
         **{f"{name}_seed": spec["seeds"][name] for name in SEEDS},
     )
-    data = dataclasses.replace(plan.data, train=corrupted(plan.data.train, plan.data.target, spec))
-    return dataclasses.replace(plan, data=data)
+    rows = corrupted(plan.data.train, plan.data.target, spec)
+    data, steps = dataclasses.replace(plan.data, train=rows), plan.recipe.total_steps(len(rows))
+    return dataclasses.replace(plan, data=data, steps=steps)  # epochs are epochs of the rows that are trained on
 
 
 def _head(table: Table, rows: int) -> Table:

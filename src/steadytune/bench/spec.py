@@ -163,6 +163,19 @@ class Study:
         held_out = 0.1 if found.get("evaluations") else 0.0  # rows are held out for what selects, and only for that
         return Recipe.of({"validation_share": held_out, **found})
 
+    def corruption(self, recipe: Recipe) -> dict[str, Any]:
+        """What is done to the training rows, as it stands in the specification of a run.
+
+        Steps were once counted before the classes were thinned. Where that makes a difference, ``steps`` tells the runs
+        of now from those of then.
+        """
+        counted = self.imbalance is not None and recipe.steps is None
+        return {
+            "label_noise": self.label_noise,
+            "imbalance": self.imbalance,
+            **({"steps": "of the rows that are left"} if counted else {}),
+        }
+
     def draws(self) -> Iterator[dict[str, int]]:
         """The seeds of each run of a recipe."""
         if not self.factorial:
@@ -199,7 +212,7 @@ class Study:
                 "methods": self.parts(name),
                 "options": in_use(recipe, find(task)),
                 "train_size": size,
-                "corruption": {"label_noise": self.label_noise, "imbalance": self.imbalance},
+                "corruption": self.corruption(recipe),
                 "tests": {"out_of_domain": self.out_of_domain, "rows": self.test_rows},
                 "metric": self.metric or find(task).metric,
                 "seeds": seeds,

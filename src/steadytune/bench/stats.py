@@ -16,13 +16,9 @@ for 5 to 50 seeds, is measured by ``benchmarks/calibration.py`` and printed in `
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -130,23 +126,6 @@ def mean_interval(values: ArrayLike, *, seed: int = 0) -> Array:
         ).confidence_interval
         found[spread] = np.stack([low, high], -1)
     return found
-
-
-def expected_max(scores: ArrayLike) -> Array:
-    """Expected validation performance: the mean best of k = 1 .. N trials drawn with replacement from N.
-
-    E[max of k] = sum_i v_(i) [(i / N)^k - ((i - 1) / N)^k] (Dodge, Gururangan, Card, Schwartz, Smith: Show Your Work,
-    EMNLP 2019, arXiv 1909.03004).
-
-    Args:
-        scores: validation scores of N >= 1 trials of a recipe's hyperparameters, higher is better.
-
-    Returns:
-        Shape (N,): from the mean of all to what N trials are expected to find.
-    """
-    v = np.sort(_scores("scores", scores))
-    trials = np.arange(1, len(v) + 1)[:, None]
-    return np.diff((np.arange(len(v) + 1) / len(v)) ** trials, axis=1) @ v
 
 
 # ---------------------------------------------------------------- two recipes
@@ -381,7 +360,7 @@ def sd_test(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Array:
         b: the same shape.
         seed: of random sign flips.
     """
-    a, b = _paired(a, b, axes=None)
+    a, b = _paired(a, b, stacked=True)
     return sign_flip(_distances(a) - _distances(b), seed=seed)
 
 
@@ -399,7 +378,7 @@ def log_sd_interval(a: ArrayLike, b: ArrayLike) -> Array:
     Returns:
         Shape (..., 2), NaN where all values of a sample, or all but one, are equal.
     """
-    a, b = _paired(a, b, least=3, axes=None)
+    a, b = _paired(a, b, least=3, stacked=True)
     return _t_interval(_pseudo_log_sd(a) - _pseudo_log_sd(b))
 
 
@@ -545,78 +524,6 @@ def compute_matched(
     return rows
 
 
-# ---------------------------------------------------------------- seeds by examples
-
-
-@dataclass(frozen=True)
-class TwoWay:
-    """Mean difference over seeds and examples, with an interval for new seeds and new examples."""
-
-    difference: float
-    interval: Interval
-
-
-def two_way_bootstrap(
-    a: ArrayLike, b: ArrayLike, *, draws: int = DRAWS, seed: int = 0, cache: str | os.PathLike | None = None
-) -> TwoWay:
-    """Bootstrap a difference over seeds and test examples at once, as claims about the population need.
-
-    Seeds and examples are drawn with replacement independently, and a cell counts as often as its row times its column
-    (Owen, The Pigeonhole Bootstrap, Annals of Applied Statistics 2007, arXiv 0712.1111); the interval is that of the
-    percentiles.
-
-    Args:
-        a: correctness (or any score) of A, shape (seeds, examples), at least 2 by 2.
-        b: that of B, the same seeds and examples.
-        draws: bootstrap samples.
-        seed: of the draws.
-        cache: folder where the result is kept as JSON, under the hash of the arrays and arguments.
-
-    Raises:
-        ValueError: unequal shapes, fewer than two seeds or examples, or a value that is not finite.
-    """
-    a, b = _paired(a, b, axes=2)
-    d = a - b
-    path = None if cache is None else Path(cache, f"two-way-{_digest(d, draws, seed)}.json")
-    if path is not None and path.exists():
-        record = json.loads(path.read_text())
-        return TwoWay(record["difference"], record["interval"] and tuple(record["interval"]))
-    result = TwoWay(float(d.mean()), _percentiles(np.concatenate(list(_two_way_means(d, draws, seed)))))
-    if path is not None:
-        _write(path, asdict(result))
-    return result
-
-
-def _two_way_means(d: Array, draws: int, seed: int) -> Iterator[Array]:
-    rng = np.random.default_rng(seed)
-    seeds, examples = d.shape
-    for count in _blocks(draws, BLOCK // examples):
-        rows = rng.multinomial(seeds, np.full(seeds, 1 / seeds), count)
-        columns = rng.multinomial(examples, np.full(examples, 1 / examples), count)
-        yield np.einsum("ke,ke->k", rows @ d, columns) / d.size
-
-
-def _percentiles(means: Array) -> Interval:
-    if not _spreads(means):
-        return None
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
-
-
-def _digest(d: Array, *arguments: Any) -> str:
-    digest = hashlib.sha256(repr((d.shape, LEVEL, *arguments)).encode())
-    digest.update(np.ascontiguousarray(d).tobytes())
-    return digest.hexdigest()
-
-
-def _write(path: Path, record: Mapping[str, Any]) -> None:
-    """JSON, whole or not at all, also when several processes write the same file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(record))
-    os.replace(part, path)
-
-
 # ---------------------------------------------------------------- shared
 
 
@@ -638,13 +545,12 @@ def _scores(name: str, values: ArrayLike) -> Array:
     return x
 
 
-def _paired(a: ArrayLike, b: ArrayLike, *, least: int = 2, axes: int | None = 1) -> tuple[Array, Array]:
-    """Two finite arrays of one shape with at least ``least`` seeds (and examples); ``axes`` None: any, seeds last."""
+def _paired(a: ArrayLike, b: ArrayLike, *, least: int = 2, stacked: bool = False) -> tuple[Array, Array]:
+    """Two finite arrays of one shape, (seeds,), with at least ``least`` seeds; with ``stacked`` (..., seeds)."""
     a, b = _finite("a", a), _finite("b", b)
-    if a.shape != b.shape or a.ndim != (axes or a.ndim) or min(a.shape[-(axes or 1) :]) < least:
-        kind = "(seeds, examples)" if axes == 2 else "(seeds,)"
+    if a.shape != b.shape or (a.ndim > 1 and not stacked) or a.shape[-1] < least:
         raise ValueError(
-            f"a and b must come from the same seeds, shape {kind} with at least {least} of each, got {a.shape} and "
+            f"a and b must come from the same seeds, shape (seeds,) with at least {least} of each, got {a.shape} and "
             f"{b.shape}: pair the runs by seed first"
         )
     return a, b

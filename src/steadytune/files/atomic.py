@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,69 @@ def _unwritten(path: Path, why: str) -> UsageError:
 
 
 def write_whole(path: Path, writer: Callable[[Path], Any]) -> None:
-    """Let `writer` fill a file beside the final place, then rename it."""
-    part = path.with_name(f".{path.name}.part")
+    """Let ``writer`` make a file or a folder under a name beside ``path``, then rename it to ``path``.
+
+    Args:
+        path: the final place: a file, which is replaced, or a folder, which must be new or empty.
+        writer: is given the name to write under; what it has written is removed if it fails.
+    """
+    part = part_of(path)
     try:
         writer(part)
+        if part.is_file():
+            part.chmod(0o666 & ~_umask())  # safetensors makes files that nobody else may read
         os.replace(part, path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        remove(part)
         raise
+
+
+def write_into(folder: Path, writer: Callable[[Path], Any], last: str) -> list[str]:
+    """Let ``writer`` fill a new folder inside ``folder``, then move its files up into ``folder``, one by one.
+
+    Args:
+        folder: the final place of the files; what it holds beside them stays.
+        writer: is given the new folder.
+        last: name of the file that is moved last, so that its presence says that the others are complete.
+
+    Returns:
+        The names of the files, in the order in which they were moved.
+    """
+    part = part_of(folder / last)
+    part.mkdir()
+    try:
+        writer(part)
+        names = sorted(os.listdir(part), key=lambda name: name == last)
+        for name in names:
+            os.replace(part / name, folder / name)
+        return names
+    finally:
+        remove(part)
+
+
+def part_of(path: Path) -> Path:
+    """The name under which this process writes ``path``; two processes never write under the same name."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written in a folder."""
+    for part in folder.glob(".*.part"):
+        remove(part)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: Path, value: Any) -> None:

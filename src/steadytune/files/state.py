@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .atomic import write_whole
 
 KEY = "steadytune"
 MARK = "tensor:"  # a string of the tree that stands for a tensor of the file
@@ -21,16 +22,7 @@ def save(tree: Mapping[str, Any], path: str | os.PathLike) -> None:
     """Write ``tree`` (nested dicts with string keys, lists, tensors, JSON values) to ``path``, whole or not at all."""
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_pack(tree, "", tensors))
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    os.close(handle)
-    try:
-        save_file(tensors, name, metadata={KEY: plain})
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    write_whole(Path(path), lambda part: save_file(tensors, part, metadata={KEY: plain}))
 
 
 def load(path: str | os.PathLike) -> dict[str, Any]:
@@ -47,12 +39,6 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(
             f"{path} is not a readable steadytune state ({error}): resume from another checkpoint, or start anew"
         ) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

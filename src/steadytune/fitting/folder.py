@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from ..errors import UsageError
-from ..files.atomic import writing
+from ..files.atomic import sweep, write_into, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,10 +110,7 @@ class Output:
 
     def sweep(self) -> None:
         """Remove what a killed run left half-written."""
-        for part in self.path.glob(".*.part"):
-            part.unlink(missing_ok=True)
-        for folder in self.path.glob(".model-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        sweep(self.path)
 
     def _forget_empty(self) -> None:
         """Take back folders that were made for nothing."""
@@ -129,13 +124,12 @@ class Output:
 
     def save_model(self, write: Callable[[str], Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Let ``write`` fill a folder with the model; `config.json` comes last: it loads only when it is complete."""
-        with tempfile.TemporaryDirectory(prefix=".model-", dir=self.path) as folder:
-            write(folder)
+
+        def fill(folder: Path) -> None:
+            write(str(folder))
             tokenizer.save_pretrained(folder)
-            names = sorted(os.listdir(folder), key=lambda name: name == "config.json")
-            for name in names:
-                os.replace(Path(folder, name), self.path / name)
-        return names
+
+        return write_into(self.path, fill, last="config.json")
 
 
 def last_checkpoint(folder: Path) -> Path | None:

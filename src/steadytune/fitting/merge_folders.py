@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ from typing import Any
 from ..data.metrics import SMALLER_IS_BETTER
 from ..data.tables import Table, Target, resolve
 from ..errors import UsageError, suggest
-from ..files.atomic import writing
+from ..files.atomic import write_whole, writing
 from .folder import MEMBERS, RECORD
 
 WAYS = ("uniform", "greedy", "interpolate", "paint", "add")
@@ -225,15 +222,11 @@ def _write(model: Any, source: Path, output: Path) -> None:
 
     from .source import quiet
 
+    def fill(part: Path) -> None:
+        with quiet():
+            model.save_pretrained(part)
+            if (source / "tokenizer_config.json").is_file():
+                AutoTokenizer.from_pretrained(source).save_pretrained(part)
+
     with writing(output):
-        part = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.absolute().parent))
-        try:
-            with quiet():
-                model.save_pretrained(part)
-                if (source / "tokenizer_config.json").is_file():
-                    AutoTokenizer.from_pretrained(source).save_pretrained(part)
-            part.chmod(0o755)
-            os.replace(part, output)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
+        write_whole(output.absolute(), fill)
