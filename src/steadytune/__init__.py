@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .methods import ImplicitTune as ImplicitTune
     from .methods import MetaWeightNet as MetaWeightNet
     from .methods import Mixout as Mixout
+    from .methods import Pooling as Pooling
     from .methods import RDrop as RDrop
     from .methods import RecAdam as RecAdam
     from .methods import ReInit as ReInit
@@ -97,6 +98,7 @@ _HOMES = {
         "ImplicitTune",
         "MetaWeightNet",
         "Mixout",
+        "Pooling",
         "RDrop",
         "ReInit",
         "RecAdam",

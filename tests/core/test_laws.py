@@ -71,6 +71,7 @@ from steadytune import (
     ImplicitTune,
     MetaWeightNet,
     Mixout,
+    Pooling,
     RDrop,
     RecAdam,
     ReInit,
@@ -109,7 +110,8 @@ def outer_tokens() -> list[dict[str, Tensor]]:
 
 
 SINGLE: dict[str, list[Method]] = {
-    "head_init": [HeadInit()],
+    "pooling": [Pooling()],
+    "head_init": [Pooling(how="cls"), HeadInit()],
     "dps_dense": [DPSDense(**DPS)],
     "dps_dense_frozen": [DPSDense(frozen=True, **DPS)],
     "dps_dense_global": [DPSDense(threshold="global", **DPS)],
@@ -175,7 +177,7 @@ COMBINED: dict[str, list[Method]] = {
 RECIPES = {**SINGLE, **COMBINED}  # the same objects in every test: no run may leave a trace in them
 PLAIN_NEVER = {  # have no setting at which they are plain fine-tuning
     *("rdrop", "rose_first", "rose_first_element", "rose_ensemble", "bi_drop", "r4f", "vibert", "easy_adapt"),
-    *("top_layers", "bitfit", "adapters", "meta_weight_net", "head_init"),
+    *("top_layers", "bitfit", "adapters", "meta_weight_net", "head_init", "pooling"),
     *("recipe_of_five", "recipe_of_children", "recipe_of_penalties", "recipe_of_structure"),
 }
 MOMENTS = {"rose_second", "rose_second_authors", "rose_second_element", "rose_ensemble"}  # of Adam are looked at
@@ -183,7 +185,7 @@ STEADY = {
     *("dps_dense", "dps_dense_frozen", "dps_dense_global", "rose_second", "rose_second_authors", "rose_second_element"),
     *("rdrop", "l2sp", "l2sp_coupled", "recadam", "recadam_linear", "clip_norm", "ema", "swa"),
     *("vibert", "easy_adapt", "extrapolation", "hypergradient_lr", "hypergradient_lr_additive"),
-    *("top_layers", "bitfit", "llrd", "head_init"),
+    *("top_layers", "bitfit", "llrd", "head_init", "pooling"),
 }
 DRAWS = set(RECIPES) - STEADY  # have randomness of their own
 every_recipe = pytest.mark.parametrize("name", RECIPES)
@@ -500,7 +502,7 @@ def on_tokens(recipe: list[Method]) -> list[Method]:
 @every_recipe
 def test_16_at_once_equals_4_times_4_in_the_trainer(name, tokens, tmp_path):
     """T5 and its mend: the classifier's loss ignores the count of tokens, the language model's uses it."""
-    if name in ("r4f", "vibert", "easy_adapt", "meta_weight_net", "head_init") and tokens:
+    if name in ("r4f", "vibert", "easy_adapt", "meta_weight_net", "head_init", "pooling") and tokens:
         pytest.skip("a language model has no head of its own, and no loss of rows")
     if name == "bitfit" and tokens:
         pytest.skip("a Llama has no biases")

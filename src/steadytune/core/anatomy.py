@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 Kind = Literal["linear", "embedding", "norm", "bias", "other"]
+POOLING = "pooling_block"  # in a config: the last block was added for pooling, see `steadytune.heads.pooling`
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,8 @@ def anatomy(model: nn.Module) -> dict[str, Part]:
     transformers model is a part of somebody's own module, outside that part. So BERT's pooler is no head, DeBERTa's is.
     Pre-training heads are no heads: all of a model with output embeddings (masked, causal, seq2seq LM) or named
     `ForPreTraining` or `ForNextSentencePrediction`, and ModernBERT's `head`, which its checkpoints hold. LoRA matrices
-    belong to the layer they adapt. A model that contains no transformers model has no head.
+    belong to the layer they adapt. A model that contains no transformers model has no head. A block that was added
+    for pooling is a head and no block: no checkpoint of the kind holds it.
     """
     kinds: dict[int, Kind] = {}
     transposed: set[int] = set()
@@ -56,7 +58,7 @@ def anatomy(model: nn.Module) -> dict[str, Part]:
                 transposed.add(id(p))
             if kind == "embedding" or id(p) not in kinds:  # a tied table is a table whichever name comes first
                 kinds[id(p)] = kind
-    body = _body(model)
+    body = _body(model) - {id(p) for module in _pooling_blocks(model) for p in module.parameters()}
     owners: dict[int, int] = {}
     for index, modules in enumerate(blocks(model)):
         for p in (p for module in modules for p in module.parameters()):
@@ -69,8 +71,9 @@ def anatomy(model: nn.Module) -> dict[str, Part]:
 
 def blocks(model: nn.Module) -> list[list[nn.Module]]:
     """The modules of each transformer block, from the input on: one, or several where a model cuts its blocks (XLM)."""
-    body = _body(model)
-    return [block for root in _roots(model) or [model] for block in _blocks(root, body)]
+    body, added = _body(model), _pooling_blocks(model)
+    found = [block for root in _roots(model) or [model] for block in _blocks(root, body)]
+    return [block for block in found if block[0] not in added]
 
 
 def depths(model: nn.Module) -> dict[str, int]:
@@ -198,6 +201,13 @@ def _blocks(root: nn.Module, body: set[int]) -> list[list[nn.Module]]:
             blocks += [list(layers) for layers in zip(*beside, strict=True)]
         done.update(beside)
     return blocks
+
+
+def _pooling_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks that were added for pooling, which configs tell of."""
+    body = _body(model)
+    pooled = [root for root in _roots(model) if getattr(root.config, POOLING, None) is not None]
+    return [_blocks(root, body)[-1][0] for root in pooled]
 
 
 def _stacks(module: nn.Module) -> list[nn.ModuleList]:

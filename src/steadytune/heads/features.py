@@ -51,7 +51,7 @@ def features(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Tenso
     layer = output_layer(model)
     device = next(model.parameters()).device
     rows: list[Tensor] = []
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
             inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
             with _handing_on(layer):
@@ -87,7 +87,7 @@ def _handing_on(layer: nn.Linear) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """While open, the model is in evaluation mode; each module's own mode is restored."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -142,3 +142,9 @@ def probe_of_batches(model: Any, batches: Iterable[Inputs | Sequence[Inputs]], *
     layer = output_layer(model)
     parts = even_parts(rows.labels, seed)
     return fit_probe(rows.phi, rows.labels, layer.out_features, how=how, bias=layer.bias is not None, parts=parts)
+
+
+def first_batches(batches: Iterable[Inputs | Sequence[Inputs]]) -> list[Inputs]:
+    """The micro-batches of the first step."""
+    first = next(iter(batches))
+    return [first] if isinstance(first, Mapping) else list(first)

@@ -24,6 +24,7 @@ from .meta_weight_net import MetaWeightNet as MetaWeightNet
 from .mixout import Mixout as Mixout
 from .partial import BitFit as BitFit
 from .partial import TopLayers as TopLayers
+from .pooling import Pooling as Pooling
 from .r3f import R3F as R3F
 from .r3f import R4F as R4F
 from .rdrop import RDrop as RDrop
@@ -39,6 +40,7 @@ from .vibert import VIBERT as VIBERT
 from .weight_mixup import WeightMixup as WeightMixup
 
 METHODS: dict[str, type[Method]] = {
+    "pooling": Pooling,
     "head_init": HeadInit,
     "re_init": ReInit,
     "top_layers": TopLayers,

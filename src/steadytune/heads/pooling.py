@@ -1,0 +1,274 @@
+"""Mean pooling inside a plain folder, and dense layers that hand on what they are given.
+
+A stock BERT classifier reads the state of its first token, through a dense layer that many checkpoints never trained.
+One more block of the model's own kind can put the mean over tokens there instead, with stock weights and stock code:
+
+    query = key = 0                     every attention score is 0: weights are uniform over the tokens not masked
+    value = I                           the heads together give mean(h)
+    attention.output.dense = c I        the first token becomes LN(c mean(h) + h_cls), which for large c is LN(mean(h))
+    output.dense = 0                    the feed-forward part adds nothing at the start, and learns
+
+Zero queries and keys have zero gradients (that of one is a product with the other) and zero decay: they stay zero, and
+pooling stays a mean, without freezing anything. LN(mean) is the centred mean at norm sqrt(width), nearly the normalised
+sentence vector that sentence encoders are trained for. c is chosen by the spread of the mean: h_cls is left as a share
+of `REST` of it. Block and equality are checked by running the model, never by its name.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..core.anatomy import POOLING, anatomy, blocks
+from .features import evaluating, output_layer
+
+Pool = Literal["mean", "cls"]
+
+REST = 5e-4  # what the first token's own state may weigh beside the mean
+TOLERANCE = 1e-2  # between the block's output and LN(mean), as a share of its largest entry
+SQUEEZE = 0.3  # weight of a dense layer before tanh: nearly linear for states of spread 1
+
+# What a block is made of, by path: BERT, RoBERTa, XLM-R, ELECTRA, ERNIE, DeBERTa; DistilBERT.
+SCORES = ("query", "key", "q_lin", "k_lin", "query_proj", "key_proj", "pos_query_proj", "pos_key_proj")
+VALUE = ("value", "v_lin", "value_proj")
+MIXED = ("attention.output.dense", "attention.out_lin")
+ADDED = ("output.dense", "ffn.lin2")
+NORMS = ("attention.output.LayerNorm", "sa_layer_norm", "output.LayerNorm", "output_layer_norm")
+
+
+def untrained_dense(model: nn.Module, missing: frozenset[str] = frozenset()) -> str | None:
+    """Name of the dense layer before the head that no pre-training has trained, or None.
+
+    It was never trained if its bias is exactly 0 everywhere, or if the checkpoint does not hold it.
+
+    Args:
+        model: A classifier as it was loaded.
+        missing: Names of weights that were not in the checkpoint.
+    """
+    name = dense_before(model)
+    if name is None:
+        return None
+    layer: Any = model.get_submodule(name)
+    zero = layer.bias is not None and not bool(layer.bias.any())
+    return name if zero or f"{name}.weight" in missing else None
+
+
+def dense_before(model: nn.Module) -> str | None:
+    """Name of the square linear layer between the blocks and the last one: a pooler, or the first half of a head."""
+    last = output_layer(model)
+    parts = anatomy(model)
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not last and module.in_features == module.out_features
+        and module.in_features == last.in_features and not isinstance(parts[f"{name}.weight"].block, int)
+        and f"{name}.weight" not in pooling_block_names(model)
+    ]  # fmt: skip
+    return names[-1] if names else None
+
+
+def pooling_block_names(model: nn.Module) -> set[str]:
+    """Names of the weights of a pooling block; none without one."""
+    stack = _stack(model)
+    if stack is None or getattr(model.config, POOLING, None) is None:
+        return set()
+    added = {id(p) for p in stack[-1].parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in added}
+
+
+# ---- the block ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def add_pooling_block(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[str]:
+    """Append a block after which the first token holds LN(mean over tokens), to the model and to its config.
+
+    Args:
+        model: A classifier; it is changed in place.
+        batches: A few rows of the training data, on which c is chosen and the result is checked.
+
+    Returns:
+        Names of the new weights.
+
+    Raises:
+        ValueError: The model has no blocks of a known make, or the new block does not pool: blocks that share weights,
+            that add positions outside of queries and keys, or that normalise first. The model is as it was then.
+    """
+    name, stack = type(model).__name__, _stack(model)
+    refusal = ValueError(
+        f"mean pooling is not known for a {name}: it needs blocks of BERT's make at the end of the encoder. Use "
+        "pooling='model'"
+    )
+    if stack is None or len(stack) != model.config.num_hidden_layers:
+        raise refusal
+    before = [_states(model, batch) for batch in batches]
+    known = [state for state in before if state is not None]
+    if len(known) < len(before):
+        raise refusal
+    factor = max(_factor(*state) for state in known)
+    stateless = [m for m in stack[-1].modules() if not [*m.parameters(), *m.buffers()]]  # dropout, activations
+    block = copy.deepcopy(stack[-1], {id(m): m for m in stateless})
+    if not _fill(block, factor):
+        raise refusal
+    stack.append(block)
+    model.config.num_hidden_layers += 1
+    setattr(model.config, POOLING, "mean")
+    if not all(_pools(model, batch, *state) for batch, state in zip(batches, known, strict=True)):
+        del stack[-1]
+        model.config.num_hidden_layers -= 1
+        delattr(model.config, POOLING)
+        raise refusal
+    return sorted(pooling_block_names(model))
+
+
+def _stack(model: nn.Module) -> nn.ModuleList | None:
+    """The list that holds the last block, if each of its entries is one block."""
+    found = blocks(model)
+    if not found or len(found[-1]) != 1:
+        return None
+    return next((m for m in model.modules() if isinstance(m, nn.ModuleList) and found[-1][0] in list(m)), None)
+
+
+def _states(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """The states after the last block (rows, tokens, width), and which tokens count."""
+    inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+    with evaluating(model):
+        states = getattr(model(**inputs, output_hidden_states=True), "hidden_states", None)
+    if not states or states[-1].dim() != 3:
+        return None
+    mask = inputs.get("attention_mask", torch.ones(states[-1].shape[:2], device=model.device))
+    return states[-1], mask.unsqueeze(-1).to(states[-1].dtype)
+
+
+def _mean(states: Tensor, mask: Tensor) -> Tensor:
+    return (states * mask).sum(1) / mask.sum(1)
+
+
+def _factor(states: Tensor, mask: Tensor) -> float:
+    """c: the first token's own state, centred, becomes a share of `REST` of the centred mean; a power of two."""
+    spread = _mean(states, mask).std(-1, correction=0).clamp_min(1e-6)
+    ratio = (states[:, 0].std(-1, correction=0) / spread).max()
+    return float(torch.exp2((ratio / REST).log2().ceil()))
+
+
+def _fill(block: nn.Module, factor: float) -> bool:
+    """Write the weights of a pooling block; whether all of them were found."""
+    for p in block.parameters():
+        p.requires_grad_(True)
+    written = set()
+    for path, module in block.named_modules():
+        last = path.rpartition(".")[2]
+        weight: Any = getattr(module, "weight", None)
+        if weight is None:
+            continue
+        if last in SCORES:
+            weight.zero_()
+        elif last in VALUE:
+            weight.copy_(torch.eye(*weight.shape))
+            written.add("value")
+        elif path in MIXED:
+            weight.copy_(factor * torch.eye(*weight.shape))
+            written.add("mixed")
+        elif path in ADDED:
+            weight.zero_()
+            written.add("added")
+        elif path in NORMS:
+            weight.fill_(1.0)
+            written.add(path)
+        else:
+            continue  # the first half of the feed-forward part: a copy of the block below
+        if getattr(module, "bias", None) is not None:
+            module.bias.zero_()
+    return len(written) == 5
+
+
+def _pools(model: Any, batch: Mapping[str, Tensor], states: Tensor, mask: Tensor) -> bool:
+    """Whether the first token now holds LN(mean) of the states before."""
+    after = _states(model, batch)
+    if after is None:
+        return False
+    mean = _mean(states, mask)
+    wanted = nn.functional.layer_norm(mean.float(), mean.shape[-1:])
+    return bool((after[0][:, 0] - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
+
+
+# ---- dense layers -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def bypass(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[str]:
+    """Let the dense layer before the head hand on what it is given, as nearly as its activation allows.
+
+    Before tanh it becomes ``0.3 I``; before a rectifier (ReLU, GELU) the identity, moved to where the rectifier is
+    linear. It trains on as any other weight.
+
+    Args:
+        model: A classifier; it is changed in place.
+        batches: A few rows, by which the activation is told and the move is chosen.
+
+    Returns:
+        Names of the weights that were written; empty without such a layer.
+
+    Raises:
+        ValueError: An activation that is neither bounded nor a rectifier.
+    """
+    name = dense_before(model)
+    if name is None:
+        return []
+    layer: Any = model.get_submodule(name)
+    largest = max(_largest_input(model, layer, batch) for batch in batches)
+    head = output_layer(model)
+    kept = layer.weight.clone(), None if layer.bias is None else layer.bias.clone()
+    layer.weight.zero_()
+    high = 2.0 ** math.ceil(math.log2(largest + 6.0))
+    at = _activated(model, layer, batches[0], high)
+    if abs(at - high) < 1e-3 * high and layer.bias is not None:  # a rectifier is linear there
+        layer.weight.copy_(torch.eye(*layer.weight.shape))
+        layer.bias.fill_(high)
+        if head.bias is not None:
+            head.bias.sub_(high * head.weight.sum(1))
+    elif 0.9 < at < 1.1:
+        layer.weight.copy_(SQUEEZE * torch.eye(*layer.weight.shape))
+        if layer.bias is not None:
+            layer.bias.zero_()
+    else:
+        layer.weight.copy_(kept[0])
+        if layer.bias is not None:
+            layer.bias.copy_(kept[1])
+        raise ValueError(f"{name} of a {type(model).__name__} has an activation that cannot be bypassed")
+    return [f"{name}.{leaf}" for leaf, _ in layer.named_parameters()]
+
+
+def _largest_input(model: Any, layer: nn.Module, batch: Mapping[str, Tensor]) -> float:
+    """The largest absolute value that enters a layer."""
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].abs().max()))
+    try:
+        _run(model, batch)
+    finally:
+        handle.remove()
+    return float(seen[0])
+
+
+def _activated(model: Any, layer: Any, batch: Mapping[str, Tensor], value: float) -> float:
+    """What enters the head when the layer's output is one value everywhere."""
+    seen: list[Tensor] = []
+    fill = layer.register_forward_hook(lambda module, args, output: torch.full_like(output, value))
+    read = output_layer(model).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        _run(model, batch)
+    finally:
+        fill.remove()
+        read.remove()
+    return float(seen[0].flatten()[0])
+
+
+def _run(model: Any, batch: Mapping[str, Tensor]) -> None:
+    inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+    with evaluating(model):
+        model(**inputs)

@@ -1,0 +1,78 @@
+"""Pooling: let the head read the mean over tokens, or the first token without a dense layer that was never trained.
+
+h_cls <- LN(mean_t h_t)          one more block of the model's own kind; `steadytune.heads.pooling` has its weights
+dense <- nearly the identity     before the first step
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+
+from ..core import Method, Run, one_of
+from ..core.anatomy import POOLING
+from ..core.facts import Paper
+from ..heads.pooling import add_pooling_block, bypass
+from ..heads.start import first_batches
+
+How = Literal["mean", "cls"]
+
+
+@dataclass
+class Pooling(Method):
+    """Change what the head of a BERT-like classifier reads at the start, and leave a plain model.
+
+    Args:
+        how in {"mean", "cls"}: ``"mean"`` adds a block that averages the tokens and makes the dense layer after it
+            nearly the identity; ``"cls"`` does the latter only.
+
+    Many checkpoints hold a pooler that was never trained, sentence encoders among them. Fine-tuning then starts from a
+    random projection of a token that pre-training never read out. The result loads with AutoModel as any other model;
+    its config has one block more. The new weights have no pre-trained value: anchors leave them out, and no block
+    counts them. ModernBERT and EuroBERT pool by themselves, so that their config is set instead. The method looks at
+    the rows of the first step: `Run` must be given the training rows as ``data``, the Trainer gives them itself.
+
+    Departures:
+        The authors average the states and compare the vectors of two texts; here a classifier reads the average, after
+        a LayerNorm that stands for their normalisation.
+
+    Raises:
+        ValueError: in setup, for a model in which the block does not pool (ALBERT, MPNet, decoders), or without data.
+    """
+
+    how: How = "mean"
+
+    structure: ClassVar = True
+    conflicts: ClassVar[tuple[str, ...]] = ("PEFT adapters",)
+    paper: ClassVar = Paper(
+        authors=("Nils Reimers", "Iryna Gurevych"),
+        title="Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks",
+        booktitle="Conference on Empirical Methods in Natural Language Processing",
+        venue="EMNLP",
+        year=2019,
+        arxiv="1908.10084",
+    )
+
+    def __post_init__(self) -> None:
+        one_of("how", self.how, get_args(How))
+
+    def setup(self, run: Run) -> None:
+        model: Any = run.model
+        if hasattr(model, "peft_config"):
+            raise ValueError("Pooling changes the blocks that PEFT has adapted already: apply it before the adapters")
+        if run.data is None:
+            raise ValueError("Pooling looks at the first training rows: pass Run(..., data=lambda: loader)")
+        if self.how == "mean" and hasattr(model.config, "classifier_pooling"):
+            model.config.classifier_pooling = "mean"
+            if hasattr(model, "classifier_pooling"):
+                model.classifier_pooling = "mean"
+            return
+        if getattr(model.config, POOLING, None) is not None:
+            return  # it was added when the checkpoint was made
+        with run.forked_rng():
+            torch.manual_seed(run.draw_seed("data"))
+            batches = first_batches(run.data())
+        added = add_pooling_block(model, batches) if self.how == "mean" else []
+        run.mark_new([*added, *bypass(model, batches)])

@@ -1,0 +1,164 @@
+"""Facts about the pooling block: it averages, stays a mean while it trains, and the folder is a plain one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_features import tiny
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from helpers import batches, bert
+from steadytune import L2SP, LLRD, HeadInit, ReInit, Run
+from steadytune.core.anatomy import anatomy, blocks
+from steadytune.heads.pooling import TOLERANCE, add_pooling_block, bypass, dense_before, untrained_dense
+from steadytune.methods.pooling import Pooling
+
+POOLED = ["Bert", "Camembert", "DebertaV2", "DistilBert", "Electra", "Ernie", "Roberta", "XLMRoberta"]
+REFUSED = ["Albert", "ConvBert", "Funnel", "MPNet", "MobileBert", "XLM", "XLNet", "GPT2", "Llama"]
+
+
+def inputs(batch):
+    return {k: v for k, v in batch.items() if k != "labels"}
+
+
+def states(model, batch):
+    with torch.no_grad():
+        return model.eval()(**inputs(batch), output_hidden_states=True).hidden_states[-1]
+
+
+@pytest.mark.parametrize("architecture", POOLED)
+def test_the_first_token_holds_the_normalised_mean_of_those_not_masked(architecture, tmp_path):
+    model = tiny(architecture)
+    first, second = batches(2)
+    assert (first["attention_mask"] == 0).any()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    hidden, others = states(model, first), states(model, second)
+    add_pooling_block(model, [first])
+    for batch, h in ((first, hidden), (second, others)):  # rows that did not choose c as well
+        mask = batch["attention_mask"].unsqueeze(-1)
+        mean = (h * mask).sum(1) / mask.sum(1)
+        wanted = nn.functional.layer_norm(mean, mean.shape[-1:])
+        assert (states(model, batch)[:, 0] - wanted).abs().max() < TOLERANCE
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in before.items())
+    model.save_pretrained(tmp_path)
+    again, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**inputs(first)).logits, model(**inputs(first)).logits)
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_where_the_block_would_not_pool_it_is_refused_and_nothing_changed(architecture):
+    model = tiny(architecture)
+    config, names = model.config.to_dict(), [n for n, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match="mean pooling is not known"):
+        add_pooling_block(model, batches(1))
+    assert model.config.to_dict() == config
+    assert [n for n, _ in model.named_parameters()] == names
+
+
+@pytest.mark.parametrize("architecture", ["Bert", "DistilBert", "DebertaV2"])
+def test_queries_and_keys_stay_zero_while_all_else_trains(architecture):
+    model = tiny(architecture).train()
+    data = batches(10)
+    run = Run(model, [Pooling()], data=lambda: data)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    run.attach(optimizer)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for batch in data:
+        run.loss(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    zero = ("query", "key", "q_lin", "k_lin", "query_proj", "key_proj")
+    block = [w.name for w in run.weights() if run.is_new(w) and "layer.2." in w.name]
+    assert block
+    for name in block:
+        p = model.get_parameter(name)
+        if name.split(".")[-2] in zero:
+            assert not p.any(), name
+        else:
+            assert not torch.equal(p, before[name]), name
+
+
+def test_the_block_is_no_block_and_has_no_pre_trained_value():
+    model = bert()
+    number = len(blocks(model))
+    run = Run(model, [Pooling(), L2SP()], data=lambda: batches(2))
+    parts = anatomy(model)
+    added = [name for name in parts if ".layer.2." in name]
+    assert len(added) == 16
+    assert all(parts[name].head and parts[name].block is None for name in added)
+    assert len(blocks(model)) == number
+    anchored = {w.name for w in run.weights() if not run.is_new(w)}
+    assert not anchored & {*added, "bert.pooler.dense.weight"}
+
+
+def test_rates_and_new_blocks_count_from_the_last_pre_trained_block():
+    plain, pooled = bert(), bert()
+    runs = [
+        Run(plain, [LLRD(decay=0.5)]).attach(torch.optim.AdamW(plain.parameters(), lr=1.0)),
+        Run(pooled, [Pooling(), LLRD(decay=0.5)], data=lambda: batches(2)),
+    ]
+    runs[1].attach(torch.optim.AdamW(pooled.parameters(), lr=1.0))
+    rates = [{w.name: w.group["lr"] for w in run.weights()} for run in runs]
+    assert all(rates[1][name] == rate for name, rate in rates[0].items())
+    assert rates[1]["bert.encoder.layer.2.output.dense.weight"] == rates[0]["classifier.weight"]
+    drawn = bert()
+    run = Run(drawn, [Pooling(), ReInit(blocks=1)], data=lambda: batches(2))
+    assert not drawn.bert.encoder.layer[2].attention.self.query.weight.any()
+    assert any(run.is_new(w) and ".layer.1." in w.name for w in run.weights())
+
+
+@pytest.mark.parametrize(("architecture", "error"), [("Bert", 0.05), ("DistilBert", 1e-4), ("Electra", 1e-4)])
+def test_a_bypassed_dense_layer_hands_on_what_it_is_given(architecture, error):
+    model = tiny(architecture).eval()
+    (batch,) = batches(1)
+    seen = []
+    layer = model.get_submodule(dense_before(model))
+    add_pooling_block(model, [batch])
+    layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    bypass(model, [batch])
+    seen.clear()
+    with torch.no_grad():
+        logits = model(**inputs(batch)).logits
+    head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    wanted = nn.functional.linear(0.3 * seen[0] if architecture == "Bert" else seen[0], head.weight, head.bias)
+    if architecture != "Bert":  # the bias of the head took back the move
+        wanted = nn.functional.linear(seen[0] + layer.bias, head.weight, head.bias)
+    assert (logits - wanted).abs().max() < error * (1 + wanted.abs().max())
+
+
+def test_a_pooler_that_was_never_trained_is_told_from_one_that_was():
+    model = bert()
+    assert untrained_dense(model) == "bert.pooler.dense"  # biases of a random model are zero
+    nn.init.normal_(model.bert.pooler.dense.bias)
+    assert untrained_dense(model) is None
+    assert untrained_dense(model, frozenset({"bert.pooler.dense.weight"})) == "bert.pooler.dense"
+    assert untrained_dense(tiny("GPT2")) is None
+
+
+@pytest.mark.parametrize("architecture", ["ModernBert"])
+def test_models_that_pool_by_themselves_are_told_to(architecture):
+    model = tiny(architecture).eval()
+    (batch,) = batches(1)
+    with torch.no_grad():
+        cls = model(**inputs(batch)).logits
+        Run(model, [Pooling()], data=lambda: [batch])
+        mean = model(**inputs(batch)).logits
+    assert model.config.classifier_pooling == "mean"
+    assert not torch.allclose(cls, mean)
+
+
+def test_pooling_then_head_gives_the_probe_on_the_mean(tmp_path):
+    data = batches(6)
+    model = bert()
+    Run(model, [Pooling(), HeadInit()], data=lambda: data)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    right = 0
+    for batch in data:
+        with torch.no_grad():
+            right += int((again(**inputs(batch)).logits.argmax(1) == batch["labels"]).sum())
+    assert right > 8  # of 24; a random head of three classes
