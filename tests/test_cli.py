@@ -12,7 +12,7 @@ from fit_helpers import data_root, save_tiny_bert, toy
 from steadytune import __version__
 from steadytune import cli as cli_module
 from steadytune.cli import app
-from steadytune.fitting.recipe import Recipe
+from steadytune.fitting.options import Options
 from steadytune.methods import METHODS
 from steadytune.tasks import TASKS
 
@@ -53,7 +53,7 @@ def test_help_loads_nothing_heavy():
 
 def test_flags_and_recipe_agree_on_every_default():
     flags = inspect.signature(cli_module.fit).parameters
-    for field in dataclasses.fields(Recipe):
+    for field in dataclasses.fields(Options):
         assert flags[field.name].default == field.default, field.name
 
 

@@ -22,6 +22,20 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+
+class _OneName(typer.core.TyperCommand):
+    """A command whose options may have two names, of which a call gives one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = {word.partition("=")[0] for word in args}
+        for parameter in self.params:
+            names = [name for name in parameter.opts if name in given and name.startswith("--")]
+            if len(names) > 1:
+                raise typer.BadParameter(f"{' and '.join(names)} are two names of one option: give one of them.")
+        return super().parse_args(ctx, args)
+
+
 INPUT, TRAINING, SELECTION, SEEDS, OUTPUT = "Data", "Training", "Selection", "Seeds", "Output"
 
 
@@ -48,7 +62,7 @@ Config = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=_OneName)
 def fit(
     model: Annotated[str, _option(INPUT, "Hugging Face model directory or hub name.")],
     output: Annotated[Path, _option(OUTPUT, "Directory for model and results: new or empty.")],
@@ -93,15 +107,31 @@ def fit(
         str | None, _option(TRAINING, "Several trainings in place of one, with options: mixup-blo:folds=1,order=first.")
     ] = None,
     steps: Annotated[
-        int | None, _option(TRAINING, "Optimizer steps. [dim]\\[default: 20 epochs, at least 400, at most 2000][/]")
+        int | None,
+        _option(
+            TRAINING,
+            "Optimizer steps. [dim]\\[default: 20 epochs, at least 400, at most 2000][/]",
+            "--steps",
+            "--max-steps",
+        ),
     ] = None,
-    epochs: Annotated[float | None, _option(TRAINING, "Epochs, instead of steps.")] = None,
-    lr: Annotated[float, _option(TRAINING, "Peak learning rate; 10 % warm-up, then linear decay to 0.")] = 2e-5,
+    epochs: Annotated[
+        float | None, _option(TRAINING, "Epochs, instead of steps.", "--epochs", "--num-train-epochs")
+    ] = None,
+    lr: Annotated[
+        float,
+        _option(TRAINING, "Peak learning rate; 10 % warm-up, then linear decay to 0.", "--lr", "--learning-rate"),
+    ] = 2e-5,
     weight_decay: Annotated[float, _option(TRAINING, "Weight decay of AdamW.")] = 0.01,
-    warmup: Annotated[float, _option(TRAINING, "Share of the steps that warm up.")] = 0.1,
-    max_grad_norm: Annotated[float, _option(TRAINING, "Clip the gradient's norm; 0 for not.")] = 1.0,
-    batch_size: Annotated[int, _option(TRAINING, "Rows per forward.")] = 16,
-    accumulation: Annotated[int, _option(TRAINING, "Forwards per optimizer step.")] = 1,
+    warmup: Annotated[float, _option(TRAINING, "Share of the steps that warm up.", "--warmup", "--warmup-ratio")] = 0.1,
+    max_grad_norm: Annotated[float, _option(TRAINING, "Largest norm of the gradient; 0 disables clipping.")] = 1.0,
+    batch_size: Annotated[
+        int, _option(TRAINING, "Rows per forward pass.", "--batch-size", "--per-device-train-batch-size")
+    ] = 16,
+    accumulation: Annotated[
+        int,
+        _option(TRAINING, "Forward passes per optimizer step.", "--accumulation", "--gradient-accumulation-steps"),
+    ] = 1,
     max_length: Annotated[
         int | None, _option(TRAINING, "Tokens per row. [dim]\\[default: 128, or the model's limit][/]")
     ] = None,
@@ -124,10 +154,14 @@ def fit(
         int, _option(SELECTION, "Score the validation rows this often while training and keep the best weights.")
     ] = 0,
     patience: Annotated[int | None, _option(SELECTION, "Stop after this many evaluations without a new best.")] = None,
-    seeds: Annotated[int, _option(SELECTION, "Runs with the same head; see --combine.")] = 1,
+    num_seeds: Annotated[int, _option(SELECTION, "Number of runs with the same head; see --combine.")] = 1,
     combine: Annotated[
-        str, _option(SELECTION, "Of several runs the best (on the validation rows), a soup, or an ensemble.")
-    ] = "best",
+        str,
+        _option(
+            SELECTION,
+            "What several runs become: soup (the mean of their weights), best (on the validation rows) or ensemble.",
+        ),
+    ] = "soup",
     refit: Annotated[
         bool, _option(SELECTION, "Choose the number of steps by cross-validation, train on all rows.", "--refit")
     ] = False,
@@ -169,7 +203,7 @@ def fit(
     with _errors_in_one_line():
         from . import fitting
         from .errors import UsageError
-        from .fitting.recipe import Recipe
+        from .fitting.options import Options
 
         tests: dict[str, Any] = _named(test or [])
         source: Any = train
@@ -180,10 +214,10 @@ def fit(
             raise UsageError("--out-of-domain needs --task: name your own test files with --test NAME=FILE.")
         elif train is None:
             raise UsageError("give a training file, or a benchmark task with --task NAME --data-root DIR.")
-        same = ("model", "output", "label", "group", "kind", "validation", "validation_column", "seeds", "combine",
+        same = ("model", "output", "label", "group", "kind", "validation", "validation_column", "num_seeds", "combine",
                 "refit", "folds", "procedure", "resume", "overwrite", "save_steps", "push_to_hub")  # fmt: skip
         options = {
-            **{name: given[name] for name in (*same, *(field.name for field in dataclasses.fields(Recipe)))},
+            **{name: given[name] for name in (*same, *(field.name for field in dataclasses.fields(Options)))},
             "text": text or None,
             "methods": method or [],
             "tests": tests,

@@ -14,6 +14,16 @@ from typing import Any
 
 from .errors import UsageError, one_line, suggest
 
+# Options that transformers' TrainingArguments have under another name; both names are taken.
+ALIASES = {
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "warmup_ratio": "warmup",
+}
+
 
 def defaults(path: Path, command: Callable[..., Any]) -> dict[str, Any]:
     """The options that a file gives to a command, by parameter name, ready to be the command's defaults.
@@ -29,12 +39,15 @@ def defaults(path: Path, command: Callable[..., Any]) -> dict[str, Any]:
     hints = options(command)
     values, lines = read(path)
     found = {}
-    for name, line in lines.items():
+    for key, line in lines.items():
         where = f"{path}, line {line}"
+        name = ALIASES.get(key, key)
         if name not in hints:
-            raise UsageError(f"{where}: unknown option {name!r}.{suggest(name, hints)}")
-        if values[name] is not None:
-            found[name] = value(f"{where}: {name}", name, hints[name], values[name])
+            raise UsageError(f"{where}: unknown option {key!r}.{suggest(key, hints)}")
+        if name != key and name in lines:
+            raise UsageError(f"{where}: {key} and {name} are two names of one option: give one of them.")
+        if values[key] is not None:
+            found[name] = value(f"{where}: {key}", name, hints[name], values[key])
     return found
 
 

@@ -24,8 +24,8 @@ from steadytune.fitting.fit_trainer import WINDOW, ByLength, FitTrainer, argumen
 from steadytune.fitting.fitted_model import FittedModel, logits
 from steadytune.fitting.folder import last_checkpoint
 from steadytune.fitting.main import fit
-from steadytune.fitting.recipe import Recipe
-from steadytune.fitting.source import Source, set_dropout, token_limit
+from steadytune.fitting.options import Options
+from steadytune.fitting.pretrained import Pretrained, set_dropout, token_limit
 from steadytune.fitting.spelling import convert, method_record, parse_method
 from steadytune.methods import METHODS
 
@@ -54,12 +54,12 @@ def bert(tmp_path_factory):
     ],
 )
 def test_number_of_steps(rows, options, steps):
-    assert Recipe(**options).total_steps(rows) == steps
+    assert Options(**options).total_steps(rows) == steps
 
 
 def test_seeds_default_to_the_one_seed():
-    assert Recipe(seed=7, data_seed=0).seeds == {"init": 7, "subset": 0, "data": 0, "dropout": 7, "method": 7}
-    assert Recipe(data_seed=3, subset_seed=5).seeds == {"init": 0, "subset": 5, "data": 3, "dropout": 0, "method": 0}
+    assert Options(seed=7, data_seed=0).seeds == {"init": 7, "subset": 0, "data": 0, "dropout": 7, "method": 7}
+    assert Options(data_seed=3, subset_seed=5).seeds == {"init": 0, "subset": 5, "data": 3, "dropout": 0, "method": 0}
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,11 @@ def test_seeds_default_to_the_one_seed():
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
-        Recipe.of(options)
+        Options.of(options)
 
 
 def test_recipe_in_transformers_words(tmp_path):
-    recipe = Recipe(seed=3, method_seed=9, accumulation=2, bf16=True)
+    recipe = Options(seed=3, method_seed=9, accumulation=2, bf16=True)
     args = arguments(recipe, recipe.seeds, 400, tmp_path, 200)
     assert (args.get_warmup_steps(400), args.max_steps, args.optim) == (40, 400, "adamw_torch_fused")
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.bf16) == (16, 2, True)
@@ -238,30 +238,30 @@ TWO = Target(("a", "b"))
 def test_half_precision_checkpoints_are_trained_in_float32(tmp_path, bert):
     AutoModelForSequenceClassification.from_pretrained(bert, dtype=torch.bfloat16).save_pretrained(tmp_path)
     word_tokenizer().save_pretrained(tmp_path)
-    model = Source.open(str(tmp_path), TWO).load(0)
+    model = Pretrained.open(str(tmp_path), TWO).load(0)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_init_seed_decides_the_head_only(bert):
-    source = Source.open(bert, TWO)
+    source = Pretrained.open(bert, TWO)
     first, again, other = (source.load(seed).state_dict() for seed in (0, 0, 1))
     assert same(first, again)
     assert [name for name in first if not torch.equal(first[name], other[name])] == ["classifier.weight"]
 
 
 def test_another_head_is_replaced_and_the_body_kept(tmp_path, bert):
-    source = Source.open(bert, TWO)
+    source = Pretrained.open(bert, TWO)
     two = source.load(0)
     two.save_pretrained(tmp_path)
     source.tokenizer.save_pretrained(tmp_path)
-    three = Source.open(str(tmp_path), Target(("x", "y", "z"))).load(0)
+    three = Pretrained.open(str(tmp_path), Target(("x", "y", "z"))).load(0)
     assert three.config.id2label == {0: "x", 1: "y", 2: "z"}
     assert three.classifier.weight.shape == (3, 16)
     assert torch.equal(three.bert.embeddings.word_embeddings.weight, two.bert.embeddings.word_embeddings.weight)
 
 
 def test_dropout_reaches_every_module_of_the_model(bert):
-    source = Source.open(bert, TWO, dropout=0.0)
+    source = Pretrained.open(bert, TWO, dropout=0.0)
     assert set(source.dropout.values()) == {0.0}
     modules = source.load(0).modules()
     assert {module.p for module in modules if isinstance(module, torch.nn.Dropout)} == {0.0}
@@ -279,7 +279,7 @@ def test_model_without_dropout_refuses_the_option():
 
 
 def test_length_is_cut_at_the_limit_and_pairs_share_it(bert):
-    source = Source.open(bert, TWO)
+    source = Pretrained.open(bert, TWO)
     tokenizer, config = source.tokenizer, source.config
     rows = pd.DataFrame({"text": ["good " * 30], "text_pair": ["bad"]})
     feature = tokenise(rows, tokenizer, 8)[0]
@@ -293,11 +293,11 @@ def test_length_is_cut_at_the_limit_and_pairs_share_it(bert):
 
 def test_a_row_that_just_fits_is_not_counted_as_cut(bert):
     """Naive: the tokens of the cut rows; those of 8 and of 9 tokens look alike."""
-    source = Source.open(bert, TWO, max_length=8)
+    source = Pretrained.open(bert, TWO, max_length=8)
     rows = pd.DataFrame({"text": ["good " * words for words in (6, 7, 2, 60)]}, index=[5, 6, 7, 8])
     features = tokenise(rows, source.tokenizer, source.max_length)
     assert [len(f["input_ids"]) for f in features] == [8, 8, 4, 8]
-    assert token_counts(rows, features, source) == [8, 9, 4, 62]
+    assert token_counts(rows, features, source.tokenizer, source.max_length) == [8, 9, 4, 62]
 
 
 def test_cut_rows_are_named_by_their_number_in_the_file(tmp_path, bert, caplog):
@@ -720,11 +720,11 @@ def test_a_finished_checkpoint_takes_no_further_step(tmp_path, bert):
     own = {**QUICK, "methods": "ema:decay=0.9", "save_steps": 4, "lr": 1e-2}
     straight = fit(toy(30), model=bert, output=tmp_path / "s", **own)
     plan = planning.make_plan(toy(30), model=bert, **own)
-    place = planning.setup(plan, planning.open_model(plan), tmp_path / "checkpoints")
+    setup = planning.make_setup(plan, planning.open_model(plan), tmp_path / "checkpoints")
     (job,) = planning.runs(plan)
     steps = []
     for _ in range(2):
-        trained = place.train(job)
+        trained = setup.train(job)
         steps.append(trained.steps)
         assert same(weights(straight.output), trained.model.state_dict())
     assert steps == [12, 12]
@@ -740,13 +740,13 @@ def test_a_training_that_stopped_early_stays_stopped_after_a_resume(tmp_path, be
     """Killed between its last checkpoint and its result: the stock code would go on to another evaluation."""
     own = {**QUICK, "evaluations": 6, "patience": 1, "lr": 1e-7, "progress": True}
     plan = planning.make_plan(toy(30), model=bert, **own)
-    place = planning.setup(plan, planning.open_model(plan), tmp_path / "checkpoints")
+    setup = planning.make_setup(plan, planning.open_model(plan), tmp_path / "checkpoints")
     (job,) = planning.runs(plan)
     with monkeypatch.context() as patch:
         patch.setattr(training, "Progress", lambda name: KillAfterSave())
         with pytest.raises(KeyboardInterrupt):
-            place.train(job)
+            setup.train(job)
     assert last_checkpoint(tmp_path / "checkpoints" / job.name).name == "checkpoint-4"
-    found = place.train(job)
+    found = setup.train(job)
     assert [step for step, _ in found.curve] == [2, 4]
     assert found.steps == 2

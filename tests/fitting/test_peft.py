@@ -70,7 +70,7 @@ def test_a_fit_trains_little_and_its_folder_predicts_the_same(tmp_path, bert, ki
 
 @pytest.mark.parametrize("kind", ["prefix", "adapters"])
 def test_an_ensemble_of_adapters_is_read_again(tmp_path, bert, kind):
-    result = fit(toy(48), model=bert, output=tmp_path / "o", seeds=2, combine="ensemble", **QUICK, **options(kind))
+    result = fit(toy(48), model=bert, output=tmp_path / "o", num_seeds=2, combine="ensemble", **QUICK, **options(kind))
     again = FittedModel.load(result.output)
     assert len(again.models) == 2
     assert np.array_equal(again.predict_proba(TEXTS), result.predict_proba(TEXTS))
@@ -81,7 +81,7 @@ def test_an_ensemble_of_adapters_is_read_again(tmp_path, bert, kind):
     [
         ({"peft": "prefx"}, "peft must be one of lora, ia3, prefix, prompt, got 'prefx'.*prefix"),
         ({"peft": "ia3", "lora": True}, r"give lora \(True\) or peft \(ia3\), not both"),
-        ({"methods": "re_init", "seeds": 2, "combine": "soup"}, "began alike, and ReInit draws other weights"),
+        ({"methods": "re_init", "num_seeds": 2, "combine": "soup"}, "began alike, and ReInit draws other weights"),
         ({"methods": ["bitfit"], "peft": "ia3"}, "BitFit chooses what is trained, which PEFT has done"),
         ({"methods": ["lnsr"], "peft": "prompt"}, "LNSR compares hidden states token by token, and PROMPT_TUNING"),
         (

@@ -1,4 +1,4 @@
-"""mixup-blo: what each training sees, what goes from one to the next, resume, its place in fit and studies."""
+"""mixup-blo: what each training sees, what goes from one to the next, resume, its setup in fit and studies."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def whole(bert, tmp_path_factory):
 def test_searches_start_anew_on_splits_of_their_own_and_the_last_training_has_all_rows(whole):
     result, done = whole
     assert [job.name for _, job, _ in done] == ["training-search-0", "training-search-1", "training"]
-    assert [place.steps for place, _, _ in done] == [6, 6, 6]  # 23 rows are one epoch of 6 batches; then as asked for
-    splits = [set(place.hold_out(job)[1].index) for place, job, _ in done]
+    assert [setup.steps for setup, _, _ in done] == [6, 6, 6]  # 23 rows are one epoch of 6 batches; then as asked for
+    splits = [set(setup.hold_out(job)[1].index) for setup, job, _ in done]
     assert [len(rows) for rows in splits] == [22, 22, 30]
     assert splits[0] != splits[1]
     assert all(job.select is None for _, job, _ in done[:2])
     assert done[2][1].select is not None
     assert not set(result.predictions["row"]) & splits[2]  # rows that select are in no training
-    first, second = (place.trainer(job, job.seeds, place.folder / "x").model.state_dict() for place, job, _ in done[:2])
+    first, second = (setup.trainer(job, job.seeds, setup.folder / "x").model.state_dict() for setup, job, _ in done[:2])
     assert same(first, second)  # the pre-trained model and the same head
 
 
@@ -93,7 +93,7 @@ def test_the_last_training_starts_at_the_means_and_keeps_the_shares(whole):
     trainer = last.trainer(job, job.seeds, last.folder / "x")
     live = trainer.model.state_dict()
     assert same({n: t.cpu() for n, t in live.items()}, dict(job.start))
-    base = one.model.from_pretrained(last.source.name).get_parameter(name)
+    base = one.model.from_pretrained(last.pretrained.name).get_parameter(name)
     assert torch.equal(trainer.run.reference(name), base)  # the pre-trained weight, not the start
     assert result.runs[0]["passes"] == pytest.approx((6 * 4 + 6 * 4 + 6 * 1) / 6)
     assert result.seconds > trained.seconds - 1e-9

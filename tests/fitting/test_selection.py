@@ -24,8 +24,8 @@ from steadytune.fitting import callbacks, training
 from steadytune.fitting.estimate import per_step
 from steadytune.fitting.fit_trainer import class_weights, weighted_loss
 from steadytune.fitting.folder import last_checkpoint
+from steadytune.fitting.options import Options
 from steadytune.fitting.peft_models import adapted
-from steadytune.fitting.recipe import Recipe
 from steadytune.fitting.scale import check_scale, rescale, temperature
 from steadytune.merge import uniform
 
@@ -43,7 +43,7 @@ def bert(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, bert):
-    """The three runs that seeds=3 makes, each on its own."""
+    """The three runs that num_seeds=3 makes, each on its own."""
     folder = tmp_path_factory.mktemp("alone")
     return [
         fit(toy(60), model=bert, output=folder / str(i), tests=TESTS, **QUICK, data_seed=0, dropout_seed=i,
@@ -56,7 +56,7 @@ def alone(tmp_path_factory, bert):
 def together(tmp_path_factory, bert):
     folder = tmp_path_factory.mktemp("together")
     return {
-        how: fit(toy(60), model=bert, output=folder / how, tests=TESTS, seeds=3, combine=how, **QUICK)
+        how: fit(toy(60), model=bert, output=folder / how, tests=TESTS, num_seeds=3, combine=how, **QUICK)
         for how in ("best", "soup", "ensemble")
     }
 
@@ -130,7 +130,9 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("options", [{"seeds": 2, "combine": "soup"}, {"refit": True, "folds": 2, "evaluations": 4}])
+@pytest.mark.parametrize(
+    "options", [{"num_seeds": 2, "combine": "soup"}, {"refit": True, "folds": 2, "evaluations": 4}]
+)
 def test_interrupted_between_and_in_runs_resumes_bitwise(tmp_path, bert, monkeypatch, options):
     monkeypatch.setattr(training, "Progress", StopAt)
     own = {**QUICK, "steps": 12, "save_steps": 5, "progress": True, **options}
@@ -265,12 +267,12 @@ def test_class_weights_by_hand():
     rows = pd.DataFrame({"label": ["a"] * 6 + ["b"] * 2})
     weights = class_weights(rows, two)
     assert weights.tolist() == pytest.approx([8 / 12, 8 / 4])
-    loss = weighted_loss(Recipe(class_weights="balanced"), rows, two)
+    loss = weighted_loss(Options(class_weights="balanced"), rows, two)
     logits, labels = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1])
     each = [np.log(1 + np.exp(-1)), np.log(2)]
     output = type("Output", (), {"logits": logits})
     assert float(loss(output, labels)) == pytest.approx((each[0] * 2 / 3 + each[1] * 2) / (2 / 3 + 2))
-    assert weighted_loss(Recipe(), rows, two) is None
+    assert weighted_loss(Options(), rows, two) is None
 
 
 def test_class_weights_reach_the_training(tmp_path, bert):
@@ -406,7 +408,7 @@ def test_signals_leave_a_checkpoint_of_the_last_step(tmp_path, bert, monkeypatch
 
 
 def test_a_dry_run_measures_and_writes_nothing(tmp_path, bert):
-    found = dry_run(toy(60), model=bert, output=tmp_path / "o", tests=TESTS, seeds=2, combine="ensemble", **QUICK)
+    found = dry_run(toy(60), model=bert, output=tmp_path / "o", tests=TESTS, num_seeds=2, combine="ensemble", **QUICK)
     assert not (tmp_path / "o").exists()
     assert (found.trainings, found.steps) == (2, 40)
     size = sum(t.nbytes for t in AutoModelForSequenceClassification.from_pretrained(bert).state_dict().values())

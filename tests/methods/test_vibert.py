@@ -164,7 +164,7 @@ def test_what_fit_saves_predicts_the_same_without_steadytune(tmp_path):
     table = toy(40)
     result = fit(
         table, model=save_tiny_bert(tmp_path / "base"), output=tmp_path / "out", text="text", label="label",
-        methods=["vibert:beta=0.1"], steps=6, lr=3e-3, batch_size=8, seeds=2, combine="soup", calibrate=True,
+        methods=["vibert:beta=0.1"], steps=6, lr=3e-3, batch_size=8, num_seeds=2, combine="soup", calibrate=True,
         validation_share=0.2, save_steps=0, progress=False,
     )  # fmt: skip
     texts = table["text"].tolist()

@@ -26,7 +26,7 @@ from ..data.metrics import score
 from ..data.prepare import Data
 from ..data.tables import Table, Target
 from ..fitting import plan as planning
-from ..fitting.recipe import SEEDS
+from ..fitting.options import SEEDS
 from ..fitting.record import storable
 from ..tasks import find, load
 from ..version import __version__
@@ -82,12 +82,12 @@ def execute(run: Trial, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
     started = time.perf_counter()
     _reset_peak()
     plan = make_plan(run)
-    source = planning.open_model(plan)
+    pretrained = planning.open_model(plan)
     with tempfile.TemporaryDirectory(prefix="steadytune-") as scratch:
-        place = planning.setup(plan, source, Path(scratch))
+        setup = planning.make_setup(plan, pretrained, Path(scratch))
         (job,) = planning.runs(plan)
-        trained = place.in_units(place.train(job) if plan.procedure is None else plan.procedure(place, job))
-        model = planning.fitted_model(plan, source, [trained.model])
+        trained = setup.in_units(setup.train(job) if plan.procedure is None else plan.procedure(setup, job))
+        model = planning.fitted_model(plan, pretrained, [trained.model])
         ended = time.perf_counter()
         predictions, scores = planning.evaluate(model, plan.data)
         tested = time.perf_counter() - ended

@@ -24,13 +24,13 @@ from typing import Any
 from ..config import options, read, value
 from ..data.metrics import METRICS
 from ..errors import UsageError, suggest
-from ..fitting.recipe import SEEDS, Recipe
+from ..fitting.options import SEEDS, Options
 from ..fitting.spelling import make_methods, make_procedure, method_record, procedure_record
 from ..tasks import Task, find, seen_by
 
 FORMAT = 1
 FILE_SEEDS = {"seed", *(f"{name}_seed" for name in SEEDS)}
-OPTIONS = {name: hint for name, hint in options(Recipe).items() if name not in {*FILE_SEEDS, "train_size"}}
+OPTIONS = {name: hint for name, hint in options(Options).items() if name not in {*FILE_SEEDS, "train_size"}}
 PARTS = ("methods", "procedure")  # of a recipe, beside options
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -59,7 +59,7 @@ class Study:
         models: to start from.
         tasks: names of `steadytune.tasks`.
         train_sizes: rows drawn per run, None for all.
-        recipes: name -> ``methods``, ``procedure`` and options of `Recipe`, on top of `options`.
+        recipes: name -> ``methods``, ``procedure`` and options of `Options`, on top of `options`.
         options: of all recipes.
         seeds: one run each per recipe, the same for every recipe.
         factorial: seeds that vary on their own, every value of `seeds` with every other, while the rest stay at the
@@ -151,7 +151,7 @@ class Study:
         procedure = make_procedure(given.get("procedure"))
         return found if procedure is None else [*found, procedure_record(procedure)]
 
-    def recipe(self, name: str) -> Recipe:
+    def recipe(self, name: str) -> Options:
         """The options of a recipe, without seeds."""
         given = {key: v for key, v in {**self.options, **self.recipes[name]}.items() if key not in PARTS}
         for key in given:
@@ -161,7 +161,7 @@ class Study:
             key: value(f"recipe {name!r}: {key}", key, OPTIONS[key], v) for key, v in given.items() if v is not None
         }
         held_out = 0.1 if found.get("evaluations") else 0.0  # rows are held out for what selects, and only for that
-        return Recipe.of({"validation_share": held_out, **found})
+        return Options.of({"validation_share": held_out, **found})
 
     def corruption(self, recipe: Recipe) -> dict[str, Any]:
         """What is done to the training rows, as it stands in the specification of a run.
@@ -231,7 +231,7 @@ class Study:
         return found
 
 
-def in_use(recipe: Recipe, task: Task) -> dict[str, Any]:
+def in_use(recipe: Options, task: Task) -> dict[str, Any]:
     """The options of a recipe that decide something of this task; learning raw numbers is none, as it always was."""
     found = {key: v for key in sorted(OPTIONS) if (v := getattr(recipe, key)) is not None}
     if task.labels or not recipe.standardize:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from ..data.tables import Target
-
-if TYPE_CHECKING:
-    from .source import Source
 
 
 def tokenise(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> list[dict[str, Any]]:
@@ -23,12 +20,14 @@ def tokenise(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length:
     return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 
 
-def token_counts(rows: pd.DataFrame, features: Sequence[dict[str, Any]], source: Source) -> list[int]:
-    """Tokens of every row before anything is cut; only rows as long as the limit are tokenised again."""
+def token_counts(
+    rows: pd.DataFrame, features: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, limit: int
+) -> list[int]:
+    """Tokens of every row before anything is cut at ``limit``; only rows of that length are tokenised again."""
     counts = np.array([len(feature["input_ids"]) for feature in features])
-    full = np.flatnonzero(counts == source.max_length)
+    full = np.flatnonzero(counts == limit)
     if len(full):
-        counts[full] = [len(f["input_ids"]) for f in tokenise(rows.iloc[full], source.tokenizer, None)]
+        counts[full] = [len(f["input_ids"]) for f in tokenise(rows.iloc[full], tokenizer, None)]
     return counts.tolist()
 
 

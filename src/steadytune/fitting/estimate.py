@@ -56,16 +56,19 @@ class Estimate:
         )
 
 
-def estimate(setup: Callable[[Path], Setup], jobs: Sequence[Job], plan: Plan) -> Estimate:
+def estimate(make_setup: Callable[[Path], Setup], jobs: Sequence[Job], plan: Plan) -> Estimate:
     """Measure the first steps of the first job in a temporary folder; nothing else is written.
 
     Raises:
         UsageError: as in training.
     """
     with tempfile.TemporaryDirectory() as folder:
-        place = setup(Path(folder))
+        setup = make_setup(Path(folder))
         quiet = dataclasses.replace(
-            place, save_steps=0, progress=False, recipe=dataclasses.replace(place.recipe, evaluations=0, patience=None)
+            setup,
+            save_steps=0,
+            progress=False,
+            options=dataclasses.replace(setup.options, evaluations=0, patience=None),
         )
         trainer = quiet.trainer(jobs[0], jobs[0].seeds, Path(folder))
         clock = Clock()
@@ -75,17 +78,17 @@ def estimate(setup: Callable[[Path], Setup], jobs: Sequence[Job], plan: Plan) ->
         weights = sum(p.nbytes for p in model.parameters())
     data: Any = trainer.train_dataset
     lengths = np.array([len(row["input_ids"]) for row in data])
-    size, steps = plan.recipe.batch_size, plan.recipe.accumulation
+    size, steps = plan.options.batch_size, plan.options.accumulation
     padded = per_step(lengths[list(ByLength(lengths, size, trainer.args.data_seed or 0))], size, steps)
     timed = np.resize(padded, len(clock.seconds))[1:]
     per_token = float(np.sum(clock.seconds[1:]) / np.sum(timed))
     tests = sum(
         len(f["input_ids"])
         for rows in plan.data.tests.values()
-        for f in tokenise(rows, place.source.tokenizer, place.source.max_length)
+        for f in tokenise(rows, setup.pretrained.tokenizer, setup.pretrained.max_length)
     )
-    trainings = plan.seeds + (plan.folds if plan.refit else 0)
-    evaluated = trainings + (trainings * plan.recipe.evaluations)
+    trainings = plan.num_seeds + (plan.folds if plan.refit else 0)
+    evaluated = trainings + (trainings * plan.options.evaluations)
     seconds = trainings * plan.steps * padded.mean() * per_token + evaluated * tests * per_token * FORWARD
     return Estimate(
         trainings=trainings,
@@ -94,8 +97,8 @@ def estimate(setup: Callable[[Path], Setup], jobs: Sequence[Job], plan: Plan) ->
         minutes=seconds / 60,
         memory=peak_memory(),
         files={
-            "model": weights * (plan.seeds + 1 if plan.combine == "ensemble" and plan.seeds > 1 else 1),
-            "checkpoints while training": 3 * weights * (2 if plan.save_steps or plan.recipe.evaluations else 0),
+            "model": weights * (plan.num_seeds + 1 if plan.combine == "ensemble" and plan.num_seeds > 1 else 1),
+            "checkpoints while training": 3 * weights * (2 if plan.save_steps or plan.options.evaluations else 0),
             "predictions and records": 200 * sum(len(rows) for rows in plan.data.tests.values()) + 20_000,
         },
     )

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
+from ..config import ALIASES
 from ..data.tables import Kind, label_name
 from ..errors import UsageError
 from .main import fit
@@ -39,9 +41,9 @@ class _Steady(BaseEstimator):
         validation_share: float = 0.0,
         evaluations: int = 0,
         patience: int | None = None,
-        seeds: int = 1,
+        num_seeds: int = 1,
         combine: str = "soup",
-        random_state: int = 0,
+        random_state: int | np.random.RandomState | None = 0,
         output: str | Path | None = None,
         progress: bool = False,
         options: Mapping[str, Any] | None = None,
@@ -58,7 +60,7 @@ class _Steady(BaseEstimator):
         self.validation_share = validation_share
         self.evaluations = evaluations
         self.patience = patience
-        self.seeds = seeds
+        self.num_seeds = num_seeds
         self.combine = combine
         self.random_state = random_state
         self.output = output
@@ -81,8 +83,8 @@ class _Steady(BaseEstimator):
                 output=Path(scratch, "model") if self.output is None else self.output,
                 overwrite=self.output is not None,
                 save_steps=0,
-                seed=self.random_state,
-                **{**settings, **(self.options or {})},
+                seed=_seed(self.random_state),
+                **{**settings, **{ALIASES.get(name, name): value for name, value in (self.options or {}).items()}},
             )
         self.model_ = self.result_.model
         self.n_features_in_ = len(text)
@@ -92,6 +94,13 @@ class _Steady(BaseEstimator):
         tags.input_tags.string = tags.input_tags.two_d_array = True
         tags.non_deterministic = False
         return tags
+
+
+def _seed(random_state: Any) -> Any:
+    """A number as it is; scikit-learn's other forms draw one."""
+    if random_state is None or isinstance(random_state, np.random.RandomState):
+        return int(check_random_state(random_state).randint(2**31))
+    return random_state
 
 
 class SteadyClassifier(ClassifierMixin, _Steady):
@@ -110,9 +119,9 @@ class SteadyClassifier(ClassifierMixin, _Steady):
         validation_share: of the rows given to `fit`, for selection; 0: train on all of them.
         evaluations: how often to score that share; the best weights are kept.
         patience: evaluations without a new best before stopping.
-        seeds: runs that are combined.
+        num_seeds: number of runs that are combined.
         combine: ``"soup"``, ``"ensemble"`` or ``"best"`` (needs a validation share).
-        random_state: the seed.
+        random_state: the seed, a generator that draws it, or None for another seed each time.
         output: folder of the model and its records, replaced at each `fit`; by default nothing stays on disk.
         progress: show bars.
         options: further arguments of `steadytune.fit`, for example ``{"class_weights": "balanced"}``.

@@ -25,9 +25,9 @@ from ..errors import UsageError, one_line
 from ..trainer import Trainer
 from .callbacks import Begun, Interrupt, KeepBest, _failing, judged_at
 from .encoding import label_ids
+from .options import MAX_STEPS, Options
 from .peft_models import merged
-from .recipe import MAX_STEPS, Recipe
-from .source import quiet
+from .pretrained import quiet
 
 logger = logging.getLogger("steadytune")
 
@@ -83,9 +83,9 @@ def class_weights(rows: pd.DataFrame, target: Target) -> Tensor:
     return torch.tensor(len(rows) / (len(counts) * np.maximum(counts, 1)), dtype=torch.float32)
 
 
-def weighted_loss(recipe: Recipe, rows: pd.DataFrame, target: Target) -> Callable[..., Tensor] | None:
+def weighted_loss(options: Options, rows: pd.DataFrame, target: Target) -> Callable[..., Tensor] | None:
     """The loss with class weights; None for the model's own."""
-    if recipe.class_weights == "none":
+    if options.class_weights == "none":
         return None
     weights = class_weights(rows, target)
     several = target.kind == "multilabel"
@@ -100,14 +100,14 @@ def weighted_loss(recipe: Recipe, rows: pd.DataFrame, target: Target) -> Callabl
 
 
 def arguments(
-    recipe: Recipe, seeds: dict[str, int], steps: int, folder: Path, save_steps: int, metric: str | None = None
+    options: Options, seeds: dict[str, int], steps: int, folder: Path, save_steps: int, metric: str | None = None
 ) -> TrainingArguments:
     """The recipe in transformers' words; with a metric and checkpoints, the best of several checkpoints is kept."""
     accelerated = torch.accelerator.is_available()
     every = save_steps
     selection: dict[str, Any] = {}
     if metric is not None:
-        between = max(1, steps // recipe.evaluations)
+        between = max(1, steps // options.evaluations)
         every = between if save_steps else 0
         selection = {
             "eval_strategy": "steps",
@@ -120,16 +120,16 @@ def arguments(
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        learning_rate=recipe.lr,
-        weight_decay=recipe.weight_decay,
-        warmup_steps=recipe.warmup,  # below 1: a share of the steps
-        max_grad_norm=recipe.max_grad_norm,
+        learning_rate=options.lr,
+        weight_decay=options.weight_decay,
+        warmup_steps=options.warmup,  # below 1: a share of the steps
+        max_grad_norm=options.max_grad_norm,
         lr_scheduler_type="linear",
         optim="adamw_torch_fused",
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=4 * recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulation,
-        bf16=recipe.bf16,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=4 * options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        bf16=options.bf16,
         use_cpu=not accelerated,
         dataloader_pin_memory=accelerated and torch.cuda.is_available(),
         seed=seeds["dropout"],

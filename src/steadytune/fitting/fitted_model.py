@@ -22,7 +22,7 @@ from ..errors import UsageError, one_line
 from .encoding import decide, tokenise
 from .folder import MEMBERS, RECORD
 from .peft_models import read_model, write_model
-from .source import Source, quiet
+from .pretrained import Pretrained, quiet
 from .training import device
 
 logger = logging.getLogger("steadytune")
@@ -73,7 +73,7 @@ class FittedModel:
             with quiet():
                 tokenizer = AutoTokenizer.from_pretrained(folder)
             for member in members:
-                loaded.append(read_model(member, lambda: Source.open(recipe["model"], target).load(0)))
+                loaded.append(read_model(member, lambda: Pretrained.open(recipe["model"], target).load(0)))
         except Exception as error:  # damaged files raise what their parsers raise
             raise UsageError(f"{folder}: the model cannot be loaded: {one_line(error)[:500]}") from error
         return cls(

@@ -5,8 +5,9 @@ torch and transformers are imported inside the functions that use them: command-
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,53 +15,44 @@ import numpy as np
 
 from ..data.guards import truncated
 from ..data.metrics import SMALLER_IS_BETTER
-from ..data.tables import Kind
 from ..errors import UsageError
 from ..files.atomic import write_json
 from .folder import RECORD, Output, same_run
-from .plan import Combine, Plan, evaluate, fitted_model, fold_jobs, make_plan, open_model, runs, setup
+from .plan import Plan, evaluate, fitted_model, fold_jobs, make_plan, make_setup, open_model, runs
 from .record import FitResult, _record, _write, upload
 
 if TYPE_CHECKING:
-    from ..core import Method
     from .estimate import Estimate
     from .fit_trainer import Trained
-    from .procedures import MixupBLO as Procedure
-    from .source import Source
+    from .pretrained import Pretrained
 
 logger = logging.getLogger("steadytune")
 
 
+def _with_arguments_of_plan(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Show the arguments of `make_plan`, which are listed there alone, in the signature of what takes them all."""
+    own, planned = (inspect.signature(f).parameters for f in (function, make_plan))
+    shown = {**planned, **{name: p for name, p in own.items() if p.kind is not p.VAR_KEYWORD}}
+    ordered = sorted(shown.values(), key=lambda p: (p.kind, p.default is not p.empty))
+    function.__signature__ = inspect.signature(function).replace(parameters=ordered)  # type: ignore[attr-defined]
+    return function
+
+
+@_with_arguments_of_plan
 def fit(
     train: Any,
     *,
-    model: str | Path,
     output: str | Path,
-    text: str | Sequence[str] | None = None,
-    label: str | None = None,
-    group: str | None = None,
-    methods: str | Method | Sequence[str | Method] = (),
-    procedure: str | Procedure | None = None,
-    tests: Mapping[str, Any] | None = None,
-    validation: Any = None,
-    validation_column: str | None = None,
-    kind: Kind = "auto",
-    metric: str | None = None,
-    seeds: int = 1,
-    combine: Combine = "best",
-    refit: bool = False,
-    folds: int = 5,
     resume: bool = False,
     overwrite: bool = False,
-    save_steps: int = 200,
-    progress: bool = True,
     push_to_hub: str | None = None,
-    **options: Any,
+    **wanted: Any,
 ) -> FitResult:
     """Fine-tune a pre-trained model on a table of labelled text and evaluate it.
 
-    By default the last weights of one run are kept: nothing is selected. ``evaluations``, ``seeds`` and ``calibrate``
-    select on the validation rows, never on a test set; scores on rows that selected are marked in the model card.
+    By default the last weights of one run are kept: nothing is selected. ``evaluations``, ``combine="best"`` and
+    ``calibrate`` select on the validation rows, never on a test set; scores on rows that selected are marked in the
+    model card.
 
     Args:
         train: a CSV, TSV, JSON-lines or Parquet file, a data frame, a `datasets.Dataset`, a data set of the hub
@@ -77,9 +69,9 @@ def fit(
         validation_column: instead, a column of `train` that names each row's split.
         kind: classification, multilabel or regression; decided from the labels by default.
         metric: the metric that selects and is reported first; by default the first of the kind.
-        seeds: runs with the same head and other orders, dropout and draws of methods.
-        combine: of several runs the ``"best"`` on the validation rows, a ``"soup"`` (the mean of their weights;
-            Wortsman et al., ICML 2022, arXiv 2203.05482) or an ``"ensemble"`` (the mean of their probabilities).
+        num_seeds: number of runs; they share the head and differ in row order, dropout and draws of the methods.
+        combine: what several runs become: a ``"soup"`` (the mean of their weights; Wortsman et al., ICML 2022, arXiv
+            2203.05482), the ``"best"`` on the validation rows, or an ``"ensemble"`` (the mean of their probabilities).
         refit: choose the number of steps by cross-validation, then train on all rows.
         folds: of the cross-validation.
         resume: go on from the last checkpoint in `output`.
@@ -88,8 +80,9 @@ def fit(
             the best weights are kept in memory.
         progress: show bars.
         push_to_hub: a repository to upload the finished folder to.
-        **options: fields of `Recipe`: lr, batch_size, steps, epochs, max_length, dropout, bf16, lora, peft,
-            class_weights, evaluations, patience, calibrate, restarts, train_size, validation_share, seed ...
+        **wanted: further fields of `Options`, under their own names or those of transformers (lr or learning_rate):
+            lr, batch_size, steps, epochs, max_length, dropout, bf16, lora, peft, class_weights, evaluations, patience,
+            calibrate, restarts, train_size, validation_share, seed ...
 
     Raises:
         UsageError: what was asked for cannot be done; raised before training starts.
@@ -101,18 +94,23 @@ def fit(
     """
     folder = Output(output)
     previous = folder.check(resume, overwrite)
-    plan = make_plan(
-        train, model=model, text=text, label=label, group=group, methods=methods, procedure=procedure, tests=tests,
-        validation=validation, validation_column=validation_column, kind=kind, metric=metric, seeds=seeds,
-        combine=combine, refit=refit, folds=folds, save_steps=save_steps, progress=progress, **options,
-    )  # fmt: skip
+    plan = make_plan(train, **wanted)
     result = _run(plan, folder, previous)
     if push_to_hub is not None:
         upload(folder.path, push_to_hub)
     return result
 
 
-def dry_run(train: Any, *, output: str | Path, **options: Any) -> Estimate:
+@_with_arguments_of_plan
+def dry_run(
+    train: Any,
+    *,
+    output: str | Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
+    **wanted: Any,
+) -> Estimate:
     """What `fit` with the same arguments would take: steps, minutes (from three measured steps), memory, files.
 
     Raises:
@@ -121,13 +119,12 @@ def dry_run(train: Any, *, output: str | Path, **options: Any) -> Estimate:
     from .estimate import estimate
 
     folder = Output(output)
-    folder.check(options.pop("resume", False), options.pop("overwrite", False))
-    options.pop("push_to_hub", None)
-    plan = make_plan(train, **options)
+    folder.check(resume, overwrite)
+    plan = make_plan(train, **wanted)
     if plan.procedure is not None:
         raise UsageError("a dry run measures one training, a procedure is several: leave --dry-run or it out.")
-    source = open_model(plan)
-    return estimate(lambda checkpoints: setup(plan, source, checkpoints), runs(plan), plan)
+    pretrained = open_model(plan)
+    return estimate(lambda checkpoints: make_setup(plan, pretrained, checkpoints), runs(plan), plan)
 
 
 # ---- running ----------------------------------------------------------------------------------------------------
@@ -138,51 +135,51 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
     from .peft_models import check_adapted
     from .scale import check_scale
 
-    source = open_model(plan)
-    record = _record(plan, source)
+    pretrained = open_model(plan)
+    record = _record(plan, pretrained)
     if previous is not None:
         same_run(previous, record, folder.path)
-    place = setup(plan, source, folder.checkpoints)
+    setup = make_setup(plan, pretrained, folder.checkpoints)
     jobs = fold_jobs(plan) if plan.refit else runs(plan)
     with folder.held():
         try:
-            first = place if plan.procedure is None else plan.procedure.first(place, jobs[0])
+            first = setup if plan.procedure is None else plan.procedure.first(setup, jobs[0])
             trainer = first.trainer(jobs[0], jobs[0].seeds, folder.checkpoints / jobs[0].name)
         except ValueError as error:  # a method that cannot act on this model, or two that exclude each other
             raise UsageError(str(error)) from error
         features: Any = trainer.train_dataset
-        _check_tokens(features, source)
-        if plan.recipe.calibrate:
+        _check_tokens(features, pretrained)
+        if plan.options.calibrate:
             check_scale(trainer.model, features[0], "calibrate")
-        if place.target.scaled:
+        if setup.target.scaled:
             check_scale(trainer.model, features[0], "standardize")
-        if plan.recipe.peft is not None:
-            check_adapted(trainer.model, plan.recipe.peft, features, source.tokenizer)
+        if plan.options.peft is not None:
+            check_adapted(trainer.model, plan.options.peft, features, pretrained.tokenizer)
         assert trainer.run is not None
         logger.info("%s", trainer.run.describe())
-        _announce(plan, source, features)
+        _announce(plan, pretrained, features)
         folder.sweep()
         if previous is None:
             folder.clear()
             write_json(folder.path / RECORD, record)
         if plan.procedure is None:
-            trained = [place.train(job, None if i else trainer) for i, job in enumerate(jobs)]
+            trained = [setup.train(job, None if i else trainer) for i, job in enumerate(jobs)]
         else:
-            trained = [plan.procedure(place, job) for job in jobs]
+            trained = [plan.procedure(setup, job) for job in jobs]
         if plan.refit:
             stop_at = _best_step(trained, plan)
-            trained = [place.train(job) for job in runs(plan, stop_at)]
-        return _finish(plan, source, folder, record, [place.in_units(t) for t in trained])
+            trained = [setup.train(job) for job in runs(plan, stop_at)]
+        return _finish(plan, pretrained, folder, record, [setup.in_units(t) for t in trained])
 
 
-def _check_tokens(features: Any, source: Source) -> None:
+def _check_tokens(features: Any, pretrained: Pretrained) -> None:
     """A directory without tokenizer files gives a tokenizer without words."""
     from .encoding import unknown_share
 
-    share = unknown_share(features, source.tokenizer)
+    share = unknown_share(features, pretrained.tokenizer)
     message = (
-        f"{share:.0%} of the tokens are unknown to the tokenizer of {source.name!r}: its files are missing, or it was "
-        "made for another language or alphabet. Give a model whose tokenizer knows the texts."
+        f"{share:.0%} of the tokens are unknown to the tokenizer of {pretrained.name!r}: its files are missing, or it "
+        "was made for another language or alphabet. Give a model whose tokenizer knows the texts."
     )
     if share > 0.95:
         raise UsageError(message)
@@ -199,16 +196,18 @@ def _best_step(tried: Sequence[Trained], plan: Plan) -> int:
     return best
 
 
-def _finish(plan: Plan, source: Source, folder: Output, record: dict[str, Any], trained: list[Trained]) -> FitResult:
+def _finish(
+    plan: Plan, pretrained: Pretrained, folder: Output, record: dict[str, Any], trained: list[Trained]
+) -> FitResult:
     """Combine, calibrate, evaluate, write."""
     for t in trained:
         if t.failing:
             logger.warning("the training loss never fell below 0.9 log K: try --restarts 2, another lr or more steps")
-    temperatures = [_calibrate(t, plan, source) for t in trained] if plan.recipe.calibrate else []
-    single = [fitted_model(plan, source, [t.model]) for t in trained] if len(trained) > 1 else []
+    temperatures = [_calibrate(t, plan, pretrained) for t in trained] if plan.options.calibrate else []
+    single = [fitted_model(plan, pretrained, [t.model]) for t in trained] if len(trained) > 1 else []
     scores = [evaluate(model, plan.data)[1] for model in single]
     models, chosen = _combine(plan, trained, scores)
-    model = fitted_model(plan, source, models)
+    model = fitted_model(plan, pretrained, models)
     predictions, metrics = evaluate(model, plan.data, plan.progress)
     details = [
         {**t.record(), **({"scores": s} if scores else {}), **({"temperature": k} if temperatures else {})}
@@ -226,15 +225,15 @@ def _finish(plan: Plan, source: Source, folder: Output, record: dict[str, Any], 
     return result
 
 
-def _calibrate(trained: Trained, plan: Plan, source: Source) -> float:
+def _calibrate(trained: Trained, plan: Plan, pretrained: Pretrained) -> float:
     """Fit a temperature on the validation rows and take it into the model."""
     from .encoding import label_ids, tokenise
     from .fitted_model import logits
     from .scale import rescale, temperature
 
     assert plan.select is not None
-    features = tokenise(plan.select, source.tokenizer, source.max_length)
-    outputs = logits(trained.model, source.tokenizer, features, plan.recipe.bf16)
+    features = tokenise(plan.select, pretrained.tokenizer, pretrained.max_length)
+    outputs = logits(trained.model, pretrained.tokenizer, features, plan.options.bf16)
     labels = label_ids(plan.select["label"].tolist(), plan.data.target)
     found = temperature(outputs, labels)
     rescale(trained.model, 1 / found, 0.0, "calibrate")
@@ -273,18 +272,18 @@ def spread(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 # ---- records ----------------------------------------------------------------------------------------------------
 
 
-def _announce(plan: Plan, source: Source, features: Any) -> None:
+def _announce(plan: Plan, pretrained: Pretrained, features: Any) -> None:
     """Say what is about to happen, and what in the data may surprise."""
     from .encoding import token_counts
 
-    data, rows_per_step = plan.data, plan.recipe.batch_size * plan.recipe.accumulation
+    data, rows_per_step = plan.data, plan.options.batch_size * plan.options.accumulation
     sizes = ", ".join(f"{name} {len(rows)}" for name, rows in data.tests.items()) or "no test set"
     logger.info("%s, %d training rows (%s)", data.target.kind, len(data.train), sizes)
     epochs = plan.steps * rows_per_step / len(data.train)
-    times = f", {plan.seeds} runs" if plan.seeds > 1 else ""
+    times = f", {plan.num_seeds} runs" if plan.num_seeds > 1 else ""
     times += f" after {plan.folds} folds" if plan.refit else ""
     logger.info("%d steps of %d rows (%.1f epochs)%s", plan.steps, rows_per_step, epochs, times)
-    counts = token_counts(data.train, features, source)
-    cut = truncated(counts, source.max_length, "the training rows", list(data.train.index))
+    counts = token_counts(data.train, features, pretrained.tokenizer, pretrained.max_length)
+    cut = truncated(counts, pretrained.max_length, "the training rows", list(data.train.index))
     if cut:
         logger.warning("%s", cut.message)

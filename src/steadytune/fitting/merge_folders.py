@@ -133,7 +133,7 @@ def _scorer(
 
     from .fitted_model import FittedModel
     from .plan import headline
-    from .source import Source
+    from .pretrained import Pretrained
     from .training import device
 
     if not type(model).__name__.endswith("ForSequenceClassification"):
@@ -144,12 +144,12 @@ def _scorer(
     tables = [
         resolve(Table.of(rows, None if text is None else tuple(text), label, "validation")) for rows in validation
     ]
-    source = Source.open(str(folder.absolute()), target, max_length=record.get("recipe", {}).get("max_length"))
-    model.config.pad_token_id = source.config.pad_token_id
+    pretrained = Pretrained.open(str(folder.absolute()), target, max_length=record.get("recipe", {}).get("max_length"))
+    model.config.pad_token_id = pretrained.config.pad_token_id
     found_text, found_label = tables[0].columns
     fitted = FittedModel(
-        [model.to(device()).eval()], source.tokenizer, target,
-        text=found_text, label=found_label, max_length=source.max_length,
+        [model.to(device()).eval()], pretrained.tokenizer, target,
+        text=found_text, label=found_label, max_length=pretrained.max_length,
     )  # fmt: skip
     sign = -1 if name in SMALLER_IS_BETTER else 1
 
@@ -179,7 +179,7 @@ def _load(path: Path, kind: Any = None) -> tuple[Any, set[str]]:
     """A model, and the names of weights that its directory lacks."""
     import transformers
 
-    from .source import quiet
+    from .pretrained import quiet
 
     try:
         if kind is None:
@@ -220,7 +220,7 @@ def _write(model: Any, source: Path, output: Path) -> None:
     """Model and tokenizer, beside the final place first."""
     from transformers import AutoTokenizer
 
-    from .source import quiet
+    from .pretrained import quiet
 
     def fill(part: Path) -> None:
         with quiet():

@@ -15,7 +15,7 @@ from ..core.anatomy import anatomy
 from ..errors import UsageError, one_line
 from ..methods.adapters import FILE as ADAPTERS
 from ..methods.adapters import adapter_size, load_adapters, save_adapters
-from .source import quiet
+from .pretrained import quiet
 
 logger = logging.getLogger("steadytune")
 

@@ -18,14 +18,14 @@ from ..data.prepare import Data, prepare
 from ..data.splits import folds
 from ..data.tables import Kind, Table, Target
 from ..errors import UsageError, suggest
-from .recipe import Recipe
+from .options import Options, python_value
 from .spelling import make_methods, make_procedure
 
 if TYPE_CHECKING:
     from ..core import Method
     from .fitted_model import FittedModel
+    from .pretrained import Pretrained
     from .procedures import MixupBLO as Procedure
-    from .source import Source
     from .training import Job, Setup
 
 logger = logging.getLogger("steadytune")
@@ -42,11 +42,11 @@ class Plan:
 
     model: str
     methods: list[Method]
-    recipe: Recipe
+    options: Options
     data: Data
     steps: int
     metric: str
-    seeds: int
+    num_seeds: int
     combine: Combine
     refit: bool
     folds: int
@@ -74,8 +74,8 @@ def make_plan(
     validation_column: str | None = None,
     kind: Kind = "auto",
     metric: str | None = None,
-    seeds: int = 1,
-    combine: Combine = "best",
+    num_seeds: int = 1,
+    combine: Combine = "soup",
     refit: bool = False,
     folds: int = 5,
     save_steps: int = 200,
@@ -87,14 +87,17 @@ def make_plan(
     Raises:
         UsageError: what was asked for cannot be done.
     """
-    recipe = Recipe.of(options)
-    if refit and not recipe.evaluations:
-        recipe = dataclasses.replace(recipe, evaluations=REFIT_EVALUATIONS)
-    _check(seeds, combine, refit, folds, save_steps, recipe)
+    checked = Options.of(options)
+    if refit and not checked.evaluations:
+        checked = dataclasses.replace(checked, evaluations=REFIT_EVALUATIONS)
+    num_seeds = python_value("num_seeds", num_seeds, int)
+    folds = python_value("folds", folds, int)
+    save_steps = python_value("save_steps", save_steps, int)
+    _check(num_seeds, combine, refit, folds, save_steps, checked)
     chosen = make_methods(methods)
     _check_columns(chosen)
     drawing = [type(m).__name__ for m in chosen if m.draws_weights]
-    if combine == "soup" and seeds > 1 and drawing:
+    if combine == "soup" and num_seeds > 1 and drawing:
         raise UsageError(
             f"a soup is the mean of models that began alike, and {drawing[0]} draws other weights in every run: "
             "choose combine best or ensemble."
@@ -105,32 +108,33 @@ def make_plan(
         table,
         {name: Table.of(t, columns, label, name) for name, t in (tests or {}).items()},
         None if validation is None else Table.of(validation, columns, label, "validation"),
-        train_size=recipe.train_size,
-        validation_share=0.0 if refit else recipe.validation_share,
+        train_size=checked.train_size,
+        validation_share=0.0 if refit else checked.validation_share,
         validation_column=validation_column,
-        seed=recipe.seeds["subset"],
+        seed=checked.seeds["subset"],
     )
-    for finding in raise_errors(inspect(data, standardize=recipe.standardize)):
+    for finding in raise_errors(inspect(data, standardize=checked.standardize)):
         logger.warning("%s", finding.message)
     plan = Plan(
-        str(model), chosen, recipe, data, recipe.total_steps(len(data.train)),
-        headline(metric, data.target), seeds, combine, refit, folds, save_steps, progress, make_procedure(procedure),
+        str(model), chosen, checked, data, checked.total_steps(len(data.train)),
+        headline(metric, data.target), num_seeds, combine, refit, folds, save_steps, progress,
+        make_procedure(procedure),
     )  # fmt: skip
     _check_selection(plan)
     return plan
 
 
-def _check(seeds: int, combine: str, refit: bool, folds: int, save_steps: int, recipe: Recipe) -> None:
+def _check(num_seeds: int, combine: str, refit: bool, folds: int, save_steps: int, options: Options) -> None:
     if save_steps < 0:
         raise UsageError(f"save_steps must be 0 (no checkpoints) or more, got {save_steps}.")
-    if seeds < 1:
-        raise UsageError(f"seeds must be 1 or more, got {seeds}.")
+    if num_seeds < 1:
+        raise UsageError(f"num_seeds must be 1 or more, got {num_seeds}.")
     if combine not in COMBINE:
         raise UsageError(f"unknown combine {combine!r}.{suggest(combine, COMBINE)}")
     if refit and folds < 2:
         raise UsageError(f"folds must be 2 or more, got {folds}.")
-    if refit and (recipe.calibrate or recipe.patience is not None):
-        what = "calibrate" if recipe.calibrate else "patience"
+    if refit and (options.calibrate or options.patience is not None):
+        what = "calibrate" if options.calibrate else "patience"
         raise UsageError(f"refit trains on all rows, {what} needs validation rows: leave one of them out.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("fit runs in one process: start it without torchrun, or use steadytune.Trainer.")
@@ -154,15 +158,15 @@ def _check_selection(plan: Plan) -> None:
         raise UsageError("refit chooses the number of steps by cross-validation: leave the validation rows out.")
     if plan.select is None:
         asked = {
-            "evaluations": bool(plan.recipe.evaluations) and not plan.refit,
-            "calibrate": plan.recipe.calibrate,
-            "combine='best'": plan.seeds > 1 and plan.combine == "best",
+            "evaluations": bool(plan.options.evaluations) and not plan.refit,
+            "calibrate": plan.options.calibrate,
+            "combine='best'": plan.num_seeds > 1 and plan.combine == "best",
         }
         for name in (name for name, wanted in asked.items() if wanted):
             raise UsageError(f"{name} needs validation rows: give a validation table or share, or leave it out.")
-    if plan.recipe.calibrate and plan.data.target.kind != "classification":
+    if plan.options.calibrate and plan.data.target.kind != "classification":
         raise UsageError(f"calibrate is for classification, this is {plan.data.target.kind}: leave it out.")
-    if plan.recipe.class_weights != "none" and not plan.data.target.names:
+    if plan.options.class_weights != "none" and not plan.data.target.names:
         raise UsageError("class_weights are for classification, this is regression: leave them out.")
 
 
@@ -180,24 +184,26 @@ def headline(metric: str | None, target: Target) -> str:
     return metric or next(iter(known))
 
 
-def open_model(plan: Plan) -> Source:
+def open_model(plan: Plan) -> Pretrained:
     """Config and tokenizer of the model, before its weights."""
-    from .source import Source
+    from .pretrained import Pretrained
 
-    return Source.open(plan.model, plan.data.target, dropout=plan.recipe.dropout, max_length=plan.recipe.max_length)
+    return Pretrained.open(
+        plan.model, plan.data.target, dropout=plan.options.dropout, max_length=plan.options.max_length
+    )
 
 
-def setup(plan: Plan, source: Source, checkpoints: Path) -> Setup:
+def make_setup(plan: Plan, pretrained: Pretrained, checkpoints: Path) -> Setup:
     """What all trainings share."""
     from .scale import standardised
     from .training import Setup
 
     target = plan.data.target
-    if target.kind == "regression" and plan.recipe.standardize:
-        target = standardised(target, plan.data.train["label"].tolist(), centred=source.bias)
+    if target.kind == "regression" and plan.options.standardize:
+        target = standardised(target, plan.data.train["label"].tolist(), centred=pretrained.bias)
     return Setup(
-        source, plan.methods, plan.recipe, target, plan.steps, plan.metric, checkpoints, plan.save_steps,
-        plan.progress, keep=plan.seeds > 1 or plan.refit,
+        pretrained, plan.methods, plan.options, target, plan.steps, plan.metric, checkpoints, plan.save_steps,
+        plan.progress, keep=plan.num_seeds > 1 or plan.refit,
     )  # fmt: skip
 
 
@@ -207,9 +213,9 @@ def runs(plan: Plan, stop_at: int | None = None) -> list[Job]:
 
     def seeds(i: int) -> dict[str, int]:
         same = ("init", "subset")
-        return {name: value if name in same else value + i for name, value in plan.recipe.seeds.items()}
+        return {name: value if name in same else value + i for name, value in plan.options.seeds.items()}
 
-    names = [f"run-{i}" if plan.seeds > 1 else "training" for i in range(plan.seeds)]
+    names = [f"run-{i}" if plan.num_seeds > 1 else "training" for i in range(plan.num_seeds)]
     return [Job(name, plan.data.train, plan.select, seeds(i), stop_at) for i, name in enumerate(names)]
 
 
@@ -218,14 +224,14 @@ def fold_jobs(plan: Plan) -> list[Job]:
     from .training import Job
 
     rows = plan.data.train
-    parts = folds(rows, plan.data.target, plan.folds, plan.recipe.seeds["subset"])
+    parts = folds(rows, plan.data.target, plan.folds, plan.options.seeds["subset"])
     return [
-        Job(f"fold-{i}", rows.iloc[inside], rows.iloc[outside], plan.recipe.seeds)
+        Job(f"fold-{i}", rows.iloc[inside], rows.iloc[outside], plan.options.seeds)
         for i, (inside, outside) in enumerate(parts)
     ]
 
 
-def fitted_model(plan: Plan, source: Source, models: Sequence[Any]) -> FittedModel:
+def fitted_model(plan: Plan, pretrained: Pretrained, models: Sequence[Any]) -> FittedModel:
     """Trained models as one that reads tables like the training table."""
     from .fitted_model import FittedModel
 
@@ -233,12 +239,12 @@ def fitted_model(plan: Plan, source: Source, models: Sequence[Any]) -> FittedMod
     assert table is not None
     return FittedModel(
         models,
-        source.tokenizer,
+        pretrained.tokenizer,
         plan.data.target,
         text=table.text or (),
         label=table.label or "",  # found, if they were not given
-        max_length=source.max_length,
-        bf16=plan.recipe.bf16,
+        max_length=pretrained.max_length,
+        bf16=plan.options.bf16,
     )
 
 

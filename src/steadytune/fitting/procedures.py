@@ -75,33 +75,33 @@ class MixupBLO:
         """The method of a search, or, with shares, of the last training."""
         return WeightMixup(self.outer_share, alpha, order=self.order, convex=self.convex, lr=self.lr)
 
-    def __call__(self, place: Setup, job: Job) -> Trained:
+    def __call__(self, setup: Setup, job: Job) -> Trained:
         """Do the job.
 
         Args:
-            place: what its trainings share.
+            setup: what its trainings share.
             job: a training of `fit`; the searches never see the rows that select.
         """
-        found = self.search(place, job)
-        last = dataclasses.replace(place, methods=[*place.methods, self.mixup(found.shares)])
+        found = self.search(setup, job)
+        last = dataclasses.replace(setup, methods=[*setup.methods, self.mixup(found.shares)])
         trained = last.train(dataclasses.replace(job, start=found.weights))
         passes = trained.passes + found.passes / trained.steps
         return dataclasses.replace(trained, passes=passes, seconds=trained.seconds + found.seconds)
 
-    def search(self, place: Setup, job: Job) -> Found:
+    def search(self, setup: Setup, job: Job) -> Found:
         """What all searches found together."""
-        weights, alphas, passes, seconds = zip(*self.searches(place, job), strict=True)
+        weights, alphas, passes, seconds = zip(*self.searches(setup, job), strict=True)
         return Found(uniform(weights), mean_shares(alphas), sum(passes), sum(seconds))
 
-    def first(self, place: Setup, job: Job) -> Setup:
+    def first(self, setup: Setup, job: Job) -> Setup:
         """What the searches share, which come first."""
         inside = len(job.rows) - round(self.outer_share * len(job.rows))
-        steps = dataclasses.replace(place.recipe, steps=None, epochs=self.search_epochs).total_steps(inside)
-        return dataclasses.replace(place, methods=[*place.methods, self.mixup()], steps=steps, keep=True, states=True)
+        steps = dataclasses.replace(setup.options, steps=None, epochs=self.search_epochs).total_steps(inside)
+        return dataclasses.replace(setup, methods=[*setup.methods, self.mixup()], steps=steps, keep=True, states=True)
 
-    def searches(self, place: Setup, job: Job) -> Iterator[Found]:
+    def searches(self, setup: Setup, job: Job) -> Iterator[Found]:
         """What one search after the other found; those that are finished are read."""
-        search = self.first(place, job)
+        search = self.first(setup, job)
         for i in range(self.folds):
             seeds = {name: seed if name == "init" else seed + i for name, seed in job.seeds.items()}
             name = f"{job.name}-search-{i}"

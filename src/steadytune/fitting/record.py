@@ -22,7 +22,7 @@ from .spelling import method_record, procedure_record
 if TYPE_CHECKING:
     from .fitted_model import FittedModel
     from .plan import Plan
-    from .source import Source
+    from .pretrained import Pretrained
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +67,12 @@ class FitResult:
         self.model.save_pretrained(folder)
 
 
-def _record(plan: Plan, source: Source) -> dict[str, Any]:
+def _record(plan: Plan, pretrained: Pretrained) -> dict[str, Any]:
     """All that is needed to run it again, as JSON; `recipe` decides the weights, together with the training rows."""
     import torch
     import transformers
 
-    own = {key: value for key, value in dataclasses.asdict(plan.recipe).items() if not key.endswith("seed")}
+    own = {key: value for key, value in dataclasses.asdict(plan.options).items() if not key.endswith("seed")}
     return {
         "format": 1,
         "status": "training",
@@ -85,10 +85,10 @@ def _record(plan: Plan, source: Source) -> dict[str, Any]:
             "optimizer": "AdamW (bias-corrected, fused), linear warm-up and decay",
             **own,
             "steps": plan.steps,
-            "max_length": source.max_length,
-            "dropout": source.dropout,
-            "seeds": plan.recipe.seeds,
-            "runs": plan.seeds,
+            "max_length": pretrained.max_length,
+            "dropout": pretrained.dropout,
+            "seeds": plan.options.seeds,
+            "runs": plan.num_seeds,
             "combine": plan.combine,
             "refit": plan.folds if plan.refit else False,
             "metric": plan.metric,
@@ -107,7 +107,7 @@ def _record(plan: Plan, source: Source) -> dict[str, Any]:
 def _write(folder: Output, result: FitResult, record: dict[str, Any]) -> None:
     """The model, the results, and last of all the record that calls the run finished."""
     from .peft_models import write_model
-    from .source import quiet
+    from .pretrained import quiet
 
     models = result.model.models
     with writing(folder.path):

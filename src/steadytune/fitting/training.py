@@ -34,10 +34,10 @@ from .callbacks import Interrupt, KeepBest, Progress, StopAt, StopFailing
 from .encoding import decide, label_ids, tokenise
 from .fit_trainer import FitTrainer, Trained, arguments, only_logits, weighted_loss
 from .folder import last_checkpoint
+from .options import Options
 from .peft_models import adapted, read_model, write_model
-from .recipe import Recipe
+from .pretrained import Pretrained, quiet
 from .scale import rescale
-from .source import Source, quiet
 
 if TYPE_CHECKING:
     from ..core import Method
@@ -73,9 +73,9 @@ class Setup:
     """What all trainings of one `fit` share.
 
     Attributes:
-        source: the pre-trained model.
+        pretrained: the pre-trained model.
         methods: the recipe's methods.
-        recipe: its options.
+        options: those of the fit.
         target: what is predicted; in the scale of the training, which `in_units` takes back.
         steps: of the schedule.
         metric: that selects.
@@ -86,9 +86,9 @@ class Setup:
         states: whether the state of the methods is kept too.
     """
 
-    source: Source
+    pretrained: Pretrained
     methods: Sequence[Method]
-    recipe: Recipe
+    options: Options
     target: Target
     steps: int
     metric: str
@@ -111,12 +111,12 @@ class Setup:
         done = self.folder / job.name
         if (done / RESULT).is_file():
             return self._read(done)
-        for attempt in range(self.recipe.restarts + 1):
+        for attempt in range(self.options.restarts + 1):
             folder = self.folder / (f"{job.name}-restart-{attempt}" if attempt else job.name)
             if (folder / "failed").is_file():
                 trainer = None
                 continue
-            last = attempt == self.recipe.restarts
+            last = attempt == self.options.restarts
             seeds = restarted(job.seeds, attempt)
             trainer = trainer or self.trainer(job, seeds, folder)
             if not last and self.classes:
@@ -154,7 +154,7 @@ class Setup:
         Raises:
             ValueError: a method that cannot act on this model, or two that exclude each other.
         """
-        model = adapted(self.source.load(seeds["init"], self.target), self.recipe.lora, self.recipe.peft)
+        model = adapted(self.pretrained.load(seeds["init"], self.target), self.options.lora, self.options.peft)
         callbacks: list[TrainerCallback] = [Interrupt()]
         if self.progress:
             callbacks.append(Progress(job.name))
@@ -162,20 +162,22 @@ class Setup:
             callbacks.append(KeepBest(self.metric))
         if job.stop_at is not None:
             callbacks.append(StopAt(job.stop_at))
-        select = self.features(job.select) if self.recipe.evaluations and job.select is not None else None
+        select = self.features(job.select) if self.options.evaluations and job.select is not None else None
         selecting = select is not None
         methods, rows = self.hold_out(job)
-        if selecting and self.recipe.patience is not None:
-            callbacks.append(EarlyStoppingCallback(early_stopping_patience=self.recipe.patience))
+        if selecting and self.options.patience is not None:
+            callbacks.append(EarlyStoppingCallback(early_stopping_patience=self.options.patience))
         trainer = FitTrainer(
             model=model,
-            args=arguments(self.recipe, seeds, self.steps, folder, self.save_steps, self.metric if selecting else None),
+            args=arguments(
+                self.options, seeds, self.steps, folder, self.save_steps, self.metric if selecting else None
+            ),
             train_dataset=self.features(rows),
             eval_dataset=select,
-            data_collator=DataCollatorWithPadding(self.source.tokenizer),
+            data_collator=DataCollatorWithPadding(self.pretrained.tokenizer),
             preprocess_logits_for_metrics=only_logits,
             compute_metrics=self.measure if selecting else None,
-            compute_loss_func=weighted_loss(self.recipe, job.rows, self.target),
+            compute_loss_func=weighted_loss(self.options, job.rows, self.target),
             callbacks=callbacks,
             methods=methods,
             method_seed=seeds["method"],
@@ -200,12 +202,12 @@ class Setup:
     def batches(self, rows: pd.DataFrame) -> Callable[[], Iterable[Any]]:
         """A function that gives batches of all rows, in another order each time."""
         features: Any = self.features(rows)
-        collator = DataCollatorWithPadding(self.source.tokenizer)
-        return lambda: DataLoader(features, self.recipe.batch_size, shuffle=True, collate_fn=collator)
+        collator = DataCollatorWithPadding(self.pretrained.tokenizer)
+        return lambda: DataLoader(features, self.options.batch_size, shuffle=True, collate_fn=collator)
 
     def features(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
         """Tokens and labels, one dictionary per row."""
-        features = tokenise(rows, self.source.tokenizer, self.source.max_length)
+        features = tokenise(rows, self.pretrained.tokenizer, self.pretrained.max_length)
         labels = label_ids(rows["label"].tolist(), self.target)
         return [{**feature, "labels": label} for feature, label in zip(features, labels, strict=True)]
 
@@ -230,7 +232,7 @@ class Setup:
         record = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         record["curve"] = [tuple(point) for point in record["curve"]]
         held = state.load(folder / STATE) if self.states else {}
-        model: Any = read_model(folder / "model", lambda: self.source.load(record["seeds"]["init"]))
+        model: Any = read_model(folder / "model", lambda: self.pretrained.load(record["seeds"]["init"]))
         return Trained(model.to(device()).eval(), **record, state=held)
 
 

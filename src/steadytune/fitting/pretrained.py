@@ -49,7 +49,7 @@ def quiet(warnings: bool = False) -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class Pretrained:
     """A pre-trained model, opened: every `load` is the same model with a head drawn anew.
 
     Attributes:
@@ -67,7 +67,9 @@ class Source:
     dropout: dict[str, float]
 
     @classmethod
-    def open(cls, name: str, target: Target, *, dropout: float | None = None, max_length: int | None = None) -> Source:
+    def open(
+        cls, name: str, target: Target, *, dropout: float | None = None, max_length: int | None = None
+    ) -> Pretrained:
         """Read config and tokenizer.
 
         Raises:

@@ -1,17 +1,17 @@
-"""The options of a fit, checked: all that decides the trained weights but model and data; methods by name."""
+"""The options of a fit, checked: everything but model, methods and data that decides the trained weights."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from numbers import Integral, Real
+from typing import Any, Literal
 
+from ..config import ALIASES, options
 from ..errors import UsageError, suggest
-
-if TYPE_CHECKING:
-    pass
 
 # The strong baseline for small data: 20 epochs, but never so few steps that training stops half way, and a ceiling
 # where a table is large enough to need no repetition (Mosbach et al. 2021; Zhang et al. 2021).
@@ -22,10 +22,11 @@ SEEDS = ("init", "subset", "data", "dropout", "method")  # the head, the rows, t
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Options:
     """Everything but model, methods and data that decides the trained weights.
 
-    The optimizer is bias-corrected AdamW (fused) with linear warm-up and linear decay, on float32 weights.
+    The optimizer is bias-corrected AdamW (fused) with linear warm-up and linear decay, on float32 weights. Numbers of
+    NumPy and other libraries become Python's.
 
     Attributes:
         lr: peak learning rate.
@@ -91,6 +92,10 @@ class Recipe:
     method_seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name, hint in options(type(self)).items():
+            value = getattr(self, name)
+            if value is not None or getattr(type(self), name) is not None:
+                object.__setattr__(self, name, python_value(name, value, hint))  # the way into a frozen dataclass
         for name, (rule, holds) in _RULES.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
@@ -109,13 +114,23 @@ class Recipe:
             raise UsageError(f"give steps ({self.steps}) or epochs ({self.epochs}), not both.")
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Recipe:
-        """A recipe from keyword arguments; an unknown one is an error that names the nearest."""
+    def of(cls, options: Mapping[str, Any]) -> Options:
+        """Options from keyword arguments, also under the names that transformers has for them (`ALIASES`).
+
+        Raises:
+            UsageError: an unknown name (the message has the nearest one), or an option under both of its names.
+        """
         known = [field.name for field in dataclasses.fields(cls)]
-        for name in options:
+        named: dict[str, Any] = {}
+        for given, value in options.items():
+            name = ALIASES.get(given, given)
             if name not in known:
-                raise UsageError(f"unknown option {name!r}.{suggest(name, known)}")
-        return cls(**options)
+                raise UsageError(f"unknown option {given!r}.{suggest(given, known)}")
+            if name in named:
+                raise UsageError(f"{' and '.join(n for n in options if n == name or ALIASES.get(n) == name)} are two "
+                                 "names of one option: give one of them.")  # fmt: skip
+            named[name] = value
+        return cls(**named)
 
     @property
     def seeds(self) -> dict[str, int]:
@@ -133,6 +148,33 @@ class Recipe:
         if self.epochs is not None:
             return max(1, math.ceil(self.epochs * per_epoch))
         return min(max(EPOCHS * per_epoch, MIN_STEPS), MAX_STEPS)
+
+
+def python_value(name: str, value: Any, hint: Any) -> Any:
+    """An option as a plain Python value of the type ``hint``; NumPy's numbers, for example, become Python's.
+
+    Raises:
+        UsageError: the value is of another type.
+    """
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():  # NumPy scalars, tensors of one number
+        value = value.item()
+    if hint is bool:
+        return _of_type(name, value, isinstance(value, bool), bool, "True or False")
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if hint is int:
+        whole = number and (isinstance(value, Integral) or float(value).is_integer())
+        return _of_type(name, value, whole, int, "a whole number")
+    if hint is float:
+        return _of_type(name, value, number, int if isinstance(value, Integral) else float, "a number")
+    if typing.get_origin(hint) is Literal:
+        return _of_type(name, value, isinstance(value, str), str, f"one of {', '.join(typing.get_args(hint))}")
+    return value
+
+
+def _of_type(name: str, value: Any, right: bool, kind: Callable[[Any], Any], what: str) -> Any:
+    if not right:
+        raise UsageError(f"{name} must be {what}, got {value!r}.")
+    return kind(value)
 
 
 _POSITIVE = ("above 0", lambda value: value > 0)
