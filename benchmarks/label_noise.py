@@ -52,15 +52,15 @@ def run(arm: str, seed: int, options: argparse.Namespace) -> dict:
     noisy = corrupted(noisy, plan.data.target, spec)
     train = {"noisy": noisy, "meta": noisy, "clean": clean}.get(arm, pd.concat([noisy, clean]))
     plan = dataclasses.replace(plan, data=dataclasses.replace(plan.data, train=train))
-    source = planning.open_model(plan)
+    pretrained = planning.open_model(plan)
     with tempfile.TemporaryDirectory() as scratch:
-        place = planning.setup(plan, source, Path(scratch))
+        setup = planning.make_setup(plan, pretrained, Path(scratch))
         if arm.startswith("meta"):
-            method = MetaWeightNet(outer=place.batches(clean), hidden=options.hidden, lr=options.meta_lr)
-            place = dataclasses.replace(place, methods=[method])
+            method = MetaWeightNet(outer=setup.batches(clean), hidden=options.hidden, lr=options.meta_lr)
+            setup = dataclasses.replace(setup, methods=[method])
         (job,) = planning.runs(plan)
-        trained = place.train(job)
-    _, scores = planning.evaluate(planning.fitted_model(plan, source, [trained.model]), plan.data)
+        trained = setup.train(job)
+    _, scores = planning.evaluate(planning.fitted_model(plan, pretrained, [trained.model]), plan.data)
     (found,) = (s[plan.metric] for s in scores.values())
     return {"arm": arm, "seed": seed, "score": found, "seconds": trained.seconds, "passes": trained.passes}
 

@@ -129,7 +129,7 @@ def make_plan(run: Trial) -> planning.Plan:
         **{f"{name}_seed": spec["seeds"][name] for name in SEEDS},
     )
     rows = corrupted(plan.data.train, plan.data.target, spec)
-    data, steps = dataclasses.replace(plan.data, train=rows), plan.recipe.total_steps(len(rows))
+    data, steps = dataclasses.replace(plan.data, train=rows), plan.options.total_steps(len(rows))
     return dataclasses.replace(plan, data=data, steps=steps)  # epochs are epochs of the rows that are trained on
 
 

@@ -163,7 +163,7 @@ class Study:
         held_out = 0.1 if found.get("evaluations") else 0.0  # rows are held out for what selects, and only for that
         return Options.of({"validation_share": held_out, **found})
 
-    def corruption(self, recipe: Recipe) -> dict[str, Any]:
+    def corruption(self, recipe: Options) -> dict[str, Any]:
         """What is done to the training rows, as it stands in the specification of a run.
 
         Steps were once counted before the classes were thinned. Where that makes a difference, ``steps`` tells the runs
