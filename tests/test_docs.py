@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments
 from fit_helpers import save_tiny_bert, toy
 from steadytune import cli, config
 from steadytune.bench.spec import Study
-from steadytune.fitting import recipe
+from steadytune.fitting import options
 from steadytune.fitting.spelling import make_methods
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +57,7 @@ def desk(bert, tmp_path, monkeypatch):
     toy(9).to_csv(tmp_path / "test.csv", index=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(recipe, "MAX_STEPS", 4)
+    monkeypatch.setattr(options, "MAX_STEPS", 4)
     yield tmp_path
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
