@@ -124,8 +124,12 @@ def arguments(folder: Any, **changes: Any) -> transformers.TrainingArguments:
 
 
 def copied(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of the state dict as they are now; what methods put beside the model belongs to their state."""
-    saved = model.state_dict().keys()
+    """The weights that are saved, as they are now; what methods put beside the model belongs to their state.
+
+    In a step too, when ``model.state_dict()`` is an error: the parts of the model are asked for theirs.
+    """
+    own = {name for name, _ in model.named_parameters(recurse=False)}
+    saved = own | {f"{part}.{name}" for part, child in model.named_children() for name in child.state_dict()}
     return {name: p.detach().clone() for name, p in model.named_parameters() if name in saved}
 
 

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steadytune.core.tensors import CHUNK, boolean, exchange, keep_top, kept, kth_largest, put_back, zero_others
+from steadytune.core import shards
+from steadytune.core.tensors import CHUNK, boolean, exchange, kept, kth_largest, put_back, zero_others
 from steadytune.functional import frequency_score, mix, rescaled, selecting, stage_length, symmetric_kl
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -41,34 +42,39 @@ def test_kept_counts_what_floating_point_loses():
     assert (kept(10, 0.0), kept(10, 1.0), kept(10, 0.01), kept(0, 0.7)) == (0, 10, 1, 0)
 
 
+def top(scores, keep):
+    """What a mask of the largest scores keeps, as methods make it."""
+    return scores >= shards.kth([scores], keep, None)
+
+
 @quick
 @given(distinct, percent)
-def test_keep_top_keeps_the_largest_and_exactly_so_many(values, share):
-    mask = keep_top(doubles(values), share / 100)
+def test_the_threshold_keeps_the_largest_and_exactly_so_many(values, share):
+    mask = top(doubles(values), share / 100)
     count = math.ceil(Fraction(len(values) * share, 100))
     assert {v for v, m in zip(values, mask.tolist(), strict=True) if m} == set(sorted(values, reverse=True)[:count])
 
 
 @quick
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), percent)
-def test_keep_top_keeps_all_that_tie_with_the_threshold(values, share):
-    mask = keep_top(doubles(values), share / 100).tolist()
+def test_the_threshold_keeps_all_that_tie_with_the_threshold(values, share):
+    mask = top(doubles(values), share / 100).tolist()
     count = math.ceil(Fraction(len(values) * share, 100))
     least = sorted(values, reverse=True)[count - 1] if count else math.inf
     assert mask == [v >= least for v in values]
 
 
-def test_keep_top_keeps_more_than_asked_on_a_tie():
-    assert keep_top(doubles([3, 1, 3, 0]), 0.25).tolist() == [True, False, True, False]
-    assert keep_top(doubles([0, 0, 0, 0]), 0.5).tolist() == [True] * 4
-    assert keep_top(doubles([2, 1]), 0.0).tolist() == [False, False]
+def test_the_threshold_keeps_more_than_asked_on_a_tie():
+    assert top(doubles([3, 1, 3, 0]), 0.25).tolist() == [True, False, True, False]
+    assert top(doubles([0, 0, 0, 0]), 0.5).tolist() == [True] * 4
+    assert top(doubles([2, 1]), 0.0).tolist() == [False, False]
 
 
 @quick
 @given(distinct, percent, st.floats(1e-3, 1e3))
-def test_keep_top_does_not_depend_on_a_positive_scale(values, share, scale):
+def test_the_threshold_does_not_depend_on_a_positive_scale(values, share, scale):
     scores = doubles(values)
-    assert torch.equal(keep_top(scores, share / 100), keep_top(scores * scale, share / 100))
+    assert torch.equal(top(scores, share / 100), top(scores * scale, share / 100))
 
 
 @quick

@@ -959,8 +959,8 @@ def test_a_checkpoint_is_no_base_model(checkpoints):
     ("change", "message"),
     [
         ({"max_steps": 10}, "total_steps was 8 .* is 10 now"),
-        ({"methods": FULL[:3]}, r"saved by the recipe \['DPSMix', 'Mixout', 'L2SP', 'EMA', 'ClipNorm'\]"),
-        ({"methods": []}, r"saved by the recipe \['DPSMix', .*this run has \[\]"),
+        ({"methods": FULL[:3]}, r"saved by the methods \['DPSMix', 'Mixout', 'L2SP', 'EMA', 'ClipNorm'\]"),
+        ({"methods": []}, r"saved by the methods \['DPSMix', .*this run has \[\]"),
         ({"methods": [DPSMix(update_ratio=0.25), Mixout(0.7), *FULL[2:]]}, "Mixout.keep was 0.8 .* is 0.7 here"),
         ({"max_grad_norm": 0.5}, "ClipNorm.max_norm was 1.0 .* is 0.5 here"),
         ({"trainer": {"method_seed": 9}}, "seed was 42 .* is 9 here"),

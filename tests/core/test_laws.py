@@ -816,7 +816,7 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
         {"recipe": [*BASE, ClipNorm()]},
         "['DPSMix', 'EMA'], this run has ['DPSMix', 'EMA', 'ClipNorm']",
     ),
-    "order": ({"recipe": BASE[::-1]}, "recipe ['DPSMix', 'EMA'], this run has ['EMA', 'DPSMix']"),
+    "order": ({"recipe": BASE[::-1]}, "methods ['DPSMix', 'EMA'], this run has ['EMA', 'DPSMix']"),
     "field": (
         {"recipe": [DPSMix(keep=0.5, **DPS), BASE[1]]},
         "DPSMix.keep was 0.7 when the state was saved and is",

@@ -7,11 +7,16 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from .method import Method, Weight
 
 
 def in_unit(name: str, value: float, *, zero: bool = False) -> None:
@@ -96,6 +101,69 @@ def check_order(methods: Sequence[Any]) -> None:
             )
 
 
+def check_structure(methods: Sequence[Method], wrapped: bool) -> None:
+    """Raise for a method that changes a model which is ``wrapped``: the wrapper has looked at the weights already."""
+    changing = [type(m).__name__ for m in methods if m.structure]
+    if changing and wrapped:
+        raise ValueError(
+            f"{changing[0]} changes the model, which is wrapped or sharded already: make Run(model, methods), then "
+            "wrap the model, and give the wrapper to run.loss(batch, model=wrapper)"
+        )
+
+
+def check_added(added: Iterable[str], model: nn.Module, optimizer: Optimizer) -> None:
+    """Raise for an optimizer built too early: it would never train what methods ``added``."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    lost = sorted(n for n in added if id(model.get_parameter(n)) not in held)
+    if lost:
+        raise ValueError(
+            f"the optimizer does not hold {lost[0]!r}, which a method added or drew anew: make Run(model, methods) "
+            "first, then the optimizer from model.parameters(), then run.attach(optimizer)"
+        )
+
+
+def check_exclusive(claims: Iterable[tuple[Method, Sequence[Weight], bool]]) -> None:
+    """Raise when two methods want to be the only one of their kind on a weight.
+
+    Args:
+        claims: methods, the weights each acts on, and whether `only` can restrict the method.
+    """
+    owners: dict[tuple[str, str], Method] = {}
+    for method, weights, restrictable in claims:
+        if method.exclusive is None:
+            continue
+        article = "an" if method.exclusive[0] in "aeiou" else "a"
+        for w in weights:
+            other = owners.setdefault((method.exclusive, w.name), method)
+            if other is not method:
+                apart = ", or keep them apart with only()" if restrictable else ""
+                raise ValueError(
+                    f"{type(other).__name__} and {type(method).__name__} are both {article} {method.exclusive} of "
+                    f"{w.name!r}, a weight can have one: remove one{apart}"
+                )
+
+
+def check_shapes(before: Mapping[str, Sequence[int]], model: nn.Module) -> None:
+    """Raise for a model resized after the methods looked at it (``before``: shapes by weight name)."""
+    for name, p in model.named_parameters():
+        if name in before and tuple(p.shape) != tuple(before[name]):
+            raise UsageError(
+                f"{name!r} had shape {tuple(before[name])} when Run(model, methods) was made and has {tuple(p.shape)} "
+                "now: resize the model first (resize_token_embeddings), then make the Run, then the optimizer"
+            )
+
+
+def check_targets(inputs: Mapping[str, Any]) -> None:
+    """Raise for numeric labels that hold NaN. Labels on a device are not looked at, which would wait for it."""
+    labels = inputs.get("labels")
+    if isinstance(labels, Tensor) and labels.is_floating_point() and labels.is_cpu and bool(labels.isnan().any()):
+        row = int(labels.isnan().nonzero()[0, 0]) if labels.dim() else 0
+        raise UsageError(
+            f"the label of row {row} of this batch is NaN (labels of shape {tuple(labels.shape)}): give each row a "
+            "number, or leave the row out"
+        )
+
+
 def check_wrapper(wrapper: Any) -> None:
     """Raise for a wrapper that would not see what methods write, or cannot accumulate."""
     check_model(wrapper)
@@ -128,17 +196,17 @@ def check_optimizer(optimizer: Any, changing: Sequence[str]) -> None:
         )
 
 
-def check_recipe(here: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
-    """Raise, naming the difference, unless a state was saved by this recipe (see `steadytune.method.entry`)."""
+def check_methods(here: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Raise, naming the difference, unless a state was saved by these methods (see `steadytune.core.method.entry`)."""
     names, theirs = [r["name"] for r in here], [r["name"] for r in saved]
     if names != theirs:
-        raise ValueError(f"the state was saved by the recipe {theirs}, this run has {names}: resume with the same")
+        raise ValueError(f"the state was saved by the methods {theirs}, this run has {names}: resume with the same")
     for mine, other in zip(here, saved, strict=True):
         for field in sorted({*mine, *other}):
             if mine.get(field) != other.get(field):
                 raise ValueError(
                     f"{mine['name']}.{field} was {other.get(field)!r} when the state was saved and is "
-                    f"{mine.get(field)!r} here: resume with the same recipe"
+                    f"{mine.get(field)!r} here: resume with the same methods"
                 )
 
 

@@ -1,4 +1,4 @@
-"""The core: a recipe is a list of methods, bound by a Run to any model, optimizer and training loop.
+"""The core: a Run binds a list of methods to any model, optimizer and training loop.
 
 The one rule: between optimizer steps the live weights are the evaluated ones. Three views of each weight:
 R raw (what the optimizer moves), F forward (what the forward sees), E evaluated (live between steps). One step:
@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,24 +26,46 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from . import shards
+from . import randomness, shards
 from .anatomy import Part, anatomy
-from .checks import check_model, check_optimizer, check_order, check_recipe, check_wrapper, has_stepped
+from .checks import (
+    check_added,
+    check_exclusive,
+    check_methods,
+    check_model,
+    check_optimizer,
+    check_order,
+    check_shapes,
+    check_structure,
+    check_targets,
+    check_wrapper,
+    has_stepped,
+)
 from .method import WEIGHT_VERBS, M, Method, Scope, Weight, acts_on_weights, entry, overrides, select
-from .step import Compute, Inputs, Passes, Step, batch_size, default_compute, repeated, split
-from .tensors import hashed, kept, kth_largest
+from .step import Compute, Inputs, LossRule, Passes, Step, batch_size, default_compute, repeated, split
 from .views import References, Views
+from .watch import FiniteGradients, Watch, renormalised
 
+logger = logging.getLogger(__name__)
 FORMAT = 1  # of Run.state_dict(); older formats must go on loading
 KEY = "steadytune"  # the extra key in an optimizer's state dict
+_ATTACHED: weakref.WeakSet[Run] = weakref.WeakSet()  # all Runs from `attach` to `finish`
 
 
 class Run:
-    """Binds a recipe to a model; the only mutable hub.
+    """Binds methods to a model.
+
+    Between steps the model holds the weights to evaluate and to save. During a step, from the first `loss` to the end
+    of ``optimizer.step()``, it holds what the methods show to the forward: ``model.state_dict()`` is then an error, and
+    `leave` ends a step that will not be taken. One model has one Run at a time: a new Run on it leaves the step of the
+    older one first, and once the new one is attached, the older one can only be finished or restarted.
+
+    A Run between steps can be copied and pickled together with its model and its optimizer, in one call:
+    ``copy.deepcopy((model, optimizer, run))``.
 
     Args:
         model: any module; a DDP or ``torch.compile`` wrapper may be passed and is then used for the forward.
-        methods: the recipe, in order of action. Deep-copied: ``run[DPSDense]`` is the copy that ran.
+        methods: in order of action. Deep-copied: ``run[DPSDense]`` is the copy that ran.
         total_steps: planned optimizer steps; methods with a schedule need it before the first step.
         seed: of the methods' own randomness (masks, noise), apart from initialisation, data order and dropout.
         data: called for an iterable of training batches by methods that look at the data first.
@@ -78,36 +102,34 @@ class Run:
         self.index = 0
         self.batch: list[Inputs] = []  # the micro-batches of the current step
         self.optimizer: Optimizer | None = None
-        self.items: Tensor | int | None = None  # tokens of the step over which the trainer averages the loss
-        self.penalty_scale = 1.0
         self.passes = Passes()  # of the last step, per micro-batch
         self.counted = Passes()  # since this process began the run or went on with it, passes before the first step too
         self.batches = 0  # micro-batches of the steps taken in that time
         self._counted = Passes()  # as the step under way began
         self._total_steps, self._loaded_total = total_steps, None
-        self._compute: Compute = default_compute
+        self._rule = LossRule()  # of the last micro-batch: how further gradients of this step compute their loss
         self._parts: dict[str, Part] = {}
         self._new: set[str] = set()  # weights that methods drew anew or added
         self._views = Views(self.model)
         self._references = References(self.model)
         self._entered = self._ignored = self._stateless = False
         self._micro = 0
-        self._rng_state: list[Tensor] = []
         self._handles: list[Any] = []
-        self._check_structure()
+        self._guard: RemovableHandle | None = None  # on ``model.state_dict()``, during a step
+        self._abandon: weakref.finalize | None = None  # what `leave` does, done too if the Run is collected in a step
+        self._watch: Watch | None = None  # of the weights since the last moment at which they may have been written
+        self._backward = False  # whether a loss of this step was sent back
+        self._superseded = False  # whether a later Run took these weights over
+        self._stepped = False  # whether a step was counted since `attach`, `restart` or a state was loaded
+        self.finite = FiniteGradients()
+        self.grad_norm: Tensor | None = None  # norm of this step's gradient, if the loop computed it: not done twice
         self._save_in_optimizer = True
         self._blank: dict[str, Any] = {}
+        self._shapes: dict[str, torch.Size] = {}  # of the weights after `Method.setup`
+        check_structure(self.methods, self.sharded or isinstance(self.wrapper, nn.parallel.DistributedDataParallel))
+        self._leave_others(self.model.parameters())
         for method in self.methods:
             self._set_up(method)
-
-    def _check_structure(self) -> None:
-        """A wrapper that looked at the weights does not hear of those that are added or frozen afterwards."""
-        changing = [type(m).__name__ for m in self.methods if m.structure]
-        if changing and (self.sharded or isinstance(self.wrapper, nn.parallel.DistributedDataParallel)):
-            raise ValueError(
-                f"{changing[0]} changes the model, which is wrapped or sharded already: make Run(model, methods), then "
-                "wrap the model, and give the wrapper to run.loss(batch, model=wrapper)"
-            )
 
     def append(self, method: M) -> M:
         """Add a method to the end of the list, before `attach` or `restart`; returns the copy that will run."""
@@ -124,6 +146,7 @@ class Run:
         method.setup(self)
         self._references.open = False
         self._parts = {}  # setup may have changed the structure
+        self._shapes = {n: p.shape for n, p in self.model.named_parameters()}
 
     # ------------------------------------------------------------------ looking
 
@@ -132,7 +155,7 @@ class Run:
         for method in self.methods:
             if isinstance(method, kind):
                 return method
-        raise KeyError(f"no {kind.__name__} in this recipe: {[type(m).__name__ for m in self.methods]}")
+        raise KeyError(f"no {kind.__name__} among the methods: {[type(m).__name__ for m in self.methods]}")
 
     @property
     def total_steps(self) -> int | None:
@@ -142,10 +165,11 @@ class Run:
     @total_steps.setter
     def total_steps(self, value: int | None) -> None:
         loaded = self._loaded_total
-        if None not in (value, loaded) and value != loaded:
+        scheduled = [type(m).__name__ for m in self.methods if m.needs_steps]
+        if scheduled and None not in (value, loaded) and value != loaded:
             raise ValueError(
-                f"total_steps was {loaded} when the state was saved and is {value} now: schedules such as DPS's stages "
-                f"would change retroactively. Resume with {loaded} steps, or start anew"
+                f"total_steps was {loaded} when the state was saved and is {value} now: the schedule of {scheduled[0]} "
+                f"would change for steps already taken. Resume with {loaded} steps, or start anew"
             )
         self._total_steps = value
 
@@ -159,18 +183,18 @@ class Run:
     @property
     def rank(self) -> int:
         """Rank of this process, 0 when not distributed."""
-        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        return shards.rank()
 
     @property
     def world(self) -> int:
         """Number of processes, 1 when not distributed."""
-        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        return shards.world()
 
     def weights(self, method: Method | None = None, scope: Scope = "all") -> list[Weight]:
         """Trainable weights, in the model's order, that ``method`` may act on (see `only`) and ``scope`` admits.
 
         Args:
-            method: a method of the recipe, or None for no restriction.
+            method: a method of this Run, or None for no restriction.
             scope: ``"linear"``, ``"encoder"``, ``"all"`` or a predicate over `Weight`.
 
         Raises:
@@ -296,6 +320,7 @@ class Run:
 
         Raises:
             ValueError: an optimizer that cannot work with methods on weights, or that was built from another model.
+            UsageError: a model resized since the Run was made.
             RuntimeError: already attached, an optimizer with state (of its own, it would be a resume without ours), or
                 a scheduler exists and a method changes parameter groups.
         """
@@ -308,6 +333,8 @@ class Run:
                 "attach() after the optimizer's first step, or after its state was loaded: the methods would start "
                 "anew in the middle of a run. Call run.attach(optimizer) first, then optimizer.load_state_dict(...)"
             )
+        check_shapes(self._shapes, self.model)
+        check_added(self._new, self.model, optimizer)
         self.optimizer, self._save_in_optimizer = optimizer, save_in_optimizer
         if not self.weights():
             self.optimizer = None
@@ -315,10 +342,11 @@ class Run:
                 "the optimizer holds no trainable parameter of this model: build it from model.parameters() "
                 "of the model given to Run, after all changes of its structure"
             )
-        self._check_added()
         for method in self.methods:
             method.attach(self)
-        self._check_exclusive()
+        check_exclusive(
+            (m, self.weights(m, getattr(m, "scope", "all")), acts_on_weights(m)) for m in self.methods if m.exclusive
+        )
         self._hook()
         self._blank = copy.deepcopy(self.state_dict())
         return self
@@ -326,6 +354,9 @@ class Run:
     def _hook(self) -> None:
         assert self.optimizer is not None
         optimizer = self.optimizer
+        self._leave_others([w.parameter for w in self.weights()], supersede=True)
+        self._superseded = self._stepped = False
+        _ATTACHED.add(self)
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -336,32 +367,21 @@ class Run:
                 optimizer.register_load_state_dict_pre_hook(self._take_state),
             ]
 
-    def _check_added(self) -> None:
-        """An optimizer built too early does not hold what methods added, which would never be trained."""
-        assert self.optimizer is not None
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        lost = sorted(n for n in self._new if id(self.model.get_parameter(n)) not in held)
-        if lost:
-            self.optimizer = None
-            raise ValueError(
-                f"the optimizer does not hold {lost[0]!r}, which a method added or drew anew: make Run(model, methods) "
-                "first, then the optimizer from model.parameters(), then run.attach(optimizer)"
-            )
-
-    def _check_exclusive(self) -> None:
-        owners: dict[tuple[str, str], Method] = {}
-        for method in self.methods:
-            if method.exclusive is None:
+    def _leave_others(self, parameters: Iterable[nn.Parameter], *, supersede: bool = False) -> None:
+        """End the steps of other Runs on these weights; with ``supersede`` they can take no further step."""
+        mine = {id(p) for p in parameters}
+        for other in list(_ATTACHED):
+            assert other.optimizer is not None
+            held = (id(p) for group in other.optimizer.param_groups for p in group["params"])
+            if other is self or mine.isdisjoint(held):
                 continue
-            article = "an" if method.exclusive[0] in "aeiou" else "a"
-            for w in self.weights(method, getattr(method, "scope", "all")):
-                other = owners.setdefault((method.exclusive, w.name), method)
-                if other is not method:
-                    apart = ", or keep them apart with only()" if acts_on_weights(method) else ""
-                    raise ValueError(
-                        f"{type(other).__name__} and {type(method).__name__} are both {article} {method.exclusive} of "
-                        f"{w.name!r}, a weight can have one: remove one{apart}"
-                    )
+            if other._entered:
+                logger.warning(
+                    "Another Run is in the middle of a step on this model: the step is abandoned (run.leave()), and "
+                    "the model holds its evaluated weights again. Gradients stay as they are."
+                )
+                other.leave()
+            other._superseded = other._superseded or supersede
 
     def loss(
         self,
@@ -382,33 +402,43 @@ class Run:
             penalty_scale: factor of the penalties, for a loss already divided by ``items`` over the whole step.
 
         Raises:
-            RuntimeError: not attached, or a wrapper that cannot work.
+            RuntimeError: not attached, a wrapper that cannot work, or weights that moved while no step was counted.
+            UsageError: labels that are NaN.
         """
         self.wrapper = self.wrapper if model is None else model
-        self._compute = compute or default_compute
-        self.items, self.penalty_scale = items, penalty_scale
+        self._rule = rule = LossRule(compute or default_compute, items, penalty_scale)
         self.enter()
         check_wrapper(self.wrapper)
+        check_targets(inputs)
         self.batch.append(inputs)
         for method in self.methods:
             method.before_batch(self)
         copies = max((m.copies for m in self.methods), default=1)
         penalties = [m for m in self.methods if overrides(m, "penalty")]
-        if penalties:
-            self._save_rng()
+        random_state = randomness.RandomState(self._device)
         if any(m.hidden_states for m in self.methods):
             inputs = {**inputs, "output_hidden_states": True}
         loss, outputs = self.task(inputs, copies=copies)
         if not penalties:
-            return loss
+            return self._noticed(loss)
         self._micro = len(self.batch)
         parts = split(outputs, copies, batch_size(inputs)) if copies > 1 else [outputs]
-        step = Step(self, self.wrapper, inputs, parts, loss, self._compute)
+        step = Step(self, inputs, parts, loss, rule, random_state)
         for method in penalties:
             penalty = method.penalty(step)
             if penalty is not None:
                 loss = loss + penalty * penalty_scale
         self._micro = 0
+        return self._noticed(loss)
+
+    def _noticed(self, loss: Tensor) -> Tensor:
+        """The loss; that its backward pass took place will be known."""
+
+        def hook(_: Tensor) -> None:
+            self._backward = True
+
+        if loss.requires_grad:
+            loss.register_hook(hook)
         return loss
 
     def task(self, inputs: Inputs, model: nn.Module | None = None, *, copies: int = 1) -> tuple[Tensor, Any]:
@@ -422,7 +452,7 @@ class Run:
         """
         self.counted.add(copies, copies if torch.is_grad_enabled() else 0)
         given = repeated(inputs, copies) if copies > 1 else inputs
-        return self._compute(self.wrapper if model is None else model, given, copies)
+        return self._rule.compute(self.wrapper if model is None else model, given, copies)
 
     def enter(self) -> None:
         """Begin a step: live E -> R, then the forward view. A loop that calls the model itself calls this first.
@@ -430,13 +460,20 @@ class Run:
         Does nothing in the middle of a step.
 
         Raises:
-            RuntimeError: never attached, or the optimizer was loaded without the state of this run.
+            RuntimeError: never attached, attached to weights that a later Run has taken over, the optimizer was loaded
+                without the state of this run, or weights moved while no step was counted.
             ValueError: a schedule without ``total_steps``.
         """
+        self._check_abandoned()
         if self._entered:
             return
         if self.optimizer is None or not self._handles:
             raise RuntimeError("this Run is not attached to an optimizer: call run.attach(optimizer) before training")
+        if self._superseded:
+            raise RuntimeError(
+                "a later Run was attached to weights of this one, and the two would overwrite each other's values: "
+                "call finish() on a Run before another is attached, or restart() to take the weights back"
+            )
         if self._stateless:
             raise RuntimeError(
                 "the optimizer's state was loaded without steadytune's: the methods would start anew in the middle of "
@@ -446,13 +483,57 @@ class Run:
             if method.needs_steps:
                 self.steps(method)
         shards.reshard(self.model)
+        self._check_averages()
         self._views.exchange()
-        self._entered = True
+        self._guard = self.model.register_state_dict_pre_hook(_refuse_saving)
+        self._abandon = weakref.finalize(self, _abandon, self._views, self._guard)
+        self._abandon.atexit = False
+        self._entered, self._backward = True, False
         self._counted = copy.copy(self.counted)
         weights = self.weights()
         for method in self.methods:
             method.before_forward(self, self._restrict(method, weights))
         torch.clear_autocast_cache()
+        self._watch = Watch(weights)
+
+    def check_untouched(self) -> None:
+        """Raise if weights moved in the middle of a step, which only ``optimizer.step()`` may do, whose hooks end it.
+
+        Raises:
+            RuntimeError: as said, naming a weight.
+        """
+        if not self._entered or self._watch is None:
+            return
+        moved = self._watch.written()
+        if moved in renormalised(self.model):
+            moved = None
+        if moved is None and self._used_up():
+            moved = self._watch.differs()
+        if moved is not None:
+            raise RuntimeError(
+                f"{moved!r} was changed in the middle of a step, and no step of the attached optimizer was counted: "
+                "another optimizer (a copy, a wrapper that calls no hooks) took the step, or weights were loaded. "
+                "Attach the optimizer that steps; before weights are loaded call run.leave()"
+            )
+
+    def _used_up(self) -> bool:
+        """Whether a loss of this step was sent back, and its gradients are gone."""
+        return self._backward and all(w.grad is None for w in self.weights())
+
+    def _check_abandoned(self) -> None:
+        """In the middle of a step: leave it if its gradients were dropped, as after an overflow."""
+        self.check_untouched()
+        if self._entered and self._used_up():
+            self.leave()
+
+    def _check_averages(self) -> None:
+        """Between steps: averages are live, and what is written to them would be lost."""
+        moved = None if self._watch is None else self._watch.written(self._views.averages)
+        if moved is not None:
+            raise RuntimeError(
+                f"{moved!r} was changed between two steps, while the model holds its average: the change would be "
+                "lost. Load the state of the Run with the weights (run.load_state_dict), or call run.restart()"
+            )
 
     def show(self, weight: Weight, value: Tensor, *, own: bool = False) -> None:
         """Make ``value`` the forward view of a weight (in `Method.before_forward`).
@@ -499,12 +580,12 @@ class Run:
         if any(a is not None for a in args[1:]) or kwargs.get("closure") is not None:
             raise RuntimeError("optimizer.step(closure) evaluates the loss after the methods acted: call step() alone")
         if not self._entered:
-            if all(group["lr"] == 0 for group in optimizer.param_groups):
+            if all(group.get("lr") == 0 for group in optimizer.param_groups):
                 self._ignored = True  # torch's fake step that initialises a state dict
                 return
             raise RuntimeError(
                 "optimizer.step() without a forward through steadytune: use run.loss(batch), or run.enter() before "
-                "calling the model"
+                "calling the model (self.run.enter() in a subclass of Trainer)"
             )
         self._check_loss()
         found_inf = getattr(optimizer, "found_inf", None)
@@ -515,6 +596,8 @@ class Run:
         self._unscale(optimizer)
         weights = self.weights()
         ready = [w for w in weights if w.grad is not None]
+        if self._not_finite(ready, optimizer):
+            return
         for method in reversed(self.methods):
             method.pull_back(self, self._restrict(method, ready))
         self._views.restore()
@@ -522,6 +605,23 @@ class Run:
         for method in self.methods:
             method.before_step(self, self._restrict(method, ready))
         self._views.hold(weights, optimizer)
+
+    def _not_finite(self, weights: Sequence[Weight], optimizer: Optimizer) -> bool:
+        """Skip a step whose gradient is not finite: nobody sees the gradient, nothing is counted as a step."""
+        norm, self.grad_norm = self.grad_norm, None
+        gradients = [w.grad for w in weights if w.grad is not None]
+        if not gradients:
+            return False
+        if norm is None:
+            norm = shards.total_norm(gradients, self._group())
+        if not self.finite.skips(norm, self.index):
+            return False
+        self.leave()
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None  # which every optimizer passes over: no moment decays
+        self._ignored = True
+        return True
 
     def _check_loss(self) -> None:
         """A loop that computed its loss without `loss` would train without penalties, and nobody would notice."""
@@ -545,8 +645,10 @@ class Run:
         for method in self.methods:
             found.update(method.evaluated(self, self._restrict(method, weights)) or {})
         self._views.evaluate(found)
-        self._entered = False
+        self._close()
+        self._watch = Watch(weights) if self._views.averages else None
         self.index += 1
+        self._stepped = True
         self.batches += len(self.batch)
         self.passes = self.counted.since(self._counted, batches=max(1, len(self.batch)))
         self.batch = []
@@ -568,9 +670,17 @@ class Run:
         if not self._entered:
             return
         shards.reshard(self.model)
-        self._views.abandon()
-        self._entered = False
+        if self._abandon is not None:
+            self._abandon()
+        self._close()
         self.batch, self._micro = [], 0  # a penalty may have failed (out of memory): draws count micro-batches
+
+    def _close(self) -> None:
+        """The end of a step: the model holds evaluated weights, which may be saved."""
+        if self._abandon is not None and self._guard is not None:
+            self._abandon.detach()
+            self._guard.remove()
+        self._entered, self._abandon, self._guard, self._watch = False, None, None, None
 
     def restart(self) -> Run:
         """Back to the state right after `attach`, for another training; weights stay as they are."""
@@ -578,56 +688,86 @@ class Run:
             raise RuntimeError("restart() needs a Run that was attached to an optimizer before")
         self.leave()
         self._loaded_total = None
-        if not self._handles:
+        if not self._handles or self._superseded:
+            self._unhook()
             self._hook()
+        self.finite = FiniteGradients()
         now = {"total_steps": self._total_steps, "seed": self.seed, "recipe": [entry(m) for m in self.methods]}
         self.load_state_dict({**copy.deepcopy(self._blank), **now})
         self._loaded_total = None
         return self
 
     def finish(self) -> None:
-        """The end of training: verbs in reverse order, then the optimizer is free of us. Weights stay evaluated."""
-        self.leave()
+        """The end of training: verbs in reverse order, then the optimizer is free of us. Weights stay evaluated.
+
+        Raises:
+            RuntimeError: losses were sent back, and the attached optimizer took not one step.
+            UsageError: the last gradient was not finite, off the CPU.
+        """
+        trained = self._stepped or not self._entered or not self._backward
+        try:
+            self.check_untouched()
+            if not trained:
+                raise RuntimeError(
+                    f"run.finish() after {len(self.batch)} losses and not one step of the attached optimizer: attach "
+                    "the optimizer that steps, or call run.leave() first if no step was to be taken"
+                )
+        finally:
+            self.leave()
+        self.finite.settle()
         for method in reversed(self.methods):
             method.finish(self)
+        self._unhook()
+        _ATTACHED.discard(self)
+
+    def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    # ------------------------------------------------------------------ copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy` and `pickle`: optimizers lose their hooks in a copy, so that the copy has to hook on anew.
+
+        Raises:
+            RuntimeError: in the middle of a step, when the model holds what the forward sees.
+        """
+        if self._entered:
+            raise RuntimeError(
+                "a Run cannot be copied in the middle of a step: take the step, or call run.leave() first"
+            )
+        gone = {"_handles": bool(self._handles), "_watch": None, "_rule": LossRule()}  # a rule may hold a closure
+        return {**self.__dict__, **gone}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        hooked = state["_handles"]
+        self.__dict__.update({**state, "_handles": []})
+        if hooked:
+            self._hook()
 
     # ------------------------------------------------------------------ randomness
 
     def draw_seed(self, *key: Any, rank: bool = False) -> int:
         """A seed that depends on the run's seed, the step, the micro-batch and ``key``, and on nothing else."""
-        return hashed(self.seed, self.index, self._micro, *key, self.rank if rank else None)
+        return randomness.draw_seed(self.seed, self.index, self._micro, *key, self.rank if rank else None)
 
     def rng(self, method: Method, label: str, *, per_rank: bool = False) -> torch.Generator:
         """A fresh generator for a method's draw: the same on every rank (unless ``per_rank``) and after a resume.
 
-        Seeded by a hash of (seed, class and occurrence of the method, label, index, micro-batch), so that other
-        methods in the recipe do not change the draws, and nothing has to be saved.
+        Seeded by a hash of (seed, class and occurrence of the method, label, index, micro-batch), so that the other
+        methods do not change the draws, and nothing has to be saved.
         """
-        same = [m for m in self.methods if type(m) is type(method)]
-        occurrence = next(i for i, m in enumerate(same) if m is method)
-        key = (type(method).__name__, occurrence, label)
-        generator = torch.Generator(device=next(self.model.parameters()).device)
-        return generator.manual_seed(self.draw_seed(*key, rank=per_rank))
+        key = (*randomness.occurrence(self.methods, method), label)
+        return randomness.generator(self._device, self.draw_seed(*key, rank=per_rank))
 
     def forked_rng(self) -> contextlib.AbstractContextManager:
         """Leave torch's random state as it was before."""
-        return torch.random.fork_rng(devices=self._devices())
+        return randomness.forked(self._device)
 
-    def _devices(self) -> list[int]:
-        device = next(self.model.parameters()).device
-        return [device.index or 0] if device.type == "cuda" else []
-
-    def _save_rng(self) -> None:
-        self._rng_state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self._devices())]
-
-    def restore_rng(self) -> None:
-        """Set torch's random state to that before the task's forward of this micro-batch."""
-        torch.set_rng_state(self._rng_state[0])
-        for device, state in zip(self._devices(), self._rng_state[1:], strict=True):
-            torch.cuda.set_rng_state(state, device)
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     # ------------------------------------------------------------------ more gradients, statistics
 
@@ -660,7 +800,7 @@ class Run:
                 "it, instead of run.enter()"
             )
         loss = loss or (lambda batch: self.task(batch)[0])
-        share = len(batches) if self.items is None else 1
+        share = len(batches) if self._rule.items is None else 1
         shards.reshard(self.model)
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         views = getattr(self.wrapper, "gradient_as_bucket_view", False)  # then .grad is memory that DDP writes again
@@ -692,51 +832,34 @@ class Run:
 
     def kth(self, scores: Tensor | Sequence[Tensor], keep: float) -> Tensor:
         """Threshold that the ``ceil(n * keep)`` largest scores reach, over all pieces of one tensor or of several."""
-        pieces = [scores] if isinstance(scores, Tensor) else list(scores)
-        group = self._group()
-        flat = torch.cat([p.flatten() for p in pieces]) if len(pieces) > 1 else pieces[0].flatten()
-        if group is not None:
-            flat = shards.gather(flat, group)
-        return kth_largest(flat, kept(flat.numel(), keep))
+        return shards.kth([scores] if isinstance(scores, Tensor) else list(scores), keep, self._group())
 
     def norms(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """L2 norm of each tensor, over all its pieces."""
-        norms = list(torch._foreach_norm(list(tensors))) if tensors else []
-        group = self._group()
-        if group is None or not norms:
-            return norms
-        squares = torch.stack(norms).square()
-        dist.all_reduce(squares, group=group)
-        return list(squares.sqrt().unbind())
+        return shards.norms(tensors, self._group())
 
     def dot(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
         """Inner product of two lists of tensors, each taken as one vector, over all their pieces, as a 0-d tensor."""
-        products = [torch.dot(a.flatten(), b.flatten()) for a, b in zip(first, second, strict=True)]
-        total = torch.stack(products).sum()
-        group = self._group()
-        if group is not None:
-            dist.all_reduce(total, group=group)
-        return total
+        return shards.dot(first, second, self._group())
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Average tensors over ranks, in place; nothing on one process."""
-        if self.world > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor)
-                tensor.div_(self.world)
+        shards.average(tensors)
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs beside model and optimizer; tensors and plain values, not copied.
 
-        Keys: ``format``, ``index``, ``total_steps``, ``seed``, ``recipe`` (names and fields), ``methods`` (their
-        states), ``raw`` (weights whose live values are averages), ``heads`` (references of new weights) and
-        ``checksums`` (of the other references).
+        Keys: ``format``, ``index``, ``total_steps``, ``seed``, ``skipped`` (steps whose gradient was not finite),
+        ``recipe`` (methods' names and fields), ``methods`` (their states), ``raw`` (weights whose live values are
+        averages), ``heads`` (references of new weights) and ``checksums`` (of the other references).
 
         Raises:
             RuntimeError: in the middle of a step.
+            UsageError: the last gradient was not finite, off the CPU.
         """
+        self.finite.settle()
         if self._entered:
             raise RuntimeError("state_dict() in the middle of a step: take the step, or call run.leave() first")
         new = {w.name for w in self.weights() if self.is_new(w)}
@@ -745,6 +868,7 @@ class Run:
             "index": self.index,
             "total_steps": self._total_steps,
             "seed": self.seed,
+            "skipped": self.finite.skipped,
             "recipe": [entry(m) for m in self.methods],
             "methods": [m.state_dict() for m in self.methods],
             "raw": dict(self._views.averages),
@@ -756,13 +880,13 @@ class Run:
         """Continue from a state; the model's weights are loaded by whoever loads the model.
 
         Raises:
-            ValueError: unknown format, another recipe, seed, number of steps or base model, naming the difference.
+            ValueError: unknown format, other methods, seed, number of steps or base model, naming the difference.
         """
         if not 1 <= state["format"] <= FORMAT:
             raise ValueError(
                 f"this state has format {state['format']}, this version of steadytune reads up to {FORMAT}: update it"
             )
-        check_recipe([entry(m) for m in self.methods], state["recipe"])
+        check_methods([entry(m) for m in self.methods], state["recipe"])
         if state["seed"] != self.seed:
             raise ValueError(f"the methods' seed was {state['seed']} when the state was saved, it is {self.seed} here")
         self._loaded_total = state["total_steps"]
@@ -775,7 +899,9 @@ class Run:
         for method, saved in zip(self.methods, state["methods"], strict=True):
             method.load_state_dict(_on_devices(saved, live))
         self.index = state["index"]
-        self._stateless = False
+        self.finite.skipped = state.get("skipped", 0)  # not in states written before steps were skipped
+        self._stateless = self._stepped = False
+        self._watch = None  # weights may be loaded before or after this
 
     def _add_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         state[KEY] = self.state_dict()
@@ -798,7 +924,7 @@ class Run:
         return sum(t.nbytes for t in {id(t): t for t in held}.values() if t.data_ptr() not in model)
 
     def describe(self) -> str:
-        """The recipe as a table: each method with its fields, moments of the step and weights."""
+        """The methods as a table: each with its fields, moments of the step and weights."""
         rows = []
         for i, method in enumerate(self.methods):
             fields = ", ".join(f"{k}={v!r}" for k, v in entry(method).items() if k != "name")
@@ -829,6 +955,22 @@ def hand_over(name: str, parameter: nn.Parameter, take: Callable[[str, Tensor], 
         parameter.grad = None
 
     return parameter.register_post_accumulate_grad_hook(hook)
+
+
+def _abandon(views: Views, guard: RemovableHandle) -> None:
+    """Live <- E, and the model may be saved again."""
+    views.abandon()
+    guard.remove()
+
+
+def _refuse_saving(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Hook on ``model.state_dict()`` in a step: raise where it would give what the forward sees."""
+    for run in list(_ATTACHED):
+        if run.model is model and run._entered and run._views.tensors():
+            raise RuntimeError(
+                "model.state_dict() in the middle of a step: the model holds what the methods show to the forward, not "
+                "the weights to evaluate. Take the step, or call run.leave() first"
+            )
 
 
 def bare(optimizer: Any) -> Optimizer:

@@ -1,4 +1,4 @@
-"""Weights that live in pieces on several ranks (FSDP2), and the wrappers around a model."""
+"""Several processes: weights that lie in pieces (FSDP2), statistics over all pieces, and the wrappers of a model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from .tensors import kept, kth_largest
 
 try:
     from torch.distributed.fsdp import FSDPModule
@@ -92,6 +94,70 @@ def gather(piece: Tensor, group: dist.ProcessGroup) -> Tensor:
     pieces = [torch.empty_like(padded) for _ in widths]
     dist.all_gather(pieces, padded, group=group)
     return torch.cat([p[:width] for p, width in zip(pieces, widths, strict=True)])
+
+
+def rank() -> int:
+    """Rank of this process, 0 when not distributed."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Number of processes, 1 when not distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def kth(pieces: Sequence[Tensor], keep: float, group: dist.ProcessGroup | None) -> Tensor:
+    """Threshold that the ``ceil(n * keep)`` largest scores reach, over all tensors and all ranks, as a 0-d tensor."""
+    flat = torch.cat([p.flatten() for p in pieces]) if len(pieces) > 1 else pieces[0].flatten()
+    if group is not None:
+        flat = gather(flat, group)
+    return kth_largest(flat, kept(flat.numel(), keep))
+
+
+def norms(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """L2 norm of each tensor over all its pieces, as 0-d tensors."""
+    found = list(torch._foreach_norm(list(tensors))) if tensors else []
+    if group is None or not found:
+        return found
+    squares = torch.stack(found).square()
+    dist.all_reduce(squares, group=group)
+    return list(squares.sqrt().unbind())
+
+
+def total_norm(gradients: Sequence[Tensor], group: dist.ProcessGroup | None) -> Tensor:
+    """A norm of all gradients together, over all ranks, as a 0-d tensor: finite if and only if their L2 norm is.
+
+    In half precision, where the L2 norm of good gradients may overflow, it is made of their largest entries.
+    """
+    dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    if any(g.dtype == torch.float16 for g in dense):
+        found = [torch.linalg.vector_norm(g, torch.inf) for g in dense if g.numel()]
+        order = torch.inf
+    else:
+        found, order = norms(dense, None), 2.0
+    if not found:
+        return torch.zeros(())
+    total = torch.linalg.vector_norm(torch.stack([n.to(found[0].device) for n in found]), order)
+    if group is not None:
+        dist.all_reduce(total, group=group)  # a sum: a maximum may lose NaN
+    return total
+
+
+def dot(first: Sequence[Tensor], second: Sequence[Tensor], group: dist.ProcessGroup | None) -> Tensor:
+    """Inner product of two lists of tensors, each taken as one vector, over all their pieces, as a 0-d tensor."""
+    products = [torch.dot(a.flatten(), b.flatten()) for a, b in zip(first, second, strict=True)]
+    total = torch.stack(products).sum()
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return total
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Average tensors over ranks, in place; nothing changes on one process."""
+    if world() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor.div_(world())
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..functional import symmetric_kl
 from . import shards
 from .anatomy import input_embedding
+from .randomness import RandomState
 
 if TYPE_CHECKING:
     from .method import Method
@@ -64,6 +65,21 @@ def default_compute(model: Any, inputs: Inputs, copies: int) -> tuple[Tensor, An
     return loss, outputs
 
 
+@dataclass(frozen=True)
+class LossRule:
+    """How the trainer computes the loss of a micro-batch.
+
+    Attributes:
+        compute: ``(model, inputs, copies) -> (loss, outputs)``.
+        items: token count of the whole optimizer step, when ``compute`` divides by it; None for a mean.
+        penalty_scale: factor of the penalties, for a loss already divided over the whole step.
+    """
+
+    compute: Compute = default_compute
+    items: Tensor | int | None = None
+    penalty_scale: float = 1.0
+
+
 class Step:
     """One micro-batch on its way through the model.
 
@@ -77,18 +93,24 @@ class Step:
     """
 
     def __init__(
-        self, run: Run, model: nn.Module, inputs: Inputs, outputs: Sequence[Any], loss: Tensor, compute: Compute
+        self,
+        run: Run,
+        inputs: Inputs,
+        outputs: Sequence[Any],
+        loss: Tensor,
+        rule: LossRule,
+        random_state: RandomState,
     ) -> None:
-        self.run, self.model, self.inputs, self.loss = run, model, inputs, loss
+        self.run, self.model, self.inputs, self.loss = run, run.wrapper, inputs, loss
         self.outputs = outputs[0]
         self.index = run.index
-        self._copies, self._compute = outputs, compute
+        self._copies, self._rule, self._random_state = outputs, rule, random_state
         self._second: Any = None
         self._forwards = 0
 
     def task_loss(self, outputs: Any) -> Tensor:
         """The loss as the trainer computes it (class weights, label smoothing ...), of other outputs of this batch."""
-        return self._compute(_Given(self.model, outputs), self.inputs, 1)[0]
+        return self._rule.compute(_Given(self.model, outputs), self.inputs, 1)[0]
 
     def second(self) -> Any:
         """Outputs under another dropout draw: the second copy of the batch, or one extra forward, made once."""
@@ -172,7 +194,7 @@ class Step:
             if not torch.is_grad_enabled():  # reentrant checkpointing would warn of gradients that nobody wants
                 stack.enter_context(_not_reentrant(shards.unwrap(self.model)))
             if dropout == "same":
-                run.restore_rng()
+                self._random_state.restore()
             else:
                 torch.manual_seed(run.draw_seed("forward", self._forwards, len(run.batch), rank=True))
             for module, tensor in add.items():
@@ -187,7 +209,7 @@ class Step:
             return torch.func.functional_call(model, dict(weights), kwargs=dict(inputs))
         if inputs.get("labels") is None:
             return model(**inputs)
-        return self._compute(model, inputs, copies)[1]  # its loss is divided by the step's count, if the task's is
+        return self._rule.compute(model, inputs, copies)[1]  # its loss is divided by the step's count, if the task's is
 
     def _check_wrapper(self) -> None:
         wrapper = self.model
@@ -262,13 +284,13 @@ class Step:
         if mask is None:
             return values.mean()
         total = (values * mask).sum()
-        if self.run.items is None:
+        if self._rule.items is None:
             return total / mask.sum().clamp(min=1)
-        return total / self.run.items / self.run.penalty_scale
+        return total / self._rule.items / self._rule.penalty_scale
 
     def as_penalty(self, loss: Tensor) -> Tensor:
         """A `task_loss` without the factor that `Run.loss` gives to penalties: the trainer has divided it already."""
-        return loss / self.run.penalty_scale
+        return loss / self._rule.penalty_scale
 
 
 def without_peft(model: Any) -> Any:

@@ -32,11 +32,6 @@ def kth_largest(scores: Tensor, k: int) -> Tensor:
     return flat.kthvalue(flat.numel() - k + 1).values
 
 
-def keep_top(scores: Tensor, keep: float) -> Tensor:
-    """Boolean mask of the ``ceil(n * keep)`` largest scores; entries tied with the threshold are all kept."""
-    return scores >= kth_largest(scores, kept(scores.numel(), keep))
-
-
 def byte_mask(shape: Sequence[int], share: float, generator: torch.Generator) -> Tensor:
     """Boolean entries, each True with probability ``share``, a multiple of 1/256 below 1, from one random byte each."""
     n = math.prod(shape)

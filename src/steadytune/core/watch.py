@@ -1,0 +1,128 @@
+"""What no hook tells: weights that something else than the attached optimizer moves, gradients that are not finite."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .method import Weight
+
+logger = logging.getLogger(__name__)
+IN_A_ROW = 5  # steps without a finite gradient after which training has stalled
+SAMPLED = 4  # weights of which some entries are copied at each step
+ENTRIES = 64  # of each
+
+
+class Watch:
+    """Tells whether weights were written since it was made.
+
+    Torch counts the writes to a tensor, which costs nothing to read. Writes through ``parameter.data`` are not counted:
+    a few entries of a few weights are copied to find those.
+    """
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        self._weights = {w.name: w for w in weights}
+        self._versions = self._count()
+        every = max(1, len(weights) // SAMPLED)
+        self._sample = {w.name: _first(w) for w in weights[::-1][::every]}  # heads, which all batches move, stand last
+
+    def _count(self) -> dict[str, int]:
+        return {name: w.data._version for name, w in self._weights.items()}
+
+    def written(self, names: Iterable[str] | None = None) -> str | None:
+        """A weight (of those named) that was written; None when none was."""
+        now = self._count()
+        looked_at = self._weights if names is None else names
+        return next((n for n in looked_at if n in now and now[n] != self._versions[n]), None)
+
+    def differs(self) -> str | None:
+        """A weight whose sampled entries differ; None when none does. Waits for the device."""
+        return next(
+            (n for n, before in self._sample.items() if not torch.equal(before, _first(self._weights[n]))), None
+        )
+
+
+def _first(weight: Weight) -> Tensor:
+    return weight.data.flatten()[:ENTRIES].clone()
+
+
+def renormalised(model: nn.Module) -> set[str]:
+    """Names of the embeddings that their own forward writes (``max_norm``)."""
+    return {
+        f"{name}.weight".lstrip(".")
+        for name, module in model.named_modules()
+        if getattr(module, "max_norm", None) is not None
+    }
+
+
+class FiniteGradients:
+    """Counts the optimizer steps that were skipped as their gradient was not finite, and ends a training of such steps.
+
+    On a CPU a step is skipped: its gradients are dropped before anything sees them. Elsewhere the host would have to
+    wait for the device at each step; it looks one step later, when the step cannot be taken back, and raises.
+
+    Attributes:
+        skipped: optimizer steps skipped so far.
+    """
+
+    def __init__(self) -> None:
+        self.skipped = 0
+        self._in_a_row = 0
+        self._late: tuple[Tensor, torch.cuda.Event, int] | None = None
+
+    def skips(self, norm: Tensor, index: int) -> bool:
+        """Whether step ``index``, whose gradient has this norm, must not be taken.
+
+        Raises:
+            UsageError: too many such steps in a row; or, off the CPU, the step before was one.
+        """
+        if norm.is_cuda:
+            self.settle()
+            flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+            flag.copy_(torch.isfinite(norm), non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._late = flag, event, index
+            return False
+        if torch.isfinite(norm):
+            self._in_a_row = 0
+            return False
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row >= IN_A_ROW:
+            raise UsageError(
+                f"the gradients of {IN_A_ROW} optimizer steps in a row were not finite (norm {float(norm)}), so that "
+                "nothing is trained any more: lower the learning rate, and look for NaN or huge values in inputs, "
+                "labels and weights"
+            )
+        if self.skipped == 1:
+            logger.warning(
+                "The gradient of optimizer step %d is not finite (norm %s): the step is skipped and counted. Further "
+                "ones are counted without a warning; %d in a row are an error.",
+                index + 1,
+                float(norm),
+                IN_A_ROW,
+            )
+        return True
+
+    def settle(self) -> None:
+        """Look at what was left for later.
+
+        Raises:
+            UsageError: a step that was taken had a gradient that is not finite.
+        """
+        if self._late is None:
+            return
+        (flag, event, index), self._late = self._late, None
+        event.synchronize()
+        if not flag:
+            self.skipped += 1
+            raise UsageError(
+                f"the gradient of optimizer step {index + 1} was not finite, and the step has been taken: go on from a "
+                "checkpoint saved before it. Lower the learning rate, and look for NaN or huge values in inputs and "
+                "labels"
+            )
