@@ -1,18 +1,28 @@
-"""Options from a YAML file: `--config run.yaml` gives defaults to any command, and flags win over them.
+"""YAML files of options and of studies: reading them, and checking their values with pydantic.
 
-The keys are the command's Python parameter names. Paths are relative to the working directory, as they are in flags.
+`--config run.yaml` gives defaults to any command, and flags win over them. The keys are the command's Python parameter
+names; paths are relative to the working directory, as they are in flags. pydantic is imported when a value is checked.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import inspect
+import json
+import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from .errors import UsageError, one_line, suggest
+
+if typing.TYPE_CHECKING:
+    from pydantic_core import CoreSchema, ErrorDetails
 
 # Options that transformers' TrainingArguments have under another name; both names are taken.
 ALIASES = {
@@ -24,6 +34,212 @@ ALIASES = {
     "warmup_ratio": "warmup",
 }
 
+# YAML 1.1 takes 2e-5 for text (a number must be written 2.0e-5); YAML 1.2 takes it for a number, as users do.
+EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+
+
+# ---- what values must be ----------------------------------------------------------------------------------------
+
+
+class Rule:
+    """What a value must be, as part of the annotation of its type: ``Annotated[int, Rule("a whole number")]``.
+
+    Args:
+        text: completes the sentence "NAME must be ..."; the error of every value that breaks the rule says it.
+        **limits: of pydantic's core schema of the type, as ``ge=0``.
+    """
+
+    def __init__(self, text: str, **limits: Any) -> None:
+        self.text, self.limits = text, limits
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> CoreSchema:
+        from pydantic_core import core_schema
+
+        schema: Any = {**handler(source), **self.limits}
+        return core_schema.custom_error_schema(schema, custom_error_type="rule", custom_error_message=self.text)
+
+
+Whole = Annotated[int, Rule("a whole number from 1 on", ge=1)]
+Seed = Annotated[int, Rule("a whole number from 0 on", ge=0)]
+Share = Annotated[float, Rule("a share from 0 to 1", ge=0, le=1)]
+Truth = Annotated[bool, Rule("true or false")]
+Text = Annotated[str, Rule("text", min_length=1)]
+
+# What a bare annotation of a parameter or field means in a file.
+BARE: dict[Any, Any] = {
+    bool: Truth,
+    int: Annotated[int, Rule("a whole number")],
+    float: Annotated[float, Rule("a number")],
+    str: Annotated[str, Rule("text")],
+    Path: Annotated[str, Rule("text")],
+}
+SHAPES = {
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "names with values, as in `lr: 1.0e-4`",
+    "mapping_type": "names with values, as in `lr: 1.0e-4`",
+    "dataclass_type": "names with values, as in `lr: 1.0e-4`",
+    "too_short": "one or more",
+}
+
+
+def checked(hint: Any, given: Any, where: Callable[[tuple[Any, ...]], str]) -> Any:
+    """A plain value as the type says it must be.
+
+    It is checked as if it stood in a JSON file: a list is right for a tuple, a whole number for a float, a mapping for
+    a dataclass, and nothing else is converted.
+
+    Args:
+        hint: any type that pydantic knows; `Rule` gives it words.
+        given: the plain value.
+        where: path in `given` (keys, and positions in lists) -> how the error's sentence begins.
+
+    Raises:
+        UsageError: for the first thing that is wrong; an unknown key is named with the nearest known one.
+    """
+    from pydantic import ValidationError
+
+    _check_keys(given, (), where)
+    try:
+        return _adapter(hint).validate_json(json.dumps(given, default=str), strict=True)
+    except ValidationError as error:
+        wrong = sorted(error.errors(), key=lambda one: one["type"] != "unexpected_keyword_argument")[0]
+        raise UsageError(_sentence(hint, wrong, where)) from None
+
+
+def _check_keys(given: Any, path: tuple[Any, ...], where: Callable[[tuple[Any, ...]], str]) -> None:
+    """Raise for a key that is no text: YAML takes 1 for a number and no for a truth value."""
+    inner = given.items() if isinstance(given, Mapping) else enumerate(given) if isinstance(given, list) else ()
+    for key, value in inner:
+        if isinstance(given, Mapping) and not isinstance(key, str):
+            raise UsageError(f"{where(path)} has the key {key!r}, and keys must be text: put it in quotes.")
+        _check_keys(value, (*path, key), where)
+
+
+@functools.cache
+def _adapter(hint: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(hint)
+
+
+def _sentence(hint: Any, error: ErrorDetails, where: Callable[[tuple[Any, ...]], str]) -> str:
+    kind, place, given = error["type"], error["loc"], error["input"]
+    if kind == "unexpected_keyword_argument":
+        known = [field.name for field in dataclasses.fields(_at(hint, place[:-1]))]
+        return f"{where(place[:-1])}: unknown key {place[-1]!r}.{suggest(str(place[-1]), known)}"
+    if kind == "missing":
+        return f"{where(place)} is missing."
+    if kind == "literal_error":
+        choices = [str(choice) for choice in typing.get_args(_at(hint, place))]
+        return f"{where(place)} must be one of {', '.join(choices)}, got {given!r}.{suggest(str(given), choices)}"
+    rule = SHAPES.get(kind, error["msg"])
+    quotes = ": put it in quotes" if rule == "text" and isinstance(given, (bool, int, float)) else ""
+    return f"{where(place)} must be {rule}, got {given!r}{quotes}."
+
+
+def _at(hint: Any, place: Iterable[Any]) -> Any:
+    """The type of what lies at a path of keys and positions."""
+    for step in place:
+        hint = _required(hint)
+        if dataclasses.is_dataclass(hint):
+            hint = typing.get_type_hints(hint)[step]
+        else:  # tuple[T, ...] or Mapping[str, T]
+            hint = typing.get_args(hint)[0 if isinstance(step, int) else 1]
+    return _required(hint)
+
+
+def _required(hint: Any) -> Any:
+    """Of ``T | None`` it is T."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(option for option in typing.get_args(hint) if option is not type(None))
+    return hint
+
+
+# ---- files ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Document:
+    """A YAML file that holds a mapping.
+
+    Attributes:
+        file: its name.
+        values: what it holds.
+        lines: path of keys -> line, counted from 1.
+    """
+
+    file: str
+    values: dict[Any, Any]
+    lines: Mapping[tuple[str, ...], int]
+
+    def where(self, path: Iterable[Any] = ()) -> str:
+        """The file, and the line of the innermost key on the path."""
+        keys = tuple(map(str, path))
+        lines = (self.lines[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in self.lines)
+        line = next(lines, None)
+        return self.file if line is None else f"{self.file}, line {line}"
+
+    @contextlib.contextmanager
+    def at(self, *path: str) -> Iterator[None]:
+        """Errors of what is done meanwhile begin with the place of these keys."""
+        try:
+            yield
+        except UsageError as error:
+            raise UsageError(f"{self.where(path)}: {error}") from error
+
+
+def read(path: Path) -> Document:
+    """Read a YAML file.
+
+    Raises:
+        UsageError: no such file, not YAML, not a mapping, or a key that occurs twice; with the line where there is one.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values, node = yaml.load(text, _loader()), yaml.compose(text, _loader())
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise UsageError(f"{path}{line}: not valid YAML: {error.problem}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML: {one_line(error)}.") from error
+    if not isinstance(values, dict):
+        got = "nothing" if values is None else f"a {type(values).__name__}"
+        raise UsageError(f"{path}: must hold a mapping of option names to values, as `batch_size: 8`, got {got}.")
+    return Document(str(path), values, dict(_lines(path, node)))
+
+
+@functools.cache
+def _loader() -> Any:
+    """PyYAML's safe loader, which also takes numbers like 2e-5."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+    return Loader
+
+
+def _lines(path: Path, node: Any, above: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], int]]:
+    """The line of every key of a mapping and of the mappings in it."""
+    seen: dict[str, int] = {}
+    for key, inner in node.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        if name in seen:
+            raise UsageError(f"{path}, line {line}: {name!r} was given in line {seen[name]} already.")
+        seen[name] = line
+        yield (*above, name), line
+        if inner.id == "mapping":
+            yield from _lines(path, inner, (*above, name))
+
+
+# ---- options of commands ----------------------------------------------------------------------------------------
+
 
 def defaults(path: Path, command: Callable[..., Any]) -> dict[str, Any]:
     """The options that a file gives to a command, by parameter name, ready to be the command's defaults.
@@ -33,107 +249,53 @@ def defaults(path: Path, command: Callable[..., Any]) -> dict[str, Any]:
         command: the function behind the command; its annotations say what each option takes.
 
     Raises:
-        UsageError: no such file, not YAML, not a mapping, an unknown or repeated key, a value of the wrong type; with
-            the line where there is one.
+        UsageError: as `read`, and for an unknown key or a value of the wrong type.
     """
     hints = options(command)
-    values, lines = read(path)
-    found = {}
-    for key, line in lines.items():
-        where = f"{path}, line {line}"
-        name = ALIASES.get(key, key)
+    document = read(path)
+    given = {}
+    for key, *deeper in document.lines:  # keys as they are spelled: YAML takes yes for a truth
+        if deeper:
+            continue
+        where, name = document.where([key]), ALIASES.get(key, key)
         if name not in hints:
             raise UsageError(f"{where}: unknown option {key!r}.{suggest(key, hints)}")
-        if name != key and name in lines:
+        if name != key and (name,) in document.lines:
             raise UsageError(f"{where}: {key} and {name} are two names of one option: give one of them.")
-        if values[key] is not None:
-            found[name] = value(f"{where}: {key}", name, hints[name], values[key])
-    return found
+        if document.values[key] is not None:
+            given[name] = value(f"{where}: {key}", name, hints[name], document.values[key])
+    return given
 
 
 def options(command: Callable[..., Any]) -> dict[str, Any]:
-    """Type of each parameter of a command that a file may set; of `T | None` it is T."""
+    """Type of each parameter of a command that a file may set; of ``T | None`` it is T."""
     hints = typing.get_type_hints(inspect.unwrap(command))
     return {name: _required(hint) for name, hint in hints.items() if name not in ("return", "config")}
-
-
-def _required(hint: Any) -> Any:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return next(option for option in typing.get_args(hint) if option is not type(None))
-    return hint
-
-
-def read(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
-    """The mapping that a YAML file holds, and the line of each key, counted from 1.
-
-    Raises:
-        UsageError: as in `defaults`.
-    """
-    import yaml
-
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        values, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
-        raise UsageError(f"{path}{line}: not valid YAML: {error.problem}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid YAML: {one_line(error)}.") from error
-    if not isinstance(values, dict):
-        got = "nothing" if values is None else f"a {type(values).__name__}"
-        raise UsageError(f"{path}: must hold a mapping of option names to values, as `batch_size: 8`, got {got}.")
-    lines: dict[str, int] = {}
-    for key, _ in node.value:
-        line = key.start_mark.line + 1
-        if key.value in lines:
-            raise UsageError(f"{path}, line {line}: {key.value!r} was given in line {lines[key.value]} already.")
-        lines[str(key.value)] = line
-    return values, lines
 
 
 def value(what: str, name: str, hint: Any, given: Any) -> Any:
     """What a YAML value means for an option of this type.
 
     Raises:
-        UsageError: it means nothing; ``what`` starts the sentence.
+        UsageError: the value is not of the type; ``what`` starts the sentence.
     """
     if typing.get_origin(hint) is list:
         return [text for item in (given if isinstance(given, list) else [given]) for text in _texts(what, name, item)]
-    if hint is bool and not isinstance(given, bool):
-        raise UsageError(f"{what} must be true or false, got {given!r}.")
-    if hint is int and (not isinstance(given, int) or isinstance(given, bool)):
-        raise UsageError(f"{what} must be a whole number, got {given!r}.")
-    if hint is float:
-        return _number(what, given)
-    return _text(what, given) if hint in (str, Path) else given
+    return _plain(what, hint, given)
 
 
-def _number(what: str, given: Any) -> float:
-    try:
-        if isinstance(given, (int, float, str)) and not isinstance(given, bool):
-            return float(given)  # YAML takes 2e-5 for text: it wants 2.0e-5
-    except ValueError:
-        pass
-    raise UsageError(f"{what} must be a number, got {given!r}.")
-
-
-def _text(what: str, given: Any) -> str:
-    """Text is text: 01 is 1 and no is False in YAML, which would be another column or file."""
-    if not isinstance(given, str):
-        raise UsageError(f"{what} must be text, got {given!r}: put it in quotes.")
-    return given
+def _plain(what: str, hint: Any, given: Any) -> Any:
+    return checked(BARE.get(hint, hint), given, lambda place: what)
 
 
 def _texts(what: str, name: str, item: Any) -> list[str]:
     """One item of a repeatable option as it is written on the command line; a mapping of files makes several."""
     if not isinstance(item, Mapping):
-        return [_text(what, item)]
+        return [_plain(what, str, item)]
     if name == "method":
         return [_method(what, item)]
     if name == "test":
-        return [f"{_text(what, key)}={_text(what, file)}" for key, file in item.items()]
+        return [f"{_plain(what, str, key)}={_plain(what, str, file)}" for key, file in item.items()]
     raise UsageError(f"{what} must be text or a list of texts, got a mapping.")
 
 
@@ -142,7 +304,7 @@ def _method(what: str, item: Mapping[Any, Any]) -> str:
     if "name" not in item:
         raise UsageError(f"{what}: a method is written {{name: rdrop, alpha: 0.5}}, got no name.")
     given = {key: entry for key, entry in item.items() if key != "name"}
-    return _text(what, item["name"]) + ":" + ",".join(f"{key}={_spelt(entry)}" for key, entry in given.items())
+    return _plain(what, str, item["name"]) + ":" + ",".join(f"{key}={_spelt(entry)}" for key, entry in given.items())
 
 
 def _spelt(entry: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -27,6 +28,7 @@ from steadytune.bench.store import Store
 from steadytune.bench.study import run_study
 from steadytune.data.tables import Target
 from steadytune.errors import UsageError
+from steadytune.methods import METHODS
 from steadytune.tasks import TASKS, find, seen_by
 
 
@@ -127,6 +129,53 @@ def test_a_file_builds_on_a_preset_and_arguments_win(root, tmp_path):
     assert study.recipe("mixout").steps == 5
 
 
+def test_the_preset_of_every_method_lists_every_method_that_fit_takes(root):
+    study = Study.read("stick", models={"tiny": str(root / "bert")})
+    left_out = {"easy_adapt"}  # reads a column of the batch, and batches of fit hold text and labels only
+    assert set(study.recipes) == {"plain", *METHODS} - left_out
+    assert [p["name"] for p in study.parts("bitfit")] == ["bitfit"]
+    assert (study.recipe("bitfit").lr, study.recipe("rdrop").lr) == (1e-3, 1e-4)
+
+
+def test_methods_make_a_recipe_each_and_recipes_win(root):
+    study = small(root, methods=["mixout:keep=0.8", "ema"], recipes={"ema": {"methods": ["ema"], "lr": 5e-4}})
+    assert list(study.recipes) == ["plain", "mixout:keep=0.8", "ema"]
+    assert study.recipe("ema").lr == 5e-4
+    assert study.parts("mixout:keep=0.8")[0]["options"]["keep"] == 0.8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("taks: [sst2]", "line 1: unknown key 'taks'. Did you mean 'tasks'"),
+        ("seeds: 3\nlabel_noise: 2", "line 2: label_noise must be a share from 0 to 1, got 2."),
+        ("train_sizes: [300, many]", "line 1: train_sizes must be a whole number from 1 on, got 'many'."),
+        ("name: 7", "line 1: name must be text, got 7: put it in quotes."),
+        ("options:\n  lr: fast", "line 2: options: lr must be a number, got 'fast'."),
+        ("options:\n  steps: 7\n  peft: lorra", "line 3: options: peft must be one of lora, ia3, prefix, prompt, got"),
+        ("options: [lr]", "line 1: options must be names with values, as in `lr: 1.0e-4`, got ['lr']."),
+        ("recipes:\n  x:\n    lr: 1\n    drop: 0.1", "line 4: recipe 'x': unknown option 'drop'. Did you mean 'drop"),
+        ("recipes:\n  x: {}\n  y: {methods: [mixoud]}", "line 3: unknown method 'mixoud'. Did you mean 'mixout'"),
+        ("recipes:\n  x: {methods: [3]}", "line 2: recipe 'x': methods must be text, got 3: put it in quotes."),
+        ("recipes:\n  1: {}", "line 1: recipes has the key 1, and keys must be text: put it in quotes."),
+        ("recipes:\n  x: {}\n  x: {}", "line 3: 'x' was given in line 2 already."),
+        ("keep_models: 1", "line 1: keep_models must be true or false, got 1."),
+        ("test_rows: 0.5", "line 1: test_rows must be a whole number from 1 on, got 0.5."),
+        ("imbalance: .nan", "line 1: imbalance must be a share from 0 to 1, got nan."),
+        ("preset: stik", "unknown preset 'stik'. Did you mean 'stick'"),
+        ("tables: []", "line 1: unknown key 'tables'. Known: name, models, tasks"),
+        ("models:\n  tiny: {path: x, seen: [1]}", "line 2: models.tiny.seen must be text, got 1: put it in quotes."),
+    ],
+)
+def test_a_mistake_in_a_study_file_is_named_with_its_line(tmp_path, text, message):
+    parts = {"models": "models: {tiny: bert}\n", "tasks": "tasks: [sst2]\n", "recipes": "recipes: {plain: {}}\n"}
+    rest = "".join(part for key, part in parts.items() if not re.search(rf"^{key}:", text, re.M))
+    (tmp_path / "s.yaml").write_text(f"{text}\n{rest}")
+    with pytest.raises(UsageError) as error:
+        Study.read(tmp_path / "s.yaml")
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize("name", presets())
 def test_presets_are_studies(root, name):
     study = Study.of({"models": {"tiny": str(root / "bert")}, **preset(name)})
@@ -149,7 +198,12 @@ def test_rows_are_held_out_for_what_selects(root):
         ({"models": []}, "models is missing"),
         ({"models": {"tiny": {"pfad": "x"}}}, "models.tiny: unknown key 'pfad'"),
         ({"tasks": ["sst3"]}, "unknown task 'sst3'. Did you mean 'sst2'"),
-        ({"recipes": {"x": {"learning_rate": 1}}}, "recipe 'x': unknown option 'learning_rate'"),
+        ({"recipes": {"x": {"learning_rat": 1}}}, "recipe 'x': unknown option 'learning_rat'"),
+        ({"options": {"stepz": 1}}, "options: unknown option 'stepz'. Did you mean 'steps'"),
+        (
+            {"options": {"lr": 1, "learning_rate": 2}},
+            "options: learning_rate and lr are two names of one option: give one of them.",
+        ),
         ({"recipes": {"x": {"lr": "fast"}}}, "recipe 'x': lr must be a number, got 'fast'"),
         ({"recipes": {"x": {"lr": -1}}}, "lr must be above 0, got -1"),
         ({"recipes": {"x": {"methods": ["dps"]}}}, "unknown method 'dps'. Did you mean 'dps_"),

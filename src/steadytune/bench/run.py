@@ -25,6 +25,7 @@ import pandas as pd
 from ..data.metrics import score
 from ..data.prepare import Data
 from ..data.tables import Table, Target
+from ..errors import UsageError
 from ..fitting import plan as planning
 from ..fitting.options import SEEDS
 from ..fitting.record import storable
@@ -112,11 +113,11 @@ def execute(run: Trial, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
 def make_plan(run: Trial) -> planning.Plan:
     """The plan of `fit` for this run."""
     spec = run.spec
-    task = find(spec["task"]["name"])
-    table, tests = load(task.name, run.data_root, beyond=spec["tests"]["out_of_domain"])
+    table, tests, column = tables(run)
     rows = spec["tests"]["rows"]
     plan = planning.make_plan(
         table,
+        validation_column=column,
         model=run.model,
         methods=run.methods,
         procedure=run.procedure,
@@ -131,6 +132,22 @@ def make_plan(run: Trial) -> planning.Plan:
     rows = corrupted(plan.data.train, plan.data.target, spec)
     data, steps = dataclasses.replace(plan.data, train=rows), plan.options.total_steps(len(rows))
     return dataclasses.replace(plan, data=data, steps=steps)  # epochs are epochs of the rows that are trained on
+
+
+def tables(run: Trial) -> tuple[Table, dict[str, Table], str | None]:
+    """Training table, test tables, and the column that marks the rows of the fold that is held out, if there is one.
+
+    Raises:
+        UsageError: a file is not there, or is not what it was when the study began.
+    """
+    task, number = run.spec["task"], run.spec["seeds"]["subset"]
+    if run.own is None:
+        return *load(task["name"], run.data_root, beyond=run.spec["tests"]["out_of_domain"]), None
+    if file := run.own.changed(task["files"]):
+        raise UsageError(f"{file} was changed after the study had begun: start it again.")
+    table, tests = run.own.read()
+    cut, column = run.own.cut(number) if run.own.crossed else (table, None)
+    return dataclasses.replace(cut, kind=task["kind"]), tests, column
 
 
 def _head(table: Table, rows: int) -> Table:
@@ -191,15 +208,17 @@ def _header(run: Trial, status: str) -> dict[str, Any]:
 
 def _about(name: str, run: Trial, data: Data, predictions: pd.DataFrame) -> dict[str, Any]:
     """Which domain a set belongs to, and the score of a constant prediction on it."""
-    task = find(run.spec["task"]["name"])
-    inside = {file.partition(":")[0] for file in task.tests}
-    domain = "select" if name == "validation" else "in" if name in inside else "out"
+    if run.own is None:
+        outside = name not in {file.partition(":")[0] for file in find(run.spec["task"]["name"]).tests}
+    else:
+        outside = name in run.own.out_of_domain
+    domain = "select" if name == "validation" else "out" if outside else "in"
     return {"domain": domain, "baseline": _baseline(data.tests[name], data, name, run.spec["metric"])}
 
 
 def _baseline(rows: pd.DataFrame, data: Data, name: str, metric: str) -> float | None:
     """The best score of predicting one class for all rows; None where a constant has no score."""
-    if not data.target.names:
+    if not data.target.names or data.target.multi:
         return None
     merge = data.merges.get(name) or {}
     names = data.target.merged(merge)

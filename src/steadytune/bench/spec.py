@@ -1,9 +1,10 @@
-"""What a study is: a YAML file, checked, and the runs it asks for. No torch here.
+"""What a study is: a YAML file, checked, and the runs that it asks for. No torch here.
 
     models x tasks x train sizes x recipes x seeds, one run each
 
-A run is known by its specification, a plain dictionary of all that decides its result; the hash of that is its name.
-Options that are not in use (None) are not in it, so that an option of a later version leaves old runs what they were.
+A run is known by its specification, a plain dictionary of all that decides its result; the hash of the specification is
+the run's name. Options that are not in use (None) are left out of it, so that an option that a later version adds
+does not rename old runs.
 """
 
 from __future__ import annotations
@@ -13,26 +14,28 @@ import fnmatch
 import hashlib
 import itertools
 import json
-import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..config import options, read, value
+from ..config import ALIASES, Document, Seed, Share, Text, Truth, Whole, checked, options, read, value
 from ..data.metrics import METRICS
 from ..errors import UsageError, suggest
 from ..fitting.options import SEEDS, Options
+from ..fitting.plan import headline
 from ..fitting.spelling import make_methods, make_procedure, method_record, procedure_record
-from ..tasks import Task, find, seen_by
+from ..tasks import TASKS, Task, find, seen_by
+from .own_tables import OwnTables
+from .places import expanded, fingerprint_files, fingerprint_model
+from .short_forms import spelled, spread
 
 FORMAT = 1
 FILE_SEEDS = {"seed", *(f"{name}_seed" for name in SEEDS)}
 OPTIONS = {name: hint for name, hint in options(Options).items() if name not in {*FILE_SEEDS, "train_size"}}
-PARTS = ("methods", "procedure")  # of a recipe, beside options
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+PARTS: dict[str, Any] = {"methods": tuple[Text, ...], "procedure": Text | None}  # of a recipe, beside options
+DATA_ROOT = "give the folder of the benchmark data with --data-root DIR"
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,16 @@ class Model:
     """A pre-trained model of a study.
 
     Attributes:
-        name: what tables call it.
-        path: directory or hub name; ``$NAME`` in it is taken from the environment when runs are made.
-        seen: benchmark sets it was trained on before, beyond those known of models of this name.
+        name: Name of the model in tables.
+        path: Directory or hub name; ``$NAME`` in it is taken from the environment when runs are made.
+        seen: Benchmark sets that the model was trained on before, beyond those known of models of this name.
     """
 
-    name: str
-    path: str
-    seen: tuple[str, ...] = ()
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    name: Text
+    path: Text
+    seen: tuple[Text, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,113 +60,164 @@ class Study:
     """What a study file says.
 
     Attributes:
-        name: of the study; its results go to ``runs/<name>`` unless told otherwise.
-        models: to start from.
-        tasks: names of `steadytune.tasks`.
-        train_sizes: rows drawn per run, None for all.
-        recipes: name -> ``methods``, ``procedure`` and options of `Options`, on top of `options`.
-        options: of all recipes.
-        seeds: one run each per recipe, the same for every recipe.
-        factorial: seeds that vary on their own, every value of `seeds` with every other, while the rest stay at the
-            first; by default all five vary together.
-        out_of_domain: also test on the task's out-of-domain sets.
-        test_rows: at most so many rows of each test set, the same in every run; None for all.
-        label_noise: share of the training labels replaced by another class.
-        imbalance: share of the rows of every class but the largest that stay; None for all.
-        metric: instead of each task's own.
-        keep_models: write the trained models too.
-        data_root: folder of the tasks' files, where no other is given.
+        name: Name of the study; its results go to ``runs/<name>`` unless told otherwise.
+        models: Pre-trained models to start from.
+        tasks: Names of benchmark tasks (`steadytune.tasks`) and of `tables`.
+        recipes: Name -> ``methods``, ``procedure`` and options of `Options`, which win over `options`.
+        train_sizes: Number of rows drawn per run, None for all.
+        options: Options of every recipe.
+        seeds: Seeds of the runs of every recipe, one run for each.
+        factorial: Seeds that vary on their own: every value of `seeds` with every other, while the rest stay at the
+            first value. By default all five seeds vary together.
+        out_of_domain: Whether the out-of-domain sets of the benchmark tasks are test sets too.
+        test_rows: Number of rows of each test set, the same rows in every run; None for all.
+        label_noise: Share of the training labels that are replaced by another class.
+        imbalance: Share of the rows that stay of every class but the largest; None for all.
+        metric: Metric of every task, instead of each task's own.
+        keep_models: Whether the trained models are written too.
+        data_root: Folder of the benchmark tasks, where no other is given.
+        tables: The tasks that are a user's own tables.
     """
 
-    name: str
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    name: Text
     models: tuple[Model, ...]
-    tasks: tuple[str, ...]
+    tasks: tuple[Text, ...]
     recipes: Mapping[str, Mapping[str, Any]]
-    train_sizes: tuple[int | None, ...] = (None,)
+    train_sizes: tuple[Whole | None, ...] = (None,)
     options: Mapping[str, Any] = field(default_factory=dict)
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    factorial: tuple[str, ...] = ()
-    out_of_domain: bool = False
-    test_rows: int | None = None
-    label_noise: float = 0.0
-    imbalance: float | None = None
-    metric: str | None = None
-    keep_models: bool = False
-    data_root: str | None = None
+    seeds: tuple[Seed, ...] = (0, 1, 2, 3, 4)
+    factorial: tuple[Text, ...] = ()
+    out_of_domain: Truth = False
+    test_rows: Whole | None = None
+    label_noise: Share = 0.0
+    imbalance: Share | None = None
+    metric: Text | None = None
+    keep_models: Truth = False
+    data_root: Text | None = None
+    tables: tuple[OwnTables, ...] = ()
 
     @classmethod
     def read(cls, file: str | Path, **changes: Any) -> Study:
         """A study file, or the name of a preset.
 
         Args:
-            file: YAML; ``preset: NAME`` in it takes that preset's settings where the file has none.
+            file: YAML; ``preset: NAME`` in it takes that preset's settings where the file has none. Paths of own tables
+                are relative to the file.
             **changes: settings that win over the file's, None for not given.
 
         Raises:
-            UsageError: no such file or preset, not YAML, an unknown key, a value that cannot be.
+            UsageError: no such file or preset, not YAML, an unknown key, or a value that is not what its key takes;
+                with the line of the file.
         """
-        given = preset(str(file)) if str(file) in presets() else _settings(Path(file))
+        document = Document(str(file), preset(str(file)), {}) if str(file) in presets() else _settings(Path(file))
+        given = {"name": Path(file).stem, **document.values}
         if "preset" in given:
-            given = {**preset(str(given.pop("preset"))), "name": Path(file).stem, **given}
-        changes = {key: value for key, value in changes.items() if value is not None}
-        return cls.of({"name": Path(file).stem, **given, **changes}, str(file))
+            given = {**preset(str(given.pop("preset"))), **given}
+        changed = {key: value for key, value in changes.items() if value is not None}
+        lines = {path: line for path, line in document.lines.items() if path[0] not in changed}
+        return cls.of({**given, **changed}, Document(document.file, {}, lines))
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], source: str = "the study") -> Study:
+    def of(cls, given: Mapping[str, Any], document: Document | None = None) -> Study:
         """A study from plain values, checked.
+
+        Args:
+            given: what a study file may hold.
+            document: the file that it stands in.
 
         Raises:
             UsageError: as `read`.
         """
-        known = [f.name for f in dataclasses.fields(cls)]
+        document = document or Document("the study", {}, {})
         for key in given:
-            if key not in known:
-                raise UsageError(f"{source}: unknown key {key!r}.{suggest(key, known)}")
+            if key not in KEYS:
+                raise UsageError(f"{document.where([key])}: unknown key {key!r}.{suggest(str(key), KEYS)}")
         for key in ("models", "tasks", "recipes"):
-            if not given.get(key):
-                raise UsageError(f"{source}: {key} is missing: name at least one.")
-        values = {key: _PARSERS[key](f"{source}: {key}", value) for key, value in given.items()}
-        study = cls(**values)
-        study._check(source)
+            if not given.get(key) and not (key == "recipes" and given.get("methods")):
+                raise UsageError(f"{document.where()}: {key} is missing: name at least one.")
+        plain = spread(given, document)
+
+        def where(path: tuple[Any, ...]) -> str:
+            names = spelled(plain, path)
+            return ": ".join(filter(None, [document.where(names), ".".join(names)]))
+
+        study = checked(cls, plain, where)
+        study = dataclasses.replace(study, tables=tuple(table.at(Path(document.file).parent) for table in study.tables))
+        study._check(document)
         return study
 
-    def text(self) -> str:
-        """The study as YAML that `read` takes."""
+    def text(self, folder: str | Path = ".") -> str:
+        """The study as YAML that `read` takes from a file in ``folder``."""
         import yaml
 
         plain = json.loads(json.dumps(dataclasses.asdict(self)))
         plain["models"] = {model.pop("name"): model for model in plain["models"]}
-        return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+        del plain["tables"]
+        if self.tables:
+            tables = [dataclasses.asdict(table.seen_from(Path(folder))) for table in self.tables]
+            named = {table.pop("name"): {key: v for key, v in table.items() if v} for table in tables}
+            plain["tasks"] = {name: named.get(name) for name in self.tasks}
+        return str(yaml.safe_dump(json.loads(json.dumps(plain)), sort_keys=False, allow_unicode=True))
 
-    def _check(self, source: str) -> None:
-        for task in map(find, self.tasks):
+    def _check(self, document: Document) -> None:
+        """What the types of the fields do not say."""
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UsageError(f"{document.where(['seeds'])}: seeds must be different numbers, got {[*self.seeds]}.")
+        for name in self.factorial:
+            if name not in SEEDS:
+                where = document.where(["factorial"])
+                raise UsageError(f"{where}: factorial: unknown seed {name!r}.{suggest(name, SEEDS)}")
+        for task in (find(name) for name in self.tasks if name not in self._own):
             kind = "classification" if task.labels else "regression"
             if self.metric is not None and self.metric not in METRICS[kind]:
-                raise UsageError(f"{source}: task {task.name} is a {kind}, its metrics are {', '.join(METRICS[kind])}.")
-            if kind == "regression" and (self.label_noise or self.imbalance is not None):
-                raise UsageError(f"{source}: label_noise and imbalance need classes, task {task.name} has none.")
-        for name in self.recipes:
-            self.recipe(name)
-            self.parts(name)
+                known = ", ".join(METRICS[kind])
+                raise UsageError(
+                    f"{document.where(['metric'])}: task {task.name} is a {kind}, its metrics are {known}."
+                )
+            if kind == "regression":
+                self._check_corruption(task.name, document)
+        for table in self.tables:
+            if table.name in TASKS:
+                where = document.where(["tasks", table.name])
+                raise UsageError(f"{where}: {table.name} is a benchmark task: call your own table otherwise.")
+        for key, given in self.options.items():
+            with document.at("options", key):
+                option("options", key, given)
+        for name, recipe in self.recipes.items():
+            for key in recipe:
+                with document.at("recipes", name, key):
+                    _check_entry(f"recipe {name!r}", key, recipe[key])
+            with document.at("recipes", name):
+                self.recipe(name)
+                self.parts(name)
+
+    def _check_corruption(self, task: str, document: Document | None = None) -> None:
+        """Raise, on behalf of a task without exclusive classes, if labels are to be changed."""
+        if self.label_noise or self.imbalance is not None:
+            where = "" if document is None else f"{document.where()}: "
+            raise UsageError(f"{where}label_noise and imbalance need classes, task {task} has none.")
+
+    @property
+    def _own(self) -> dict[str, OwnTables]:
+        return {table.name: table for table in self.tables}
 
     def parts(self, name: str) -> list[dict[str, Any]]:
-        """What a recipe has beyond plain training, as records: its methods, and last its procedure."""
+        """Records of what a recipe has beyond plain training: its methods and, last, its procedure."""
         given = self.recipes[name]
-        found = [method_record(m) for m in make_methods(given.get("methods", ()))]
+        records = [method_record(m) for m in make_methods(given.get("methods", ()))]
         procedure = make_procedure(given.get("procedure"))
-        return found if procedure is None else [*found, procedure_record(procedure)]
+        return records if procedure is None else [*records, procedure_record(procedure)]
 
     def recipe(self, name: str) -> Options:
         """The options of a recipe, without seeds."""
-        given = {key: v for key, v in {**self.options, **self.recipes[name]}.items() if key not in PARTS}
-        for key in given:
-            if key not in OPTIONS:
-                raise UsageError(f"recipe {name!r}: unknown option {key!r}.{suggest(key, sorted(OPTIONS))}")
-        found = {
-            key: value(f"recipe {name!r}: {key}", key, OPTIONS[key], v) for key, v in given.items() if v is not None
-        }
-        held_out = 0.1 if found.get("evaluations") else 0.0  # rows are held out for what selects, and only for that
-        return Options.of({"validation_share": held_out, **found})
+        where = f"recipe {name!r}"
+        recipe = {key: v for key, v in self.recipes[name].items() if key not in PARTS}
+        given = {**chosen_options("options", self.options), **chosen_options(where, recipe)}
+        own = {key: v for key, v in given.items() if v is not None}
+        held_out = 0.1 if own.get("evaluations") else 0.0  # rows are held out for what selects, and only for that
+        return Options.of({"validation_share": held_out, **own})
 
     def corruption(self, recipe: Options) -> dict[str, Any]:
         """What is done to the training rows, as it stands in the specification of a run.
@@ -188,55 +244,143 @@ class Study:
         """Every run, seeds outermost: whatever is interrupted has whole rounds of all recipes.
 
         Args:
-            data_root: instead of the study's own.
+            data_root: folder of the benchmark tasks, instead of the study's own.
 
         Raises:
-            UsageError: a model or a data file is not there.
+            UsageError: a model or a data file is not there, or an own table is not right.
         """
         place = data_root or self.data_root
-        if place is None:
+        if place is None and any(name not in self._own for name in self.tasks):
             raise UsageError("give the folder of the benchmark tasks with --data-root DIR, or data_root in the study.")
-        root = Path(expanded(place))
+        root = Path(expanded(place or "."))
         paths = {model: expanded(model.path) for model in self.models}
         models = {model: fingerprint_model(path) for model, path in paths.items()}
-        tasks = {name: fingerprint_files(_files(find(name), root, self.out_of_domain)) for name in self.tasks}
-        found = []
-        for seeds, (model, weights), (task, data), size, name in itertools.product(
-            list(self.draws()), models.items(), tasks.items(), self.train_sizes, self.recipes
+        tasks = [
+            self._own_task(self._own[name]) if name in self._own else self._task(name, root) for name in self.tasks
+        ]
+        trials = []
+        for seeds, (model, weights), task, size, name in itertools.product(
+            list(self.draws()), models.items(), tasks, self.train_sizes, self.recipes
         ):
             recipe = self.recipe(name)
             spec = {
                 "model": {"name": model.name, "fingerprint": weights},
-                "task": {"name": task, "fingerprint": data},
+                "task": task.spec,
                 "recipe": name,
                 "methods": self.parts(name),
-                "options": in_use(recipe, find(task)),
+                "options": in_use(recipe, task.numbers),
                 "train_size": size,
                 "corruption": self.corruption(recipe),
                 "tests": {"out_of_domain": self.out_of_domain, "rows": self.test_rows},
-                "metric": self.metric or find(task).metric,
+                "metric": task.metric,
                 "seeds": seeds,
             }
-            found.append(
+            seen = (
+                ()
+                if task.own
+                else seen_by((model.name, paths[model]), find(task.spec["name"]), self.out_of_domain, model.seen)
+            )
+            trials.append(
                 Trial(
                     spec,
                     paths[model],
                     str(root),
                     tuple(self.recipes[name].get("methods", ())),
                     self.recipes[name].get("procedure"),
-                    seen_by((model.name, paths[model]), find(task), self.out_of_domain, model.seen),
+                    seen,
                     self.keep_models,
+                    task.own,
                 )
             )
-        return found
+        return trials
+
+    def _task(self, name: str, root: Path) -> _Task:
+        task = find(name)
+        hash = fingerprint_files(_files(task, root, self.out_of_domain), DATA_ROOT)
+        return _Task({"name": name, "fingerprint": hash}, self.metric or task.metric, not task.labels)
+
+    def _own_task(self, own: OwnTables) -> _Task:
+        """Read and check the tables; columns and kind that were found are part of the runs' specification."""
+        data, files = own.examine(), own.files()
+        if not data.target.names or data.target.multi:
+            self._check_corruption(own.name)
+        table = data.table
+        assert table is not None
+        spec = {
+            "name": own.name,
+            "fingerprint": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16],
+            "files": files,
+            "kind": data.target.kind,
+            "text": list(table.text or ()),
+            "label": table.label,
+            "group": own.group,
+            **({"folds": own.folds} if own.crossed else {}),
+        }
+        return _Task(spec, headline(self.metric or own.metric, data.target), not data.target.names, own)
 
 
-def in_use(recipe: Options, task: Task) -> dict[str, Any]:
-    """The options of a recipe that decide something of this task; learning raw numbers is none, as it always was."""
-    found = {key: v for key in sorted(OPTIONS) if (v := getattr(recipe, key)) is not None}
-    if task.labels or not recipe.standardize:
-        found.pop("standardize", None)
-    return found
+# What a study file may hold: own tables stand under tasks, and `methods` makes a recipe for each of them.
+KEYS = [*(f.name for f in dataclasses.fields(Study) if f.name != "tables"), "methods", "preset"]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A task as its runs need it.
+
+    Attributes:
+        spec: Its part of a run's specification.
+        metric: Metric of its runs.
+        numbers: Whether its labels are numbers.
+        own: The files, for a user's own tables.
+    """
+
+    spec: dict[str, Any]
+    metric: str
+    numbers: bool
+    own: OwnTables | None = None
+
+
+def _check_entry(where: str, key: str, given: Any) -> None:
+    """Raise unless an entry of a recipe is of the type of its key."""
+    if key in PARTS:
+        checked(PARTS[key], given, lambda path: f"{where}: {key}")
+    else:
+        option(where, key, given)
+
+
+def option(where: str, key: str, given: Any) -> Any:
+    """The value of an option of `Options`.
+
+    Raises:
+        UsageError: there is no such option, or the value is not of its type; ``where`` starts the sentence.
+    """
+    name = ALIASES.get(key, key)
+    if name not in OPTIONS:
+        raise UsageError(f"{where}: unknown option {key!r}.{suggest(key, sorted(OPTIONS))}")
+    return None if given is None else value(f"{where}: {key}", name, OPTIONS[name], given)
+
+
+def chosen_options(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of options by the names of the fields of `Options`.
+
+    Raises:
+        UsageError: as `option`, and for an option that is given under two names.
+    """
+    chosen: dict[str, Any] = {}
+    for key, v in given.items():
+        name = ALIASES.get(key, key)
+        if name in chosen:
+            raise UsageError(f"{where}: {key} and {name} are two names of one option: give one of them.")
+        chosen[name] = option(where, key, v)
+    return chosen
+
+
+def in_use(recipe: Options, numbers: bool) -> dict[str, Any]:
+    """Options that affect a task; `standardize` counts only for numbers and when it is on, so old ids stay valid."""
+    used = {key: v for key in sorted(OPTIONS) if (v := getattr(recipe, key)) is not None}
+    if not numbers or not recipe.standardize:
+        used.pop("standardize", None)
+    return used
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,13 +388,14 @@ class Trial:
     """One run of a study: its specification, and where this machine finds what it needs.
 
     Attributes:
-        spec: all that decides the result.
-        model: directory or hub name.
-        data_root: folder of the tasks' files.
-        methods: as the study writes them.
-        procedure: likewise.
-        seen: benchmark sets the model knew before.
-        keep_model: write the trained model beside the record.
+        spec: Everything that decides the result.
+        model: Directory or hub name of the model.
+        data_root: Folder of the benchmark tasks.
+        methods: Methods as the study writes them.
+        procedure: Procedure as the study writes it.
+        seen: Benchmark sets that the model knew before.
+        keep_model: Whether the trained model is written beside the record.
+        own: Files of a task that is a user's own tables.
     """
 
     spec: dict[str, Any]
@@ -260,6 +405,7 @@ class Trial:
     procedure: str | None = None
     seen: tuple[str, ...] = ()
     keep_model: bool = False
+    own: OwnTables | None = None
 
     @property
     def id(self) -> str:
@@ -304,7 +450,7 @@ def seed_text(seeds: Mapping[str, int]) -> str:
     return "seed " + ",".join(f"{name}:{value}" for name, value in seeds.items())
 
 
-# ---- presets and files ------------------------------------------------------------------------------------------
+# ---- files ------------------------------------------------------------------------------------------------------
 
 
 def presets() -> dict[str, str]:
@@ -331,174 +477,12 @@ def preset(name: str) -> dict[str, Any]:
     return {"name": name, **yaml.safe_load(known[name])}
 
 
-def _settings(file: Path) -> dict[str, Any]:
+def _settings(file: Path) -> Document:
     if not file.is_file():
         raise UsageError(f"{file}: no such study file; presets are {', '.join(presets())}.")
-    return dict(read(file)[0])
-
-
-def expanded(path: str | Path) -> str:
-    """A path with every ``$NAME`` taken from the environment.
-
-    Raises:
-        UsageError: one is not set.
-    """
-    found = os.path.expandvars(path)
-    if unset := re.search(r"\$\{?(\w+)", found):
-        raise UsageError(
-            f"the environment variable {unset[1]} in {str(path)!r} is not set: {unset[1]}=DIR steadytune ..."
-        )
-    return str(found)
-
-
-def fingerprint_model(path: str) -> str:
-    """Hash of a model's config and weights, or the commit of a hub model; 16 hexadecimal digits.
-
-    Raises:
-        UsageError: neither a model directory nor a model of the hub.
-    """
-    folder = Path(path)
-    if folder.is_dir():
-        weights = sorted(file for pattern in WEIGHTS for file in folder.glob(pattern))
-        if not weights or not (folder / "config.json").is_file():
-            raise UsageError(f"model {path!r} has no config.json or no weights: give a Hugging Face model directory.")
-        return fingerprint_files([folder / "config.json", *weights])
-    if path.startswith((".", "/", "~")):
-        raise UsageError(f"model {path!r}: no such directory.")
-    return _hub_commit(path)[:16]
-
-
-def _hub_commit(name: str) -> str:
-    from transformers import AutoConfig
-
-    try:
-        return str(AutoConfig.from_pretrained(name)._commit_hash or name)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"model {name!r}: no such directory, and the hub does not give it: {error}") from error
-
-
-def fingerprint_files(files: Sequence[Path]) -> str:
-    """Hash of the contents, 16 hexadecimal digits.
-
-    Raises:
-        UsageError: a file is not there.
-    """
-    total = hashlib.sha256()
-    for file in files:
-        if not file.is_file():
-            raise UsageError(f"{file}: no such file: give the folder of the benchmark data with --data-root DIR.")
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()[:16]
+    return read(file)
 
 
 def _files(task: Task, root: Path, beyond: bool) -> list[Path]:
     names = [f"{task.name}/{task.train}", *task.tests, *(task.beyond if beyond else ())]
     return [root / f"{name.partition(':')[0]}.parquet" for name in names]
-
-
-# ---- values -----------------------------------------------------------------------------------------------------
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _whole(what: str, value: Any, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UsageError(f"{what} must be a whole number from {least} on, got {value!r}.")
-    return value
-
-
-def _wholes(what: str, value: Any) -> tuple[int | None, ...]:
-    return tuple(None if v is None else _whole(what, v, 1) for v in _listed(value))
-
-
-def _seeds(what: str, value: Any) -> tuple[int, ...]:
-    """A number of seeds, or the seeds themselves."""
-    found = [_whole(what, v, 0) for v in value] if isinstance(value, (list, tuple)) else range(_whole(what, value, 1))
-    if not found or len(set(found)) < len(found):
-        raise UsageError(f"{what} must be different numbers, got {value!r}.")
-    return tuple(found)
-
-
-def _share(what: str, value: Any) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise UsageError(f"{what} must be a share from 0 to 1, got {value!r}.")
-    return float(value)
-
-
-def _truth(what: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise UsageError(f"{what} must be true or false, got {value!r}.")
-    return value
-
-
-def _text(what: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise UsageError(f"{what} must be text, got {value!r}.")
-    return value
-
-
-def _texts(what: str, value: Any) -> tuple[str, ...]:
-    return tuple(_text(what, v) for v in _listed(value))
-
-
-def _mapping(what: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise UsageError(f"{what} must be names with values, as in `lr: 1.0e-4`, got {value!r}.")
-    return dict(value)
-
-
-def _models(what: str, value: Any) -> tuple[Model, ...]:
-    """A path, a list of paths, or name -> path (or ``path`` and ``seen``)."""
-    if not isinstance(value, Mapping):
-        return tuple(Model(Path(path).name, path) for path in _texts(what, value))
-    found = []
-    for name, entry in value.items():
-        about = _mapping(f"{what}.{name}", entry) if isinstance(entry, Mapping) else {"path": entry}
-        for key in about.keys() - {"path", "seen"}:
-            raise UsageError(f"{what}.{name}: unknown key {key!r}.{suggest(key, ['path', 'seen'])}")
-        path = _text(f"{what}.{name}: path", about.get("path"))
-        found.append(Model(str(name), path, _texts(f"{what}.{name}: seen", about.get("seen", []))))
-    return tuple(found)
-
-
-def _recipes(what: str, value: Any) -> dict[str, dict[str, Any]]:
-    found = {}
-    for name, entry in _mapping(what, value).items():
-        about = _mapping(f"{what}.{name}", entry or {})
-        found[name] = {**about, "methods": _texts(f"{what}.{name}: methods", about.get("methods", []))}
-        if "procedure" in about:
-            _text(f"{what}.{name}: procedure", about["procedure"])
-    return found
-
-
-def _factors(what: str, value: Any) -> tuple[str, ...]:
-    for name in _texts(what, value):
-        if name not in SEEDS:
-            raise UsageError(f"{what}: unknown seed {name!r}.{suggest(name, SEEDS)}")
-    return _texts(what, value)
-
-
-def _or_none(parse: Any) -> Any:
-    return lambda what, value: None if value is None else parse(what, value)
-
-
-_PARSERS = {
-    "name": _text,
-    "models": _models,
-    "tasks": _texts,
-    "train_sizes": _wholes,
-    "recipes": _recipes,
-    "options": _mapping,
-    "seeds": _seeds,
-    "factorial": _factors,
-    "out_of_domain": _truth,
-    "test_rows": _or_none(lambda what, value: _whole(what, value, 1)),
-    "label_noise": _share,
-    "imbalance": _or_none(_share),
-    "metric": _or_none(_text),
-    "keep_models": _truth,
-    "data_root": _or_none(_text),
-}

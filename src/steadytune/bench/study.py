@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..data.metrics import SMALLER_IS_BETTER
 from ..errors import UsageError
 from .pool import Engine, Here, Outcome, Pool, cores, slots, visible_gpus
+from .records import FOLDER, read_records
 from .spec import Study, Trial
 from .store import Store, checked
 
@@ -76,7 +77,8 @@ def run_study(
     runs = chosen(planned, filters)
     if workers < 0:
         raise UsageError(f"workers must be 0 (none but this process) or more, got {workers}.")
-    store.begin(study.text(), {run.id: run.title for run in planned})
+    _check_tables(store, planned)
+    store.begin(study.text(store.folder), {run.id: run.title for run in planned})
     if retry_failed:
         for run in runs:
             if store.has(run.id) and _status(store, run) == "failed":
@@ -91,6 +93,29 @@ def run_study(
             if elsewhere == len(missing):
                 time.sleep(PATIENCE)
     return Result(store.folder, shown.counts["done"], shown.counts["failed"])
+
+
+def _check_tables(store: Store, runs: Sequence[Trial]) -> None:
+    """Raise if records of the folder come from own tables of the same name that were others.
+
+    Their scores would stand beside those of the new runs as if they could be compared.
+    """
+    now = {run.spec["task"]["name"]: run for run in runs if run.own is not None}
+    records = read_records(store.folder)[0] if now and (store.folder / FOLDER).is_dir() else []
+    for record in records:
+        then = record["spec"]["task"]
+        run = now.get(then["name"])
+        if run is None or run.spec["task"] == then:
+            continue
+        assert run.own is not None
+        here = run.spec["task"]
+        file = run.own.changed(then.get("files", {}))
+        key = next((key for key in here if key not in ("files", "fingerprint") and here[key] != then.get(key)), "files")
+        what = f"{file} has changed" if file else f"its {key} was {then.get(key)!r} and is {here[key]!r} now"
+        raise UsageError(
+            f"task {then['name']}: {what} since runs in {store.folder} were recorded, so that scores could not be "
+            "compared: choose another --output DIR, or undo the change."
+        )
 
 
 def _engine(workers: int, timeout: float | None) -> Engine:

@@ -149,13 +149,18 @@ def _is_whole(checkpoint: Path) -> bool:
 def same_run(then: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     """Refuse to resume a run under another recipe or on other training rows, and say what differs."""
     now = json.loads(json.dumps(now))
-    differences = list(_differences(then["recipe"], now["recipe"]))
+    differences = list(_differences(_decisive(then["recipe"]), _decisive(now["recipe"])))
     differences += _differences(then["data"]["train"], now["data"]["train"], "training data")
     if differences:
         raise UsageError(
             f"--resume: the run in {folder} was started otherwise: {'; '.join(differences)}. "
             "Give the same options, or start anew with --overwrite."
         )
+
+
+def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what has no effect: how several runs are combined, where there is one."""
+    return {key: value for key, value in recipe.items() if key != "combine" or recipe["runs"] > 1}
 
 
 def _differences(then: Any, now: Any, where: str = "") -> Iterator[str]:

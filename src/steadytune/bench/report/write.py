@@ -570,7 +570,9 @@ def _strips(bench: Bench) -> Iterator[Figures]:
 
 def _curves(bench: Bench) -> Iterator[Figures]:
     cells = bench.cells[(bench.cells["domain"] == "in") & (bench.cells["n"] > 0) & bench.cells["size"].notna()]
-    cells = cells.assign(corruption=cells["setting"].str.partition(", ")[2])  # what follows the number of rows
+    cells = cells.assign(
+        corruption=[text.partition(", ")[2] for text in cells["setting"]]
+    )  # what follows the number of rows
     panels = []
     for (*names, metric), part in tables.parts(cells, ["model", "task", "corruption", "metric"]):
         if part["size"].nunique() > 1:

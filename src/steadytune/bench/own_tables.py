@@ -1,0 +1,136 @@
+"""Tasks of a study that are a user's own tables: files, columns, and cross-validation where there is no test file.
+
+Rows and labels come through the same functions as in `fit`. No torch here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+
+from ..config import Rule, Text
+from ..data.guards import inspect, raise_errors
+from ..data.prepare import Data, prepare
+from ..data.splits import folds
+from ..data.tables import Kind, Table
+from .places import expanded, fingerprint_files
+
+FOLD = "fold"  # column that tells which rows of a table a run trains on and which it is tested on
+
+
+@dataclass(frozen=True)
+class OwnTables:
+    """Files of one task, and their columns.
+
+    Attributes:
+        name: Name of the task in records and reports.
+        train: File with the training rows: CSV, TSV, JSON lines or Parquet.
+        test: Test files from the same source as the training rows, by name. Without test files the task is scored by
+            cross-validation.
+        out_of_domain: Test files from other sources, by name.
+        text: The text column, or two for pairs; found by name or content if not given.
+        label: The label column; found likewise.
+        group: Column whose equal values keep rows in one fold.
+        kind: Kind of task; decided from the labels by default.
+        metric: Metric of the task; by default the first of its kind.
+        folds: Number of folds of the cross-validation. The run with seed s holds out fold ``s % folds`` of the cut
+            number ``s // folds``, so that every block of ``folds`` seeds predicts every row once.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    name: Text
+    train: Text
+    test: Mapping[str, Text] = field(default_factory=dict)
+    out_of_domain: Mapping[str, Text] = field(default_factory=dict)
+    text: tuple[Text, ...] | None = None
+    label: Text | None = None
+    group: Text | None = None
+    kind: Kind = "auto"
+    metric: Text | None = None
+    folds: Annotated[int, Rule("a whole number from 2 on", ge=2)] = 5
+
+    @property
+    def tests(self) -> dict[str, str]:
+        """All test files by name."""
+        return {**self.test, **self.out_of_domain}
+
+    @property
+    def crossed(self) -> bool:
+        """Whether the task is scored by cross-validation."""
+        return not self.test
+
+    def at(self, folder: Path) -> OwnTables:
+        """The same files, with relative paths taken from a folder."""
+
+        def absolute(file: str) -> str:
+            return file if file.startswith("$") else os.path.abspath(folder / file)
+
+        return self._moved(absolute)
+
+    def seen_from(self, folder: Path) -> OwnTables:
+        """The same files, with paths relative to a folder."""
+        return self._moved(lambda file: file if file.startswith("$") else os.path.relpath(file, folder))
+
+    def _moved(self, move: Callable[[str], str]) -> OwnTables:
+        tests, others = (
+            {name: move(file) for name, file in files.items()} for files in (self.test, self.out_of_domain)
+        )
+        return dataclasses.replace(self, train=move(self.train), test=tests, out_of_domain=others)
+
+    def read(self) -> tuple[Table, dict[str, Table]]:
+        """Training table and test tables, with the columns that are given.
+
+        Raises:
+            UsageError: a file cannot be read.
+        """
+        train = Table.of(expanded(self.train), self.text, self.label, "train", self.kind, self.group)
+        tests = {name: Table.of(expanded(file), self.text, self.label, name) for name, file in self.tests.items()}
+        return train, tests
+
+    def examine(self) -> Data:
+        """All rows, checked as `fit` checks them before it trains.
+
+        Raises:
+            UsageError: anything that is wrong with the tables, and too few rows for the folds.
+        """
+        train, tests = self.read()
+        data = prepare(train, tests, validation_share=0.0)
+        raise_errors(inspect(data))
+        if self.crossed:
+            folds(data.train, data.target, self.folds, 0)
+        return data
+
+    def files(self) -> dict[str, str]:
+        """Hash of every file by name: ``train``, and the names of the tests."""
+        return {name: fingerprint_files([Path(expanded(file))]) for name, file in self._named()}
+
+    def _named(self) -> Iterable[tuple[str, str]]:
+        return {"train": self.train, **self.tests}.items()
+
+    def changed(self, files: Mapping[str, str]) -> str | None:
+        """The first file whose contents are no longer those of the hashes; None if all are."""
+        now = self.files()
+        return next((file for name, file in self._named() if name in files and now[name] != files[name]), None)
+
+    def cut(self, number: int) -> tuple[Table, str]:
+        """The training table with a column that marks the rows of one fold as test rows, and the column's name.
+
+        Args:
+            number: of the run: fold ``number % folds`` of the cut ``number // folds``.
+        """
+        table, _ = self.read()
+        data = prepare(table, {}, validation_share=0.0)
+        _, held_out = folds(data.train, data.target, self.folds, number // self.folds)[number % self.folds]
+        marks = np.full(len(table.frame), "train", dtype=object)
+        marks[data.train.index[held_out]] = "test"
+        column = FOLD
+        while column in table.frame.columns:
+            column += "_"
+        return dataclasses.replace(table, frame=table.frame.assign(**{column: marks})), column

@@ -1,0 +1,244 @@
+"""Studies on a user's own tables: files and columns, test files by name, cross-validation, files that change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from bench_helpers import comparable, records
+from fit_helpers import save_tiny_bert, toy
+from steadytune import cli
+from steadytune.bench.report.write import write_report
+from steadytune.bench.run import make_plan
+from steadytune.bench.spec import Study
+from steadytune.bench.study import run_study
+from steadytune.errors import UsageError
+
+STUDY = """\
+name: mine
+models: {{tiny: bert}}
+tasks:
+  reviews: {about}
+seeds: 6
+options: {{steps: 4, batch_size: 8, lr: 1e-3}}
+recipes:
+  plain: {{}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A study folder with a model, 30 rows, two test files of 12, and 12 numbers."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny_bert(tmp_path / "bert")
+    (tmp_path / "tables").mkdir()
+    for name, start, size in (("reviews", 0, 30), ("later", 100, 12), ("far", 200, 12)):
+        frame = toy(size, start=start).rename(columns={"text": "review", "label": "stars"})
+        frame.assign(shop=[i // 2 for i in range(size)]).to_csv(tmp_path / "tables" / f"{name}.csv", index=False)
+    return tmp_path
+
+
+def study(about: str, **changes) -> Study:
+    Path("tables/study.yaml").write_text(STUDY.format(about=about))
+    return Study.read("tables/study.yaml", **changes)
+
+
+CROSSED = "{train: reviews.csv, text: review, label: stars, folds: 3}"
+TESTED = "{train: reviews.csv, text: review, label: stars, test: {later: later.csv}, out_of_domain: {far: far.csv}}"
+
+
+def test_every_row_is_predicted_once_a_round_by_a_run_that_did_not_train_on_it(folder):
+    found = study(CROSSED)
+    run_study(found, "out", workers=0, progress=False)
+    frames = {
+        record["spec"]["seeds"]["subset"]: pd.read_parquet(f"out/predictions/{id}.parquet")
+        for id, record in records(Path("out")).items()
+    }
+    assert sorted(frames) == [0, 1, 2, 3, 4, 5]
+    rows = pd.read_csv("tables/reviews.csv")
+    rounds = [pd.concat([frames[seed] for seed in seeds]) for seeds in ((0, 1, 2), (3, 4, 5))]
+    for predicted in rounds:
+        assert sorted(predicted["row"]) == list(range(30))
+        assert (predicted["label"].to_numpy() == rows["stars"].to_numpy()[predicted["row"]]).all()
+    assert set(frames[0]["row"]) != set(frames[3]["row"]), "the second round cuts otherwise"
+    for run in found.runs():
+        data = make_plan(run).data
+        assert not set(data.train.index) & set(data.tests["test"].index)
+        assert len(data.train) + len(data.tests["test"]) == 30
+    (about,) = {json.dumps(r["sets"]["test"]["domain"]) for r in records(Path("out")).values()}
+    assert about == '"in"'
+
+
+def test_folds_are_the_same_for_every_recipe_and_keep_groups_together(folder):
+    found = study("{train: reviews.csv, text: review, label: stars, group: shop, folds: 3}", seeds=3)
+    shops = pd.read_csv("tables/reviews.csv")["shop"]
+    for run in found.runs():
+        data = make_plan(run).data
+        assert not set(shops[data.train.index]) & set(shops[data.tests["test"].index])
+    both = Study.of({**plain(found), "recipes": {"plain": {}, "mixout": {"methods": ["mixout"]}}})
+    drawn = {(r.spec["recipe"], r.spec["seeds"]["data"]): list(make_plan(r).data.train.index) for r in both.runs()}
+    assert all(drawn["plain", seed] == drawn["mixout", seed] for seed in range(3))
+
+
+def plain(found: Study) -> dict:
+    """What a study file would say."""
+    import yaml
+
+    return yaml.safe_load(found.text())
+
+
+def test_a_subset_and_the_rows_that_select_come_from_the_training_folds(folder):
+    found = study(CROSSED, seeds=3, train_sizes=[10])
+    found = Study.of({**plain(found), "recipes": {"best": {"evaluations": 1, "validation_share": 0.3}}})
+    for run in found.runs():
+        data = make_plan(run).data
+        sides = [set(rows.index) for rows in (data.train, data.tests["validation"], data.tests["test"])]
+        assert [len(side) for side in sides] == [7, 3, 10]
+        assert len(set.union(*sides)) == 20
+
+
+def test_test_files_have_names_and_domains(folder):
+    found = study(TESTED, seeds=2)
+    run_study(found, "out", workers=0, progress=False)
+    for record in records(Path("out")).values():
+        assert record["training"]["rows"] == 30
+        assert {name: (s["domain"], s["rows"]) for name, s in record["sets"].items()} == {
+            "later": ("in", 12),
+            "far": ("out", 12),
+        }
+        assert record["sets"]["later"]["baseline"] == pytest.approx(8 / 12)
+    page = write_report("out").read_text()
+    assert "reviews" in page
+    assert "far" in page
+
+
+def test_columns_and_kind_are_found_as_in_fit_and_stand_in_the_record(folder):
+    toy(20).drop(columns="score").to_csv("tables/plain.csv", index=False)
+    (run, *_) = study("plain.csv").runs()
+    task = run.spec["task"]
+    assert (task["text"], task["label"], task["kind"], task["folds"]) == (["text"], "label", "classification", 5)
+    assert run.spec["metric"] == "accuracy"
+    toy(20).drop(columns="label").to_csv("tables/numbers.csv", index=False)
+    (run, *_) = study("{train: numbers.csv, label: score}").runs()
+    assert (run.spec["task"]["kind"], run.spec["metric"]) == ("regression", "pearson")
+    assert run.spec["options"]["standardize"] is True
+
+
+def test_several_labels_have_records_too(folder):
+    labels = [["up", "new"] if i % 3 else ["down"] for i in range(24)]
+    toy(24).assign(label=[json.dumps(row) for row in labels]).drop(columns="score").to_csv("tables/sets.csv")
+    run_study(study("{train: sets.csv, text: text, label: label, folds: 2}", seeds=2), "out", workers=0, progress=False)
+    scores = [record["sets"]["test"] for record in records(Path("out")).values()]
+    assert [s["baseline"] for s in scores] == [None, None]
+    assert all(0 <= s["f1_micro"] <= 1 for s in scores)
+
+
+def test_benchmark_tasks_and_own_tables_stand_in_one_study(folder):
+    Path("tables/study.yaml").write_text(
+        "models: {tiny: bert}\ntasks: {sst2: null, reviews: reviews.csv}\nseeds: 1\nrecipes: {plain: {}}\n"
+    )
+    found = Study.read("tables/study.yaml")
+    assert found.tasks == ("sst2", "reviews")
+    with pytest.raises(UsageError, match="--data-root DIR"):
+        found.runs()
+
+
+def test_the_study_in_the_folder_of_its_records_reads_the_same_files(folder):
+    found = study(TESTED, seeds=1)
+    run_study(found, "deep/er/out", workers=0, progress=False)
+    again = Study.read("deep/er/out/study.yaml")
+    assert [run.id for run in again.runs()] == [run.id for run in found.runs()]
+    assert str(folder) not in Path("deep/er/out/study.yaml").read_text()
+
+
+def test_a_run_is_named_by_the_contents_and_columns_of_its_tables_and_not_by_their_place(folder):
+    (before,) = (run.id for run in study(TESTED, seeds=1).runs())
+    Path("tables").rename("elsewhere")
+    (moved,) = (run.id for run in Study.read("elsewhere/study.yaml", seeds=1).runs())
+    assert moved == before
+    Path("elsewhere").rename("tables")
+    for change in (TESTED.replace("}}", "}, group: shop}"), TESTED.replace("later: later", "soon: later")):
+        assert study(change, seeds=1).runs()[0].id != before
+
+
+@pytest.mark.parametrize(
+    ("file", "about"),
+    [("later.csv", TESTED), ("reviews.csv", CROSSED)],
+    ids=["test", "train"],
+)
+def test_a_file_that_changed_after_records_were_made_is_named(folder, file, about):
+    run_study(study(about, seeds=1), "out", workers=0, progress=False)
+    before = comparable(Path("out"))
+    with Path("tables", file).open("a") as stream:
+        stream.write("good plot film,up,1.5,99\n")
+    with pytest.raises(UsageError, match=rf"task reviews: .*{file} has changed since runs in out were recorded"):
+        run_study(study(about, seeds=2), "out", workers=0, progress=False)
+    assert comparable(Path("out")) == before
+
+
+def test_other_columns_or_folds_under_the_same_name_are_refused(folder):
+    run_study(study(CROSSED, seeds=1), "out", workers=0, progress=False)
+    with pytest.raises(UsageError, match="task reviews: its folds was 3 and is 2 now since runs in out were recorded"):
+        run_study(study(CROSSED.replace("3", "2"), seeds=1), "out", workers=0, progress=False)
+
+
+def test_a_file_that_changes_while_the_study_runs_fails_the_run(folder):
+    (run,) = study(TESTED, seeds=1).runs()
+    with Path("tables/far.csv").open("a") as stream:
+        stream.write("good plot film,up,1.5,99\n")
+    with pytest.raises(UsageError, match=r"far\.csv was changed after the study had begun"):
+        make_plan(run)
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ("{text: review}", "study.yaml, line 4: tasks.reviews.train is missing."),
+        ("{train: reviews.csv, lable: stars}", "line 4: tasks.reviews: unknown key 'lable'. Did you mean 'label'"),
+        ("{train: 7}", "line 4: tasks.reviews.train must be text, got 7: put it in quotes."),
+        ("{train: reviews.csv, folds: 1}", "tasks.reviews.folds must be a whole number from 2 on, got 1."),
+        ("{train: reviews.csv, kind: classes}", "tasks.reviews.kind must be one of auto, classification, multilabel, "),
+        ("{train: reviews.csv, test: {a: 3}}", "tasks.reviews.test.a must be text, got 3"),
+        ("{train: gone.csv}", "gone.csv: no such file"),
+        ("{train: reviews.csv, text: review, label: star}", "no column 'star'. Did you mean 'stars'"),
+        ("{train: reviews.csv, text: review, label: stars, folds: 90}", "folds must lie between 2 and 30"),
+        ("{train: reviews.csv, text: review, label: stars, test: {train: later.csv}}", "cannot be called 'train'"),
+        ("{train: reviews.csv, text: review, label: stars, metric: f2}", "unknown metric 'f2' for classification"),
+        ("{train: $NOWHERE/a.csv}", "the environment variable NOWHERE"),
+    ],
+)
+def test_mistakes_in_own_tables_are_named_before_anything_runs(folder, about, message):
+    with pytest.raises(UsageError) as error:
+        run_study(study(about), "out", workers=0, progress=False)
+    assert message in str(error.value)
+    assert not Path("out").exists()
+
+
+def test_label_noise_needs_classes(folder):
+    toy(20).drop(columns="label").to_csv("tables/numbers.csv", index=False)
+    with pytest.raises(UsageError, match="label_noise and imbalance need classes, task reviews has none"):
+        study("{train: numbers.csv, label: score}", label_noise=0.1).runs()
+
+
+def test_a_benchmark_name_is_taken(folder):
+    Path("tables/study.yaml").write_text(
+        "models: {tiny: bert}\ntasks:\n  sst2: reviews.csv\nseeds: 1\nrecipes: {plain: {}}\n"
+    )
+    with pytest.raises(UsageError, match=r"line 3: sst2 is a benchmark task: call your own table otherwise"):
+        Study.read("tables/study.yaml")
+
+
+def test_the_verb_takes_own_tables_without_a_data_root(folder):
+    study(CROSSED)
+    done = CliRunner().invoke(
+        cli.app, ["bench", "tables/study.yaml", "--workers", "0", "--seeds", "1"], env={"COLUMNS": "200"}
+    )
+    assert (done.exit_code, done.stdout) == (0, "1 runs done, 0 failed: runs/mine\n"), done.output
+    (record,) = records(Path("runs/mine")).values()
+    assert record["sets"]["test"]["rows"] == 10
+    assert np.isfinite(record["sets"]["test"]["accuracy"])
