@@ -5,18 +5,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+SHOWN = 20  # names in a message
+
 
 class UsageError(ValueError):
     """What the user asked for cannot be done; the message says what, why, and what to do instead."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """The tail of every 'unknown name' message: the nearest known name, then all of them."""
-    names = [str(known_name) for known_name in known]
+    """The tail of every 'unknown name' message: the nearest known name, then the others, twenty at most."""
+    names = [one_line(known_name, 60) for known_name in known]
     near = difflib.get_close_matches(name, names, n=1)
-    return (f" Did you mean {near[0]!r}?" if near else "") + f" Known: {', '.join(names) or 'none'}."
+    more = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
+    return (f" Did you mean {near[0]!r}?" if near else "") + f" Known: {', '.join(names[:SHOWN]) or 'none'}{more}."
 
 
-def one_line(error: BaseException) -> str:
-    """A library's message, fit to stand inside ours."""
-    return " ".join(str(error).split())
+def one_line(said: object, longest: int = 500) -> str:
+    """A library's message or a user's value, fit to stand inside our message: one line of limited length."""
+    line = " ".join(str(said).split())
+    return line if len(line) <= longest else line[: longest - 3] + "..."

@@ -419,7 +419,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, bert, stop_at, k
 
 def test_a_crash_after_training_costs_no_training(tmp_path, bert, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(fitted.FittedModel, "judge", lambda *args, **options: 1 / 0)
+        patch.setattr("steadytune.fitting.main.evaluate", lambda *args, **options: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             fit(toy(30), model=bert, output=tmp_path / "o", **QUICK)
     assert last_checkpoint(tmp_path / "o" / "checkpoints" / "training").name == "checkpoint-12"

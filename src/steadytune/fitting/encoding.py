@@ -10,6 +10,7 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from ..data.tables import Target
+from ..errors import UsageError
 
 
 def tokenise(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> list[dict[str, Any]]:
@@ -29,6 +30,22 @@ def token_counts(
     if len(full):
         counts[full] = [len(f["input_ids"]) for f in tokenise(rows.iloc[full], tokenizer, None)]
     return counts.tolist()
+
+
+def check_vocabulary(features: Sequence[dict[str, Any]], model: Any, what: str, index: Any) -> None:
+    """Every token must have a row in the model's table of embeddings.
+
+    Raises:
+        UsageError: a token has none; the message names the first row with it.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    largest = [max(feature["input_ids"], default=0) for feature in features]
+    if max(largest, default=0) >= rows:
+        first = next(i for i, token in enumerate(largest) if token >= rows)
+        raise UsageError(
+            f"{what} row {index[first]} holds token {largest[first]}, and the model has embeddings for {rows} tokens: "
+            "give the tokenizer that belongs to the model, or resize its embeddings with resize_token_embeddings."
+        )
 
 
 def unknown_share(features: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> float:

@@ -15,14 +15,16 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.guards import truncated
 from ..data.metrics import score
 from ..data.tables import Table, Target, examples
 from ..data.targets import encode
 from ..errors import UsageError, one_line
-from .encoding import decide, tokenise
+from .encoding import check_vocabulary, decide, token_counts, tokenise
 from .folder import MEMBERS, RECORD
 from .peft_models import read_model, write_model
-from .pretrained import Pretrained, quiet
+from .pretrained import Pretrained, agree, quiet
+from .randomness import as_found
 from .training import device
 
 logger = logging.getLogger("steadytune")
@@ -58,6 +60,7 @@ class FittedModel:
         self.text, self.label, self.max_length, self.bf16 = tuple(text), label, max_length, bf16
 
     @classmethod
+    @as_found()
     def load(cls, folder: str | Path) -> FittedModel:
         """Read what `fit` wrote.
 
@@ -76,6 +79,8 @@ class FittedModel:
                 loaded.append(read_model(member, lambda: Pretrained.open(recipe["model"], target).load(0)))
         except Exception as error:  # damaged files raise what their parsers raise
             raise UsageError(f"{folder}: the model cannot be loaded: {one_line(error)[:500]}") from error
+        for model in loaded:  # of an ensemble or not: padding and special tokens as in training
+            agree(model.config, tokenizer, model, str(folder))
         return cls(
             [model.to(device()).eval() for model in loaded],
             tokenizer,
@@ -98,12 +103,23 @@ class FittedModel:
         Raises:
             UsageError: a table without those columns, empty texts, or outputs that are no numbers.
         """
-        return self._scores(self._texts(rows), progress)
+        frame = self._texts(rows)
+        self._look_at(frame)
+        return self._scores(frame, progress)
 
     def _scores(self, frame: pd.DataFrame, progress: bool) -> np.ndarray:
         features = tokenise(frame, self.tokenizer, self.max_length)
         found = [self._activated(logits(m, self.tokenizer, features, self.bf16, progress)) for m in self.models]
         return np.mean(found, axis=0)
+
+    def _look_at(self, frame: pd.DataFrame) -> None:
+        """Refuse tokens that the model does not have; say how many texts are longer than it reads."""
+        features = tokenise(frame, self.tokenizer, self.max_length)
+        check_vocabulary(features, self.models[0], "given", frame.index)
+        counts = token_counts(frame, features, self.tokenizer, self.max_length)
+        cut = truncated(counts, self.max_length, "the given rows")
+        if cut is not None:
+            logger.warning("%s", cut.message)
 
     def _activated(self, outputs: np.ndarray) -> np.ndarray:
         if self.target.kind == "regression":
@@ -138,7 +154,9 @@ class FittedModel:
             merge: class name to the coarser name it is reported under.
             progress: show a bar.
         """
-        return self._report(self._texts(rows), merge or {}, progress)
+        frame = self._texts(rows)
+        self._look_at(frame)
+        return self._report(frame, merge or {}, progress)
 
     def _report(self, frame: pd.DataFrame, merge: Mapping[str, str], progress: bool) -> pd.DataFrame:
         scores = self._scores(frame, progress)
@@ -156,6 +174,7 @@ class FittedModel:
         """
         table = Table.of(rows, self.text, self.label, "given")
         checked = encode(examples(table), table, self.target)
+        self._look_at(checked)
         return self.judge(checked, table.merge)[1]
 
     def judge(

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.guards import truncated
 from ..data.metrics import SMALLER_IS_BETTER
 from ..errors import UsageError
 from ..files.atomic import write_json
 from .folder import RECORD, Output, same_run
 from .plan import Plan, evaluate, fitted_model, fold_jobs, make_plan, make_setup, open_model, runs
+from .randomness import as_found
 from .record import FitResult, _record, _write, upload
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ def fit(
     folder = Output(output)
     previous = folder.check(resume, overwrite)
     plan = make_plan(train, **wanted)
-    result = _run(plan, folder, previous)
+    with as_found():
+        result = _run(plan, folder, previous)
     if push_to_hub is not None:
         upload(folder.path, push_to_hub)
     return result
@@ -123,8 +124,9 @@ def dry_run(
     plan = make_plan(train, **wanted)
     if plan.procedure is not None:
         raise UsageError("a dry run measures one training, a procedure is several: leave --dry-run or it out.")
-    pretrained = open_model(plan)
-    return estimate(lambda checkpoints: make_setup(plan, pretrained, checkpoints), runs(plan), plan)
+    with as_found():
+        pretrained = open_model(plan)
+        return estimate(lambda checkpoints: make_setup(plan, pretrained, checkpoints), runs(plan), plan)
 
 
 # ---- running ----------------------------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ def dry_run(
 
 def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResult:
     """Load, train, evaluate, write; everything about the data has been checked."""
-    from .peft_models import check_adapted
+    from .rehearsal import rehearse
     from .scale import check_scale
 
     pretrained = open_model(plan)
@@ -153,11 +155,10 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
             check_scale(trainer.model, features[0], "calibrate")
         if setup.target.scaled:
             check_scale(trainer.model, features[0], "standardize")
-        if plan.options.peft is not None:
-            check_adapted(trainer.model, plan.options.peft, features, pretrained.tokenizer)
         assert trainer.run is not None
         logger.info("%s", trainer.run.describe())
-        _announce(plan, pretrained, features)
+        _announce(plan)
+        rehearse(plan, pretrained, trainer.model, record)
         folder.sweep()
         if previous is None:
             folder.clear()
@@ -272,10 +273,8 @@ def spread(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 # ---- records ----------------------------------------------------------------------------------------------------
 
 
-def _announce(plan: Plan, pretrained: Pretrained, features: Any) -> None:
-    """Say what is about to happen, and what in the data may surprise."""
-    from .encoding import token_counts
-
+def _announce(plan: Plan) -> None:
+    """Say what is about to happen."""
     data, rows_per_step = plan.data, plan.options.batch_size * plan.options.accumulation
     sizes = ", ".join(f"{name} {len(rows)}" for name, rows in data.tests.items()) or "no test set"
     logger.info("%s, %d training rows (%s)", data.target.kind, len(data.train), sizes)
@@ -283,7 +282,3 @@ def _announce(plan: Plan, pretrained: Pretrained, features: Any) -> None:
     times = f", {plan.num_seeds} runs" if plan.num_seeds > 1 else ""
     times += f" after {plan.folds} folds" if plan.refit else ""
     logger.info("%d steps of %d rows (%.1f epochs)%s", plan.steps, rows_per_step, epochs, times)
-    counts = token_counts(data.train, features, pretrained.tokenizer, pretrained.max_length)
-    cut = truncated(counts, pretrained.max_length, "the training rows", list(data.train.index))
-    if cut:
-        logger.warning("%s", cut.message)

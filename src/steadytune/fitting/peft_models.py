@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,52 +67,19 @@ def adapted(model: PreTrainedModel, lora: bool | None, kind: str | None = None) 
         config = configs[kind](task_type=peft.TaskType.SEQ_CLS, modules_to_save=heads, **settings[kind])
         found: Any = peft.get_peft_model(model, config)
     except (ValueError, KeyError, AttributeError) as error:
-        raise _unfit(model, kind, error) from error
+        raise unfit(model, kind, one_line(error)[:300]) from error
     trained = sum(p.numel() for p in found.parameters() if p.requires_grad)
     logger.info("PEFT's %s: %d weights are trained instead of %d", kind, trained, size)
     return found
 
 
-def _unfit(model: nn.Module, kind: str, error: Exception) -> UsageError:
-    config: Any = model.config
+def unfit(model: Any, kind: str | None, why: str) -> UsageError:
+    """The error of a model that does not work with adapters of this kind, or, without a kind, with such long rows."""
+    if kind is None:
+        return UsageError(f"a {model.config.model_type} model fails on the longest row ({why}): lower max_length.")
     return UsageError(
-        f"peft={kind!r} does not work with a {config.model_type} model: {one_line(error)[:300]} Use lora, or leave it "
-        "out."
+        f"peft={kind!r} does not work with a {model.config.model_type} model: {why} Use lora, or leave it out."
     )
-
-
-def check_adapted(model: Any, kind: str, features: Sequence[dict[str, Any]], tokenizer: Any) -> None:
-    """Try a model with adapters on its longest row, and its shortest alone and padded.
-
-    Args:
-        model: as it will be trained.
-        kind: of its adapters.
-        features: tokenised rows.
-        tokenizer: theirs.
-
-    Raises:
-        UsageError: the model fails (a prompt that exceeds its positions, no past keys for a prefix), or its outputs
-            change with padding: decoders find their last token by the token numbers, which a prompt hides from them.
-    """
-    rows = sorted(({k: v for k, v in f.items() if k != "labels"} for f in features), key=lambda f: len(f["input_ids"]))
-    shortest, longest = (len(rows[i]["input_ids"]) for i in (0, -1))
-    training = model.training
-    model.eval()
-
-    def outputs(row: dict[str, Any], length: int) -> torch.Tensor:
-        batch = tokenizer.pad([row], padding="max_length", max_length=length, return_tensors="pt")
-        with torch.inference_mode():
-            return model(**batch.to(model.device)).logits
-
-    try:
-        outputs(rows[-1], longest)
-        alone, beside = outputs(rows[0], shortest), outputs(rows[0], min(shortest + 3, longest))
-    except (ValueError, TypeError, IndexError, RuntimeError) as error:
-        raise _unfit(model, kind, error) from error
-    finally:
-        model.train(training)
-    if not torch.allclose(alone, beside, rtol=1e-3, atol=1e-4):
-        raise _unfit(model, kind, ValueError("its outputs change with the padding beside a row."))
 
 
 def merged(model: nn.Module) -> PreTrainedModel:
@@ -139,4 +106,10 @@ def read_model(folder: str | Path, base: Callable[[], PreTrainedModel]) -> nn.Mo
             from peft import PeftModel
 
             return PeftModel.from_pretrained(base(), folder)
-        return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:4])
+        raise UsageError(f"{folder} does not hold all weights of its model (missing: {missing}).")
+    return model

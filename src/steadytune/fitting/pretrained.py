@@ -7,12 +7,13 @@ import copy
 import functools
 import logging
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -23,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as hub_logging
 
+from ..core.anatomy import anatomy
 from ..data.tables import Target
 from ..errors import UsageError, one_line
 from .scale import output_layer, rescale
@@ -30,6 +32,7 @@ from .scale import output_layer, rescale
 logger = logging.getLogger("steadytune")
 
 MAX_LENGTH = 128
+SHOWN = 4  # names of weights in a message
 PROBLEMS = {"classification": "single_label_classification", "multilabel": "multi_label_classification"}
 
 
@@ -55,9 +58,10 @@ class Pretrained:
     Attributes:
         name: directory or hub name.
         config: with a head for the target and the dropout wanted.
-        tokenizer: with a padding token.
+        tokenizer: with a padding token; it agrees with the config (see `agree`).
         max_length: tokens per row.
         dropout: the settings in force.
+        classes: class names of the head in the checkpoint, in its order.
     """
 
     name: str
@@ -65,6 +69,8 @@ class Pretrained:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     dropout: dict[str, float]
+    classes: tuple[str, ...] = ()
+    _said: set[str] = field(default_factory=set)
 
     @classmethod
     def open(
@@ -80,24 +86,30 @@ class Pretrained:
         if Path(name).is_dir() and not Path(name, "config.json").is_file():
             raise UsageError(f"model {name!r} is a directory without config.json: give a Hugging Face model directory.")
         with quiet(), _loading(name):
+            before = AutoConfig.from_pretrained(name)
             config = AutoConfig.from_pretrained(name, **head_options(target))
             tokenizer = AutoTokenizer.from_pretrained(name)
-        in_force = set_dropout(config, dropout)
-        _set_pad(config, tokenizer, name)
-        return cls(name, config, tokenizer, token_limit(max_length, config, tokenizer), in_force)
+            in_force = set_dropout(config, dropout)
+            skeleton = _skeleton(config)
+        agree(config, tokenizer, skeleton, name)
+        length = token_limit(max_length, config, tokenizer, skeleton)
+        classes = tuple(str(before.id2label[i]) for i in range(before.num_labels))
+        return cls(name, config, tokenizer, length, in_force, classes)
 
     @functools.cached_property
     def bias(self) -> bool:
         """Whether the output layer has one."""
-        with torch.device("meta"):  # no weights
-            layer = output_layer(AutoModelForSequenceClassification.from_config(copy.deepcopy(self.config)), "bias")
-        return layer.bias is not None
+        return output_layer(_skeleton(self.config), "bias").bias is not None
 
     def load(self, seed: int, target: Target | None = None) -> PreTrainedModel:
         """The model in float32, new weights drawn with ``seed``; a head that is not new goes to the target's scale.
 
         Whatever the checkpoint's precision, the weights that AdamW moves are float32: at 2e-5 bfloat16 rounds most
-        updates to nothing.
+        updates to nothing. The head of a checkpoint is kept where its classes have the same names (its rows are put
+        in the order of the new classes), and drawn anew where they have others; either is logged.
+
+        Raises:
+            UsageError: weights of the body are not in the checkpoint: they would be drawn at random.
         """
         with quiet(), _loading(self.name):
             set_seed(seed)
@@ -108,14 +120,110 @@ class Pretrained:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+        mismatched = {key for key, *_ in info["mismatched_keys"]}
+        new = sorted({*info["missing_keys"], *mismatched})
+        self._check_body(model, info["missing_keys"], mismatched, info["unexpected_keys"])
         if new:
-            logger.info("new weights, drawn with seed %d: %s", seed, ", ".join(new))
-        if target is not None and target.scaled:
-            layer = output_layer(model, "standardize")
-            if not any(model.get_parameter(name) is layer.weight for name in new):
+            self._say(f"new weights, drawn with seed {seed}: {', '.join(new)}")
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
+        if layers and not any(model.get_parameter(name) is layers[-1].weight for name in new):
+            self._take_over(model, layers[-1], seed)
+            if target is not None and target.scaled:
                 rescale(model, 1 / target.spread, -target.mean / target.spread, "standardize")
         return model
+
+    def _check_body(
+        self, model: PreTrainedModel, missing: Collection[str], mismatched: Collection[str], unused: Collection[str]
+    ) -> None:
+        """Only a head may be new, or a pooler that the checkpoint has under no name; only a head may change its size.
+
+        Raises:
+            UsageError: another weight is new.
+        """
+        heads = {name for name, part in anatomy(model).items() if part.head}
+
+        def may_be_new(name: str) -> bool:
+            pooler = ".pooler." in f".{name}" and not any(key.endswith(_tail(name)) for key in unused)
+            return pooler or name in heads or name not in dict(model.named_parameters())
+
+        output = {name for name in heads if model.get_parameter(name).shape[:1] == (model.config.num_labels,)}
+        lost = sorted({n for n in missing if not may_be_new(n)} | {n for n in mismatched if n not in output})
+        if not lost:
+            return
+        count = len(dict(model.named_parameters()))
+        said = f"model {self.name!r}: {len(lost)} of its {count} weights would be drawn at random, as the checkpoint "
+        if all(name in mismatched for name in lost):
+            said += f"holds them in other sizes than config.json says ({_some(lost)})"
+            raise UsageError(f"{said}: give the config.json that belongs to the weights.")
+        said += f"does not hold them ({_some(lost)})"
+        if unused:
+            said += f" but holds weights of other names ({_some(sorted(unused))})"
+        raise UsageError(f"{said}: save the model without its wrapper, under the names of transformers.")
+
+    def _take_over(self, model: PreTrainedModel, layer: nn.Linear, seed: int) -> None:
+        """Give the head of a checkpoint the new classes: its rows in their order, or drawn anew for other classes."""
+        config: Any = model.config
+        names = [str(config.id2label[i]) for i in range(config.num_labels)]
+        if config.problem_type == "regression":
+            return self._say("the head of the checkpoint is kept: it goes on predicting a number")
+        order = matching(self.classes, names)
+        if order is None:
+            _draw_anew(model, layer, seed)
+            return self._say(
+                f"the head of the checkpoint is for other classes ({_some(self.classes)}): its output layer is drawn "
+                f"anew for {_some(names)}",
+                logging.WARNING,
+            )
+        with torch.no_grad():
+            layer.weight.copy_(layer.weight[order].clone())
+            if layer.bias is not None:
+                layer.bias.copy_(layer.bias[order].clone())
+        moved = "" if order == sorted(order) else ", its rows put in their order"
+        self._say(f"the head of the checkpoint is kept for the classes {_some(names)}{moved}")
+
+    def _say(self, message: str, level: int = logging.INFO) -> None:
+        """Log a message once, however often the model is loaded."""
+        if message not in self._said:
+            self._said.add(message)
+            logger.log(level, "%s", message)
+
+
+def _skeleton(config: Any) -> PreTrainedModel:
+    """The model of a config without its weights."""
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(copy.deepcopy(config))
+
+
+def matching(old: Sequence[str], new: Sequence[str]) -> list[int] | None:
+    """For every new class the number of the old class of its name (case and outer spaces aside); None if they differ.
+
+    >>> matching(["NEGATIVE", "POSITIVE"], ["positive", "negative"])
+    [1, 0]
+    """
+    folded = [[name.strip().casefold() for name in names] for names in (old, new)]
+    if len(set(folded[0])) != len(old) or sorted(folded[0]) != sorted(folded[1]):
+        return list(range(len(new))) if list(old) == list(new) else None
+    return [folded[0].index(name) for name in folded[1]]
+
+
+def _draw_anew(model: PreTrainedModel, layer: nn.Linear, seed: int) -> None:
+    """Initialise one layer as the model initialises its new layers, with a seed."""
+    torch.manual_seed(seed)
+    held: Any
+    for held in (layer, *layer.parameters()):
+        held._is_hf_initialized = False  # else transformers leaves alone what was loaded
+    model._init_weights(layer)
+
+
+def _tail(name: str) -> str:
+    """The name of a weight from its pooler on."""
+    return name[name.index("pooler.") :]
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first names of a list, and how many there are."""
+    listed = list(names)
+    return ", ".join(listed[:SHOWN]) + (f", ... {len(listed)} in all" if len(listed) > SHOWN else "")
 
 
 def head_options(target: Target) -> dict[str, Any]:
@@ -163,26 +271,69 @@ def set_dropout(config: Any, probability: float | None) -> dict[str, float]:
     return {name: float(getattr(config, name)) for name in names}
 
 
-def _set_pad(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Give decoders a padding token: without one they classify single rows only."""
+def agree(config: Any, tokenizer: PreTrainedTokenizerBase, model: nn.Module, name: str) -> None:
+    """Make config and tokenizer agree on the padding token and on special tokens inside texts.
+
+    Decoders take their answer from the last token that is not padding, and models like RoBERTa count positions over
+    such tokens, by the number in their config: it must be the one that the tokenizer pads with. Encoder-decoders take
+    it from the last end token and refuse rows with different numbers of them: the string of a special token inside a
+    text is read as text.
+
+    Args:
+        config: of the model; its padding number is set.
+        tokenizer: its padding token is set.
+        model: with embeddings of the right sizes; its weights are not read.
+        name: what messages call the model.
+
+    Raises:
+        UsageError: there is no padding token, or none that both know.
+    """
+    wanted, rows = getattr(config, "pad_token_id", None), _vocabulary(model)
+    if wanted is not None and not 0 <= wanted < rows:
+        wanted = None
+    if wanted is not None and (tokenizer.pad_token_id is None or _padded_positions(model) is not None):
+        token = tokenizer.convert_ids_to_tokens(wanted)
+        if token is not None and token != tokenizer.unk_token and token in tokenizer.all_special_tokens:
+            tokenizer.pad_token = token
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UsageError(f"model {name!r}: its tokenizer has neither a padding nor an end token: set pad_token.")
         tokenizer.pad_token = tokenizer.eos_token
         logger.info("no padding token: padding with the end token %r", tokenizer.eos_token)
-    if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = tokenizer.pad_token_id
+    padding = tokenizer.pad_token_id
+    if not 0 <= padding < rows:
+        raise UsageError(
+            f"model {name!r}: its tokenizer pads with token {padding}, its embeddings have {rows} rows: resize them "
+            "with resize_token_embeddings, or give the tokenizer of the model."
+        )
+    if padding != wanted and wanted is not None and _padded_positions(model) is not None:
+        raise UsageError(
+            f"model {name!r}: its config pads with token {wanted}, its tokenizer with {padding}, and the model counts "
+            "positions from that number on: give the tokenizer of the model."
+        )
+    config.pad_token_id = padding
+    tokenizer.split_special_tokens = bool(getattr(config, "is_encoder_decoder", False))
 
 
-def token_limit(wanted: int | None, config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+def _vocabulary(model: Any) -> int:
+    """Rows of the table of token embeddings."""
+    return int(model.get_input_embeddings().num_embeddings)
+
+
+def _padded_positions(model: nn.Module) -> nn.Embedding | None:
+    """The table of positions of a model that counts them from its padding number on (RoBERTa, MPNet, Longformer)."""
+    tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
+    return next((table for table in tables if table.padding_idx is not None), None)
+
+
+def token_limit(
+    wanted: int | None, config: Any, tokenizer: PreTrainedTokenizerBase, model: nn.Module | None = None
+) -> int:
     """Tokens per row: what was asked for, else 128, never more than the model has positions for."""
     limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf)
+    table = None if model is None else _padded_positions(model)
+    if table is not None and table.padding_idx is not None:  # the first position is the one after the padding number
+        limit = min(limit, table.num_embeddings - table.padding_idx - 1)
     if wanted is not None and wanted > limit:
         raise UsageError(f"max_length must be at most {int(limit)}, the model's limit, got {wanted}.")
     return int(min(wanted or MAX_LENGTH, limit))
-
-
-# ---- adapters ---------------------------------------------------------------------------------------------------
-
-
-# ---- calibration and scale ----------------------------------------------------------------------------------------

@@ -1,0 +1,36 @@
+"""The caller's random state and torch settings, which a training must leave as they were."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+
+
+@contextlib.contextmanager
+def as_found() -> Iterator[None]:
+    """Give Python, NumPy and torch back their random states, and torch its settings, whatever happens inside."""
+    import torch
+
+    python, numpy, own = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    cudnn = torch.backends.cudnn
+    settings = (
+        torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.deterministic,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(own)
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)
+        dtype, threads, deterministic, precision, cudnn.benchmark, cudnn.deterministic = settings
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.set_float32_matmul_precision(precision)

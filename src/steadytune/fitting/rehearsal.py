@@ -1,0 +1,122 @@
+"""The end before the beginning: what would fail after hours of training is tried on a few rows before step 1."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..data.guards import truncated
+from ..errors import UsageError, one_line
+from .card import model_card
+from .encoding import check_vocabulary, token_counts, tokenise
+from .peft_models import LORA_ABOVE, merged, unfit
+from .plan import evaluate, fitted_model
+from .record import storable
+
+if TYPE_CHECKING:
+    from .plan import Plan
+    from .pretrained import Pretrained
+
+logger = logging.getLogger("steadytune")
+
+NEIGHBOUR = 3  # padding tokens beside a row, which must not change its outputs
+
+
+def rehearse(plan: Plan, pretrained: Pretrained, model: Any, record: Mapping[str, Any]) -> None:
+    """Go to the end of the fit with the longest row of every set: predict, score, write the card and the predictions.
+
+    The model is left as it was; no random number of the caller is drawn.
+
+    Args:
+        plan: of the fit.
+        pretrained: its model, opened.
+        model: as it will be trained, with its adapters.
+        record: as it is written before training.
+
+    Raises:
+        UsageError: something fails that training would only have delayed.
+    """
+    chosen, ends = {}, []
+    for name, rows in {"train": plan.data.train, **plan.data.tests}.items():
+        features = tokenise(rows, pretrained.tokenizer, pretrained.max_length)
+        check_vocabulary(features, model, name, rows.index)
+        counts = token_counts(rows, features, pretrained.tokenizer, pretrained.max_length)
+        cut = truncated(counts, pretrained.max_length, f"the {name} rows", list(rows.index))
+        if cut:
+            logger.warning("%s", cut.message)
+        lengths = [len(feature["input_ids"]) for feature in features]
+        few = sorted({int(np.argmax(lengths)), int(np.argmin(lengths))})
+        chosen[name] = rows.iloc[few]
+        ends += [features[i] for i in few]
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of scores on two rows
+        check_padding(model, ends, pretrained.tokenizer, plan.options.peft)
+        try:
+            _end(plan, pretrained, model, record, chosen)
+        except UsageError:
+            raise
+        except Exception as error:  # whatever it is, after the training it would come too late
+            raise UsageError(
+                f"a rehearsal of the end, before any training, fails on the longest rows: {one_line(error)[:500]}"
+            ) from error
+
+
+def check_padding(
+    model: Any, features: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, peft: str | None
+) -> None:
+    """Try a model on its longest row, and on its shortest alone and padded.
+
+    Args:
+        model: as it will be trained; left in the mode in which it was.
+        features: tokenised rows.
+        tokenizer: theirs.
+        peft: kind of its adapters.
+
+    Raises:
+        UsageError: the model fails (a prompt that exceeds its positions, no past keys for a prefix), or has adapters
+            and its outputs change with padding: decoders find their last token by the token numbers, which a prompt
+            hides from them. Without adapters that is a warning.
+    """
+    rows = sorted(features, key=lambda feature: len(feature["input_ids"]))
+    shortest, longest = (len(rows[i]["input_ids"]) for i in (0, -1))
+    training = model.training
+    model.eval()
+
+    def outputs(row: dict[str, Any], length: int) -> torch.Tensor:
+        batch = tokenizer.pad([row], padding="max_length", max_length=length, return_tensors="pt")
+        with torch.inference_mode():
+            return model(**batch.to(model.device)).logits
+
+    try:
+        outputs(rows[-1], longest)
+        alone, beside = outputs(rows[0], shortest), outputs(rows[0], min(shortest + NEIGHBOUR, longest))
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise unfit(model, peft, one_line(error)[:300]) from error
+    finally:
+        model.train(training)
+    if not torch.allclose(alone, beside, rtol=1e-3, atol=1e-4):
+        if peft is not None:
+            raise unfit(model, peft, "its outputs change with the padding beside a row.")
+        logger.warning("the outputs of this model change with the padding beside a row: they depend on the batch")
+
+
+def _end(plan: Plan, pretrained: Pretrained, model: Any, record: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
+    """What follows training, on these rows and in memory."""
+    if hasattr(model, "merge_and_unload") and sum(p.numel() for p in model.parameters()) < LORA_ABOVE:
+        merged(copy.deepcopy(model))
+    fitted = fitted_model(plan, pretrained, [model])
+    data = dataclasses.replace(plan.data, tests=chosen)
+    predictions, metrics = evaluate(fitted, data)
+    storable(predictions).to_parquet(io.BytesIO())
+    columns = {"text": list(fitted.text), "label": fitted.label}
+    card = model_card({**record, "columns": columns, "runs": [], "chosen": None}, metrics, plan.metric)
+    (card + pretrained.config.to_json_string()).encode("utf-8")
