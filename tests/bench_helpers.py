@@ -72,10 +72,10 @@ class Counting:
     def __init__(self, log: Path) -> None:
         self.log = log
 
-    def map(self, tasks):
+    def map(self, tasks, begun):
         from steadytune.bench.pool import Here
 
-        for outcome in Here(WORK).map(tasks):
+        for outcome in Here(WORK).map(tasks, begun):
             if outcome.value in ("done", "failed"):
                 with self.log.open("a") as stream:
                     stream.write(outcome.task[1].id + "\n")

@@ -300,7 +300,10 @@ def bench(
     workers: Annotated[int, _option(TRAINING, "Processes; they share cores and GPUs.")] = 1,
     timeout: Annotated[float | None, _option(TRAINING, "Seconds after which a run counts as failed.")] = None,
     retry_failed: Annotated[bool, _option(TRAINING, "Do failed runs again.", "--retry-failed")] = False,
-    dry_run: Annotated[bool, _option(OUTPUT, "List the runs; train nothing.", "--dry-run")] = False,
+    dry_run: Annotated[
+        bool,
+        _option(OUTPUT, "List the runs and their minutes; train a few steps only.", "--dry-run"),
+    ] = False,
     quiet: Annotated[bool, _option(OUTPUT, "No progress.", "--quiet")] = False,
     config: Config = None,
 ) -> None:
@@ -335,15 +338,18 @@ def _pair(item: str) -> tuple[str, str]:
 
 
 def _show_runs(study: Any, folder: Path, data_root: Path | None, filters: list[str]) -> None:
-    """What a study would do."""
+    """What a study would do, and how long it would take."""
+    from .bench.forecast import forecast
     from .bench.store import Store
     from .bench.study import chosen
 
     store, runs = Store(folder), chosen(study.runs(data_root), filters)
-    done = {run.id for run in runs if store.has(run.id)}
+    missing = [run for run in runs if not store.has(run.id)]
     for run in runs:
-        typer.echo(f"{run.id} {'done' if run.id in done else 'to do'}: {run.title}")
-    typer.echo(f"{len(runs)} runs, {len(done)} of them done; records go to {folder}")
+        typer.echo(f"{run.id} {'to do' if run in missing else 'done'}: {run.title}")
+    typer.echo(f"{len(runs)} runs, {len(runs) - len(missing)} of them done; records go to {folder}")
+    if missing:
+        typer.echo(str(forecast(missing, store)))
 
 
 @app.command()

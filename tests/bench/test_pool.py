@@ -31,7 +31,9 @@ def test_a_worker_that_is_killed_is_replaced_and_its_task_done_again(tmp_path):
 
 
 def test_a_task_that_always_kills_is_given_up_and_the_others_go_on():
-    (found,) = pool("die", retries=2).map(["x"])
+    begun = []
+    (found,) = pool("die", retries=2).map(["x"], begun.append)
+    assert begun == ["x"] * 3
     assert (found.attempts, found.value) == (3, None)
     assert found.error == "the worker process died (signal 9; out of memory?)"
 

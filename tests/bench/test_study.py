@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 import bench_helpers
 from bench_helpers import Counting, comparable, make_root, predictions, records, small
 from helpers import KILLS
-from steadytune import cli
+from steadytune import RDrop, cli
+from steadytune.bench import forecast
 from steadytune.bench.pool import Outcome
 from steadytune.bench.report.write import write_report
 from steadytune.bench.run import corrupted, make_plan
@@ -28,6 +29,7 @@ from steadytune.bench.store import Store
 from steadytune.bench.study import run_study
 from steadytune.data.tables import Target
 from steadytune.errors import UsageError
+from steadytune.fitting.options import Options
 from steadytune.methods import METHODS
 from steadytune.tasks import TASKS, find, seen_by
 
@@ -427,7 +429,7 @@ def test_what_was_asked_for_and_is_not_done_is_known_to_the_report(root, tmp_pat
 
 def test_what_a_worker_could_not_record_is_recorded(root, tmp_path):
     class Dying:
-        def map(self, tasks):
+        def map(self, tasks, begun):
             yield from (Outcome(task, error="the worker process died (signal 9)") for task in tasks)
 
     result = run_study(small(root), tmp_path, data_root=root, engine=Dying(), progress=False)
@@ -521,8 +523,44 @@ def test_the_verb_runs_a_file_says_what_is_to_do_and_counts(root, tmp_path, monk
     assert not Path("runs").exists()
     done = bench(root, "mine.yaml", "--workers", 0, "--filter", "recipe=plain")
     assert (done.exit_code, done.stdout) == (0, "2 runs done, 0 failed: runs/mine\n"), done.output
+    lines = done.stderr.splitlines()
+    assert lines[:2] == ["2 runs, 0 of them done before", "sst2 32 plain tiny seed 0 has begun"]
     assert "2/2 sst2 32 plain tiny seed 1: 0 failed, 0 to do, best on sst2: plain" in done.stderr
     assert bench(root, "mine.yaml", "--dry-run").output.count(" done: ") == 2
+
+
+def test_a_dry_run_says_minutes_from_measured_steps_and_writes_nothing(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = small(root, recipes={"plain": {}, "both": {"methods": ["rdrop"]}, "blo": {"procedure": "mixup-blo"}})
+    Path("mine.yaml").write_text(study.text())
+    found = bench(root, "mine.yaml", "--dry-run", "--seeds", 1)
+    assert found.exit_code == 0, found.output
+    assert re.search(r"^sst2 tiny 32: about \d+\.\d minutes$", found.stdout, re.M)
+    assert "not counted, as no record tells how long they take: sst2 32 blo tiny seed 0" in found.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_a_forecast_goes_by_steps_rows_and_passes():
+    """12 s for 100 steps of 8 rows and 1.5 passes are 0.01 s a row: 25 steps of 16 rows and 2 passes take 8 s."""
+    record = {
+        "spec": {"options": {"steps": 100, "batch_size": 8}},
+        "training": {"rows": 40, "steps": 100},
+        "cost": {"seconds": 15.0, "train_seconds": 12.0, "passes": 1.5},
+    }
+    pace = forecast.recorded(record)
+    assert pace.seconds(Options(steps=25, batch_size=16), 2.0) == pytest.approx(8 + 3)
+    assert pace.seconds(Options(epochs=2, batch_size=16), 1.0) == pytest.approx(2 * 3 * 16 * 0.01 + 3)
+    assert forecast.passes(["rdrop", "ema"]) == type(RDrop()).cost.passes
+
+
+def test_a_forecast_believes_the_records_of_the_recipe(root, finished):
+    runs = small(root, seeds=5).runs(root)
+    missing = [run for run in runs if not Store(finished).has(run.id)]
+    took = {}
+    for record in records(finished).values():
+        took.setdefault(record["spec"]["recipe"], []).append(record["cost"]["seconds"])
+    (seconds,) = forecast.forecast(missing, Store(finished)).seconds.values()
+    assert seconds == pytest.approx(3 * sum(np.mean(values) for values in took.values()))
 
 
 def test_the_verb_says_which_runs_failed_with_its_exit_code(root, tmp_path):

@@ -1,7 +1,7 @@
 """Warm worker processes: each loads the libraries once and does one task after another. No torch here.
 
-A worker that dies (killed, out of memory) or takes too long is replaced and loses only its task. An engine beyond one
-machine would be another class with the same `map`.
+A worker that dies (killed, out of memory) or takes too long is replaced, and only its task is lost. An engine for more
+than one machine would be another class with the same `map`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -29,10 +29,10 @@ class Outcome:
     """What became of a task.
 
     Attributes:
-        task: as it was given.
-        value: what the work returned.
-        error: why there is no value: the worker died or took too long. None if all went well.
-        attempts: how often it was begun.
+        task: The task as it was given.
+        value: What the work returned.
+        error: Why there is no value: the worker died or took too long. None if all went well.
+        attempts: Number of times that the task was begun.
     """
 
     task: Any
@@ -44,9 +44,18 @@ class Outcome:
 class Engine(Protocol):
     """Does tasks somewhere."""
 
-    def map(self, tasks: Iterable[Any]) -> Iterator[Outcome]:
-        """One outcome per task, in the order in which they end."""
+    def map(self, tasks: Iterable[Any], begun: Callable[[Any], None]) -> Iterator[Outcome]:
+        """One outcome per task, in the order in which they end.
+
+        Args:
+            tasks: what is to be done.
+            begun: is called with each task when its work begins, and again when it begins anew.
+        """
         ...
+
+
+def ignore(task: Any) -> None:
+    """Take no notice of a task that begins."""
 
 
 @dataclass(frozen=True)
@@ -54,26 +63,27 @@ class Here:
     """Tasks in this process, one after another.
 
     Args:
-        work: as for `Pool`.
+        work: Function that does a task, as for `Pool`.
     """
 
     work: str
 
-    def map(self, tasks: Iterable[Any]) -> Iterator[Outcome]:
-        """One outcome per task."""
+    def map(self, tasks: Iterable[Any], begun: Callable[[Any], None] = ignore) -> Iterator[Outcome]:
+        """One outcome per task, as `Engine.map`."""
         for task in tasks:
+            begun(task)
             yield Outcome(task, _function(self.work)(task))
 
 
 def slots(workers: int, cores: int, gpus: Sequence[str] = ()) -> list[dict[str, str]]:
-    """The environment of each worker: its share of the cores, and its GPU (several workers may share one).
+    """The environment of each worker: its share of the cores, and its GPU, which several workers may share.
 
-    Threads that fight for cores make each other several times slower, as they spin while they wait.
+    Threads that compete for cores make each other several times slower, as they spin while they wait.
 
     Args:
-        workers: how many.
-        cores: of the machine.
-        gpus: names for CUDA_VISIBLE_DEVICES.
+        workers: Number of workers.
+        cores: Number of cores of the machine.
+        gpus: Names of the GPUs for CUDA_VISIBLE_DEVICES.
     """
     threads = str(max(1, cores // workers))
     shared = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
@@ -100,11 +110,12 @@ class Pool:
     """Worker processes on this machine.
 
     Args:
-        work: the function that does a task, as ``module:function``; it is imported in the worker, after its
-            environment is set.
-        environments: of the workers, one each.
-        timeout: seconds for a task, the worker's own start not counted; None for no limit.
-        retries: how often a task is begun again after its worker died. Tasks that took too long are not.
+        work: Function that does a task, as ``module:function``; it is imported in the worker, after its environment is
+            set.
+        environments: Environment variables of each worker; there are as many workers.
+        timeout: Seconds for a task, the worker's own start not counted; None for no limit.
+        retries: Number of times that a task is begun again after its worker died. A task that took too long is not
+            begun again.
     """
 
     work: str
@@ -113,8 +124,8 @@ class Pool:
     retries: int = 1
     _workers: list[_Worker] = field(default_factory=list)
 
-    def map(self, tasks: Iterable[Any]) -> Iterator[Outcome]:
-        """One outcome per task, in the order in which they end; exceptions of the work itself are raised here."""
+    def map(self, tasks: Iterable[Any], begun: Callable[[Any], None] = ignore) -> Iterator[Outcome]:
+        """One outcome per task, as `Engine.map`; exceptions of the work itself are raised here."""
         waiting: deque[_Item] = deque(_Item(task) for task in tasks)
         environments = self.environments[: len(waiting)]
         self._workers = [_Worker(self.work, environment) for environment in environments]
@@ -127,6 +138,8 @@ class Pool:
                     message = self._message(worker)
                     if message is BEGUN:
                         worker.started = time.monotonic()
+                        if worker.item is not None:
+                            begun(worker.item.task)
                         continue
                     item, worker.item = worker.item, None
                     if message is AGAIN and item is not None:

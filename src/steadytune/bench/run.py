@@ -51,7 +51,7 @@ def perform(given: tuple[str, Trial]) -> str:
     """
     folder, run = given
     store = Store(folder)
-    with _silent(), store.claim(run.id) as mine:
+    with silent(), store.claim(run.id) as mine:
         if not mine:
             return "elsewhere"
         if store.has(run.id):
@@ -67,7 +67,7 @@ def perform(given: tuple[str, Trial]) -> str:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """What `fit` says of one run would bury the progress of many."""
     logger = logging.getLogger("steadytune")
     level = logger.level

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import rich.progress
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
 from ..data.metrics import SMALLER_IS_BETTER
 from ..errors import UsageError
@@ -67,7 +69,7 @@ def run_study(
         timeout: seconds for a run; one that takes longer is recorded as failed.
         retry_failed: do failed runs again.
         engine: instead of processes on this machine; its work is `WORK`.
-        progress: say what is going on: a bar on a terminal, else a line per run.
+        progress: Whether to show progress: a bar on a terminal, else a line per run.
 
     Raises:
         UsageError: a model, a data file, a filter or the folder is not right.
@@ -87,7 +89,8 @@ def run_study(
     with Progress(store, runs, progress) as shown:
         while missing := [run for run in runs if not store.has(run.id)]:
             elsewhere = 0
-            for outcome in engine.map([(str(store.folder), run) for run in missing]):
+            tasks = [(str(store.folder), run) for run in missing]
+            for outcome in engine.map(tasks, lambda task: shown.begin(task[1])):
                 elsewhere += _settle(store, outcome)
                 shown.update(outcome.task[1])
             if elsewhere == len(missing):
@@ -159,7 +162,10 @@ def _read(store: Store, run: Trial) -> dict[str, Any]:
 
 
 class Progress:
-    """Done, failed, remaining and the best recipe so far: a bar on a terminal, else a line per run."""
+    """Done, failed, remaining and the best recipe so far: a bar on a terminal, else a line per run.
+
+    The bar, or the first line, is there before the first run begins, and the first run is named when it begins.
+    """
 
     def __init__(self, store: Store, runs: Sequence[Trial], shown: bool) -> None:
         self.store, self.total, self.shown = store, len(runs), shown
@@ -168,24 +174,34 @@ class Progress:
         self.seen: set[str] = set()
         for run in runs:
             self._count(run)
-        self.bar = tqdm(total=self.total, initial=len(self.seen), unit="run", disable=not shown or not _terminal())
+        self.before = len(self.seen)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        self.bar = rich.progress.Progress(*columns, console=Console(stderr=True), disable=not shown or not _terminal())
+        self.row = self.bar.add_task("starting", total=self.total, completed=self.before)
 
     def __enter__(self) -> Progress:
-        if self.shown and not _terminal():
-            logger.info("%d runs, %d of them done before", self.total, len(self.seen))
+        self.bar.start()
+        self._say("%d runs, %d of them done before", self.total, self.before)
         return self
 
     def __exit__(self, *about: object) -> None:
-        self.bar.close()
+        self.bar.stop()
+
+    def begin(self, run: Trial) -> None:
+        """A run has begun. Lines tell of it until the first run has ended, so that something is seen at once."""
+        self.bar.update(self.row, description=f"{run.title} ...")
+        if len(self.seen) == self.before:
+            self._say("%s has begun", run.title)
 
     def update(self, run: Trial) -> None:
         """A run may have ended."""
-        if not self._count(run):
-            return
-        self.bar.update()
-        self.bar.set_postfix_str(self.line(run))
+        if self._count(run):
+            self.bar.update(self.row, completed=len(self.seen), description=self.line(run))
+            self._say("%d/%d %s: %s", len(self.seen), self.total, run.title, self.line(run))
+
+    def _say(self, text: str, *values: object) -> None:
         if self.shown and not _terminal():
-            logger.info("%d/%d %s: %s", len(self.seen), self.total, run.title, self.line(run))
+            logger.info(text, *values)
 
     def _count(self, run: Trial) -> bool:
         """Read the record of a run that has one by now."""

@@ -1,0 +1,139 @@
+"""How long the runs of a study take: told by records, or else by a few measured steps. No torch at import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..fitting.options import Options
+from ..fitting.spelling import make_methods
+from .records import FOLDER, read_records
+from .spec import Trial
+from .store import Store
+
+Key = tuple[str, str, int | None]  # runs of one model on one task and number of rows cost alike, but for the recipe
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast runs of one model on one task are.
+
+    Attributes:
+        rows: Number of training rows.
+        per_row: Seconds of a forward and a backward pass over one training row.
+        fixed: Seconds that do not depend on the recipe: loading and testing.
+    """
+
+    rows: int
+    per_row: float
+    fixed: float
+
+    def seconds(self, options: Options, passes: float) -> float:
+        """Seconds of a run.
+
+        Args:
+            options: of its recipe.
+            passes: forward and backward passes of a step in those of a plain one.
+        """
+        at_once = min(options.batch_size, self.rows) * options.accumulation
+        return self.fixed + options.total_steps(self.rows) * at_once * passes * self.per_row
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """How long runs take, one after another on this machine.
+
+    Attributes:
+        seconds: Seconds by task and rows, summed over its runs.
+        unknown: Titles of the runs of which nothing tells how long they take; they are not in the sums.
+    """
+
+    seconds: Mapping[str, float]
+    unknown: Sequence[str]
+
+    def __str__(self) -> str:
+        lines = [f"{name}: about {seconds / 60:.1f} minutes" for name, seconds in self.seconds.items()]
+        lines.append(f"together about {sum(self.seconds.values()) / 60:.1f} minutes, one run after another")
+        if self.unknown:
+            lines.append(f"not counted, as no record tells how long they take: {', '.join(self.unknown)}")
+        return "\n".join(lines)
+
+
+def forecast(runs: Sequence[Trial], store: Store) -> Forecast:
+    """Tell how long runs take.
+
+    A run takes as long as those of its recipe that are recorded in the folder. Where there is none, it takes what its
+    steps and the passes of its methods make of the pace of other runs of the same model and task, recorded or measured.
+    A procedure, which is several trainings, is only told by records.
+
+    Args:
+        runs: to be done.
+        store: folder of the records; nothing is written.
+
+    Raises:
+        UsageError: a run cannot be made.
+    """
+    done = read_records(store.folder)[0] if (store.folder / FOLDER).is_dir() else []
+    done = [record for record in done if record["status"] == "done"]
+    paces: dict[Key, Pace] = {}
+    for record in done:
+        if (pace := recorded(record)) is not None:
+            paces.setdefault(key(record["spec"]), pace)
+    seconds: dict[str, float] = {}
+    unknown = []
+    for run in sorted(runs, key=lambda run: len(run.methods)):  # plain runs first: they are what is measured
+        same = [r["cost"]["seconds"] for r in done if _recipe(r["spec"]) == _recipe(run.spec)]
+        if same:
+            took = sum(same) / len(same)
+        elif run.procedure is None:
+            if key(run.spec) not in paces:
+                paces[key(run.spec)] = measure(run)
+            took = paces[key(run.spec)].seconds(Options.of(run.spec["options"]), passes(run.methods))
+        else:
+            unknown.append(run.title)
+            continue
+        name = " ".join(str(part) for part in key(run.spec) if part is not None)
+        seconds[name] = seconds.get(name, 0.0) + took
+    return Forecast(seconds, unknown)
+
+
+def key(spec: Mapping[str, Any]) -> Key:
+    """What has one pace."""
+    return spec["task"]["name"], spec["model"]["name"], spec["train_size"]
+
+
+def _recipe(spec: Mapping[str, Any]) -> tuple[Any, ...]:
+    return *key(spec), spec["methods"], spec["options"]
+
+
+def recorded(record: Mapping[str, Any]) -> Pace | None:
+    """The pace that a record tells; None for a record without the figures."""
+    cost, training = record["cost"], record["training"]
+    if not all([cost.get("train_seconds"), cost.get("passes"), training and training.get("steps")]):
+        return None
+    options = Options.of(record["spec"]["options"])
+    at_once = min(options.batch_size, training["rows"]) * options.accumulation
+    per_row = cost["train_seconds"] / (training["steps"] * at_once * cost["passes"])
+    return Pace(training["rows"], per_row, cost["seconds"] - cost["train_seconds"])
+
+
+def measure(run: Trial) -> Pace:
+    """Train a few steps of a run in a temporary folder, as the dry run of `fit` does."""
+    from ..fitting import plan as planning
+    from ..fitting.estimate import estimate
+    from .run import make_plan, silent
+
+    with silent():
+        plan = make_plan(run)
+        pretrained = planning.open_model(plan)
+        found = estimate(lambda folder: planning.make_setup(plan, pretrained, folder), planning.runs(plan), plan)
+    at_once = min(plan.options.batch_size, len(plan.data.train)) * plan.options.accumulation
+    training = found.steps * found.seconds_per_step
+    per_row = found.seconds_per_step / at_once / passes(run.methods)
+    return Pace(len(plan.data.train), per_row, 60 * found.minutes - training)
+
+
+def passes(methods: Iterable[str]) -> float:
+    """Forward and backward passes of a step with these methods, in those of a plain one."""
+    return 1 + sum(type(method).cost.passes - 1 for method in make_methods(list(methods)))
