@@ -25,7 +25,9 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
 
 from steadytune import EMA, L2SP, ClipNorm, DPSDense, DPSMix, Method, Mixout, RDrop, Run, Trainer, only
-from steadytune.trainer import SIDE_FILE
+from steadytune.errors import UsageError
+from steadytune.files import state
+from steadytune.trainer import SIDE_FILE, halves
 
 VOCAB, LABELS, LENGTH = 40, 3, 8
 
@@ -731,6 +733,161 @@ def test_the_probe_leaves_no_trace(tmp_path):
     assert all(p.grad is None for p in trainer.model.parameters())
 
 
+UNTOLD = [{**row, "labels": torch.full((LENGTH,), -100)} for row in token_rows(8)]  # rows without a labelled token
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, *args, **kwargs):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+@pytest.mark.parametrize("untold", [1, 4, 8], ids=["a batch", "a step", "two steps"])
+@pytest.mark.parametrize("save_at", [None, 1])
+def test_a_batch_that_cannot_tell_decides_nothing(tmp_path, untold, save_at):
+    # naive: 0 / 0 is not a half, so that the language model is taken for one that ignores the count
+    def trained(cls, **options):
+        rows = [*UNTOLD[:untold], *token_rows(24)]
+        options |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 4}
+        return make(tmp_path, [], llama(), cls=cls, data=rows, optim="sgd", **options)
+
+    whole = trained(InOrder)
+    whole.train()
+    assert whole._counts is True
+    before = trained(InOrder)
+    before._counts = True  # as if somebody had said so
+    before.train()
+    assert same(whole.model, before.model)
+    if save_at is None:
+        return
+    first = trained(InOrder, **saving(save_steps=save_at))
+    first.train()
+    assert state.load(tmp_path / "checkpoint-1" / SIDE_FILE)["counts"] is (None if untold >= 4 else True)
+    again = trained(InOrder)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert same(again.model, whole.model)
+
+
+def test_what_was_decided_is_not_asked_again_after_a_resume(tmp_path, monkeypatch):
+    first = make(tmp_path, [], **saving(save_steps=3))
+    first.train()
+    assert first._counts is False
+    monkeypatch.setattr(Trainer, "_uses_count", lambda *_: pytest.fail("asked again"))
+    again = make(tmp_path, [])
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert again._counts is False
+    assert same(again.model, first.model)
+
+
+@pytest.mark.parametrize(
+    ("once", "twice", "told"),
+    [
+        (4.0, 2.0, True),
+        (4.0, 4.0, False),
+        (4.0, 3.6, None),  # partly divided
+        (0.0, 0.0, None),
+        (float("nan"), float("nan"), None),
+        (float("inf"), float("inf"), None),
+        (1.0, float("nan"), None),
+    ],
+)
+def test_whether_a_loss_is_divided_by_a_count(once, twice, told):
+    assert halves(once, twice) is told
+
+
+# ---------------------------------------------------------------------- a compute_loss of one's own
+
+class Weighted(Trainer):
+    """The class weights of the transformers documentation."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = F.cross_entropy(outputs["logits"], labels, weight=CLASS_WEIGHTS)
+        return (loss, outputs) if return_outputs else loss
+
+
+class Doubled(Trainer):
+    """Adds to what the Trainer computes."""
+
+    def compute_loss(self, *args, **kwargs):
+        found = super().compute_loss(*args, **kwargs)
+        return (2 * found[0], *found[1:]) if isinstance(found, tuple) else 2 * found
+
+
+@pytest.mark.parametrize("methods", [[], [EMA(0.5)], [Mixout(0.5), RDrop(0.5), EMA(0.5)]], ids=["none", "ema", "more"])
+def test_a_compute_loss_of_ones_own_is_the_loss_that_methods_act_on(tmp_path, methods):
+    # naive: it goes round Run.loss, and training fails at the first step
+    def trained(cls=Trainer, own=None, **options):
+        trainer = make(tmp_path, methods, cls=cls, gradient_accumulation_steps=2, trainer=options)
+        if own is not None:
+            trainer.compute_loss = own
+        trainer.train()
+        assert trainer.run.index == 8
+        return trainer
+
+    expected = trained(compute_loss_func=weighted)
+    by_class = trained(Weighted)
+    patched = trained(own=Weighted.compute_loss.__get__(make(tmp_path)))
+    assert same(by_class.model, expected.model)
+    assert same(patched.model, expected.model)
+    assert not same(trained().model, expected.model)
+    assert by_class.evaluate()["eval_loss"] == expected.evaluate()["eval_loss"]
+
+
+def test_a_compute_loss_that_adds_to_ours(tmp_path):
+    def doubled(outputs, labels, num_items_in_batch=None):
+        return 2 * F.cross_entropy(outputs["logits"], labels)
+
+    methods = [RDrop(0.5), EMA(0.5)]
+    ours = make(tmp_path, methods, cls=Doubled)
+    expected = make(tmp_path, methods, trainer={"compute_loss_func": doubled})
+    for trainer in (ours, expected):
+        trainer.train()
+    assert same(ours.model, expected.model)
+
+
+def test_a_compute_loss_without_outputs_is_refused_where_a_method_needs_them(tmp_path):
+    class Bare(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(**inputs)["loss"]
+
+    plain, bare = make(tmp_path, [EMA(0.5)]), make(tmp_path, [EMA(0.5)], cls=Bare)
+    for trainer in (plain, bare):
+        trainer.train()
+    assert same(plain.model, bare.model)
+    with pytest.raises(UsageError, match=r"RDrop looks at the model's outputs.*return_outputs"):
+        make(tmp_path, [RDrop()], cls=Bare).train()
+
+
+# ---------------------------------------------------------------------- gradients that are not finite
+
+
+@pytest.mark.parametrize("methods", [[], [EMA(0.5)], [DPSDense(update_ratio=0.25)]], ids=["none", "ema", "dps"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200], ids=str)
+def test_a_step_without_a_finite_norm_is_skipped_and_counted(tmp_path, methods, value):
+    # naive: an infinite norm clips every gradient to zero, and nobody hears of it
+    def spoil(model, inputs, outputs):
+        if trainer.state.global_step in (2, 5) and model.training:
+            outputs["loss"].register_hook(lambda g: g * value)
+
+    trainer = make(tmp_path, methods, logging_strategy="steps", logging_steps=1)
+    trainer.model.register_forward_hook(spoil)
+    changed, before = [], [weights(trainer.model)]
+
+    def look(model, step):
+        changed.append(not same(model, before[-1]))
+        before.append(weights(model))
+
+    trainer.add_callback(Each("on_step_end", look))
+    trainer.train()
+    assert changed == [step not in (2, 5) for step in range(8)]
+    assert trainer.run.finite.skipped == 2
+    assert trainer.run.index == 6
+    assert [row.get("skipped_steps", 0) for row in trainer.state.log_history if "loss" in row] == [
+        *(0, 0, 1, 1, 1, 2, 2, 2)
+    ]
+
+
 # ---------------------------------------------------------------------- several trainings
 
 
@@ -970,6 +1127,43 @@ def test_a_resume_with_other_settings_is_refused(checkpoints, change, message):
     # naive: schedules change retroactively (pitfall: accelerate loads once before total_steps is known)
     with pytest.raises(ValueError, match=message):
         resumed(checkpoints, **change)
+
+
+@pytest.mark.parametrize(
+    "methods", [[], [EMA(0.9)], [Mixout(0.5), L2SP(0.1), ClipNorm(1.0)]], ids=["none", "ema", "more"]
+)
+def test_methods_without_a_schedule_train_longer_from_a_checkpoint(tmp_path, methods):
+    # naive: any other number of steps is refused
+    make(tmp_path, methods, max_steps=4, **saving(save_steps=4)).train()
+    longer = make(tmp_path, methods)
+    longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert longer.run.index == 8
+
+
+def test_seconds_count_all_legs(tmp_path, monkeypatch):
+    # naive: the seconds since the resume
+    now = [0.0]
+    monkeypatch.setattr("steadytune.trainer.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def tick(model, step):
+        now[0] += 1.0
+
+    first = make(tmp_path, [], callbacks=[Each("on_step_begin", tick)], **saving(save_steps=4))
+    first.train()
+    assert first.seconds == 8.0
+    now[0] = 1000.0
+    again = make(tmp_path, [], callbacks=[Each("on_step_begin", tick)])
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    now[0] = 2000.0
+    assert again.seconds == 8.0
+
+
+def test_methods_may_be_named(tmp_path):
+    named = make(tmp_path, ["dps_dense:update_ratio=0.25", EMA(0.5)])
+    assert named.methods == [DPSDense(update_ratio=0.25), EMA(0.5)]
+    assert make(tmp_path, "mixout:keep=0.5").methods == [Mixout(0.5)]
+    with pytest.raises(UsageError, match=r"unknown method 'dps_dens'\. Did you mean 'dps_dense'"):
+        make(tmp_path, ["dps_dens"])
 
 
 def test_a_refused_resume_leaves_a_trainer_that_trains(checkpoints, interrupted):
@@ -1458,13 +1652,15 @@ def test_an_optimizer_of_another_model_is_found_out(tmp_path):
         make(tmp_path, [Mixout()], trainer={"optimizers": (other, None)}).train()
 
 
-def test_a_loss_that_goes_round_the_recipe_is_found_out(tmp_path):
-    # naive: a compute_loss of the user's, without penalties and forward views, trains something else in silence
+def test_a_loss_that_goes_round_the_methods_is_found_out(tmp_path):
+    # naive: a step of the user's, without penalties and forward views, trains something else in silence
     class Own(Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            return model(**inputs)["loss"]
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = model(**self._prepare_inputs(inputs))["loss"]
+            loss.backward()
+            return loss.detach()
 
-    with pytest.raises(RuntimeError, match=r"without a forward through steadytune.*run\.loss"):
+    with pytest.raises(RuntimeError, match=r"without a forward through steadytune.*self\.run\.enter\(\)"):
         make(tmp_path, [Mixout()], cls=Own).train()
 
 

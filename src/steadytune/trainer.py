@@ -1,10 +1,13 @@
-"""The Hugging Face Trainer with a recipe: few overrides, everything else stock."""
+"""The Hugging Face Trainer with methods: few overrides, everything else stock."""
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import os
-from collections.abc import Iterator, MutableMapping, Sequence
+import time
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +17,11 @@ import transformers
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .core import WEIGHT_VERBS, Method, Run, bare, overrides
+from .core import WEIGHT_VERBS, Method, Run, bare, overrides, shards
 from .files import state
-from .methods import ClipNorm
+from .methods import METHODS, ClipNorm
 from .methods.adapters import adapter_size, save_adapters
+from .spelling import as_methods
 
 logger = logging.getLogger(__name__)
 SIDE_FILE = "steadytune.safetensors"
@@ -28,7 +32,8 @@ class Trainer(transformers.Trainer):
 
     Args:
         *args: as of `transformers.Trainer`.
-        methods: the recipe, in order of action; deep-copied, ``trainer.run[DPSDense]`` is the copy that ran.
+        methods: in order of action, each an instance or its name with options, as in ``"dps_dense:keep=0.5"``.
+            Deep-copied: ``trainer.run[DPSDense]`` is the copy that ran.
         clip: ``"list"`` moves ``args.max_grad_norm`` to the end of the list as `ClipNorm` while training, if a method
             edits gradients or forward weights (mask, then clip; `Run.describe` shows it); ``"trainer"`` keeps
             Hugging Face's order (clip, then mask).
@@ -40,7 +45,19 @@ class Trainer(transformers.Trainer):
     ``config.json``).
     The loss is scaled right under gradient accumulation for every model, also where the stock Trainer multiplies
     gradients by the number of accumulation steps or of devices (a model that takes ``num_items_in_batch`` and ignores
-    it): the first batch tells.
+    it): the first batch that can tell decides, and the checkpoints remember.
+
+    A loss of your own, such as one with class weights, is given as ``compute_loss_func=(outputs, labels,
+    num_items_in_batch) -> loss``, or by a subclass that overrides ``compute_loss`` and heeds ``return_outputs``.
+    Methods act on it as on the model's own loss: it is called inside `Run.loss`, also for the copies of a batch and for
+    the outputs of further passes. A subclass that overrides ``training_step`` calls ``self.run.enter()`` before it
+    calls the model.
+
+    Optimizer steps whose gradient norm is not finite are skipped, counted in ``trainer.run.finite.skipped`` and logged
+    as ``skipped_steps``; several in a row are an error.
+
+    Attributes:
+        run: the `Run` of the model that is trained.
 
     Raises:
         ValueError: a set-up in which methods cannot act on weights (DataParallel, DeepSpeed, FSDP1).
@@ -49,18 +66,20 @@ class Trainer(transformers.Trainer):
     def __init__(
         self,
         *args: Any,
-        methods: Sequence[Method] = (),
+        methods: str | Method | Sequence[str | Method] = (),
         clip: Literal["list", "trainer"] = "list",
         method_seed: int | None = None,
         **kwargs: Any,
     ) -> None:
         if clip not in ("list", "trainer"):
             raise ValueError(f"clip must be 'list' or 'trainer', got {clip!r}")
-        self.methods, self.clip, self.method_seed = list(methods), clip, method_seed
+        self.methods, self.clip, self.method_seed = as_methods(methods, METHODS), clip, method_seed
         self.run: Run | None = None
         self._taken_norm: float | None = None  # args.max_grad_norm while ClipNorm does its work
         self._own_clip: ClipNorm | None = None
-        self._counts: bool | None = None  # whether the loss uses num_items_in_batch
+        self._counts: bool | None = None  # whether the loss uses num_items_in_batch; None until a batch has told
+        self._in_run = False  # whether `Run.loss` is computing the task's loss now
+        self._began = self._ended = 0.0  # of the training, as if all its legs had been one
         super().__init__(*args, **kwargs)
         if self.run is None:
             assert self.model is not None  # the stock Trainer refused
@@ -123,12 +142,25 @@ class Trainer(transformers.Trainer):
         return self.args.seed if self.method_seed is None else self.method_seed
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Leave the division by the accumulation steps to the Trainer: transformers 5.3 lets accelerate divide too."""
+        """Leave the division by the accumulation steps to the Trainer: transformers 5.3 lets accelerate divide too.
+
+        The norm that clipping computes at each step is handed to the Run: after clipping, an infinite norm cannot be
+        told from zero gradients.
+        """
         super().create_accelerator_and_postprocess()
         self.accelerator.gradient_accumulation_steps = 1
+        clip = self.accelerator.clip_grad_norm_
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            norm = clip(*args, **kwargs)
+            if self.run is not None and isinstance(norm, Tensor):
+                self.run.grad_norm = shards.whole(norm.detach())
+            return norm
+
+        self.accelerator.clip_grad_norm_ = noted
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Bind the recipe to each model that ``model_init`` makes."""
+        """Bind the methods to each model that ``model_init`` makes."""
         model = super().call_model_init(trial)
         self._bind(model)
         return model
@@ -179,21 +211,30 @@ class Trainer(transformers.Trainer):
             logs["grad_norm"] = float(norms[-1])
         if "loss" in logs and self.run is not None and self.run.passes.plain > 1:
             logs["forwards"], logs["backwards"] = self.run.passes.forwards, self.run.passes.backwards
+        if self.run is not None and self.run.finite.skipped:
+            logs["skipped_steps"] = self.run.finite.skipped
         super().log(logs, *args, **kwargs)
 
     # ------------------------------------------------------------------ training
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.train`; an interruption leaves the evaluated weights live."""
+        self._began, self._ended = time.perf_counter(), 0.0
         try:
             result = super().train(*args, **kwargs)
             assert self.run is not None
             self.run.finish()
             return result
         finally:
+            self._ended = time.perf_counter()
             if self.run is not None:
                 self.run.leave()
             self._give_clip_back()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, those before the checkpoints it was resumed from included."""
+        return (self._ended or time.perf_counter()) - self._began
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor | int | None]:
         """Pass on the token count only to losses that use it; no batches once the training is over."""
@@ -201,32 +242,57 @@ class Trainer(transformers.Trainer):
             self.control.should_training_stop = True
             return [], None
         batches, items = super().get_batch_samples(*args, **kwargs)
-        if items is not None and batches:
-            if self._counts is None:
-                self._counts = self._uses_count(batches[0], items)
-                if not self._counts:
-                    self.loss_is_scaled_for_ga = False  # heeded from transformers 5.19 on
-            if not self._counts:
-                items = None
-        return batches, items
+        if items is None or not batches or self._declares_scale():
+            return batches, items
+        if self._counts is None:
+            self._decide(next((told for b in batches if (told := self._uses_count(b, items)) is not None), None))
+        return batches, None if self._counts is False else items
+
+    def _declares_scale(self) -> bool:
+        """Whether a subclass says itself that its loss is, or is not, scaled for gradient accumulation."""
+        return getattr(type(self), "loss_is_scaled_for_ga", None) is not None
+
+    def _decide(self, counts: bool | None) -> None:
+        """Take over whether the loss uses the token count; None: not known yet."""
+        self._counts = counts
+        if not self._declares_scale():
+            self.loss_is_scaled_for_ga = False if counts is False else None  # heeded from transformers 5.19 on
 
     def _over(self) -> bool:
         """Whether the last step was taken: resumed from its checkpoint, the stock Trainer would take one more."""
         return 0 < self.state.max_steps <= self.state.global_step
 
-    def _uses_count(self, batch: dict[str, Any], items: Any) -> bool:
-        """Whether the loss of a batch halves when the count doubles."""
+    def _uses_count(self, batch: dict[str, Any], items: Any) -> bool | None:
+        """Whether the loss of a batch halves when the count doubles; None when this batch cannot tell."""
         assert self.run is not None
         model: Any = self.model
         inputs: Any = self._prepare_inputs(batch)
-        stock: Any = super().compute_loss
+        one = torch.ones_like(items) if isinstance(items, Tensor) else 1  # the step's own count may be 0
+        task, self._in_run = self.compute_loss, True
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
-        with torch.no_grad(), self.run.forked_rng():
-            once, twice = (float(stock(model, dict(inputs), num_items_in_batch=n)) for n in (items, 2 * items))
-        for module, training in modes:
-            module.training = training
-        return once == 0 or abs(twice / once - 1) > 0.25
+        try:
+            with torch.no_grad(), self.run.forked_rng():
+                once, twice = (float(task(model, dict(inputs), num_items_in_batch=n)) for n in (one, 2 * one))
+        finally:
+            self._in_run = False
+            for module, training in modes:
+                module.training = training
+        return halves(once, twice)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the loss inside `Run.loss`, also where somebody's own ``compute_loss`` replaces the one below."""
+        own = self.compute_loss
+        if getattr(own, "__func__", None) is Trainer.compute_loss:
+            return super().training_step(*args, **kwargs)
+        before = self.__dict__.get("compute_loss")
+        self.compute_loss = functools.partial(self._with_methods, own)  # type: ignore[method-assign]
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            del self.compute_loss
+            if before is not None:
+                self.compute_loss = before  # type: ignore[method-assign]
 
     def compute_loss(
         self,
@@ -236,16 +302,31 @@ class Trainer(transformers.Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss with all penalties in training mode, the stock one otherwise."""
-        stock = super().compute_loss
-        if not model.training or self.run is None:
-            return stock(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training or self.run is None or self._in_run:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return self._with_methods(super().compute_loss, model, inputs, return_outputs, num_items_in_batch)
+
+    def _with_methods(
+        self,
+        task: Callable[..., Any],
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss that ``task``, a ``compute_loss``, computes, with all penalties."""
+        assert self.run is not None
         outputs = []
         devices: Any = self.args.world_size if self.args.average_tokens_across_devices else 1
 
         def compute(model: Any, inputs: Any, copies: int) -> tuple[Tensor, Any]:
             items = None if num_items_in_batch is None else num_items_in_batch * copies
-            out: Any
-            loss, out = stock(model, dict(inputs), True, items)  # stock pops labels: a copy
+            self._in_run = True
+            try:  # tasks pop labels: a copy
+                found = task(model, dict(inputs), return_outputs=True, num_items_in_batch=items)
+            finally:
+                self._in_run = False
+            loss, out = found if isinstance(found, tuple) else (found, None)
             outputs.append(out)
             if items is not None and isinstance(out, MutableMapping) and out.get("loss") is loss:
                 out["loss"] = loss / devices  # stock multiplied it in place: `Step.task_loss` would do so again
@@ -284,9 +365,9 @@ class Trainer(transformers.Trainer):
         if output_dir is None or not os.path.basename(output_dir).startswith(PREFIX_CHECKPOINT_DIR):
             return
         run = self.run
-        if _internal_call and run is not None and run.methods and (self.args.should_save or run.sharded):
-            tree = {**run.state_dict(), "global_step": self.state.global_step}
-            state.save(tree, self._side_file(output_dir))
+        if _internal_call and run is not None and (self.args.should_save or run.sharded):
+            own = {"global_step": self.state.global_step, "counts": self._counts, "seconds": self.seconds}
+            state.save({**run.state_dict(), **own}, self._side_file(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -298,7 +379,7 @@ class Trainer(transformers.Trainer):
             if not run.methods:
                 return
             raise ValueError(
-                f"{checkpoint} holds no {path.name}: it was not saved by this recipe, or the file was lost. The "
+                f"{checkpoint} holds no {path.name}: it was not saved by this Trainer, or the file was lost. The "
                 "methods would start anew in the middle of a run: resume from another checkpoint, or start anew"
             )
         tree = state.load(path)
@@ -308,6 +389,19 @@ class Trainer(transformers.Trainer):
                 f"{self.state.global_step}: files of two checkpoints were mixed"
             )
         run.load_state_dict(tree)
+        self._decide(tree.get("counts"))  # not in files written before it travelled
+        self._began -= tree.get("seconds", 0.0)
+
+
+def halves(once: float, twice: float) -> bool | None:
+    """Whether a loss is divided by a count, from its values at a count and at twice the count.
+
+    None when they do not tell: the loss is zero (nothing in the batch is labelled), not finite, or partly divided.
+    """
+    if once == 0 or not (math.isfinite(once) and math.isfinite(twice)):
+        return None
+    change = abs(twice / once - 1)
+    return True if change > 0.25 else False if change < 0.05 else None
 
 
 class _Leave(transformers.TrainerCallback):
@@ -318,6 +412,7 @@ class _Leave(transformers.TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.run is not None:
+            self.trainer.run.check_untouched()  # an optimizer that calls no hooks: not skipped, but not counted
             self.trainer.run.leave()
 
 

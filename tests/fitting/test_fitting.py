@@ -26,8 +26,9 @@ from steadytune.fitting.folder import last_checkpoint
 from steadytune.fitting.main import fit
 from steadytune.fitting.options import Options
 from steadytune.fitting.pretrained import Pretrained, set_dropout, token_limit
-from steadytune.fitting.spelling import convert, method_record, parse_method
+from steadytune.fitting.spelling import method_record
 from steadytune.methods import METHODS
+from steadytune.spelling import convert, parse_method
 
 QUICK = {"steps": 12, "batch_size": 4, "lr": 1e-3, "save_steps": 5, "progress": False}
 

@@ -1,4 +1,4 @@
-"""The core: a recipe is a list of methods, which a `Run` binds to any model, optimizer and training loop.
+"""The core: a `Run` binds a list of methods to any model, optimizer and training loop.
 
 `Method` is what a method overrides, `Weight` and `Step` are what its verbs are given, `Run` carries them out.
 """

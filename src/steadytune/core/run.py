@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ..errors import UsageError
 from . import randomness, shards
 from .anatomy import Part, anatomy
 from .checks import (
@@ -44,7 +45,7 @@ from .checks import (
 from .method import WEIGHT_VERBS, M, Method, Scope, Weight, acts_on_weights, entry, overrides, select
 from .step import Compute, Inputs, LossRule, Passes, Step, batch_size, default_compute, repeated, split
 from .views import References, Views
-from .watch import FiniteGradients, Watch, renormalised
+from .watch import FiniteGradients, RateRatios, Watch, renormalised
 
 logger = logging.getLogger(__name__)
 FORMAT = 1  # of Run.state_dict(); older formats must go on loading
@@ -121,6 +122,7 @@ class Run:
         self._backward = False  # whether a loss of this step was sent back
         self._superseded = False  # whether a later Run took these weights over
         self._stepped = False  # whether a step was counted since `attach`, `restart` or a state was loaded
+        self._ratios: RateRatios | None = None  # of learning rates, where a method sets them
         self.finite = FiniteGradients()
         self.grad_norm: Tensor | None = None  # norm of this step's gradient, if the loop computed it: not done twice
         self._save_in_optimizer = True
@@ -343,13 +345,19 @@ class Run:
                 "of the model given to Run, after all changes of its structure"
             )
         for method in self.methods:
+            before = self._rates_by_weight()
             method.attach(self)
+            if self._rates_by_weight() != before:
+                self._ratios = RateRatios(optimizer, type(method).__name__)
         check_exclusive(
             (m, self.weights(m, getattr(m, "scope", "all")), acts_on_weights(m)) for m in self.methods if m.exclusive
         )
         self._hook()
         self._blank = copy.deepcopy(self.state_dict())
         return self
+
+    def _rates_by_weight(self) -> dict[str, Any]:
+        return {w.name: w.group.get("lr") for w in self.weights()}
 
     def _hook(self) -> None:
         assert self.optimizer is not None
@@ -421,6 +429,11 @@ class Run:
         loss, outputs = self.task(inputs, copies=copies)
         if not penalties:
             return self._noticed(loss)
+        if outputs is None:
+            raise UsageError(
+                f"{type(penalties[0]).__name__} looks at the model's outputs, and the loss came without them: return "
+                "(loss, outputs), in a Trainer's compute_loss whenever return_outputs is true"
+            )
         self._micro = len(self.batch)
         parts = split(outputs, copies, batch_size(inputs)) if copies > 1 else [outputs]
         step = Step(self, inputs, parts, loss, rule, random_state)
@@ -463,6 +476,7 @@ class Run:
             RuntimeError: never attached, attached to weights that a later Run has taken over, the optimizer was loaded
                 without the state of this run, or weights moved while no step was counted.
             ValueError: a schedule without ``total_steps``.
+            UsageError: a scheduler erased the learning rates that a method set.
         """
         self._check_abandoned()
         if self._entered:
@@ -482,6 +496,8 @@ class Run:
         for method in self.methods:
             if method.needs_steps:
                 self.steps(method)
+        if self._ratios is not None:
+            self._ratios.check(first=self.index == 0)
         shards.reshard(self.model)
         self._check_averages()
         self._views.exchange()
@@ -517,8 +533,11 @@ class Run:
             )
 
     def _used_up(self) -> bool:
-        """Whether a loss of this step was sent back, and its gradients are gone."""
-        return self._backward and all(w.grad is None for w in self.weights())
+        """Whether a loss of this step was sent back, and its gradients are gone.
+
+        Unknown with sharded weights: inside no_sync() FSDP2 keeps gradients where nobody can look.
+        """
+        return self._backward and not self.sharded and all(w.grad is None for w in self.weights())
 
     def _check_abandoned(self) -> None:
         """In the middle of a step: leave it if its gradients were dropped, as after an overflow."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..errors import UsageError
 from .method import Weight
@@ -57,6 +61,48 @@ def renormalised(model: nn.Module) -> set[str]:
         for name, module in model.named_modules()
         if getattr(module, "max_norm", None) is not None
     }
+
+
+class RateRatios:
+    """The ratios of the groups' learning rates that methods set, which a scheduler must keep.
+
+    Args:
+        optimizer: after `Method.attach`.
+        method: name of the method that set the rates.
+    """
+
+    def __init__(self, optimizer: Optimizer, method: str) -> None:
+        self._optimizer, self._method = optimizer, method
+        self._ratios = self._measure()
+        self._said = False
+
+    def _measure(self) -> list[float] | None:
+        """The rates divided by the largest; None while all are zero, and for tensors, which may be on a device."""
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        if any(isinstance(rate, Tensor) for rate in rates) or not max(rates) > 0:
+            return None
+        return [rate / max(rates) for rate in rates]
+
+    def check(self, *, first: bool) -> None:
+        """Compare; later than at the ``first`` step, when somebody may have wanted the change, warn once.
+
+        Raises:
+            UsageError: other ratios at the first step.
+        """
+        now, before = self._measure(), self._ratios
+        if self._said or now is None or before is None:
+            return
+        if len(now) == len(before) and all(map(functools.partial(math.isclose, rel_tol=1e-3), now, before)):
+            return
+        told = (
+            "the learning rates of the optimizer's groups no longer stand in the ratios that "
+            f"{self._method} gave them: a scheduler such as OneCycleLR or CyclicLR set its own. Give it one rate per "
+            'group, as in max_lr=[group["lr"] for group in optimizer.param_groups]'
+        )
+        if first:
+            raise UsageError(told)
+        self._said = True
+        warnings.warn(told, stacklevel=2)
 
 
 class FiniteGradients:

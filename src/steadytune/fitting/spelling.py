@@ -1,83 +1,17 @@
-"""Methods and procedures as text and as records: `dps_dense:keep=0.7` and back."""
+"""Methods and procedures from their names, and as records."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError, suggest
+from ..spelling import as_methods, parse_method
 
 if TYPE_CHECKING:
     from ..core import Method
     from .procedures import MixupBLO as Procedure
-
-
-def parse_method(text: str, registry: Mapping[str, type[Any]], what: str = "method") -> Any:
-    """A method from `name` or `name:option=value,option=value`, checked against the fields of its class."""
-    name, _, tail = text.partition(":")
-    name = name.strip()
-    if name not in registry:
-        raise UsageError(f"unknown {what} {name!r}.{suggest(name, registry)}")
-    cls = registry[name]
-    hints = typing.get_type_hints(cls)
-    known = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
-    options: dict[str, Any] = {}
-    for item in filter(None, map(str.strip, tail.split(","))):
-        option, equals, value = (part.strip() for part in item.partition("="))
-        if not equals:
-            raise UsageError(f"{what} {name!r}: options are written option=value, got {item!r}.")
-        if option not in known:
-            raise UsageError(f"{what} {name!r}: unknown option {option!r}.{suggest(option, known)}")
-        if option in options:
-            raise UsageError(f"{what} {name!r}: {option} is given twice.")
-        try:
-            options[option] = convert(value, known[option])
-        except ValueError:
-            raise UsageError(f"{what} {name!r}: {option} must be {_spell(known[option])}, got {value!r}.") from None
-    try:
-        return cls(**options)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{what} {name!r}: {error}") from error
-
-
-def convert(text: str, hint: Any) -> Any:
-    """The value that `text` means for a field of this type; ValueError when it means none.
-
-    Options that are several numbers are written with slashes: `proximal=1/0.99`.
-    """
-    options = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
-        return {str(option): option for option in options}[text] if text in map(str, options) else _no_value()
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        for option in sorted(options, key=lambda option: option is str):  # text takes what nothing else wants
-            with contextlib.suppress(ValueError):
-                return convert(text, option)
-        return _no_value()
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return hint(*map(float, text.split("/")))
-    if hint is bool:
-        return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _no_value()
-    if hint is type(None):
-        return None if text.lower() == "none" else _no_value()
-    return hint(text) if hint in (int, float, str) else _no_value()
-
-
-def _no_value() -> Any:
-    raise ValueError
-
-
-def _spell(hint: Any) -> str:
-    options = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
-        return " or ".join(map(repr, options))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(map(_spell, options))
-    return getattr(hint, "__name__", str(hint))
 
 
 def method_record(method: Any) -> dict[str, Any]:
@@ -103,10 +37,10 @@ def _plain(value: Any) -> Any:
 
 
 def make_methods(methods: str | Method | Sequence[str | Method]) -> list[Method]:
+    """Methods from instances and names with options."""
     from ..methods import METHODS
 
-    listed = methods if isinstance(methods, Sequence) and not isinstance(methods, str) else [methods]
-    return [parse_method(method, METHODS) if isinstance(method, str) else method for method in listed]
+    return as_methods(methods, METHODS)
 
 
 def make_procedure(procedure: str | Procedure | None) -> Procedure | None:
