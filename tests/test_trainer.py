@@ -796,6 +796,7 @@ def test_whether_a_loss_is_divided_by_a_count(once, twice, told):
 
 # ---------------------------------------------------------------------- a compute_loss of one's own
 
+
 class Weighted(Trainer):
     """The class weights of the transformers documentation."""
 

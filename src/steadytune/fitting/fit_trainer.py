@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +41,7 @@ class Trained:
     Attributes:
         model: in evaluation mode; plain, unless it has adapters that cannot be merged.
         steps: optimizer steps behind the model.
-        seconds: of training, since the last resume.
+        seconds: Seconds of training, over all legs of a resumed one.
         curve: (step, score on the select split).
         seeds: those in force after restarts.
         failures: runs that were stopped because their loss did not fall.
@@ -198,7 +197,7 @@ class FitTrainer(Trainer):
         return ByLength(lengths, self.args.train_batch_size, self.args.data_seed or 0)
 
     def train_here(self, checkpoint: Path | None) -> float:
-        """Train from a checkpoint, or from the start; returns the seconds since then.
+        """Train from a checkpoint, or from the start; returns the seconds of training, those before it included.
 
         Raises:
             Interrupted: a signal came; the last step is in a checkpoint.
@@ -207,7 +206,6 @@ class FitTrainer(Trainer):
         if checkpoint is not None:
             logger.info("resuming from %s", checkpoint)
         self.ended = checkpoint is not None and was_stopped(checkpoint)
-        started = time.perf_counter()
         begun = Begun()
         self.add_callback(begun)
         try:
@@ -219,7 +217,7 @@ class FitTrainer(Trainer):
             raise UsageError(
                 f"{checkpoint}: the checkpoint cannot be resumed: {one_line(error)[:500]} Start anew with --overwrite."
             ) from error
-        return time.perf_counter() - started
+        return self.seconds
 
     def _over(self) -> bool:
         return super()._over() or self.ended

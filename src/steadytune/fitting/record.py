@@ -38,7 +38,7 @@ class FitResult:
         predictions: a row for every row of the sets: set, row, label, prediction, probabilities.
         runs: one record per training: seeds, steps, seconds, failures, scores.
         steps: optimizer steps behind the model.
-        seconds: of training alone, all runs (since the last resume).
+        seconds: of training alone, all runs, all legs of resumed ones.
     """
 
     output: Path

@@ -57,7 +57,6 @@ class RecAdam(Method):
     replace_decay: bool = True
 
     null: ClassVar = {"schedule": "constant", "replace_decay": False}
-    needs_steps = True
     exclusive: ClassVar = "anchor"
     conflicts: ClassVar[tuple[str, ...]] = ("adapters, which have no pre-trained value",)
     cost: ClassVar = Cost(held={"": 4})
@@ -69,6 +68,10 @@ class RecAdam(Method):
         year=2020,
         arxiv="2004.12651",
     )
+
+    @property
+    def needs_steps(self) -> bool:
+        return self.unit == "training" and self.schedule != "constant"
 
     def __post_init__(self) -> None:
         for name in ("gamma", "t0", "k"):

@@ -185,6 +185,10 @@ class WeightMixup(BiLevel):
 
     # ------------------------------------------------------------------ the shares
 
+    @property
+    def needs_steps(self) -> bool:
+        return self.learns and self.schedule == "cosine"
+
     def rate(self, run: Run) -> float:
         if self.schedule == "constant":
             return self.lr
