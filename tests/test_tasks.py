@@ -1,9 +1,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from fit_helpers import data_root
-from steadytune import tasks
+from steadytune import cli, tasks
 from steadytune.data.metrics import METRICS, score
 from steadytune.data.prepare import prepare
 from steadytune.data.tables import Target
@@ -20,6 +21,24 @@ def test_every_listed_file_has_columns_and_a_merge_rule():
                 labels = (COLUMNS.get(file) or COLUMNS[file.partition("/")[0]])[1]
                 merge = merge_rule(task.labels, labels)
                 assert {merge.get(name, name) for name in labels} <= {merge.get(n, n) for n in task.labels}, file
+
+
+def test_the_files_of_a_task_are_told_with_their_columns():
+    files = tasks.layout(find("stsb"))
+    assert [(f.path, f.text, f.label, f.labels) for f in files] == [
+        ("stsb/train.parquet", ("sentence1", "sentence2"), "label", ()),
+        ("stsb/validation.parquet", ("sentence1", "sentence2"), "label", ()),
+        ("sick/test.parquet", ("premise", "hypothesis"), "relatedness_score", ()),
+    ]
+    assert (
+        tasks.layout(find("imdb_counterfactual"), beyond=False)[0].path == "imdb_counterfactual/train_original.parquet"
+    )
+    shown = CliRunner().invoke(cli.app, ["tasks", "qnli"], env={"COLUMNS": "120"})
+    assert shown.exit_code == 0
+    for part in ("qnli/train.parquet", "question", "0 = entailment", "1 = not_entailment", "out of domain"):
+        assert part in shown.stdout
+    wrong = CliRunner().invoke(cli.app, ["tasks", "qnlj"])
+    assert (wrong.exit_code, "Did you mean 'qnli'" in wrong.stderr) == (2, True)
 
 
 def test_merge_rules_by_hand():

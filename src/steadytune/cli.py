@@ -503,10 +503,14 @@ def merge(
 
 
 @app.command()
-def tasks() -> None:
-    """List the benchmark tasks with their labels, metric and test sets."""
+def tasks(
+    name: Annotated[str | None, typer.Argument(help="Show the files of one task, as they lie in a data root.")] = None,
+) -> None:
+    """List the benchmark tasks with their labels, metric and test sets, or the files and columns of one."""
     from .tasks import TASKS
 
+    if name is not None:
+        return _show_files(name)
     grid = Grid(show_lines=True)
     for title in ("task", "text", "labels", "metric", "test sets", "out of domain"):
         grid.add_column(title, overflow="fold")
@@ -515,6 +519,22 @@ def tasks() -> None:
         grid.add_row(
             task.name, "\n".join(task.text), labels, task.metric, "\n".join(task.tests), "\n".join(task.beyond)
         )
+    Console().print(grid)
+
+
+def _show_files(name: str) -> None:
+    """The files of a task, with the columns that are read."""
+    with _errors_in_one_line():
+        from .tasks import find, layout
+
+        task = find(name)
+    grid = Grid(show_lines=True)
+    for title in ("file", "text", "label column", "labels", "used as"):
+        grid.add_column(title, overflow="fold")
+    uses = ["training", *["test"] * len(task.tests), *["out of domain"] * len(task.beyond)]
+    for file, use in zip(layout(task), uses, strict=True):
+        labels = "\n".join(f"{number} = {label}" for number, label in enumerate(file.labels)) or "a number"
+        grid.add_row(file.path, "\n".join(file.text), file.label, labels, use)
     Console().print(grid)
 
 

@@ -1,7 +1,7 @@
-"""Benchmark tasks as data: where the files lie, which columns they have, how their labels relate. No torch here.
+"""Benchmark tasks as data: where their files are, which columns they have, how their labels relate. No torch here.
 
-A data root holds one folder per set and one Parquet file per split (`sst2/train.parquet`). Labels in the files are the
-numbers of the names listed here.
+A data root holds one folder per set and in it one Parquet file per split, as `sst2/train.parquet`. The label column of
+a file holds numbers; label n is the n-th name listed here, counted from 0.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "advglue/mnli_mismatched": (PREMISE, NLI3),
 }
 
-# (trained on, scored on): names merged in predictions and gold labels alike. Three classes are scored on two by taking
-# the arg-max over three first, as HANS does.
+# (trained on, scored on) -> names that are made coarser in predictions and gold labels alike. A model of three classes
+# is scored on two by taking the arg-max over three first, as HANS does.
 _TO_TWO = {"neutral": "not_entailment", "contradiction": "not_entailment"}
 MERGES: dict[tuple[frozenset[str], frozenset[str]], dict[str, str]] = {
     (frozenset(NLI3), frozenset(NLI2)): _TO_TWO,
@@ -71,10 +71,11 @@ class Task:
     """One training set and what it is tested on.
 
     Attributes:
-        metric: the figure the literature reports.
-        tests: in-domain test files; for GLUE the public dev set, as in the papers.
-        beyond: out-of-domain test files.
-        train: the training split.
+        name: Name of the task and of the folder of its training set.
+        metric: Metric that the literature reports.
+        tests: In-domain test files; for GLUE the public dev set, as in the papers.
+        beyond: Out-of-domain test files.
+        train: Name of the training split.
     """
 
     name: str
@@ -122,7 +123,7 @@ TASKS = {
 }  # fmt: skip
 
 
-# What well-known models had seen before, by a part of their name: set -> how. From their model cards.
+# Benchmark sets that well-known models had seen before, by a part of their name: set -> how. From their model cards.
 _ALL_MODELS = {
     "snli": "trained on it",
     "mnli": "trained on it",
@@ -143,13 +144,13 @@ SEEN = {
 
 
 def seen_by(names: Sequence[str], task: Task, beyond: bool, also: Sequence[str] = ()) -> tuple[str, ...]:
-    """What a model knew before of a task's training and test sets, as `set: how`: its scores there are no fair test.
+    """The sets of a task that a model had seen before, as `set: how`. Its scores on them are no fair test.
 
     Args:
-        names: under which the model is known, its path among them.
-        task: that it is trained on.
-        beyond: whether the out-of-domain sets are used.
-        also: sets it has seen beside those known of models of these names.
+        names: Names of the model, its path among them.
+        task: Task that the model is trained on.
+        beyond: Whether the out-of-domain sets are used.
+        also: Sets that the model has seen beside those known of models of these names.
     """
     told = dict.fromkeys(also, "said to be seen")
     known = [about for part, about in SEEN.items() if any(part in name.lower() for name in names)]
@@ -159,34 +160,73 @@ def seen_by(names: Sequence[str], task: Task, beyond: bool, also: Sequence[str] 
 
 
 def find(name: str) -> Task:
-    """The task of that name, or an error with the nearest one."""
+    """The task of that name.
+
+    Raises:
+        UsageError: there is none; the message has the nearest name.
+    """
     if name not in TASKS:
         raise UsageError(f"unknown task {name!r}.{suggest(name, TASKS)}")
     return TASKS[name]
 
 
 def merge_rule(trained: Sequence[str], scored: Sequence[str]) -> Mapping[str, str]:
-    """How labels are merged when a model trained on one label scheme is scored on another."""
+    """Label -> coarser label, for a model that was trained on one label scheme and is scored on another."""
     if set(trained) == set(scored):
         return {}
     return MERGES[frozenset(trained), frozenset(scored)]
 
 
-def read_set(root: Path, file: str, trained: Sequence[str] | None = None) -> Table:
-    """Read `set/split` or `set/split:label_column` from the data root, to be scored by a model trained on `trained`."""
-    file, _, column = file.partition(":")
-    name = file.partition("/")[0]
-    text, labels = COLUMNS.get(file) or COLUMNS[name]
-    labels = () if column else labels
-    path = root / f"{file}.parquet"
+@dataclass(frozen=True)
+class SetFile:
+    """A file of a data root.
+
+    Attributes:
+        path: Path of the file in the data root.
+        text: The text column, or two for pairs.
+        label: The label column.
+        labels: Name of label 0, 1, ...; none if the labels are numbers to predict.
+    """
+
+    path: str
+    text: tuple[str, ...]
+    label: str
+    labels: tuple[str, ...]
+
+
+def set_file(name: str) -> SetFile:
+    """What is known of `set/split`, or of `set/split:label_column`, where another column holds numbers to predict."""
+    file, _, column = name.partition(":")
+    text, labels = COLUMNS.get(file) or COLUMNS[file.partition("/")[0]]
+    return SetFile(f"{file}.parquet", text, column or "label", () if column else labels)
+
+
+def layout(task: Task, beyond: bool = True) -> list[SetFile]:
+    """The files of a task in a data root: the training set, then the test sets."""
+    return [set_file(name) for name in (f"{task.name}/{task.train}", *task.tests, *(task.beyond if beyond else ()))]
+
+
+def read_set(root: Path, name: str, trained: Sequence[str] | None = None) -> Table:
+    """Read `set/split` or `set/split:label_column` from a data root.
+
+    Args:
+        root: The data root.
+        name: Name of the file.
+        trained: Labels of the model that is scored on it, if it is a test set.
+
+    Raises:
+        UsageError: there is no such file, or it cannot be read.
+    """
+    file = set_file(name)
+    path = root / file.path
     return Table(
         read_table(path),
         str(path),
-        text,
-        column or "label",
-        kind="classification" if labels else "regression",
-        rename={str(number): label for number, label in enumerate(labels)},
-        merge=merge_rule(trained, labels) if trained is not None else {},
+        file.text,
+        file.label,
+        kind="classification" if file.labels else "regression",
+        rename={str(number): label for number, label in enumerate(file.labels)},
+        merge=merge_rule(trained, file.labels) if trained is not None else {},
     )
 
 
@@ -194,9 +234,12 @@ def load(name: str, root: str | Path, beyond: bool = False) -> tuple[Table, dict
     """Training table and test tables of a task.
 
     Args:
-        name: a key of `TASKS`.
-        root: the data root.
-        beyond: also read the out-of-domain test sets.
+        name: A key of `TASKS`.
+        root: The data root.
+        beyond: Whether to read the out-of-domain test sets too.
+
+    Raises:
+        UsageError: there is no such task, or a file is missing or cannot be read.
     """
     task, root = find(name), Path(root)
     if not (root / task.name).is_dir():
@@ -204,6 +247,3 @@ def load(name: str, root: str | Path, beyond: bool = False) -> tuple[Table, dict
     files = task.tests + (task.beyond if beyond else ())
     tests = {file.partition(":")[0]: read_set(root, file, task.labels) for file in files}
     return read_set(root, f"{task.name}/{task.train}"), tests
-
-
-# ---- metrics ----------------------------------------------------------------------------------------------------

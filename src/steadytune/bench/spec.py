@@ -26,7 +26,7 @@ from ..errors import UsageError, suggest
 from ..fitting.options import SEEDS, Options
 from ..fitting.plan import headline
 from ..fitting.spelling import make_methods, make_procedure, method_record, procedure_record
-from ..tasks import TASKS, Task, find, seen_by
+from ..tasks import TASKS, find, layout, seen_by
 from .own_tables import OwnTables
 from .places import expanded, fingerprint_files, fingerprint_model
 from .short_forms import spelled, spread
@@ -296,7 +296,8 @@ class Study:
 
     def _task(self, name: str, root: Path) -> _Task:
         task = find(name)
-        hash = fingerprint_files(_files(task, root, self.out_of_domain), DATA_ROOT)
+        files = [root / file.path for file in layout(task, self.out_of_domain)]
+        hash = fingerprint_files(files, DATA_ROOT)
         return _Task({"name": name, "fingerprint": hash}, self.metric or task.metric, not task.labels)
 
     def _own_task(self, own: OwnTables) -> _Task:
@@ -481,8 +482,3 @@ def _settings(file: Path) -> Document:
     if not file.is_file():
         raise UsageError(f"{file}: no such study file; presets are {', '.join(presets())}.")
     return read(file)
-
-
-def _files(task: Task, root: Path, beyond: bool) -> list[Path]:
-    names = [f"{task.name}/{task.train}", *task.tests, *(task.beyond if beyond else ())]
-    return [root / f"{name.partition(':')[0]}.parquet" for name in names]
