@@ -16,6 +16,8 @@ LIGHT = (
     "steadytune.files.atomic",
     "steadytune.fitting",
     "steadytune.fitting.merge_folders",
+    "steadytune.pages.document",
+    "steadytune.pages.drawing",
     "steadytune.tasks",
     "steadytune.bench.report",
     "steadytune.bench.run",

@@ -553,6 +553,8 @@ def doctor(
 
 def _show(result: Any) -> None:
     """The scores, one row a test set, the metric that counts first."""
+    from .pages.words import score_words
+
     console = Console()
     if result.metrics:
         names = [
@@ -562,18 +564,9 @@ def _show(result: Any) -> None:
         names = list(dict.fromkeys(names))
         grid = Grid("set", "rows", *names)
         for key, scores in result.metrics.items():
-            cells = ("" if name not in scores else _figure(scores, name) for name in names)
-            grid.add_row(key, str(scores["rows"]), *cells)
+            grid.add_row(key, str(scores["rows"]), *(score_words(scores, name) for name in names))
         console.print(grid)
     console.print(f"{result.steps} steps, {result.seconds:.0f} s. Model: {result.output}", soft_wrap=True, markup=False)
-
-
-def _figure(scores: dict[str, Any], name: str) -> str:
-    """A score, with mean and standard deviation over runs where there are several."""
-    if scores[name] is None:
-        return "-"
-    runs = scores.get("runs", {}).get(name)
-    return f"{scores[name]:.4f}" + (f" ({runs['mean']:.4f} ± {runs['sd']:.4f})" if runs else "")
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from steadytune.bench.records import read_records
 from steadytune.bench.report import figures, tables
 from steadytune.bench.report.write import write_report
 from steadytune.errors import UsageError
+from steadytune.pages.drawing import looks
 
 PLAIN, RIVAL = [0.80, 0.82, 0.78, 0.84], [0.83, 0.84, 0.82, 0.85]
 FILES = ("report.html", "report.md", "runs.csv", "summary.csv")
@@ -415,12 +416,12 @@ def test_figures_show_every_run(tmp_path):
 
 def test_forest_draws_each_gain_on_its_own_line():
     """Rows come by recipe, lines by task: a's and b's colours must alternate from top to bottom."""
-    looks = figures.looks(["plain", "a", "b"])
-    rows = [(task, name, looks[name], 1.0, 0.0, 2.0) for name in ("a", "b") for task in ("sst2", "rte")]
+    drawn = looks(["plain", "a", "b"])
+    rows = [(task, name, drawn[name], 1.0, 0.0, 2.0) for name in ("a", "b") for task in ("sst2", "rte")]
     gains = pd.DataFrame(rows, columns=["group", "label", "look", "gain", "low", "high"])
     tags = Page(figures.forest(gains, "title", "gain", (-1, 3))).tags
     marks = [a for tag, a in tags if tag == "use" and "x" in a]
-    colours = {look.colour: name for name, look in looks.items()}
+    colours = {look.colour: name for name, look in drawn.items()}
     found = sorted((float(a["y"]), colours[c]) for a in marks for c in colours if f"fill: {c}" in a.get("style", ""))
     assert [name for _, name in found] == ["a", "b", "a", "b"]
     assert len({y for y, _ in found}) == 4

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from ..pages.words import call_words, score_words
+
 
 def model_card(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], metric: str) -> str:
     """Markdown with the hub's YAML head.
@@ -56,7 +58,7 @@ def _data(record: Mapping[str, Any]) -> Iterator[str]:
 
 def _training(record: Mapping[str, Any]) -> Iterator[str]:
     recipe = record["recipe"]
-    methods = "; ".join(map(_call, recipe["methods"]))
+    methods = "; ".join(map(call_words, recipe["methods"]))
     yield "## Training\n"
     yield f"- base model: {recipe['model']}"
     yield f"- methods: {methods or 'none (plain fine-tuning)'}"
@@ -65,7 +67,7 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
     if (library := _library(recipe)) != "transformers":
         yield f"- this folder holds what was added to the base model, no model of its own: {library} joins them"
     if "procedure" in recipe:
-        yield f"- procedure: {_call(recipe['procedure'])}"
+        yield f"- procedure: {call_words(recipe['procedure'])}"
     yield (
         f"- {recipe['optimizer']}; learning rate {recipe['lr']}, {recipe['batch_size'] * recipe['accumulation']} "
         f"rows a step, {recipe['steps']} steps planned, weight decay {recipe['weight_decay']}"
@@ -83,10 +85,6 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
     yield f"- made with steadytune {record['versions']['steadytune']}, every option in steadytune.json\n"
 
 
-def _call(method: Mapping[str, Any]) -> str:
-    return f"{method['name']}({', '.join(f'{k}={v}' for k, v in method['options'].items())})"
-
-
 def _results(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], metric: str) -> Iterator[str]:
     if not metrics:
         return
@@ -97,18 +95,10 @@ def _results(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]
     yield "| set | rows | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 2)
     for name, scores in metrics.items():
         mark = " (selected on)" if selected and name == "validation" else ""
-        yield f"| {name}{mark} | {scores['rows']} | " + " | ".join(_cell(scores, key) for key in names) + " |"
+        yield f"| {name}{mark} | {scores['rows']} | " + " | ".join(score_words(scores, key) for key in names) + " |"
     if any("runs" in scores for scores in metrics.values()):
         yield f"\nIn brackets: mean and standard deviation over the {recipe['runs']} runs.\n"
     yield "\nTest sets of another domain than the training rows show how far the model carries.\n"
-
-
-def _cell(scores: Mapping[str, Any], key: str) -> str:
-    value = scores.get(key)
-    if value is None:
-        return "-"
-    runs = scores.get("runs", {}).get(key)
-    return f"{value:.4f}" + (f" ({runs['mean']:.4f} ± {runs['sd']:.4f})" if runs else "")
 
 
 def _limits(record: Mapping[str, Any]) -> Iterator[str]:

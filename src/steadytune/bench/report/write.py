@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,26 +18,11 @@ import pandas as pd
 from ...data.metrics import SMALLER_IS_BETTER
 from ...errors import UsageError
 from ...files.atomic import write_whole, writing
+from ...pages.document import Block, Cell, Code, Figures, Grid, Section, Text, Warning, html, markdown
+from ...pages.drawing import looks, marker
+from ...pages.words import NONE, call_words, chance, counted, interval, listed, number
 from ..records import STUDY, planned, read_records
 from . import figures, tables
-from .document import (
-    NONE,
-    Block,
-    Cell,
-    Code,
-    Figures,
-    Grid,
-    Section,
-    Text,
-    Warning,
-    chance,
-    counted,
-    html,
-    interval,
-    listed,
-    markdown,
-    number,
-)
 
 PANELS = 24  # drawn of one kind of figure
 LISTED = 50  # shown of failed runs, and of skipped files
@@ -76,7 +61,7 @@ class Bench:
         self.recipes = tables.in_order(self.scores["recipe"], self.study)
         self.baseline = tables.baseline_of(self.recipes)
         self.recipes.sort(key=lambda recipe: recipe != self.baseline)
-        self.looks = figures.looks(self.recipes)
+        self.looks = looks(self.recipes)
         self.cells = tables.summaries(self.scores, self.recipes)
         self.gains, self.overall = tables.comparisons(self.scores, self.recipes, self.baseline)
 
@@ -598,7 +583,7 @@ def _drawn(caption: str, panels: Iterable[Callable[[], str]], legend: Bench | No
     """The first panels, with a legend where the recipes do not stand in them."""
     panels = list(panels)
     left = f" ({len(panels) - PANELS} more panels are not drawn)" if len(panels) > PANELS else ""
-    keys = [(figures.key(look), recipe) for recipe, look in legend.looks.items()] if legend else []
+    keys = [(marker(look), recipe) for recipe, look in legend.looks.items()] if legend else []
     return Figures(caption + left, [panel() for panel in panels[:PANELS]], keys)
 
 
@@ -718,7 +703,7 @@ def _recipes(bench: Bench) -> Grid:
         for name, found in values.items()
         if len(found) == len(bench.recipes) and len(set().union(*found.values())) == 1
     }
-    methods = {spec["recipe"]: "; ".join(map(_call, spec["methods"])) or "none" for spec in specs}
+    methods = {spec["recipe"]: "; ".join(map(call_words, spec["methods"])) or "none" for spec in specs}
     rows = [
         [recipe, methods[recipe], "; ".join(f"{name} {listed(sorted(found[recipe]))}" for name, found in values.items()
                                             if name not in common and recipe in found) or NONE]
@@ -727,10 +712,6 @@ def _recipes(bench: Bench) -> Grid:
     alike = ", ".join(f"{name} {value}" for name, value in common.items())
     note = f"The same in all runs: {alike}." if alike else ""
     return Grid("Recipes", ["recipe", "methods", "options of its own"], [("", rows)], note, words=(0, 1, 2))
-
-
-def _call(method: Mapping[str, Any]) -> str:
-    return f"{method['name']}({', '.join(f'{name}={value}' for name, value in method['options'].items())})"
 
 
 def _failed(bench: Bench) -> Iterator[Grid]:

@@ -1,21 +1,18 @@
-"""What a report is made of: sections of text, tables and figures, printed as HTML or Markdown. No torch here.
+"""A page: sections of text, tables and figures, printed as HTML or Markdown. No torch here.
 
-Everything that comes from records is escaped by the template, but the drawings, which are ours.
+The template escapes every text. Only the drawings, which this package makes itself, stand on the page as they are.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-
-NONE = "–"
 
 
 class Cell(NamedTuple):
@@ -87,17 +84,17 @@ class Section:
 
 def html(title: str, sections: Sequence[Section]) -> str:
     """One page without scripts, that loads nothing."""
-    return _environment(autoescape=True).get_template("report.html.j2").render(title=title, sections=sections)
+    return _environment(autoescape=True).get_template("page.html.j2").render(title=title, sections=sections)
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
     """The same without its figures, as GitHub reads it."""
-    return _environment(autoescape=False).get_template("report.md.j2").render(title=title, sections=sections)
+    return _environment(autoescape=False).get_template("page.md.j2").render(title=title, sections=sections)
 
 
 def _environment(autoescape: bool) -> Environment:
     environment = Environment(
-        loader=PackageLoader("steadytune.bench.report", "."),
+        loader=PackageLoader("steadytune.pages", "."),
         autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -123,37 +120,3 @@ def _plain(text: str) -> str:
 def _fence(text: str) -> str:
     """Backticks enough to enclose a text."""
     return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-
-
-# ---- numbers as words -------------------------------------------------------------------------------------------
-
-
-def number(value: float | None, digits: int, signed: bool = False) -> str:
-    """A dash where there is none."""
-    if value is None or not math.isfinite(value):
-        return NONE
-    text = f"{value:{'+' if signed else ''}.{digits}f}"
-    return text.replace("-", "−")
-
-
-def interval(low: float, high: float, digits: int, signed: bool = False) -> str:
-    """As in "[0.4, 2.1]"."""
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return NONE
-    return f"[{number(low, digits, signed)}, {number(high, digits, signed)}]"
-
-
-def chance(p: float) -> str:
-    """A p-value."""
-    return "< 0.001" if p < 0.001 else number(p, 3)
-
-
-def counted(count: int, noun: str) -> str:
-    """As in "1 run", "2 runs"."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
-def listed(names: Iterable[str]) -> str:
-    """As in "a, b and c"."""
-    *most, last = names
-    return f"{', '.join(most)} and {last}" if most else last

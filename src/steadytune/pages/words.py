@@ -1,0 +1,62 @@
+"""Numbers, scores and methods as words: the same in the terminal, in the model card and on the pages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+NONE = "–"
+
+
+def number(value: float | None, digits: int, signed: bool = False) -> str:
+    """A dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    text = f"{value:{'+' if signed else ''}.{digits}f}"
+    return text.replace("-", "−")
+
+
+def interval(low: float, high: float, digits: int, signed: bool = False) -> str:
+    """As in "[0.4, 2.1]"."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return NONE
+    return f"[{number(low, digits, signed)}, {number(high, digits, signed)}]"
+
+
+def chance(p: float) -> str:
+    """A p-value."""
+    return "< 0.001" if p < 0.001 else number(p, 3)
+
+
+def counted(count: int, noun: str) -> str:
+    """As in "1 run", "2 runs"."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def listed(names: Iterable[str]) -> str:
+    """As in "a, b and c"."""
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def score_words(scores: Mapping[str, Any], name: str) -> str:
+    """One score of a set, as in "0.8125 (0.8050 ± 0.0071)".
+
+    Args:
+        scores: The scores of one set, as in ``metrics.json``.
+        name: The metric.
+
+    Returns:
+        The score, followed by mean and standard deviation over runs where there are several; "-" where the set does not
+        have the metric or it is undefined.
+    """
+    if scores.get(name) is None:
+        return "-"
+    runs = scores.get("runs", {}).get(name)
+    return f"{scores[name]:.4f}" + (f" ({runs['mean']:.4f} ± {runs['sd']:.4f})" if runs else "")
+
+
+def call_words(method: Mapping[str, Any]) -> str:
+    """A recorded method or procedure as in "ema(decay=0.9, scope=all)"."""
+    return f"{method['name']}({', '.join(f'{name}={value}' for name, value in method['options'].items())})"
