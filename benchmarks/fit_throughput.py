@@ -41,7 +41,7 @@ import steadytune
 from steadytune.data.metrics import score
 from steadytune.data.prepare import Data, prepare
 from steadytune.data.tables import Table
-from steadytune.fitting.encoding import label_ids, tokenise
+from steadytune.fitting.encoding import tokenise
 from steadytune.tasks import find, load
 
 BATCH, LENGTH = 16, 128
@@ -50,7 +50,7 @@ BATCH, LENGTH = 16, 128
 def stock(data: Data, options: argparse.Namespace, seed: int, *, padded: bool) -> float:
     """A transformers.Trainer as scripts use it; returns the score."""
     set_seed(seed)
-    names = data.target.names
+    names = data.problem.names
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForSequenceClassification.from_pretrained(
         options.model, num_labels=len(names), dtype=torch.float32
@@ -60,7 +60,7 @@ def stock(data: Data, options: argparse.Namespace, seed: int, *, padded: bool) -
         found = tokenise(rows, tokenizer, LENGTH)
         if padded:
             found = [dict(tokenizer.pad(f, padding="max_length", max_length=LENGTH)) for f in found]
-        return [{**f, "labels": y} for f, y in zip(found, label_ids(rows["label"].tolist(), data.target), strict=True)]
+        return [{**f, "labels": y} for f, y in zip(found, data.problem.ids(rows["label"].tolist()), strict=True)]
 
     ((_, dev),) = data.tests.items()
     steps = -(-len(data.train) // BATCH) * options.epochs
@@ -80,7 +80,7 @@ def stock(data: Data, options: argparse.Namespace, seed: int, *, padded: bool) -
         found = trainer.predict(features(dev)).predictions
         trainer.save_model(folder)
     predicted = np.array(names, dtype=object)[found.argmax(1)]
-    return score(data.target, dev["label"].to_numpy(), predicted)[options.metric]
+    return score(data.problem, dev["label"].to_numpy(), predicted)[options.metric]
 
 
 def ours(data: Data, tables: tuple, options: argparse.Namespace, seed: int, *, bf16: bool) -> float:

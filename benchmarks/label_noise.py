@@ -49,7 +49,7 @@ def run(arm: str, seed: int, options: argparse.Namespace) -> dict:
     rows = plan.data.train.sample(frac=1, random_state=seed)
     clean, noisy = rows.iloc[: options.clean], rows.iloc[options.clean :]
     spec = {"corruption": {"label_noise": options.noise, "imbalance": None}, "seeds": {"subset": seed}}
-    noisy = corrupted(noisy, plan.data.target, spec)
+    noisy = corrupted(noisy, plan.data.problem, spec)
     train = {"noisy": noisy, "meta": noisy, "clean": clean}.get(arm, pd.concat([noisy, clean]))
     plan = dataclasses.replace(plan, data=dataclasses.replace(plan.data, train=train))
     pretrained = planning.open_model(plan)

@@ -13,7 +13,7 @@ from fit_helpers import save_tiny_bert, toy
 from helpers import assert_same, copied
 from steadytune import FittedModel, merge
 from steadytune.cli import app
-from steadytune.data.tables import Target
+from steadytune.data.problem import Classification
 
 ATOL = 1e-10
 
@@ -196,7 +196,7 @@ def judged(desk, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained("one")
     tokenizer = AutoTokenizer.from_pretrained("one")
     start = copied(model)
-    fitted = FittedModel([model.eval()], tokenizer, Target(NAMES), max_length=16)
+    fitted = FittedModel([model.eval()], tokenizer, Classification(NAMES), max_length=16)
 
     def moved(seed):
         generator = torch.Generator().manual_seed(seed)

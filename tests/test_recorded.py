@@ -97,7 +97,7 @@ def test_an_interrupted_fit_that_is_asked_for_something_else_is_refused(folder):
 def test_a_finished_fit_predicts_as_it_did(folder):
     model = FittedModel.load("finished")
     recorded = pd.read_parquet("finished/predictions.parquet").query("set == 'test'")
-    probabilities = recorded[[f"probability_{name}" for name in model.target.names]].to_numpy()
+    probabilities = recorded[[f"probability_{name}" for name in model.problem.names]].to_numpy()
     texts = pd.read_csv("test.csv")["text"].tolist()
     assert model.predict(texts).tolist() == recorded["prediction"].tolist()
     assert model.predict_proba(texts) == pytest.approx(probabilities, abs=1e-4)

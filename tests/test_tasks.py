@@ -5,16 +5,15 @@ from typer.testing import CliRunner
 
 from fit_helpers import data_root
 from steadytune import cli, tasks
-from steadytune.data.metrics import METRICS, score
 from steadytune.data.prepare import prepare
-from steadytune.data.tables import Target
+from steadytune.data.problem import Classification, MultiLabel, Regression
 from steadytune.errors import UsageError
 from steadytune.tasks import COLUMNS, TASKS, find, load, merge_rule
 
 
 def test_every_listed_file_has_columns_and_a_merge_rule():
     for task in TASKS.values():
-        assert task.metric in METRICS["classification" if task.labels else "regression"]
+        assert task.metric in task.problem.metrics
         for file in (*task.tests, *task.beyond):
             assert file in COLUMNS or file.partition("/")[0] in COLUMNS
             if not file.endswith(":relatedness_score"):
@@ -75,7 +74,7 @@ def test_labels_meet_by_name_not_by_number(small_root):
     """wnli counts 1 for entailment, rte 0."""
     train, tests = load("wnli", small_root, beyond=True)
     data = prepare(train, tests, validation_share=0)
-    assert data.target.names == ("not_entailment", "entailment")
+    assert data.problem.names == ("not_entailment", "entailment")
     assert data.train["label"].tolist() == ["entailment", "not_entailment"]
     assert data.tests["rte/validation"]["label"].tolist() == ["entailment", "not_entailment"]
     assert data.tests["wnli/validation"]["label"].tolist() == ["not_entailment", "entailment"]
@@ -95,7 +94,7 @@ def test_real_data_reads_through_the_table(name):
     data = prepare(train, tests, train_size=100, validation_share=0.1)
     task = TASKS[name]
     assert len(data.tests) == 1 + len(task.tests) + len(task.beyond)
-    assert data.target.names == task.labels
+    assert data.problem.names == task.labels
     if task.labels:
         assert set(data.train["label"]) == set(task.labels)
         for test, rows in data.tests.items():
@@ -119,7 +118,7 @@ def words(text):
 
 
 def test_two_classes_by_hand():
-    scores = score(Target(("no", "yes")), words("yes yes no no"), words("yes no no no"))
+    scores = Classification(("no", "yes")).score(words("yes yes no no"), words("yes no no no"))
     assert scores["accuracy"] == 0.75
     assert scores["f1"] == pytest.approx(2 / 3)  # of 'yes': precision 1, recall 1/2
     assert scores["f1_macro"] == pytest.approx((2 / 3 + 0.8) / 2)
@@ -127,36 +126,36 @@ def test_two_classes_by_hand():
 
 
 def test_three_classes_have_no_binary_f1():
-    scores = score(Target(("a", "b", "c")), words("a b c"), words("a b b"))
+    scores = Classification(("a", "b", "c")).score(words("a b c"), words("a b b"))
     assert "f1" not in scores
     assert scores["f1_macro"] == pytest.approx((1 + 2 / 3 + 0) / 3)
 
 
 def test_merged_names_decide_which_class_is_second():
-    target = Target(tasks.NLI3)
-    names = target.merged(merge_rule(tasks.NLI3, tasks.NLI2))
-    assert names == tasks.NLI2
+    problem = Classification(tasks.NLI3)
+    two = problem.coarser(merge_rule(tasks.NLI3, tasks.NLI2))
+    assert two.names == tasks.NLI2
     gold, predicted = words("entailment not_entailment"), words("entailment entailment")
-    assert score(target, gold, predicted, names)["f1"] == 0.0
+    assert two.score(gold, predicted)["f1"] == 0.0
 
 
 def test_f1_of_a_class_nobody_has_is_zero_and_silent():
-    assert score(Target(("no", "yes")), words("no no"), words("no no"))["f1"] == 0.0
+    assert Classification(("no", "yes")).score(words("no no"), words("no no"))["f1"] == 0.0
 
 
 def test_correlations_by_hand():
     gold = np.array([1.0, 2.0, 3.0, 4.0])
-    scores = score(Target(), gold, np.array([1.0, 4.0, 9.0, 16.0]))
+    scores = Regression().score(gold, np.array([1.0, 4.0, 9.0, 16.0]))
     assert scores["spearman"] == pytest.approx(1.0)
     assert scores["pearson"] == pytest.approx(25 / np.sqrt(5 * 129))
-    assert score(Target(), gold, gold + 2)["rmse"] == pytest.approx(2.0)
+    assert Regression().score(gold, gold + 2)["rmse"] == pytest.approx(2.0)
 
 
 def test_undefined_correlation_is_none_not_nan():
-    scores = score(Target(), np.array([1.0, 2.0]), np.array([3.0, 3.0]))
+    scores = Regression().score(np.array([1.0, 2.0]), np.array([3.0, 3.0]))
     assert scores["pearson"] is None
     assert scores["spearman"] is None
-    assert score(Target(), np.array([1.0]), np.array([3.0]))["pearson"] is None
+    assert Regression().score(np.array([1.0]), np.array([3.0]))["pearson"] is None
 
 
 def sets(*rows):
@@ -177,7 +176,7 @@ def sets(*rows):
     ids=["right", "half right", "nothing to find", "order"],
 )
 def test_multilabel_by_hand(gold, predicted, micro, macro, accuracy):
-    scores = score(Target(("a", "b", "c"), multi=True), gold, predicted)
+    scores = MultiLabel(("a", "b", "c")).score(gold, predicted)
     assert scores == pytest.approx({"f1_micro": micro, "f1_macro": macro, "accuracy": accuracy})
 
 
@@ -192,11 +191,11 @@ def test_multilabel_scores_agree_with_scikit_learn():
     ]
     expected = {f"f1_{how}": f1_score(gold, predicted, average=how) for how in ("micro", "macro")}
     expected["accuracy"] = accuracy_score(gold, predicted)
-    assert score(Target(names, multi=True), *rows) == pytest.approx(expected)
+    assert MultiLabel(names).score(*rows) == pytest.approx(expected)
 
 
 def test_multilabel_reports_micro_f1_first():
-    assert next(iter(METRICS["multilabel"])) == "f1_micro"
+    assert MultiLabel(("a", "b")).metric(None).name == "f1_micro"
 
 
 @pytest.mark.parametrize(

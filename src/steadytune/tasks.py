@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .data.files import read_table
+from .data.problem import Classification, Problem, Regression
 from .data.tables import Table
 from .errors import UsageError, suggest
 
@@ -91,6 +92,11 @@ class Task:
     @property
     def labels(self) -> tuple[str, ...]:
         return COLUMNS[self.name][1]
+
+    @property
+    def problem(self) -> Problem:
+        """What the task asks for."""
+        return Classification(self.labels) if self.labels else Regression()
 
 
 _REVIEWS = ("imdb/test", "yelp/test", "amazon/test", "imdb_counterfactual/test_original")
@@ -226,7 +232,7 @@ def read_set(root: Path, name: str, trained: Sequence[str] | None = None) -> Tab
         file.label,
         kind="classification" if file.labels else "regression",
         rename={str(number): label for number, label in enumerate(file.labels)},
-        merge=merge_rule(trained, file.labels) if trained is not None else {},
+        coarser=merge_rule(trained, file.labels) if trained is not None else {},
     )
 
 

@@ -27,7 +27,7 @@ from steadytune.bench.run import corrupted, make_plan
 from steadytune.bench.spec import Study, preset, presets
 from steadytune.bench.store import Store
 from steadytune.bench.study import run_study
-from steadytune.data.tables import Target
+from steadytune.data.problem import Classification
 from steadytune.errors import UsageError
 from steadytune.fitting.options import Options
 from steadytune.methods import METHODS
@@ -356,19 +356,21 @@ def corruption(label_noise=0.0, imbalance=None, subset=0):
 
 
 def test_label_noise_replaces_exactly_its_share_by_other_classes():
-    target = Target(("a", "b", "c"))
+    problem = Classification(("a", "b", "c"))
     before = rows(["a", "b", "c", "c"] * 50)
-    after = corrupted(before, target, corruption(0.3))
+    after = corrupted(before, problem, corruption(0.3))
     assert (before["label"] != after["label"]).sum() == 60
     assert set(after["label"]) == {"a", "b", "c"}
     assert before["label"].tolist() == ["a", "b", "c", "c"] * 50, "the rows that were given stay as they are"
-    again, other = (corrupted(before, target, corruption(0.3, subset=s)) for s in (0, 1))
+    again, other = (corrupted(before, problem, corruption(0.3, subset=s)) for s in (0, 1))
     assert after["label"].equals(again["label"])
     assert not after["label"].equals(other["label"])
 
 
 def test_imbalance_thins_all_classes_but_the_largest():
-    after = corrupted(rows(["a"] * 40 + ["b"] * 60 + ["c"] * 10), Target(("a", "b", "c")), corruption(imbalance=0.1))
+    after = corrupted(
+        rows(["a"] * 40 + ["b"] * 60 + ["c"] * 10), Classification(("a", "b", "c")), corruption(imbalance=0.1)
+    )
     assert after["label"].value_counts().to_dict() == {"b": 60, "a": 4, "c": 1}
     assert after.index.is_monotonic_increasing
 

@@ -6,14 +6,15 @@ import pandas as pd
 import pytest
 
 from fit_helpers import toy
+from steadytune.data.labels import find_problem
 from steadytune.data.prepare import Data, fingerprint, prepare
-from steadytune.data.splits import allot, draw, folds, split, strata, subset
-from steadytune.data.tables import Table, Target, examples, label_name, membership, resolve, texts
-from steadytune.data.targets import encode, find_target
+from steadytune.data.problem import Classification, MultiLabel, Problem, Regression
+from steadytune.data.splits import allot, draw, folds, split, subset
+from steadytune.data.tables import Table, examples, label_name, resolve, texts
 from steadytune.errors import UsageError
 
 
-def problem(labels, kind="auto", **more):
+def posed(labels, kind="auto", **more):
     frame = pd.DataFrame({"text": [f"row {i}" for i in range(len(labels))], "label": labels, **more})
     return Table(frame, "t.csv", kind=kind)
 
@@ -33,34 +34,34 @@ def problem(labels, kind="auto", **more):
     ids=str,
 )
 def test_kind_and_class_order_follow_the_labels(labels, names):
-    table = problem(labels)
-    assert find_target(examples(table), table).names == names
+    table = posed(labels)
+    assert find_problem(examples(table), table).names == names
 
 
 def test_explicit_kind_wins():
-    whole = problem(list(range(40)), kind="regression")
-    assert find_target(examples(whole), whole) == Target()
-    fractions = problem([0.5, 1.5, 0.5], kind="classification")
-    assert find_target(examples(fractions), fractions).names == ("0.5", "1.5")
+    whole = posed(list(range(40)), kind="regression")
+    assert find_problem(examples(whole), whole) == Regression()
+    fractions = posed([0.5, 1.5, 0.5], kind="classification")
+    assert find_problem(examples(fractions), fractions).names == ("0.5", "1.5")
 
 
 def test_labels_meet_across_file_types():
-    train = problem(["0", "1"])
-    target = find_target(examples(train), train)
+    train = posed(["0", "1"])
+    problem = find_problem(examples(train), train)
     for labels in ([0, 1], [0.0, 1.0], np.array([0, 1], dtype=np.int8), pd.Categorical([0, 1])):
-        test = problem(labels)
-        assert encode(examples(test), test, target)["label"].tolist() == ["0", "1"]
+        test = posed(labels)
+        assert encode(examples(test), test, problem)["label"].tolist() == ["0", "1"]
     assert label_name(np.float32(3)) == "3"
     assert label_name(2.5) == "2.5"
 
 
 def test_merge_renames_gold_labels_only_where_told():
-    target = Target(("entailment", "not_entailment"))
+    problem = Classification(("entailment", "not_entailment"))
     test = Table(
-        problem([0, 1, 2]).frame, "t", rename={"0": "entailment", "1": "neutral", "2": "contradiction"},
-        merge={"neutral": "not_entailment", "contradiction": "not_entailment"},
+        posed([0, 1, 2]).frame, "t", rename={"0": "entailment", "1": "neutral", "2": "contradiction"},
+        coarser={"neutral": "not_entailment", "contradiction": "not_entailment"},
     )  # fmt: skip
-    assert encode(examples(test), test, target)["label"].tolist() == ["entailment", "not_entailment", "not_entailment"]
+    assert encode(examples(test), test, problem)["label"].tolist() == ["entailment", "not_entailment", "not_entailment"]
 
 
 # ---- bad input: what the user reads -----------------------------------------------------------------------------
@@ -103,18 +104,18 @@ def test_bad_table_is_one_clear_error(frame, options, parts):
 
 
 def test_doubtful_labels_make_the_user_choose():
-    scores = problem(list(range(21)))
+    scores = posed(list(range(21)))
     with pytest.raises(UsageError, match="21 different values in 21 rows: say --kind"):
-        find_target(examples(scores), scores)
-    free_text = problem([f"remark {i}" for i in range(30)])
+        find_problem(examples(scores), scores)
+    free_text = posed([f"remark {i}" for i in range(30)])
     with pytest.raises(UsageError, match="--label NAME"):
-        find_target(examples(free_text), free_text)
-    many_but_repeated = problem([f"topic {i % 25}" for i in range(75)])
-    assert len(find_target(examples(many_but_repeated), many_but_repeated).names) == 25
+        find_problem(examples(free_text), free_text)
+    many_but_repeated = posed([f"topic {i % 25}" for i in range(75)])
+    assert len(find_problem(examples(many_but_repeated), many_but_repeated).names) == 25
 
 
 def test_first_bad_rows_are_listed_and_the_rest_counted():
-    table = problem(["a"] * 4 + [None] * 9)
+    table = posed(["a"] * 4 + [None] * 9)
     with pytest.raises(UsageError, match=r"empty in 9 of 13 rows \(rows counted from 0: 4, 5, 6, 7, 8, \.\.\.\)"):
         examples(table)
 
@@ -163,55 +164,59 @@ def counts(rows):
     return rows["label"].value_counts().to_dict()
 
 
+def encode(rows: pd.DataFrame, table: Table, problem: Problem) -> pd.DataFrame:
+    return rows.assign(label=problem.encode(rows, table))
+
+
 def encoded(labels):
-    table = problem(labels)
+    table = posed(labels)
     raw = examples(table)
-    target = find_target(raw, table)
-    return encode(raw, table, target), target
+    problem = find_problem(raw, table)
+    return encode(raw, table, problem), problem
 
 
 def test_subset_keeps_proportions_and_rare_classes():
-    rows, target = encoded(["a"] * 60 + ["b"] * 39 + ["c"])
-    drawn = subset(rows, target, 10, seed=0)
+    rows, problem = encoded(["a"] * 60 + ["b"] * 39 + ["c"])
+    drawn = subset(rows, problem, 10, seed=0)
     assert counts(drawn) == {"a": 6, "b": 3, "c": 1}  # 6, 3.9 and 0.1 in proportion
     assert drawn.index.is_monotonic_increasing
-    assert counts(subset(rows, target, 100, seed=0)) == counts(rows)
+    assert counts(subset(rows, problem, 100, seed=0)) == counts(rows)
 
 
 @pytest.mark.parametrize("size", [2, 101])
 def test_impossible_subset_is_refused(size):
-    rows, target = encoded(["a"] * 60 + ["b"] * 39 + ["c"])
+    rows, problem = encoded(["a"] * 60 + ["b"] * 39 + ["c"])
     with pytest.raises(UsageError, match=f"between 3 .* and 100 .* got {size}"):
-        subset(rows, target, size, seed=0)
+        subset(rows, problem, size, seed=0)
 
 
 def test_split_partitions_the_rows_and_keeps_every_class_in_training():
-    rows, target = encoded(["a"] * 20 + ["b"] * 9 + ["c"] * 2)
-    train, held_out = split(rows, target, 0.2, seed=3)
+    rows, problem = encoded(["a"] * 20 + ["b"] * 9 + ["c"] * 2)
+    train, held_out = split(rows, problem, 0.2, seed=3)
     assert sorted([*train.index, *held_out.index]) == list(range(31))
     assert counts(held_out) == {"a": 4, "b": 2}
     assert counts(train)["c"] == 2
 
 
 def test_split_that_would_empty_a_class_is_refused():
-    rows, target = encoded(["a", "b", "a", "b"])
+    rows, problem = encoded(["a", "b", "a", "b"])
     with pytest.raises(UsageError, match="--validation-share"):
-        split(rows, target, 0.9, seed=0)
+        split(rows, problem, 0.9, seed=0)
 
 
 def test_seed_decides_the_draw():
-    rows, target = encoded(["a", "b"] * 50)
-    first, again, other = (tuple(subset(rows, target, 20, seed).index) for seed in (0, 0, 1))
+    rows, problem = encoded(["a", "b"] * 50)
+    first, again, other = (tuple(subset(rows, problem, 20, seed).index) for seed in (0, 0, 1))
     assert first == again
     assert first != other
-    assert tuple(split(rows, target, 0.2, 0)[1].index) != tuple(split(rows, target, 0.2, 1)[1].index)
+    assert tuple(split(rows, problem, 0.2, 0)[1].index) != tuple(split(rows, problem, 0.2, 1)[1].index)
 
 
 def test_numbers_are_drawn_over_their_whole_range():
-    rows, target = encoded(list(np.linspace(0, 1, 100)))
-    values = subset(rows, target, 10, seed=0)["label"].to_numpy()
+    rows, problem = encoded(list(np.linspace(0, 1, 100)))
+    values = subset(rows, problem, 10, seed=0)["label"].to_numpy()
     assert [int(value * 10 - 1e-9) for value in values] == list(range(10))
-    assert len({tuple(subset(rows, target, 10, seed).index) for seed in range(20)}) == 20
+    assert len({tuple(subset(rows, problem, 10, seed).index) for seed in range(20)}) == 20
 
 
 def test_allot_by_hand():
@@ -251,7 +256,7 @@ def test_description_is_json_and_counts_shared_texts():
 def test_pairs_overlap_only_as_pairs():
     train = pd.DataFrame({"text": ["a", "b"], "text_pair": ["x", "y"], "label": ["p", "q"]})
     test = pd.DataFrame({"text": ["a", "a"], "text_pair": ["y", "x"], "label": ["p", "q"]})
-    assert Data(train, {"t": test}, Target(("p", "q")), {}).overlap("t") == 1
+    assert Data(train, {"t": test}, Classification(("p", "q")), {}).overlap("t") == 1
 
 
 def test_fingerprint_sees_text_label_and_row():
@@ -386,9 +391,9 @@ SETS = {
 
 @pytest.mark.parametrize("labels", SETS.values(), ids=SETS)
 def test_lists_of_any_type_become_tuples_in_class_order(labels):
-    rows, target = encoded(labels)
-    assert target == Target(("a", "b"), multi=True)
-    assert target.kind == "multilabel"
+    rows, problem = encoded(labels)
+    assert problem == MultiLabel(("a", "b"))
+    assert problem.kind == "multilabel"
     assert rows["label"].tolist() == [("a", "b"), (), ("a",)]
 
 
@@ -399,14 +404,14 @@ def test_lists_survive_the_files(tmp_path):
     frame.to_csv(tmp_path / "t.csv", index=False)
     for suffix in ("parquet", "jsonl", "csv"):
         data = prepare(Table.of(tmp_path / f"t.{suffix}", None, None, "train"), {}, validation_share=0)
-        assert data.target.names == ("9", "10")
+        assert data.problem.names == ("9", "10")
         assert data.train["label"].tolist() == [("9", "10"), (), ("9",)]
 
 
 def test_multilabel_labels_are_renamed_and_merged_one_by_one():
-    target = Target(("no", "maybe", "yes"), multi=True)
-    table = Table(problem([[0, 2], [1]]).frame, "t", rename={"0": "no", "1": "maybe", "2": "yes"}, merge={"yes": "no"})
-    assert encode(examples(table), table, target)["label"].tolist() == [("no",), ("maybe",)]
+    problem = MultiLabel(("no", "maybe", "yes"))
+    table = Table(posed([[0, 2], [1]]).frame, "t", rename={"0": "no", "1": "maybe", "2": "yes"}, coarser={"yes": "no"})
+    assert encode(examples(table), table, problem)["label"].tolist() == [("no",), ("maybe",)]
 
 
 BAD_SETS = {
@@ -422,32 +427,32 @@ BAD_SETS = {
 
 @pytest.mark.parametrize(("labels", "kind", "parts"), BAD_SETS.values(), ids=BAD_SETS)
 def test_bad_lists_are_one_clear_error(labels, kind, parts):
-    table = problem(pd.Series(labels, dtype=object), kind)
+    table = posed(pd.Series(labels, dtype=object), kind)
     with pytest.raises(UsageError) as caught:
-        find_target(examples(table), table)
+        find_problem(examples(table), table)
     for part in parts:
         assert part in str(caught.value)
 
 
 def test_unknown_label_in_a_list_counts_its_rows():
-    train, test = problem([["a"], ["b"]]), problem([["a", "c"], ["d", "c"], ["b"]])
-    target = find_target(examples(train), train)
+    train, test = posed([["a"], ["b"]]), posed([["a", "c"], ["d", "c"], ["b"]])
+    problem = find_problem(examples(train), train)
     with pytest.raises(UsageError, match=r"label 'c' \(in 2 of 3 rows\) does not occur .* Known: a, b"):
-        encode(examples(test), test, target)
+        encode(examples(test), test, problem)
 
 
 def test_a_bracket_is_no_list():
-    assert encoded(["[good]", "[bad", "[good]"])[1] == Target(("[bad", "[good]"))
+    assert encoded(["[good]", "[bad", "[good]"])[1] == Classification(("[bad", "[good]"))
 
 
 def test_rows_of_many_classes_are_drawn_by_their_rarest():
-    rows, target = encoded([["a", "b"], ["a"], [], ["a"], ["b", "a"], ["c", "a", "b"]])
-    assert strata(rows["label"], target).tolist() == [1, 0, 3, 0, 1, 2]
-    assert membership(rows["label"], target).sum(axis=0).tolist() == [5, 3, 1]
+    rows, problem = encoded([["a", "b"], ["a"], [], ["a"], ["b", "a"], ["c", "a", "b"]])
+    assert problem.strata(rows["label"]).tolist() == [1, 0, 3, 0, 1, 2]
+    assert problem.membership(rows["label"]).sum(axis=0).tolist() == [5, 3, 1]
 
 
 def test_multilabel_rows_are_split_described_and_fingerprinted():
-    data = prepare(problem([["a"], ["b", "a"], [], ["a"]] * 10), {}, validation_share=0.2)
+    data = prepare(posed([["a"], ["b", "a"], [], ["a"]] * 10), {}, validation_share=0.2)
     assert json.loads(json.dumps(data.describe()))["validation"]["labels"] == {"a": 6, "b": 2}
     assert counts(data.tests["validation"]) == {("a",): 4, ("a", "b"): 2, (): 2}
 
@@ -462,12 +467,12 @@ def test_ordered_categories_decide_the_class_order():
 
 
 def grouped(labels, groups):
-    rows, target = encoded(labels)
-    return rows.assign(group=groups), target
+    rows, problem = encoded(labels)
+    return rows.assign(group=groups), problem
 
 
 def test_group_values_meet_across_types():
-    table = problem(["a", "b"], author=[1.0, 2.0])
+    table = posed(["a", "b"], author=[1.0, 2.0])
     assert examples(dataclasses.replace(table, group="author"))["group"].tolist() == ["1", "2"]
 
 
@@ -494,10 +499,10 @@ def test_groups_stay_whole_and_the_share_is_met(kind, share):
     """100 groups of 1 to 4 rows."""
     groups = np.repeat(np.arange(100), np.arange(100) % 4 + 1).astype(str)
     cycle = {"classes": ["a", "a", "b"], "numbers": [0.5, 1.0, 2.25, 7.0], "lists": [["a"], ["a", "b"], []]}[kind]
-    rows, target = grouped(pd.Series((cycle * 100)[:250], dtype=object), groups)
+    rows, problem = grouped(pd.Series((cycle * 100)[:250], dtype=object), groups)
     seen = set()
     for seed in range(3):
-        train, held_out = split(rows, target, share, seed)
+        train, held_out = split(rows, problem, share, seed)
         assert not set(train["group"]) & set(held_out["group"])
         assert sorted([*train.index, *held_out.index]) == list(range(250))
         assert abs(len(held_out) - share * 250) <= 4
@@ -509,51 +514,51 @@ def test_groups_are_held_out_in_proportion_to_their_classes():
     """120 rows of a and 60 of b, in groups of 1 to 3; blind draws of groups hold out 9 to 26 rows of b."""
     sizes = [1, 2, 3] * 30
     labels = [label for i, size in enumerate(sizes) for label in ["aab"[i // 3 % 3]] * size]
-    rows, target = grouped(labels, [str(i) for i, size in enumerate(sizes) for _ in range(size)])
+    rows, problem = grouped(labels, [str(i) for i, size in enumerate(sizes) for _ in range(size)])
     for seed in range(20):
-        held = counts(split(rows, target, 0.3, seed)[1])
+        held = counts(split(rows, problem, 0.3, seed)[1])
         assert abs(held["a"] - 36) <= 2
         assert abs(held["b"] - 18) <= 2
 
 
 def test_a_class_of_one_group_stays_in_training():
-    rows, target = grouped(["a"] * 40 + ["b"] * 4, [str(i // 2) for i in range(40)] + ["last"] * 4)
+    rows, problem = grouped(["a"] * 40 + ["b"] * 4, [str(i // 2) for i in range(40)] + ["last"] * 4)
     for seed in range(5):
-        assert counts(split(rows, target, 0.5, seed)[0])["b"] == 4
+        assert counts(split(rows, problem, 0.5, seed)[0])["b"] == 4
 
 
 def test_groups_too_large_to_hold_out_are_refused():
-    rows, target = grouped(["a", "b"] * 20, ["x"] * 20 + ["y"] * 20)
+    rows, problem = grouped(["a", "b"] * 20, ["x"] * 20 + ["y"] * 20)
     with pytest.raises(UsageError, match="none of the 2 groups can be held out to make 4 of 40"):
-        split(rows, target, 0.1, seed=0)
+        split(rows, problem, 0.1, seed=0)
 
 
 def test_classes_of_one_row_cannot_be_split():
-    rows, target = encoded(["a"] * 9 + ["b", "c"])
+    rows, problem = encoded(["a"] * 9 + ["b", "c"])
     with pytest.raises(UsageError, match=r"class 'b' has 1 row only .*1 other class.* --validation-share 0"):
-        split(rows, target, 0.2, seed=0)
+        split(rows, problem, 0.2, seed=0)
 
 
 @pytest.mark.parametrize("groups", [None, [str(i // 3) for i in range(60)]])
 @pytest.mark.parametrize("labels", [["a", "a", "b"] * 20, list(np.linspace(0, 1, 60)), [["a"], ["b", "a"], []] * 20])
 def test_folds_hold_every_row_out_once(labels, groups):
-    rows, target = encoded(labels)
+    rows, problem = encoded(labels)
     rows = rows if groups is None else rows.assign(group=groups)
-    cuts = folds(rows, target, 5, seed=1)
+    cuts = folds(rows, problem, 5, seed=1)
     assert sorted(np.concatenate([held_out for _, held_out in cuts])) == list(range(60))
     for train, held_out in cuts:
         assert sorted([*train, *held_out]) == list(range(60))
         assert len(held_out) == 12
         if groups is not None:
             assert not set(rows["group"].iloc[train]) & set(rows["group"].iloc[held_out])
-    again, other = folds(rows, target, 5, seed=1), folds(rows, target, 5, seed=2)
+    again, other = folds(rows, problem, 5, seed=1), folds(rows, problem, 5, seed=2)
     assert all((a[1] == b[1]).all() for a, b in zip(cuts, again, strict=True))
     assert any((a[1] != b[1]).any() for a, b in zip(cuts, other, strict=True))
 
 
 def test_folds_keep_the_proportions():
-    rows, target = encoded(["a"] * 31 + ["b"] * 17 + ["c"] * 4)
-    for _, held_out in folds(rows, target, 4, seed=0):
+    rows, problem = encoded(["a"] * 31 + ["b"] * 17 + ["c"] * 4)
+    for _, held_out in folds(rows, problem, 4, seed=0):
         amounts = counts(rows.iloc[held_out])
         assert (amounts["a"] in (7, 8), amounts["b"] in (4, 5), amounts["c"]) == (True, True, 1)
 
@@ -562,8 +567,8 @@ def test_folds_of_groups_keep_the_proportions():
     """Groups of one class each: large ones must not gather in one fold."""
     sizes = [6, 5, 4, 3, 2, 1, 1, 1, 1] * 2
     labels = [label for i, size in enumerate(sizes) for label in ["ab"[i >= 9]] * size]
-    rows, target = grouped(labels, [str(i) for i, size in enumerate(sizes) for _ in range(size)])
-    for _, held_out in folds(rows, target, 3, seed=0):
+    rows, problem = grouped(labels, [str(i) for i, size in enumerate(sizes) for _ in range(size)])
+    for _, held_out in folds(rows, problem, 3, seed=0):
         assert counts(rows.iloc[held_out]) == {"a": 8, "b": 8}
 
 
@@ -578,9 +583,9 @@ BAD_FOLDS = {
 
 @pytest.mark.parametrize(("labels", "groups", "k", "message"), BAD_FOLDS.values(), ids=BAD_FOLDS)
 def test_impossible_folds_are_refused(labels, groups, k, message):
-    rows, target = encoded(labels)
+    rows, problem = encoded(labels)
     with pytest.raises(UsageError, match=message):
-        folds(rows if groups is None else rows.assign(group=groups), target, k, seed=0)
+        folds(rows if groups is None else rows.assign(group=groups), problem, k, seed=0)
 
 
 # ---- validation by column ---------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ import pytest
 
 from steadytune.data.guards import Finding, inspect, raise_errors, truncated
 from steadytune.data.prepare import Data, prepare
-from steadytune.data.tables import Table, Target
+from steadytune.data.problem import Classification
+from steadytune.data.tables import Table
 from steadytune.errors import UsageError
 
 
@@ -100,7 +101,7 @@ def test_held_out_copies_are_found_by_their_row_in_the_file():
 def test_pairs_are_shared_only_as_pairs():
     pairs = {"text": ["a", "b"] * 10, "text_pair": [str(i) for i in range(20)], "label": ["p", "q"] * 10}
     train = pd.DataFrame(pairs)
-    data = Data(train, {"t": train.assign(text=["b", "a"] * 10)}, Target(("p", "q")), {"train": "x", "t": "t"})
+    data = Data(train, {"t": train.assign(text=["b", "a"] * 10)}, Classification(("p", "q")), {"train": "x", "t": "t"})
     assert inspect(data) == []
 
 

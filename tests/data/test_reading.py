@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from steadytune.data.files import read_source, read_table
+from steadytune.data.labels import find_problem
 from steadytune.data.tables import Table, examples
-from steadytune.data.targets import find_target
 from steadytune.errors import UsageError
 
 # ---- files ------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def check_named(dataset):
     assert frame["label"].isna().tolist() == [False, False, True]
     assert frame["topics"].map(list).tolist() == [["news", "art"], [], ["art"]]
     table = Table(frame[:2], "t")
-    assert find_target(examples(table), table).names == ("spam", "ham")
+    assert find_problem(examples(table), table).names == ("spam", "ham")
 
 
 TEXTS = ["a", "b", "c"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from fit_helpers import WORDS, same, save_tiny_bert, save_tiny_gpt2, toy, weights, word_tokenizer
-from steadytune.data.tables import Target
+from steadytune.data.problem import Classification
 from steadytune.errors import UsageError
 from steadytune.files.atomic import write_json, write_whole
 from steadytune.fitting import fitted_model as fitted
@@ -234,7 +234,7 @@ def test_every_registered_method_parses_with_its_own_defaults(name):
 # ---- model and tokens -------------------------------------------------------------------------------------------
 
 
-TWO = Target(("a", "b"))
+TWO = Classification(("a", "b"))
 
 
 def test_half_precision_checkpoints_are_trained_in_float32(tmp_path, bert):
@@ -256,7 +256,7 @@ def test_another_head_is_replaced_and_the_body_kept(tmp_path, bert):
     two = source.load(0)
     two.save_pretrained(tmp_path)
     source.tokenizer.save_pretrained(tmp_path)
-    three = Pretrained.open(str(tmp_path), Target(("x", "y", "z"))).load(0)
+    three = Pretrained.open(str(tmp_path), Classification(("x", "y", "z"))).load(0)
     assert three.config.id2label == {0: "x", 1: "y", 2: "z"}
     assert three.classifier.weight.shape == (3, 16)
     assert torch.equal(three.bert.embeddings.word_embeddings.weight, two.bert.embeddings.word_embeddings.weight)
@@ -684,7 +684,7 @@ def test_three_classes_are_scored_on_two_by_the_arg_max_of_three(monkeypatch):
     merge = {"neutral": "not_entailment", "contradiction": "not_entailment"}
     outputs = np.log([[0.4, 0.3, 0.3], [0.1, 0.2, 0.7]])
     monkeypatch.setattr(fitted, "logits", lambda *args: outputs)
-    model = FittedModel([None], word_tokenizer(), Target(("entailment", "neutral", "contradiction")))
+    model = FittedModel([None], word_tokenizer(), Classification(("entailment", "neutral", "contradiction")))
     table, scores = model.judge(rows, merge)
     assert table["prediction"].tolist() == ["entailment", "not_entailment"]
     assert table["probability_contradiction"].tolist() == pytest.approx([0.3, 0.7])

@@ -6,10 +6,10 @@ import numpy as np
 import peft
 import pytest
 import torch
-from test_anatomy import tiny
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import helpers
+from architectures import tiny
 from fit_helpers import save_tiny_bert, save_tiny_gpt2, toy
 from steadytune import EMA, FGM, LNSR, SMART, DPSDense, FittedModel, RDrop, Run, fit
 from steadytune.core.anatomy import anatomy

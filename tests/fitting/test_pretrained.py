@@ -25,12 +25,12 @@ from transformers import (
 
 from fit_helpers import WORDS, save_tiny_bert, save_tiny_gpt2, toy, word_tokenizer
 from steadytune import FittedModel, fit
-from steadytune.data.tables import Target
+from steadytune.data.problem import Classification
 from steadytune.errors import UsageError
 from steadytune.fitting.pretrained import Pretrained, matching
 
 QUICK = {"steps": 2, "batch_size": 4, "progress": False, "save_steps": 0, "validation_share": 0.0}
-TWO = Target(("down", "up"))
+TWO = Classification(("down", "up"))
 SIZE = {"vocab_size": len(WORDS) + 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 32}  # fmt: skip
 
@@ -93,7 +93,7 @@ def test_a_pooler_that_no_checkpoint_of_the_kind_holds_may_be_new(tmp_path):
 
 def classifier(folder, names):
     """A checkpoint with a head for these classes."""
-    model = Pretrained.open(str(folder), Target(tuple(names))).load(3)
+    model = Pretrained.open(str(folder), Classification(tuple(names))).load(3)
     torch.nn.init.normal_(model.classifier.bias)
     target = Path(folder).parent / "classifier"
     model.save_pretrained(target)
@@ -106,7 +106,7 @@ def test_the_rows_of_a_head_follow_the_names_of_its_classes(bert, names, caplog)
     """Naive: the head is kept row by row, and says 'up' for what it knows as 'down'."""
     caplog.set_level(logging.INFO, "steadytune")
     folder, head = classifier(bert, ["down", "flat", "up"])
-    found = Pretrained.open(folder, Target(names)).load(0).classifier
+    found = Pretrained.open(folder, Classification(names)).load(0).classifier
     order = [["down", "flat", "up"].index(name.strip().lower()) for name in names]
     assert torch.equal(found.weight, head.weight[order])
     assert torch.equal(found.bias, head.bias[order])
@@ -117,7 +117,7 @@ def test_the_rows_of_a_head_follow_the_names_of_its_classes(bert, names, caplog)
 @pytest.mark.parametrize("names", [("late", "urgent"), ("down", "flat")])
 def test_the_head_of_other_classes_is_drawn_anew_and_said_to_be(bert, names, caplog):
     folder, head = classifier(bert, ["down", "up"])
-    pretrained = Pretrained.open(folder, Target(names))
+    pretrained = Pretrained.open(folder, Classification(names))
     one, again, other = (pretrained.load(seed) for seed in (0, 0, 1))
     assert not torch.equal(one.classifier.weight, head.weight)
     assert torch.equal(one.classifier.weight, again.classifier.weight)

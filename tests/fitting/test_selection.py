@@ -13,16 +13,16 @@ import torch
 from scipy.special import log_softmax
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
-from test_anatomy import CONFIGS, tiny
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, TrainerCallback
 
+from architectures import CONFIGS, tiny
 from fit_helpers import same, save_tiny_bert, save_tiny_gpt2, toy, weights, word_tokenizer
 from steadytune import FittedModel, SteadyClassifier, SteadyRegressor, dry_run, fit
-from steadytune.data.tables import Target
+from steadytune.data.problem import Classification
 from steadytune.errors import UsageError
 from steadytune.fitting import callbacks, training
 from steadytune.fitting.estimate import per_step
-from steadytune.fitting.fit_trainer import class_weights, weighted_loss
+from steadytune.fitting.fit_trainer import weighted_loss
 from steadytune.fitting.folder import last_checkpoint
 from steadytune.fitting.options import Options
 from steadytune.fitting.peft_models import adapted
@@ -263,9 +263,9 @@ def test_failing_is_a_loss_that_stays_above_nine_tenths_of_chance(state, classes
 
 
 def test_class_weights_by_hand():
-    two = Target(("a", "b"))
+    two = Classification(("a", "b"))
     rows = pd.DataFrame({"label": ["a"] * 6 + ["b"] * 2})
-    weights = class_weights(rows, two)
+    weights = two.class_weights(rows["label"].tolist())
     assert weights.tolist() == pytest.approx([8 / 12, 8 / 4])
     loss = weighted_loss(Options(class_weights="balanced"), rows, two)
     logits, labels = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1])

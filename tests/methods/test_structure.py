@@ -8,9 +8,9 @@ import re
 import pytest
 import torch
 import transformers
-from test_anatomy import CONFIGS, tiny
 from torch import nn
 
+from architectures import CONFIGS, tiny
 from helpers import arguments, assert_same, batches, bert, collate, copied, differs, llama, rows
 from steadytune import (
     EMA,

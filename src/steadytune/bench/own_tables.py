@@ -104,7 +104,7 @@ class OwnTables:
         data = prepare(train, tests, validation_share=0.0)
         raise_errors(inspect(data))
         if self.crossed:
-            folds(data.train, data.target, self.folds, 0)
+            folds(data.train, data.problem, self.folds, 0)
         return data
 
     def files(self) -> dict[str, str]:
@@ -127,7 +127,7 @@ class OwnTables:
         """
         table, _ = self.read()
         data = prepare(table, {}, validation_share=0.0)
-        _, held_out = folds(data.train, data.target, self.folds, number // self.folds)[number % self.folds]
+        _, held_out = folds(data.train, data.problem, self.folds, number // self.folds)[number % self.folds]
         marks = np.full(len(table.frame), "train", dtype=object)
         marks[data.train.index[held_out]] = "test"
         column = FOLD

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..data.metrics import score
 from ..data.prepare import Data
-from ..data.tables import Table, Target
+from ..data.problem import Problem
+from ..data.tables import Table
 from ..errors import UsageError
 from ..fitting import plan as planning
 from ..fitting.options import SEEDS
@@ -129,7 +129,7 @@ def make_plan(run: Trial) -> planning.Plan:
         **spec["options"],
         **{f"{name}_seed": spec["seeds"][name] for name in SEEDS},
     )
-    rows = corrupted(plan.data.train, plan.data.target, spec)
+    rows = corrupted(plan.data.train, plan.data.problem, spec)
     data, steps = dataclasses.replace(plan.data, train=rows), plan.options.total_steps(len(rows))
     return dataclasses.replace(plan, data=data, steps=steps)  # epochs are epochs of the rows that are trained on
 
@@ -157,12 +157,12 @@ def _head(table: Table, rows: int) -> Table:
     return dataclasses.replace(table, frame=kept)
 
 
-def corrupted(rows: pd.DataFrame, target: Target, spec: Mapping[str, Any]) -> pd.DataFrame:
+def corrupted(rows: pd.DataFrame, problem: Problem, spec: Mapping[str, Any]) -> pd.DataFrame:
     """Training rows with labels replaced, and classes thinned out, drawn with the seed of the subset.
 
     Args:
         rows: column `label` holds class names.
-        target: the classes.
+        problem: the classes.
         spec: ``corruption`` with ``label_noise`` (share of the rows that get another class, uniform over the others)
             and ``imbalance`` (share that stays of every class but the first of the largest), ``seeds.subset``.
     """
@@ -170,14 +170,14 @@ def corrupted(rows: pd.DataFrame, target: Target, spec: Mapping[str, Any]) -> pd
     rng = np.random.default_rng([spec["seeds"]["subset"], 1])
     labels = rows["label"].to_numpy(copy=True)
     if noise:
-        names = np.array(target.names, dtype=object)
+        names = np.array(problem.names, dtype=object)
         hit = rng.choice(len(rows), round(noise * len(rows)), replace=False)
         shift = rng.integers(1, len(names), len(hit))
-        numbers = {name: i for i, name in enumerate(target.names)}
+        numbers = {name: i for i, name in enumerate(problem.names)}
         labels[hit] = names[(np.array([numbers[label] for label in labels[hit]], dtype=int) + shift) % len(names)]
         rows = rows.assign(label=labels)
     if imbalance is not None:
-        counts = rows["label"].value_counts().reindex(target.names)
+        counts = rows["label"].value_counts().reindex(problem.names)
         keep = [
             rng.permutation(np.flatnonzero(labels == name))[: max(1, round(imbalance * count))]
             for name, count in counts.items()
@@ -218,12 +218,11 @@ def _about(name: str, run: Trial, data: Data, predictions: pd.DataFrame) -> dict
 
 def _baseline(rows: pd.DataFrame, data: Data, name: str, metric: str) -> float | None:
     """The best score of predicting one class for all rows; None where a constant has no score."""
-    if not data.target.names or data.target.multi:
-        return None
-    merge = data.merges.get(name) or {}
-    names = data.target.merged(merge)
-    gold = np.array(rows["label"], dtype=object)
-    return max(score(data.target, gold, np.full(len(gold), n, dtype=object), names)[metric] for n in names)
+    problem = data.problem.coarser(data.coarser.get(name) or {})
+    gold = problem.array(rows["label"])
+    compute = problem.metric(metric).compute
+    values = [compute(gold, np.full(len(gold), n, dtype=object), problem.names) for n in problem.constants()]
+    return max((value for value in values if value is not None), default=None)
 
 
 def _training(trained: Trained, plan: planning.Plan) -> dict[str, Any]:

@@ -21,10 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ALIASES, Document, Seed, Share, Text, Truth, Whole, checked, options, read, value
-from ..data.metrics import METRICS
 from ..errors import UsageError, suggest
 from ..fitting.options import SEEDS, Options
-from ..fitting.plan import headline
 from ..fitting.spelling import make_methods, make_procedure, method_record, procedure_record
 from ..tasks import TASKS, find, layout, seen_by
 from .own_tables import OwnTables
@@ -170,13 +168,13 @@ class Study:
                 where = document.where(["factorial"])
                 raise UsageError(f"{where}: factorial: unknown seed {name!r}.{suggest(name, SEEDS)}")
         for task in (find(name) for name in self.tasks if name not in self._own):
-            kind = "classification" if task.labels else "regression"
-            if self.metric is not None and self.metric not in METRICS[kind]:
-                known = ", ".join(METRICS[kind])
+            problem = task.problem
+            if self.metric is not None and self.metric not in problem.metrics:
+                known = ", ".join(problem.metrics)
                 raise UsageError(
-                    f"{document.where(['metric'])}: task {task.name} is a {kind}, its metrics are {known}."
+                    f"{document.where(['metric'])}: task {task.name} is a {problem.kind}, its metrics are {known}."
                 )
-            if kind == "regression":
+            if not problem.classes:
                 self._check_corruption(task.name, document)
         for table in self.tables:
             if table.name in TASKS:
@@ -303,7 +301,7 @@ class Study:
     def _own_task(self, own: OwnTables) -> _Task:
         """Read and check the tables; columns and kind that were found are part of the runs' specification."""
         data, files = own.examine(), own.files()
-        if not data.target.names or data.target.multi:
+        if not data.problem.classes:
             self._check_corruption(own.name)
         table = data.table
         assert table is not None
@@ -311,13 +309,13 @@ class Study:
             "name": own.name,
             "fingerprint": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16],
             "files": files,
-            "kind": data.target.kind,
+            "kind": data.problem.kind,
             "text": list(table.text or ()),
             "label": table.label,
             "group": own.group,
             **({"folds": own.folds} if own.crossed else {}),
         }
-        return _Task(spec, headline(self.metric or own.metric, data.target), not data.target.names, own)
+        return _Task(spec, data.problem.metric(self.metric or own.metric).name, not data.problem.names, own)
 
 
 # What a study file may hold: own tables stand under tasks, and `methods` makes a recipe for each of them.

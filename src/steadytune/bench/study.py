@@ -16,7 +16,7 @@ import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
-from ..data.metrics import SMALLER_IS_BETTER
+from ..data.metrics import smaller_is_better
 from ..errors import UsageError
 from .pool import Engine, Here, Outcome, Pool, cores, slots, visible_gpus
 from .records import FOLDER, read_records
@@ -224,7 +224,7 @@ class Progress:
         return f"{self.counts['failed']} failed, {remaining} to do{ahead}"
 
     def _means(self, task: str, metric: str) -> Iterator[tuple[float, str]]:
-        sign = -1 if metric in SMALLER_IS_BETTER else 1
+        sign = -1 if smaller_is_better(metric) else 1
         for (name, recipe), values in self.scores.items():
             if name == task:
                 yield sign * sum(values) / len(values), recipe

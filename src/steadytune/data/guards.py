@@ -16,7 +16,8 @@ import pandas as pd
 
 from ..errors import UsageError
 from .prepare import Data, keys
-from .tables import Target, label_name, membership
+from .problem import Problem
+from .tables import label_name
 
 # Shares are only held against sets of this many rows: of a handful a few may well repeat.
 LEAST_ROWS = 20
@@ -137,8 +138,7 @@ def _contradicting(data: Data) -> Iterator[Finding]:
     for place, key in enumerate(keys(rows)):
         places[key].append(place)
     labels = rows["label"].to_numpy()
-    spread = None if data.target.names else float(np.std(labels.astype(float)))
-    clashes = {key: at for key, at in places.items() if len(at) > 1 and _differ(labels[at], spread)}
+    clashes = {key: at for key, at in places.items() if len(at) > 1 and data.problem.differ(labels[at], labels)}
     if not clashes:
         return
     bad = np.zeros(len(rows), dtype=bool)
@@ -147,12 +147,6 @@ def _contradicting(data: Data) -> Iterator[Finding]:
     after = f"have a text that occurs with another label too, such as {shown}"
     remedy = "decide for one label or take them out"
     yield _finding(_level(bad), f"{_source(data, 'train')}:", bad, after, remedy, rows.index)
-
-
-def _differ(labels: np.ndarray, spread: float | None) -> bool:
-    if spread is None:
-        return len(set(labels)) > 1
-    return bool(np.ptp(labels.astype(float)) > spread)
 
 
 def _clash(key: tuple[str, ...], at: Sequence[int], rows: pd.DataFrame) -> str:
@@ -169,7 +163,7 @@ def _shown(label: Any) -> str:
 def _ids(data: Data) -> Iterator[Finding]:
     """Measured on the whole table: of a small draw every row may be of another class."""
     total = len(data.train) if data.table is None else len(data.table.frame)
-    count = len(data.target.names)
+    count = len(data.problem.names)
     if total >= LEAST_ROWS and count > total / 2:
         rows = tuple(int(row) for row in data.train.index[:SHOWN])
         yield Finding(
@@ -182,11 +176,11 @@ def _ids(data: Data) -> Iterator[Finding]:
 
 
 def _small_classes(data: Data) -> Iterator[Finding]:
-    member = membership(data.train["label"], data.target)
+    member = data.problem.membership(data.train["label"])
     counts = member.sum(axis=0)
     small = np.flatnonzero(counts < FEW_ROWS)
     if len(small):
-        shown = ", ".join(f"{data.target.names[i]!r} ({counts[i]})" for i in small[:SHOWN])
+        shown = ", ".join(f"{data.problem.names[i]!r} ({counts[i]})" for i in small[:SHOWN])
         more = ", ..." if len(small) > SHOWN else ""
         before = (
             f"{_source(data, 'train')}: {len(small)} of {len(counts)} classes have fewer than {FEW_ROWS} training rows,"
@@ -198,9 +192,9 @@ def _small_classes(data: Data) -> Iterator[Finding]:
 
 def _ordinal(data: Data) -> Iterator[Finding]:
     """Only where nobody said that they are classes."""
-    names = data.target.names
+    names = data.problem.names
     chosen = data.table is not None and data.table.kind != "auto"
-    if data.target.kind == "classification" and not chosen and _consecutive(data.target):
+    if data.problem.classes and not chosen and _consecutive(data.problem):
         before = (
             f"{_source(data, 'train')}: the {len(names)} classes are the whole numbers {names[0]} to {names[-1]}, in"
         )
@@ -208,18 +202,18 @@ def _ordinal(data: Data) -> Iterator[Finding]:
         yield _finding("warning", before, np.ones(len(data.train), dtype=bool), "", remedy, data.train.index)
 
 
-def _consecutive(target: Target) -> bool:
-    if len(target.names) < ORDINAL_CLASSES:
+def _consecutive(problem: Problem) -> bool:
+    if len(problem.names) < ORDINAL_CLASSES:
         return False
     try:
-        numbers = sorted(int(name) for name in target.names)
+        numbers = sorted(int(name) for name in problem.names)
     except ValueError:
         return False
     return numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
 def _scale(data: Data) -> Iterator[Finding]:
-    if data.target.kind != "regression":
+    if not data.problem.ordered:
         return
     labels = data.train["label"].to_numpy(dtype=float)
     mean, spread = float(labels.mean()), float(labels.std())

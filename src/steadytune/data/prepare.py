@@ -17,9 +17,10 @@ import pandas as pd
 
 from ..errors import UsageError as UsageError
 from ..errors import one_line as one_line
+from .labels import find_problem
+from .problem import Problem
 from .splits import cut, split, subset
-from .tables import Table, Target, _follow, examples, resolve
-from .targets import encode, find_target
+from .tables import Table, _follow, examples, resolve
 
 logger = logging.getLogger("steadytune")
 
@@ -45,9 +46,9 @@ class Data:
 
     train: pd.DataFrame
     tests: Mapping[str, pd.DataFrame]  # "validation" first, where there is one
-    target: Target
+    problem: Problem
     sources: Mapping[str, str]
-    merges: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    coarser: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     table: Table | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -55,9 +56,8 @@ class Data:
         out = {}
         for name, rows in {"train": self.train, **self.tests}.items():
             out[name] = {"source": self.sources[name], "rows": len(rows), "sha256": fingerprint(rows)}
-            if self.target.names:
-                labels = rows["label"].explode() if self.target.multi else rows["label"]
-                out[name]["labels"] = {str(label): int(n) for label, n in labels.value_counts().items()}
+            if self.problem.names:
+                out[name]["labels"] = self.problem.counts(rows["label"])
             if name != "train":
                 out[name]["also_in_train"] = self.overlap(name)
         return out
@@ -118,26 +118,31 @@ def prepare(
         raise UsageError(
             f"{train.source}: column {validation_column!r} marks {name} rows, and a {name} set is given too: drop one."
         )
-    target = find_target(parts["train"], train)
-    cuts = {name: encode(rows, train, target) for name, rows in parts.items()}
+    problem = find_problem(parts["train"], train)
+    cuts = {name: _encoded(problem, rows, train) for name, rows in parts.items()}
     sources = {name: f"{train.source}, {name} in {validation_column!r}" for name in cuts} | {"train": train.source}
     rows = cuts.pop("train")
     if train_size is not None:
-        rows = subset(rows, target, train_size, seed)
+        rows = subset(rows, problem, train_size, seed)
     if validation is not None:
         validation = _follow(validation, train)
-        cuts["validation"] = encode(examples(validation), validation, target)
+        cuts["validation"] = _encoded(problem, examples(validation), validation)
         sources["validation"] = validation.source
     elif validation_share and "validation" not in cuts:
-        rows, cuts["validation"] = split(rows, target, validation_share, seed)
+        rows, cuts["validation"] = split(rows, problem, validation_share, seed)
         sources["validation"] = f"{validation_share} of {train.source}"
     tables = {name: _follow(table, train) for name, table in tests.items()}
-    cuts |= {name: encode(examples(table), table, target) for name, table in tables.items()}
+    cuts |= {name: _encoded(problem, examples(table), table) for name, table in tables.items()}
     return Data(
         train=rows,
         tests={name: cuts[name] for name in sorted(cuts, key=lambda name: name != "validation")},
-        target=target,
+        problem=problem,
         sources={**sources, **{name: table.source for name, table in tables.items()}},
-        merges={name: table.merge for name, table in tables.items()},
+        coarser={name: table.coarser for name, table in tables.items()},
         table=train,
     )
+
+
+def _encoded(problem: Problem, rows: pd.DataFrame, table: Table) -> pd.DataFrame:
+    """Rows of `examples` with labels as they are scored."""
+    return rows.assign(label=problem.encode(rows, table))

@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 
 from ..errors import UsageError
-from .tables import _check_column, label_name, membership
+from .tables import _check_column, label_name
 
 if TYPE_CHECKING:
-    from .tables import Table, Target
+    from .problem import Problem
+    from .tables import Table
 
 
 def allot(counts: np.ndarray, size: int, least: int, most: np.ndarray) -> np.ndarray:
@@ -24,22 +25,6 @@ def allot(counts: np.ndarray, size: int, least: int, most: np.ndarray) -> np.nda
     return take
 
 
-def strata(labels: pd.Series, target: Target) -> np.ndarray:
-    """A stratum number for every row.
-
-    Its class; of several classes (multi-label) the one with the fewest rows, and a stratum of their own for rows
-    without any; for regression the tenth of the range of ranks it falls in.
-    """
-    if target.multi:
-        member = membership(labels, target)
-        rarest = np.where(member, member.sum(axis=0), len(labels) + 1).argmin(axis=1)
-        return np.where(member.any(axis=1), rarest, len(target.names))
-    if target.names:
-        return pd.Categorical(labels, categories=target.names).codes.astype(int)
-    ranks = labels.rank(method="first").to_numpy() - 1
-    return (ranks * 10 // len(ranks)).astype(int)
-
-
 def draw(groups: np.ndarray, take: np.ndarray, seed: int) -> np.ndarray:
     """Positions of `take[g]` rows drawn at random from every group g, in file order."""
     order = np.random.default_rng(seed).permutation(len(groups))
@@ -47,9 +32,9 @@ def draw(groups: np.ndarray, take: np.ndarray, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def subset(rows: pd.DataFrame, target: Target, size: int, seed: int) -> pd.DataFrame:
+def subset(rows: pd.DataFrame, problem: Problem, size: int, seed: int) -> pd.DataFrame:
     """A stratified draw of `size` rows; every class that occurs keeps at least one row."""
-    groups = strata(rows["label"], target)
+    groups = problem.strata(rows["label"])
     counts = np.bincount(groups)
     least = int((counts > 0).sum())
     if not least <= size <= len(rows):
@@ -57,7 +42,7 @@ def subset(rows: pd.DataFrame, target: Target, size: int, seed: int) -> pd.DataF
     return rows.iloc[draw(groups, allot(counts, size, 1, counts), seed)]
 
 
-def split(rows: pd.DataFrame, target: Target, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+def split(rows: pd.DataFrame, problem: Problem, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Carve a stratified validation share out of the rows; every class keeps at least one row for training.
 
     Rows of one `group` stay together; the share and the strata are then met as well as the groups allow.
@@ -66,15 +51,15 @@ def split(rows: pd.DataFrame, target: Target, share: float, seed: int) -> tuple[
         UsageError: a class has one row only, the share leaves a class without training rows, or every group is too
             large to be held out.
     """
-    counts = membership(rows["label"], target).sum(axis=0)
-    single = [name for name, count in zip(target.names, counts, strict=True) if count == 1]
+    counts = problem.membership(rows["label"]).sum(axis=0)
+    single = [name for name, count in zip(problem.names, counts, strict=True) if count == 1]
     if single:
         raise UsageError(
             f"class {single[0]!r} has 1 row only and cannot be on both sides of a split{_and_more(single)}. Take it "
             "out, give a validation set, or set --validation-share 0."
         )
     size = max(1, round(share * len(rows)))
-    held_out = _hold_groups(rows, target, size, seed) if "group" in rows else _hold_rows(rows, target, size, seed)
+    held_out = _hold_groups(rows, problem, size, seed) if "group" in rows else _hold_rows(rows, problem, size, seed)
     return rows[~held_out], rows[held_out]
 
 
@@ -82,8 +67,8 @@ def _and_more(names: Sequence[str]) -> str:
     return f" (so have {len(names) - 1} other classes)" if len(names) > 1 else ""
 
 
-def _hold_rows(rows: pd.DataFrame, target: Target, size: int, seed: int) -> np.ndarray:
-    numbers = strata(rows["label"], target)
+def _hold_rows(rows: pd.DataFrame, problem: Problem, size: int, seed: int) -> np.ndarray:
+    numbers = problem.strata(rows["label"])
     counts = np.bincount(numbers)
     most = np.maximum(counts - 1, 0)
     if size > most.sum():
@@ -96,13 +81,13 @@ def _hold_rows(rows: pd.DataFrame, target: Target, size: int, seed: int) -> np.n
     return held_out
 
 
-def _hold_groups(rows: pd.DataFrame, target: Target, size: int, seed: int) -> np.ndarray:
+def _hold_groups(rows: pd.DataFrame, problem: Problem, size: int, seed: int) -> np.ndarray:
     """Groups in random order change sides where that brings rows and strata nearer to what is wanted, in two rounds.
 
     Not from large to small: that would hold out the large ones whatever the seed. The second round mends what the
     first one found too late.
     """
-    groups, counts, order = _groups(rows, target, seed)
+    groups, counts, order = _groups(rows, problem, seed)
     total = counts.sum(axis=0)
     wanted, held = total * size / len(rows), np.zeros_like(total)
     chosen: set[int] = set()
@@ -120,17 +105,17 @@ def _hold_groups(rows: pd.DataFrame, target: Target, size: int, seed: int) -> np
     return np.isin(groups, list(chosen))
 
 
-def _groups(rows: pd.DataFrame, target: Target, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _groups(rows: pd.DataFrame, problem: Problem, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Group number of every row; rows of each (group, stratum), all of the group last; the groups in random order."""
     groups, names = pd.factorize(rows["group"])
-    numbers = strata(rows["label"], target)
+    numbers = problem.strata(rows["label"])
     counts = np.zeros((len(names), numbers.max() + 2), dtype=int)
     np.add.at(counts, (groups, numbers), 1)
     counts[:, -1] = counts.sum(axis=1)
     return groups, counts, np.random.default_rng(seed).permutation(len(names))
 
 
-def folds(rows: pd.DataFrame, target: Target, k: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def folds(rows: pd.DataFrame, problem: Problem, k: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """`k` cuts of the rows: positions to train on and positions held out, both in file order.
 
     Every row is held out once; folds have like sizes and strata, and rows of one `group` share a fold.
@@ -141,12 +126,12 @@ def folds(rows: pd.DataFrame, target: Target, k: int, seed: int) -> list[tuple[n
     units, what = (rows["group"].nunique(), "groups") if "group" in rows else (len(rows), "rows")
     if not 2 <= k <= units:
         raise UsageError(f"folds must lie between 2 and {units}, the number of {what}, got {k}.")
-    fold = _fold_groups(rows, target, k, seed) if "group" in rows else _fold_rows(rows, target, k, seed)
-    member = membership(rows["label"], target)
+    fold = _fold_groups(rows, problem, k, seed) if "group" in rows else _fold_rows(rows, problem, k, seed)
+    member = problem.membership(rows["label"])
     for number in range(k):
         lost = (member.sum(axis=0) > 0) & ~member[fold != number].any(axis=0)
         if lost.any():
-            name, count = target.names[lost.argmax()], int(member[:, lost.argmax()].sum())
+            name, count = problem.names[lost.argmax()], int(member[:, lost.argmax()].sum())
             why = ", all in one group" if "group" in rows and count > 1 else ""
             raise UsageError(
                 f"class {name!r} has {count} row{'s' * (count > 1)}{why}: too few for {k} folds, one would train "
@@ -155,18 +140,18 @@ def folds(rows: pd.DataFrame, target: Target, k: int, seed: int) -> list[tuple[n
     return [(np.flatnonzero(fold != number), np.flatnonzero(fold == number)) for number in range(k)]
 
 
-def _fold_rows(rows: pd.DataFrame, target: Target, k: int, seed: int) -> np.ndarray:
+def _fold_rows(rows: pd.DataFrame, problem: Problem, k: int, seed: int) -> np.ndarray:
     """Shuffled, sorted by stratum, dealt out like cards: sizes and strata differ by one row at most."""
     order = np.random.default_rng(seed).permutation(len(rows))
-    order = order[np.argsort(strata(rows["label"], target)[order], kind="stable")]
+    order = order[np.argsort(problem.strata(rows["label"])[order], kind="stable")]
     fold = np.empty(len(rows), dtype=int)
     fold[order] = np.arange(len(rows)) % k
     return fold
 
 
-def _fold_groups(rows: pd.DataFrame, target: Target, k: int, seed: int) -> np.ndarray:
+def _fold_groups(rows: pd.DataFrame, problem: Problem, k: int, seed: int) -> np.ndarray:
     """Groups from large to small, each into the fold that most lacks such rows."""
-    groups, counts, order = _groups(rows, target, seed)
+    groups, counts, order = _groups(rows, problem, seed)
     held = np.zeros((k, counts.shape[1]), dtype=int)
     home = np.empty(len(counts), dtype=int)
     for group in order[np.argsort(-counts[order, -1], kind="stable")]:

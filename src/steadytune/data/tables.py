@@ -50,7 +50,7 @@ class Table:
         label: the label column; None: `resolve` finds it.
         kind: classification, multi-label, regression, or decided from the labels.
         rename: raw label to class name, in class order; empty keeps the labels as they are.
-        merge: class name to the coarser (or other) name it is scored under, for gold labels and predictions alike;
+        coarser: Class name to the coarser (or other) name it is scored under, for gold labels and predictions alike;
             only for test sets whose label scheme differs from the training set's.
         group: the column whose equal values keep rows on one side of a split.
     """
@@ -61,7 +61,7 @@ class Table:
     label: str | None = "label"
     kind: Kind = "auto"
     rename: Mapping[str, str] = field(default_factory=dict)
-    merge: Mapping[str, str] = field(default_factory=dict)
+    coarser: Mapping[str, str] = field(default_factory=dict)
     group: str | None = None
 
     @property
@@ -87,35 +87,6 @@ class Table:
             return data
         frame, source = read_source(data, f"the {name} table")
         return cls(frame, source, text, label, kind, group=group)
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is predicted: one of `names` (classification), some of them (`multi`), or a number (no names: regression).
-
-    A row's label is a class name, a tuple of class names in class order (which may be empty), or a float, for which a
-    model in training stands for ``(label - mean) / spread``.
-    """
-
-    names: tuple[str, ...] = ()
-    multi: bool = False
-    mean: float = 0.0
-    spread: float = 1.0
-
-    @property
-    def scaled(self) -> bool:
-        """Whether a model in training stands for other numbers than the labels."""
-        return (self.mean, self.spread) != (0.0, 1.0)
-
-    @property
-    def kind(self) -> str:
-        if self.multi:
-            return "multilabel"
-        return "classification" if self.names else "regression"
-
-    def merged(self, merge: Mapping[str, str]) -> tuple[str, ...]:
-        """The class names after merging, in class order, each once."""
-        return tuple(dict.fromkeys(merge.get(name, name) for name in self.names))
 
 
 def resolve(table: Table, other: Sequence[str] = ()) -> Table:
@@ -321,9 +292,3 @@ def _numbers(labels: pd.Series) -> pd.Series:
     none = (bool, np.bool_, list, tuple, set, frozenset, np.ndarray)
     plain = labels.map(lambda value: None if isinstance(value, none) else value)
     return pd.to_numeric(plain, errors="coerce").astype(float)
-
-
-def membership(labels: pd.Series, target: Target) -> np.ndarray:
-    """Truth values (rows, classes): which classes a row has; no columns for regression."""
-    rows = labels if target.multi else [(label,) for label in labels]
-    return np.array([[name in row for name in target.names] for row in rows], dtype=bool)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from ..data.metrics import SMALLER_IS_BETTER
+from ..data.metrics import smaller_is_better
 
 if TYPE_CHECKING:
     from .fit_trainer import FitTrainer
@@ -75,7 +75,7 @@ class KeepBest(TrainerCallback):
     """The best of the evaluated weights in memory, for trainings that write no checkpoints."""
 
     def __init__(self, metric: str) -> None:
-        self.metric, self.sign = f"eval_{metric}", -1 if metric in SMALLER_IS_BETTER else 1
+        self.metric, self.sign = f"eval_{metric}", -1 if smaller_is_better(metric) else 1
         self.best, self.step = -math.inf, 0
         self.weights: dict[str, Tensor] = {}
 

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from ..data.tables import Target
 from ..errors import UsageError
 
 
@@ -53,30 +52,3 @@ def unknown_share(features: Sequence[dict[str, Any]], tokenizer: PreTrainedToken
     ids = np.concatenate([f["input_ids"] for f in features])
     ids = ids[~np.isin(ids, [i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id])]
     return float((ids == tokenizer.unk_token_id).mean()) if tokenizer.unk_token_id is not None and len(ids) else 0.0
-
-
-def label_ids(labels: Sequence[Any], target: Target) -> list[Any]:
-    """Labels as the model takes them: class numbers, rows of 0.0 and 1.0 (several labels), or standardised numbers."""
-    if not target.names:
-        return [(float(label) - target.mean) / target.spread for label in labels]
-    ids = {name: number for number, name in enumerate(target.names)}
-    if target.kind == "multilabel":
-        return [[float(name in label) for name in target.names] for label in labels]
-    return [ids[label] for label in labels]
-
-
-def decide(values: Any, target: Target) -> np.ndarray:
-    """Class names, tuples of class names, or numbers, from the label ids or the outputs of a model.
-
-    Args:
-        values: (rows,) class numbers, or (rows, outputs).
-        target: what is predicted.
-    """
-    values = np.asarray(values)
-    if not target.names:
-        return values.reshape(len(values)).astype(float) * target.spread + target.mean
-    if target.kind == "multilabel":  # label 1 or logit above 0, that is a probability above a half
-        found = [tuple(name for name, on in zip(target.names, row, strict=True) if on > 0) for row in values]
-        return np.fromiter(found, dtype=object, count=len(found))
-    numbers = values.argmax(axis=1) if values.ndim == 2 else values
-    return np.array(target.names, dtype=object)[numbers.astype(int)]

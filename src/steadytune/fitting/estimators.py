@@ -146,7 +146,7 @@ class SteadyClassifier(ClassifierMixin, _Steady):
         y = np.asarray(y)
         self.classes_ = np.unique(y)
         self._fit(X, [label_name(label) for label in y])
-        columns = {name: i for i, name in enumerate(self.model_.target.names)}
+        columns = {name: i for i, name in enumerate(self.model_.problem.names)}
         self._order = [columns[label_name(label)] for label in self.classes_]
         return self
 

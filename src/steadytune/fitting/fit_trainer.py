@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..data.metrics import SMALLER_IS_BETTER
-from ..data.tables import Target
+from ..data.metrics import smaller_is_better
+from ..data.problem import Problem
 from ..errors import UsageError, one_line
 from ..trainer import Trainer
 from .callbacks import Begun, Interrupt, KeepBest, _failing, judged_at
-from .encoding import label_ids
 from .options import MAX_STEPS, Options
 from .peft_models import merged
 from .pretrained import quiet
@@ -73,27 +72,17 @@ def only_logits(logits: Any, labels: Any) -> Any:
     return logits[0] if isinstance(logits, (tuple, list)) else logits
 
 
-def class_weights(rows: pd.DataFrame, target: Target) -> Tensor:
-    """Inverse frequencies whose mean over rows is 1; for several labels how many rows lack a label per row with it."""
-    if target.kind == "multilabel":
-        has = np.array(label_ids(rows["label"].tolist(), target))
-        return torch.tensor((1 - has).sum(0) / np.maximum(has.sum(0), 1), dtype=torch.float32)
-    counts = np.bincount(label_ids(rows["label"].tolist(), target), minlength=len(target.names))
-    return torch.tensor(len(rows) / (len(counts) * np.maximum(counts, 1)), dtype=torch.float32)
-
-
-def weighted_loss(options: Options, rows: pd.DataFrame, target: Target) -> Callable[..., Tensor] | None:
+def weighted_loss(options: Options, rows: pd.DataFrame, problem: Problem) -> Callable[..., Tensor] | None:
     """The loss with class weights; None for the model's own."""
     if options.class_weights == "none":
         return None
-    weights = class_weights(rows, target)
-    several = target.kind == "multilabel"
+    weights = torch.tensor(problem.class_weights(rows["label"].tolist()), dtype=torch.float32)
+    function = getattr(nn.functional, problem.loss)
+    option = "pos_weight" if problem.several else "weight"
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         here = weights.to(outputs.logits.device, outputs.logits.dtype)
-        if several:
-            return nn.functional.binary_cross_entropy_with_logits(outputs.logits, labels, pos_weight=here)
-        return nn.functional.cross_entropy(outputs.logits, labels, weight=here)
+        return function(outputs.logits, labels, **{option: here})
 
     return loss
 
@@ -113,7 +102,7 @@ def arguments(
             "eval_steps": between,
             "load_best_model_at_end": bool(save_steps),  # else `KeepBest`
             "metric_for_best_model": metric,
-            "greater_is_better": metric not in SMALLER_IS_BETTER,
+            "greater_is_better": not smaller_is_better(metric),
             "restore_callback_states_from_checkpoint": True,  # the patience already spent
         }
     args = TrainingArguments(

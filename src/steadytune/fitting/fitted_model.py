@@ -16,11 +16,10 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.guards import truncated
-from ..data.metrics import score
-from ..data.tables import Table, Target, examples
-from ..data.targets import encode
+from ..data.problem import Problem
+from ..data.tables import Table, examples
 from ..errors import UsageError, one_line
-from .encoding import check_vocabulary, decide, token_counts, tokenise
+from .encoding import check_vocabulary, token_counts, tokenise
 from .folder import MEMBERS, RECORD
 from .peft_models import read_model, write_model
 from .pretrained import Pretrained, agree, quiet
@@ -38,7 +37,7 @@ class FittedModel:
     Attributes:
         models: transformers models, plain unless they have adapters that cannot be merged.
         tokenizer: theirs.
-        target: what is predicted; ``target.names`` are the columns of probabilities.
+        problem: what is predicted; ``problem.names`` are the columns of probabilities.
         text: the text columns of tables: one, or two for pairs.
         label: the label column.
         max_length: tokens per row.
@@ -49,14 +48,14 @@ class FittedModel:
         self,
         models: Sequence[PreTrainedModel],
         tokenizer: PreTrainedTokenizerBase,
-        target: Target,
+        problem: Problem,
         *,
         text: Sequence[str] = ("text",),
         label: str = "label",
         max_length: int = 128,
         bf16: bool = False,
     ) -> None:
-        self.models, self.tokenizer, self.target = list(models), tokenizer, target
+        self.models, self.tokenizer, self.problem = list(models), tokenizer, problem
         self.text, self.label, self.max_length, self.bf16 = tuple(text), label, max_length, bf16
 
     @classmethod
@@ -69,14 +68,14 @@ class FittedModel:
         """
         record = read_record(folder)
         recipe, columns = record["recipe"], record["columns"]
-        target = Target(tuple(recipe["labels"]), **({"multi": True} if recipe["kind"] == "multilabel" else {}))
+        problem = Problem.of(recipe["kind"], recipe["labels"])
         members = sorted(Path(folder, MEMBERS).glob("*")) or [Path(folder)]
         loaded: list[Any] = []
         try:
             with quiet():
                 tokenizer = AutoTokenizer.from_pretrained(folder)
             for member in members:
-                loaded.append(read_model(member, lambda: Pretrained.open(recipe["model"], target).load(0)))
+                loaded.append(read_model(member, lambda: Pretrained.open(recipe["model"], problem).load(0)))
         except Exception as error:  # damaged files raise what their parsers raise
             raise UsageError(f"{folder}: the model cannot be loaded: {one_line(error)[:500]}") from error
         for model in loaded:  # of an ensemble or not: padding and special tokens as in training
@@ -84,7 +83,7 @@ class FittedModel:
         return cls(
             [model.to(device()).eval() for model in loaded],
             tokenizer,
-            target,
+            problem,
             text=columns["text"],
             label=columns["label"],
             max_length=recipe["max_length"],
@@ -109,7 +108,7 @@ class FittedModel:
 
     def _scores(self, frame: pd.DataFrame, progress: bool) -> np.ndarray:
         features = tokenise(frame, self.tokenizer, self.max_length)
-        found = [self._activated(logits(m, self.tokenizer, features, self.bf16, progress)) for m in self.models]
+        found = [self.problem.activate(logits(m, self.tokenizer, features, self.bf16, progress)) for m in self.models]
         return np.mean(found, axis=0)
 
     def _look_at(self, frame: pd.DataFrame) -> None:
@@ -121,49 +120,38 @@ class FittedModel:
         if cut is not None:
             logger.warning("%s", cut.message)
 
-    def _activated(self, outputs: np.ndarray) -> np.ndarray:
-        if self.target.kind == "regression":
-            return outputs
-        if self.target.kind == "multilabel":
-            return 1 / (1 + np.exp(-outputs))
-        powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
-        return powers / powers.sum(axis=1, keepdims=True)
-
     def predict_proba(self, rows: Rows) -> np.ndarray:
-        """Probabilities (rows, classes), columns in the order of ``target.names``.
+        """Probabilities (rows, classes), columns in the order of ``problem.names``.
 
         Raises:
             UsageError: a regression model has none.
         """
-        if self.target.kind == "regression":
+        if not self.problem.names:
             raise UsageError("predict_proba: a regression model predicts numbers: use predict.")
         return self.scores(rows)
 
     def predict(self, rows: Rows) -> np.ndarray:
         """Class names, tuples of class names (several labels), or numbers: one per row."""
-        return self._decide(self.scores(rows))
+        return self.problem.decide(self.scores(rows))
 
-    def _decide(self, scores: np.ndarray) -> np.ndarray:
-        return decide(scores - 0.5 if self.target.kind == "multilabel" else scores, self.target)
-
-    def table(self, rows: Rows, merge: Mapping[str, str] | None = None, *, progress: bool = False) -> pd.DataFrame:
+    def table(self, rows: Rows, coarser: Mapping[str, str] | None = None, *, progress: bool = False) -> pd.DataFrame:
         """Columns ``prediction`` and, for classes, ``probability_<class>``; one row per row.
 
         Args:
             rows: as for `scores`.
-            merge: class name to the coarser name it is reported under.
+            coarser: Class name to the coarser name it is reported under.
             progress: show a bar.
         """
         frame = self._texts(rows)
         self._look_at(frame)
-        return self._report(frame, merge or {}, progress)
+        return self._report(frame, coarser or {}, progress)
 
-    def _report(self, frame: pd.DataFrame, merge: Mapping[str, str], progress: bool) -> pd.DataFrame:
+    def _report(self, frame: pd.DataFrame, coarser: Mapping[str, str], progress: bool) -> pd.DataFrame:
         scores = self._scores(frame, progress)
-        predictions = self._decide(scores)
-        if merge:
-            predictions = np.array([merge.get(name, name) for name in predictions], dtype=object)
-        columns = {f"probability_{name}": column for name, column in zip(self.target.names, scores.T, strict=False)}
+        predictions = self.problem.decide(scores)
+        if coarser:
+            predictions = np.array([coarser.get(name, name) for name in predictions], dtype=object)
+        columns = {f"probability_{name}": column for name, column in zip(self.problem.names, scores.T, strict=False)}
         return pd.DataFrame({"prediction": predictions, **columns})
 
     def evaluate(self, rows: str | Path | pd.DataFrame | Table) -> dict[str, float | None]:
@@ -173,18 +161,19 @@ class FittedModel:
             UsageError: unreadable tables, unknown labels.
         """
         table = Table.of(rows, self.text, self.label, "given")
-        checked = encode(examples(table), table, self.target)
+        rows = examples(table)
+        checked = rows.assign(label=self.problem.encode(rows, table))
         self._look_at(checked)
-        return self.judge(checked, table.merge)[1]
+        return self.judge(checked, table.coarser)[1]
 
     def judge(
-        self, rows: pd.DataFrame, merge: Mapping[str, str] | None = None, *, progress: bool = False
+        self, rows: pd.DataFrame, coarser: Mapping[str, str] | None = None, *, progress: bool = False
     ) -> tuple[pd.DataFrame, dict[str, Any]]:
         """Predictions and scores of checked rows."""
-        merge = merge or {}
-        found = self._report(rows, merge, progress)
-        gold = np.fromiter(rows["label"], dtype=object if self.target.names else float, count=len(rows))
-        scores = score(self.target, gold, found["prediction"].to_numpy(), self.target.merged(merge))
+        coarser = coarser or {}
+        found = self._report(rows, coarser, progress)
+        gold = self.problem.array(rows["label"])
+        scores = self.problem.coarser(coarser).score(gold, found["prediction"].to_numpy())
         return found, {"rows": len(rows), **scores}
 
     def _texts(self, rows: Rows) -> pd.DataFrame:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.metrics import SMALLER_IS_BETTER
 from ..errors import UsageError
 from ..files.atomic import write_json
 from .folder import RECORD, Output, same_run
@@ -153,7 +152,7 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
         _check_tokens(features, pretrained)
         if plan.options.calibrate:
             check_scale(trainer.model, features[0], "calibrate")
-        if setup.target.scaled:
+        if setup.problem.scaled:
             check_scale(trainer.model, features[0], "standardize")
         assert trainer.run is not None
         logger.info("%s", trainer.run.describe())
@@ -190,9 +189,9 @@ def _check_tokens(features: Any, pretrained: Pretrained) -> None:
 
 def _best_step(tried: Sequence[Trained], plan: Plan) -> int:
     """The step with the best mean score over folds; the earliest of equals."""
-    sign = -1 if plan.metric in SMALLER_IS_BETTER else 1
-    means = {step: np.mean([dict(t.curve)[step] for t in tried]) for step, _ in tried[0].curve}
-    best = max(means, key=lambda step: (sign * means[step], -step))
+    metric = plan.data.problem.metric(plan.metric)
+    means = {step: float(np.mean([dict(t.curve)[step] for t in tried])) for step, _ in tried[0].curve}
+    best = max(means, key=lambda step: (metric.goodness(means[step]), -step))
     logger.info("best of %d steps on %d folds: %d (%s %.4f)", plan.steps, plan.folds, best, plan.metric, means[best])
     return best
 
@@ -228,14 +227,14 @@ def _finish(
 
 def _calibrate(trained: Trained, plan: Plan, pretrained: Pretrained) -> float:
     """Fit a temperature on the validation rows and take it into the model."""
-    from .encoding import label_ids, tokenise
+    from .encoding import tokenise
     from .fitted_model import logits
     from .scale import rescale, temperature
 
     assert plan.select is not None
     features = tokenise(plan.select, pretrained.tokenizer, pretrained.max_length)
     outputs = logits(trained.model, pretrained.tokenizer, features, plan.options.bf16)
-    labels = label_ids(plan.select["label"].tolist(), plan.data.target)
+    labels = plan.data.problem.ids(plan.select["label"].tolist())
     found = temperature(outputs, labels)
     rescale(trained.model, 1 / found, 0.0, "calibrate")
     logger.info("calibrated on %d validation rows: temperature %.3f", len(labels), found)
@@ -256,9 +255,8 @@ def _combine(
     if plan.combine == "soup":
         models[0].load_state_dict(uniform([m.state_dict() for m in models]))
         return models[:1], None
-    sign = -1 if plan.metric in SMALLER_IS_BETTER else 1
-    found = [s["validation"][plan.metric] for s in scores]
-    chosen = int(np.argmax([-np.inf if value is None else sign * value for value in found]))
+    goodness = plan.data.problem.metric(plan.metric).goodness
+    chosen = int(np.argmax([goodness(s["validation"][plan.metric]) for s in scores]))
     logger.info("run %d is the best of %d on the validation rows", chosen, len(models))
     return [models[chosen]], chosen
 
@@ -277,7 +275,7 @@ def _announce(plan: Plan) -> None:
     """Say what is about to happen."""
     data, rows_per_step = plan.data, plan.options.batch_size * plan.options.accumulation
     sizes = ", ".join(f"{name} {len(rows)}" for name, rows in data.tests.items()) or "no test set"
-    logger.info("%s, %d training rows (%s)", data.target.kind, len(data.train), sizes)
+    logger.info("%s, %d training rows (%s)", data.problem.kind, len(data.train), sizes)
     epochs = plan.steps * rows_per_step / len(data.train)
     times = f", {plan.num_seeds} runs" if plan.num_seeds > 1 else ""
     times += f" after {plan.folds} folds" if plan.refit else ""

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.metrics import SMALLER_IS_BETTER
-from ..data.tables import Table, Target, resolve
+from ..data.metrics import smaller_is_better
+from ..data.problem import Problem
+from ..data.tables import Table, resolve
 from ..errors import UsageError, suggest
 from ..files.atomic import write_whole, writing
 from .folder import MEMBERS, RECORD
@@ -80,7 +81,7 @@ def merge_folders(
             else:
                 merged, alpha = merge.paint(start, states[0], score)
                 said = f"alpha {alpha:g}"
-            found = score(merged) * (-1 if name in SMALLER_IS_BETTER else 1)
+            found = score(merged) * (-1 if smaller_is_better(name) else 1)
             said += f" ({name} {found:.4f} on the validation rows)"
     except UsageError:
         raise
@@ -132,41 +133,31 @@ def _scorer(
     import numpy as np
 
     from .fitted_model import FittedModel
-    from .plan import headline
     from .pretrained import Pretrained
     from .training import device
 
     if not type(model).__name__.endswith("ForSequenceClassification"):
         raise UsageError(f"{folder} is a {type(model).__name__}: only text classifiers can be scored on rows.")
-    target, record = _target(model.config), _record(folder)
-    name, columns = headline(metric, target), record.get("columns", {})
+    problem, record = Problem.of_config(model.config), _record(folder)
+    name, columns = problem.metric(metric).name, record.get("columns", {})
     text, label = text or columns.get("text"), label or columns.get("label")
     tables = [
         resolve(Table.of(rows, None if text is None else tuple(text), label, "validation")) for rows in validation
     ]
-    pretrained = Pretrained.open(str(folder.absolute()), target, max_length=record.get("recipe", {}).get("max_length"))
+    pretrained = Pretrained.open(str(folder.absolute()), problem, max_length=record.get("recipe", {}).get("max_length"))
     model.config.pad_token_id = pretrained.config.pad_token_id
     found_text, found_label = tables[0].columns
     fitted = FittedModel(
-        [model.to(device()).eval()], pretrained.tokenizer, target,
+        [model.to(device()).eval()], pretrained.tokenizer, problem,
         text=found_text, label=found_label, max_length=pretrained.max_length,
     )  # fmt: skip
-    sign = -1 if name in SMALLER_IS_BETTER else 1
 
     def score(state: dict[str, Any]) -> float:
         model.load_state_dict(state)
         found = [fitted.evaluate(table)[name] for table in tables]
-        return float(np.mean([-np.inf if value is None else sign * value for value in found]))
+        return float(np.mean([problem.metric(name).goodness(value) for value in found]))
 
     return score, name
-
-
-def _target(config: Any) -> Target:
-    """What a text classifier predicts, as its config says."""
-    if config.num_labels == 1 or config.problem_type == "regression":
-        return Target()
-    names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
-    return Target(names, multi=config.problem_type == "multi_label_classification")
 
 
 def _record(folder: Path) -> dict[str, Any]:

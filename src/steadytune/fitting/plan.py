@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 
 from ..data.guards import inspect, raise_errors
-from ..data.metrics import METRICS
 from ..data.prepare import Data, prepare
+from ..data.problem import Regression
 from ..data.splits import folds
-from ..data.tables import Kind, Table, Target
+from ..data.tables import Kind, Table
 from ..errors import UsageError, suggest
 from .options import Options, python_value
 from .spelling import make_methods, make_procedure
@@ -117,7 +117,7 @@ def make_plan(
         logger.warning("%s", finding.message)
     plan = Plan(
         str(model), chosen, checked, data, checked.total_steps(len(data.train)),
-        headline(metric, data.target), num_seeds, combine, refit, folds, save_steps, progress,
+        data.problem.metric(metric).name, num_seeds, combine, refit, folds, save_steps, progress,
         make_procedure(procedure),
     )  # fmt: skip
     _check_selection(plan)
@@ -164,24 +164,10 @@ def _check_selection(plan: Plan) -> None:
         }
         for name in (name for name, wanted in asked.items() if wanted):
             raise UsageError(f"{name} needs validation rows: give a validation table or share, or leave it out.")
-    if plan.options.calibrate and plan.data.target.kind != "classification":
-        raise UsageError(f"calibrate is for classification, this is {plan.data.target.kind}: leave it out.")
-    if plan.options.class_weights != "none" and not plan.data.target.names:
+    if plan.options.calibrate and not plan.data.problem.classes:
+        raise UsageError(f"calibrate is for classification, this is {plan.data.problem.kind}: leave it out.")
+    if plan.options.class_weights != "none" and not plan.data.problem.weighted:
         raise UsageError("class_weights are for classification, this is regression: leave them out.")
-
-
-def headline(metric: str | None, target: Target) -> str:
-    """The metric asked for, or the first of the kind.
-
-    Raises:
-        UsageError: unknown, or not for so many classes.
-    """
-    known = METRICS[target.kind]
-    if metric is not None and metric not in known:
-        raise UsageError(f"unknown metric {metric!r} for {target.kind}.{suggest(metric, known)}")
-    if metric == "f1" and len(target.names) != 2:
-        raise UsageError(f"f1 is for two classes, here are {len(target.names)}: choose f1_macro.")
-    return metric or next(iter(known))
 
 
 def open_model(plan: Plan) -> Pretrained:
@@ -189,20 +175,19 @@ def open_model(plan: Plan) -> Pretrained:
     from .pretrained import Pretrained
 
     return Pretrained.open(
-        plan.model, plan.data.target, dropout=plan.options.dropout, max_length=plan.options.max_length
+        plan.model, plan.data.problem, dropout=plan.options.dropout, max_length=plan.options.max_length
     )
 
 
 def make_setup(plan: Plan, pretrained: Pretrained, checkpoints: Path) -> Setup:
     """What all trainings share."""
-    from .scale import standardised
     from .training import Setup
 
-    target = plan.data.target
-    if target.kind == "regression" and plan.options.standardize:
-        target = standardised(target, plan.data.train["label"].tolist(), centred=pretrained.bias)
+    problem = plan.data.problem
+    if isinstance(problem, Regression) and plan.options.standardize:
+        problem = problem.standardised(plan.data.train["label"].tolist(), centred=pretrained.bias)
     return Setup(
-        pretrained, plan.methods, plan.options, target, plan.steps, plan.metric, checkpoints, plan.save_steps,
+        pretrained, plan.methods, plan.options, problem, plan.steps, plan.metric, checkpoints, plan.save_steps,
         plan.progress, keep=plan.num_seeds > 1 or plan.refit,
     )  # fmt: skip
 
@@ -224,7 +209,7 @@ def fold_jobs(plan: Plan) -> list[Job]:
     from .training import Job
 
     rows = plan.data.train
-    parts = folds(rows, plan.data.target, plan.folds, plan.options.seeds["subset"])
+    parts = folds(rows, plan.data.problem, plan.folds, plan.options.seeds["subset"])
     return [
         Job(f"fold-{i}", rows.iloc[inside], rows.iloc[outside], plan.options.seeds)
         for i, (inside, outside) in enumerate(parts)
@@ -240,7 +225,7 @@ def fitted_model(plan: Plan, pretrained: Pretrained, models: Sequence[Any]) -> F
     return FittedModel(
         models,
         pretrained.tokenizer,
-        plan.data.target,
+        plan.data.problem,
         text=table.text or (),
         label=table.label or "",  # found, if they were not given
         max_length=pretrained.max_length,
@@ -252,7 +237,7 @@ def evaluate(model: FittedModel, data: Data, progress: bool = False) -> tuple[pd
     """Predictions of all sets, one under the other, and the scores of each."""
     tables, scores = [], {}
     for name, rows in data.tests.items():
-        found, scores[name] = model.judge(rows, data.merges.get(name), progress=progress)
+        found, scores[name] = model.judge(rows, data.coarser.get(name), progress=progress)
         about = pd.DataFrame({"set": name, "row": rows.index, "label": rows["label"].to_numpy()})
         tables.append(pd.concat([about, found], axis=1))
     return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), scores

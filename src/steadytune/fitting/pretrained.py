@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging as hub_logging
 
 from ..core.anatomy import anatomy
-from ..data.tables import Target
+from ..data.problem import Problem, Regression
 from ..errors import UsageError, one_line
 from .scale import output_layer, rescale
 
@@ -33,7 +33,6 @@ logger = logging.getLogger("steadytune")
 
 MAX_LENGTH = 128
 SHOWN = 4  # names of weights in a message
-PROBLEMS = {"classification": "single_label_classification", "multilabel": "multi_label_classification"}
 
 
 @contextlib.contextmanager
@@ -57,7 +56,7 @@ class Pretrained:
 
     Attributes:
         name: directory or hub name.
-        config: with a head for the target and the dropout wanted.
+        config: with a head for the problem and the dropout wanted.
         tokenizer: with a padding token; it agrees with the config (see `agree`).
         max_length: tokens per row.
         dropout: the settings in force.
@@ -74,7 +73,7 @@ class Pretrained:
 
     @classmethod
     def open(
-        cls, name: str, target: Target, *, dropout: float | None = None, max_length: int | None = None
+        cls, name: str, problem: Problem, *, dropout: float | None = None, max_length: int | None = None
     ) -> Pretrained:
         """Read config and tokenizer.
 
@@ -87,7 +86,7 @@ class Pretrained:
             raise UsageError(f"model {name!r} is a directory without config.json: give a Hugging Face model directory.")
         with quiet(), _loading(name):
             before = AutoConfig.from_pretrained(name)
-            config = AutoConfig.from_pretrained(name, **head_options(target))
+            config = AutoConfig.from_pretrained(name, **problem.head_options)
             tokenizer = AutoTokenizer.from_pretrained(name)
             in_force = set_dropout(config, dropout)
             skeleton = _skeleton(config)
@@ -101,8 +100,8 @@ class Pretrained:
         """Whether the output layer has one."""
         return output_layer(_skeleton(self.config), "bias").bias is not None
 
-    def load(self, seed: int, target: Target | None = None) -> PreTrainedModel:
-        """The model in float32, new weights drawn with ``seed``; a head that is not new goes to the target's scale.
+    def load(self, seed: int, problem: Problem | None = None) -> PreTrainedModel:
+        """The model in float32, new weights drawn with ``seed``; a head that is not new goes to the problem's scale.
 
         Whatever the checkpoint's precision, the weights that AdamW moves are float32: at 2e-5 bfloat16 rounds most
         updates to nothing. The head of a checkpoint is kept where its classes have the same names (its rows are put
@@ -128,8 +127,8 @@ class Pretrained:
         layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
         if layers and not any(model.get_parameter(name) is layers[-1].weight for name in new):
             self._take_over(model, layers[-1], seed)
-            if target is not None and target.scaled:
-                rescale(model, 1 / target.spread, -target.mean / target.spread, "standardize")
+            if isinstance(problem, Regression) and problem.scaled:
+                rescale(model, 1 / problem.spread, -problem.mean / problem.spread, "standardize")
         return model
 
     def _check_body(
@@ -164,7 +163,7 @@ class Pretrained:
         """Give the head of a checkpoint the new classes: its rows in their order, or drawn anew for other classes."""
         config: Any = model.config
         names = [str(config.id2label[i]) for i in range(config.num_labels)]
-        if config.problem_type == "regression":
+        if Problem.of_config(config).ordered:
             return self._say("the head of the checkpoint is kept: it goes on predicting a number")
         order = matching(self.classes, names)
         if order is None:
@@ -224,17 +223,6 @@ def _some(names: Iterable[str]) -> str:
     """The first names of a list, and how many there are."""
     listed = list(names)
     return ", ".join(listed[:SHOWN]) + (f", ... {len(listed)} in all" if len(listed) > SHOWN else "")
-
-
-def head_options(target: Target) -> dict[str, Any]:
-    """What the config needs to know of the target."""
-    if not target.names:
-        return {"num_labels": 1, "problem_type": "regression"}
-    return {
-        "id2label": dict(enumerate(target.names)),
-        "label2id": {label: number for number, label in enumerate(target.names)},
-        "problem_type": PROBLEMS[target.kind],
-    }
 
 
 @contextlib.contextmanager

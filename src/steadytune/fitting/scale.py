@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,16 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.tables import Target
 from ..errors import UsageError
-
-
-def standardised(target: Target, labels: Sequence[float], *, centred: bool) -> Target:
-    """The target with mean and spread of these labels; without a mean the root of their mean square is the spread."""
-    values = np.asarray(labels, dtype=float)
-    mean = float(values.mean()) if centred else 0.0
-    spread = float(np.sqrt(np.square(values - mean).mean()))
-    return dataclasses.replace(target, mean=mean, spread=spread or 1.0)
 
 
 def output_layer(model: Any, what: str) -> nn.Linear:

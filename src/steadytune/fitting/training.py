@@ -24,14 +24,13 @@ from transformers import (
     TrainerCallback,
 )
 
-from ..data.metrics import SMALLER_IS_BETTER, score
+from ..data.problem import Problem, Regression
 from ..data.splits import split
-from ..data.tables import Target
 from ..files import state
 from ..files.atomic import write_json
 from ..methods.bases.bilevel import BiLevel
 from .callbacks import Interrupt, KeepBest, Progress, StopAt, StopFailing
-from .encoding import decide, label_ids, tokenise
+from .encoding import tokenise
 from .fit_trainer import FitTrainer, Trained, arguments, only_logits, weighted_loss
 from .folder import last_checkpoint
 from .options import Options
@@ -76,7 +75,7 @@ class Setup:
         pretrained: the pre-trained model.
         methods: the recipe's methods.
         options: those of the fit.
-        target: what is predicted; in the scale of the training, which `in_units` takes back.
+        problem: what is predicted; in the scale of the training, which `in_units` takes back.
         steps: of the schedule.
         metric: that selects.
         folder: of the checkpoints.
@@ -89,7 +88,7 @@ class Setup:
     pretrained: Pretrained
     methods: Sequence[Method]
     options: Options
-    target: Target
+    problem: Problem
     steps: int
     metric: str
     folder: Path
@@ -139,14 +138,14 @@ class Setup:
 
     def in_units(self, trained: Trained) -> Trained:
         """With the outputs of its model in the units of the labels."""
-        if self.target.scaled:
-            rescale(trained.model, self.target.spread, self.target.mean, "standardize")
+        if isinstance(self.problem, Regression) and self.problem.scaled:
+            rescale(trained.model, self.problem.spread, self.problem.mean, "standardize")
         return trained
 
     @property
     def classes(self) -> int:
         """Number of exclusive classes; 0 where chance has no loss to compare with."""
-        return len(self.target.names) if self.target.kind == "classification" else 0
+        return self.problem.classes
 
     def trainer(self, job: Job, seeds: dict[str, int], folder: Path) -> FitTrainer:
         """The Trainer of one attempt.
@@ -154,7 +153,7 @@ class Setup:
         Raises:
             ValueError: a method that cannot act on this model, or two that exclude each other.
         """
-        model = adapted(self.pretrained.load(seeds["init"], self.target), self.options.lora, self.options.peft)
+        model = adapted(self.pretrained.load(seeds["init"], self.problem), self.options.lora, self.options.peft)
         callbacks: list[TrainerCallback] = [Interrupt()]
         if self.progress:
             callbacks.append(Progress(job.name))
@@ -177,7 +176,7 @@ class Setup:
             data_collator=DataCollatorWithPadding(self.pretrained.tokenizer),
             preprocess_logits_for_metrics=only_logits,
             compute_metrics=self.measure if selecting else None,
-            compute_loss_func=weighted_loss(self.options, job.rows, self.target),
+            compute_loss_func=weighted_loss(self.options, job.rows, self.problem),
             callbacks=callbacks,
             methods=methods,
             method_seed=seeds["method"],
@@ -193,7 +192,7 @@ class Setup:
         methods, rows = [], job.rows
         for method in self.methods:
             if isinstance(method, BiLevel) and method.learns and isinstance(method.outer, float):
-                rows, others = split(rows, self.target, method.outer, job.seeds["subset"])
+                rows, others = split(rows, self.problem, method.outer, job.seeds["subset"])
                 method = copy.copy(method)
                 method.outer = self.batches(others)
             methods.append(method)
@@ -208,15 +207,16 @@ class Setup:
     def features(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
         """Tokens and labels, one dictionary per row."""
         features = tokenise(rows, self.pretrained.tokenizer, self.pretrained.max_length)
-        labels = label_ids(rows["label"].tolist(), self.target)
+        labels = self.problem.ids(rows["label"].tolist())
         return [{**feature, "labels": label} for feature, label in zip(features, labels, strict=True)]
 
     def measure(self, predicted: Any) -> dict[str, float]:
         """The metric that selects, on the select split; where it is undefined, the worst there is."""
-        gold, guess = (decide(values, self.target) for values in (predicted.label_ids, predicted.predictions))
-        value = score(self.target, gold, guess)[self.metric]
-        worst = 1e9 if self.metric in SMALLER_IS_BETTER else -1.0
-        return {self.metric: worst if value is None or not math.isfinite(value) else value}
+        metric = self.problem.metric(self.metric)
+        gold = self.problem.read(predicted.label_ids)
+        guess = self.problem.decide(self.problem.activate(predicted.predictions))
+        value = metric.compute(gold, guess, self.problem.names)
+        return {self.metric: metric.worst if value is None or not math.isfinite(value) else value}
 
     def _write(self, found: Trained, folder: Path) -> None:
         """The result comes last: without it the job is not finished."""

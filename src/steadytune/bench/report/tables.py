@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ...data.metrics import SMALLER_IS_BETTER
+from ...data.metrics import smaller_is_better
 from ...errors import UsageError, suggest
 from ..stats import (
     Comparison,
@@ -202,11 +202,11 @@ def per_run(runs: pd.DataFrame) -> pd.DataFrame:
     for domain in DOMAINS:
         sets = used[used["domain"] == domain].groupby("id")["score"]
         scores[domain] = sets.mean().where(sets.count() == sets.size())
-    smaller = used["metric"].isin(SMALLER_IS_BETTER)
+    smaller = used["metric"].map(smaller_is_better).astype(bool)
     above = (used["headline"] - used["baseline"]) * np.where(smaller, -1, 1)
     collapsed = above[used["domain"] == "in"].groupby(used["id"]).mean() < ABOVE
     scores["collapsed"] = collapsed.reindex(scores.index, fill_value=False)
-    scores["smaller"] = scores["metric"].isin(SMALLER_IS_BETTER)
+    scores["smaller"] = scores["metric"].map(smaller_is_better).astype(bool)
     return scores
 
 

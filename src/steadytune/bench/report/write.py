@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ...data.metrics import SMALLER_IS_BETTER
+from ...data.metrics import smaller_is_better
 from ...errors import UsageError
 from ...files.atomic import write_whole, writing
 from ...pages.document import Block, Cell, Code, Figures, Grid, Section, Text, Warning, html, markdown
@@ -191,7 +191,7 @@ def _overview(bench: Bench) -> Iterator[Block]:
 
 def _how_to_read(bench: Bench) -> str:
     metrics = bench.scores.drop_duplicates("task")[["task", "metric"]].itertuples(index=False)
-    errors = [m for m in bench.scores["metric"].unique() if m in SMALLER_IS_BETTER]
+    errors = [m for m in bench.scores["metric"].unique() if smaller_is_better(m)]
     units = f" (but {listed(errors)}, in its own unit, where less is better)" if errors else ""
     names = listed(f"{task} {metric.replace('_', ' ')}" for task, metric in metrics)
     return (
@@ -239,7 +239,7 @@ def _contamination(bench: Bench) -> Iterator[Text]:
 
 def unit(metric: str) -> tuple[float, int]:
     """What a score is multiplied by, and its digits."""
-    return (1.0, 3) if metric in SMALLER_IS_BETTER else (100.0, 1)
+    return (1.0, 3) if smaller_is_better(metric) else (100.0, 1)
 
 
 def _scores(bench: Bench) -> Iterator[Block]:
@@ -619,7 +619,7 @@ def _cost_figure(bench: Bench, found: pd.DataFrame) -> Iterator[Figures]:
     gains = (
         bench.overall
         if len(bench.overall)
-        else bench.gains.assign(smaller=bench.gains["metric"].isin(SMALLER_IS_BETTER))
+        else bench.gains.assign(smaller=bench.gains["metric"].map(smaller_is_better).astype(bool))
     )
     gains = gains[(gains["domain"] == "in") & ~gains["smaller"]]
     both = gains.merge(found[["model", "setting", "recipe", "times"]], on=["model", "setting", "recipe"])

@@ -1,21 +1,21 @@
-"""What is predicted: the kind of task, the classes and their order, and labels as they are scored."""
+"""Which problem the labels of a table pose: one class a row, several, or numbers; and the order of the classes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
-import numpy as np
 import pandas as pd
 
 from ..errors import UsageError, suggest
-from .tables import MANY_CLASSES, Kind, Target, _numbers, _parts, _refuse, label_name
+from .problem import Classification, MultiLabel, Problem, Regression, label_sets
+from .tables import MANY_CLASSES, Kind, _numbers, _parts, label_name
 
 if TYPE_CHECKING:
     from .tables import Table
 
 
-def find_target(rows: pd.DataFrame, table: Table) -> Target:
+def find_problem(rows: pd.DataFrame, table: Table) -> Problem:
     """Decide what is predicted, and the class order, from the training rows.
 
     Lists mean multi-label, numbers with a fraction mean regression, everything else classes. Where that is doubtful
@@ -38,17 +38,17 @@ def find_target(rows: pd.DataFrame, table: Table) -> Target:
     numeric = bool(numbers.notna().all())
     fractions = numeric and bool((numbers % 1 != 0).any())
     if table.kind == "regression" or (table.kind == "auto" and fractions):
-        _encode_numbers(rows, table)
+        Regression().encode(rows, table)
         if numbers.nunique() < 2:
             raise UsageError(f"{where} holds one value only ({labels.iloc[0]}): there is nothing to learn.")
-        return Target()
+        return Regression()
     names = dict.fromkeys(labels.map(label_name))
     if table.kind == "auto" and len(names) > MANY_CLASSES and (numeric or len(names) > len(rows) / 2):
         raise UsageError(
             f"{where} has {len(names)} different values in {len(rows)} rows: "
             "say --kind classification, say --kind regression, or choose another column with --label NAME."
         )
-    return Target(_class_order(names, table, where))
+    return Classification(_class_order(names, table, where))
 
 
 def _hold_lists(labels: pd.Series) -> bool:
@@ -58,24 +58,15 @@ def _hold_lists(labels: pd.Series) -> bool:
     return bool(lists.all() or (lists & ~strings).any())
 
 
-def _find_sets(rows: pd.DataFrame, table: Table, where: str) -> Target:
-    parts = _label_sets(rows, table)
+def _find_sets(rows: pd.DataFrame, table: Table, where: str) -> Problem:
+    parts = label_sets(rows, table)
     names = dict.fromkeys(name for row in parts for name in row)
     sizes = {len(row) for row in parts}
     if set(names) == {"0", "1"} and len(sizes) == 1 and sizes != {1}:
         raise UsageError(f"{where} holds lists of 0 and 1: give each row the list of its classes' names instead.")
     if len({frozenset(row) for row in parts}) == 1:
         raise UsageError(f"{where} holds the same classes in every row: there is nothing to learn.")
-    return Target(_class_order(names, table, where), multi=True)
-
-
-def _label_sets(rows: pd.DataFrame, table: Table) -> list[list[str]]:
-    """The names in every row's list, as they stand in the file."""
-    parts, what = rows["label"].map(_parts), f"label column {table.label!r}"
-    _refuse(parts.isna(), what, "not a list", table.source)
-    _refuse(parts.map(lambda row: any(value is None or value != value for value in row)).astype(bool), what,
-            "a list with an empty entry", table.source)  # fmt: skip
-    return [[label_name(value) for value in row] for row in parts]
+    return MultiLabel(_class_order(names, table, where))
 
 
 def _class_order(names: Mapping[str, Any], table: Table, where: str) -> tuple[str, ...]:
@@ -91,33 +82,3 @@ def _class_order(names: Mapping[str, Any], table: Table, where: str) -> tuple[st
         return tuple(name for name in map(label_name, dtype.categories) if name in names)
     numeric = _numbers(pd.Series(list(names), dtype=object)).notna().all()
     return tuple(sorted(names, key=float) if numeric else sorted(names))
-
-
-def encode(rows: pd.DataFrame, table: Table, target: Target) -> pd.DataFrame:
-    """Labels as they are scored: class names, tuples of them in class order (multi-label), or floats (regression).
-
-    Raises:
-        UsageError: a label does not occur in the training data, or is no finite number or no list where one is due.
-    """
-    if target.kind == "regression":
-        return rows.assign(label=_encode_numbers(rows, table))
-    known = target.merged(table.merge)
-    raw = _label_sets(rows, table) if target.multi else [[label_name(value)] for value in rows["label"]]
-    renamed = [[table.rename.get(name, name) for name in row] for row in raw]
-    named = [[table.merge.get(name, name) for name in row] for row in renamed]
-    strangers = [name for row in named for name in row if name not in known]
-    if strangers:
-        count = sum(not set(row) <= set(known) for row in named)
-        raise UsageError(
-            f"{table.source}: label {strangers[0]!r} (in {count} of {len(rows)} rows) does not occur in the "
-            f"training data.{suggest(strangers[0], known)}"
-        )
-    place = {name: number for number, name in enumerate(known)}
-    labels: list[Any] = [tuple(sorted({*row}, key=place.__getitem__)) if target.multi else row[0] for row in named]
-    return rows.assign(label=pd.Series(labels, index=rows.index, dtype=object))
-
-
-def _encode_numbers(rows: pd.DataFrame, table: Table) -> pd.Series:
-    numbers = _numbers(rows["label"])
-    _refuse(~np.isfinite(numbers), f"label column {table.label!r}", "not a finite number", table.source)
-    return numbers

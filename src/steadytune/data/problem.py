@@ -1,0 +1,373 @@
+"""One object per kind of task: classification, several labels a row, numbers. No torch here.
+
+A `Problem` knows what labels look like as they are scored (a class name, a tuple of class names, a float) and as a
+model is given them (a class number, a row of 0 and 1, a standardised float), what a model's outputs mean, how they are
+scored, and which head the model needs. Code outside this file never asks which kind it has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+
+from ..errors import UsageError, suggest
+from .metrics import METRICS, Metric, members
+from .tables import Table, _numbers, _parts, _refuse, label_name
+
+
+@dataclass(frozen=True)
+class Problem(ABC):
+    """What is predicted.
+
+    Attributes:
+        names: Class names in class order; empty for numbers.
+    """
+
+    names: tuple[str, ...] = ()
+
+    kind: ClassVar[str]
+    loss: ClassVar[str]  # name of the function in torch.nn.functional that a model of this kind is trained with
+    ordered: ClassVar[bool] = False  # whether labels are numbers, which have a mean and a spread
+    several: ClassVar[bool] = False  # whether a row may have several labels, or none
+
+    # ---- labels
+
+    @abstractmethod
+    def encode(self, rows: pd.DataFrame, table: Table) -> pd.Series:
+        """Labels of `tables.examples` as they are scored.
+
+        Raises:
+            UsageError: A label that does not occur in the training data, or that is none of this kind.
+        """
+
+    @abstractmethod
+    def ids(self, labels: Sequence[Any]) -> list[Any]:
+        """Labels as a model is given them."""
+
+    @abstractmethod
+    def strata(self, labels: pd.Series) -> np.ndarray:
+        """A stratum number (rows,) that splits are balanced over."""
+
+    def membership(self, labels: Sequence[Any] | pd.Series) -> np.ndarray:
+        """Truth values (rows, classes): which classes each row has; no columns for numbers."""
+        return members([(label,) for label in labels], self.names)
+
+    def array(self, labels: Sequence[Any] | pd.Series) -> np.ndarray:
+        """Labels as they are scored, as an array (rows,)."""
+        return np.fromiter(labels, dtype=object, count=len(labels))
+
+    def counts(self, labels: pd.Series) -> dict[str, int]:
+        """Rows by class, the most frequent first; empty for numbers."""
+        return {str(name): int(n) for name, n in labels.value_counts().items()}
+
+    def differ(self, labels: np.ndarray, every: np.ndarray) -> bool:
+        """Whether labels of one text contradict each other, given those of every text."""
+        return len(set(labels)) > 1
+
+    # ---- outputs
+
+    @abstractmethod
+    def activate(self, outputs: np.ndarray) -> np.ndarray:
+        """Probabilities (rows, classes), or numbers (rows, 1), of a model's outputs."""
+
+    @abstractmethod
+    def decide(self, scores: np.ndarray) -> np.ndarray:
+        """Labels (rows,) of activated outputs, or of their mean over models."""
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """Labels (rows,) of what `ids` gave a model."""
+        return self.decide(ids)
+
+    # ---- scores
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """Metrics by name, the one to look at first in the first place."""
+        two = len(self.names) == 2
+        return {metric.name: metric for metric in METRICS[self.kind] if two or not metric.two_classes}
+
+    def metric(self, name: str | None) -> Metric:
+        """The metric of this name, or the first.
+
+        Raises:
+            UsageError: It is unknown, or not for so many classes.
+        """
+        known = {metric.name: metric for metric in METRICS[self.kind]}
+        if name is None:
+            return next(iter(known.values()))
+        if name not in known:
+            raise UsageError(f"unknown metric {name!r} for {self.kind}.{suggest(name, known)}")
+        if name not in self.metrics:
+            raise UsageError(f"{name} is for two classes, here are {len(self.names)}: choose f1_macro.")
+        return known[name]
+
+    def score(self, gold: np.ndarray, predicted: np.ndarray) -> dict[str, float | None]:
+        """Every metric of predictions (rows,) against gold labels (rows,); None where it is undefined."""
+        return {name: metric.compute(gold, predicted, self.names) for name, metric in self.metrics.items()}
+
+    def constants(self) -> Sequence[Any]:
+        """Predictions that look at no text; none for numbers, where a constant has no correlation."""
+        return self.names
+
+    def coarser(self, names: Mapping[str, str]) -> Problem:
+        """The same problem with classes taken together, each name once."""
+        return dataclasses.replace(self, names=tuple(dict.fromkeys(names.get(name, name) for name in self.names)))
+
+    # ---- the model
+
+    @property
+    @abstractmethod
+    def head_options(self) -> dict[str, Any]:
+        """What a transformers config needs to know."""
+
+    @property
+    def classes(self) -> int:
+        """Number of exclusive classes; 0 where chance has no loss to compare with."""
+        return 0
+
+    @property
+    def weighted(self) -> bool:
+        """Whether class weights make sense."""
+        return bool(self.names)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a model in training stands for other numbers than the labels."""
+        return False
+
+    def class_weights(self, labels: Sequence[Any]) -> np.ndarray:
+        """Weights (classes,) that make rare classes count as much as frequent ones."""
+        raise UsageError(f"class_weights are for classes, this is {self.kind}: leave them out.")
+
+    @staticmethod
+    def of(kind: str, names: Sequence[str] = ()) -> Problem:
+        """The problem that a record names."""
+        return KINDS[kind](tuple(names))
+
+    @staticmethod
+    def of_config(config: Any) -> Problem:
+        """The problem of a text classifier, as its config tells."""
+        names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+        matching = (kind for kind in KINDS.values() if kind.problem_type == config.problem_type)
+        found = Regression if config.num_labels == 1 else next(matching, Classification)
+        return found() if found.ordered else found(names)
+
+    problem_type: ClassVar[str]  # of a transformers config
+
+
+@dataclass(frozen=True)
+class _Classes(Problem):
+    """What both kinds with class names share."""
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        return {
+            "id2label": dict(enumerate(self.names)),
+            "label2id": {label: number for number, label in enumerate(self.names)},
+            "problem_type": self.problem_type,
+        }
+
+    def encode(self, rows: pd.DataFrame, table: Table) -> pd.Series:
+        known = self.coarser(table.coarser).names
+        renamed = [[table.rename.get(name, name) for name in row] for row in self._raw(rows, table)]
+        named = [[table.coarser.get(name, name) for name in row] for row in renamed]
+        strangers = [name for row in named for name in row if name not in known]
+        if strangers:
+            count = sum(not set(row) <= set(known) for row in named)
+            raise UsageError(
+                f"{table.source}: label {strangers[0]!r} (in {count} of {len(rows)} rows) does not occur in the "
+                f"training data.{suggest(strangers[0], known)}"
+            )
+        return pd.Series([self._label(row, known) for row in named], index=rows.index, dtype=object)
+
+    def _raw(self, rows: pd.DataFrame, table: Table) -> list[list[str]]:
+        """Class names of each row as they stand in the table."""
+        raise NotImplementedError
+
+    def _label(self, row: list[str], known: Sequence[str]) -> Any:
+        """The label of a row's class names."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Classification(_Classes):
+    """One class a row."""
+
+    kind: ClassVar[str] = "classification"
+    loss: ClassVar[str] = "cross_entropy"
+    problem_type: ClassVar[str] = "single_label_classification"
+
+    def _raw(self, rows: pd.DataFrame, table: Table) -> list[list[str]]:
+        return [[label_name(value)] for value in rows["label"]]
+
+    def _label(self, row: list[str], known: Sequence[str]) -> str:
+        return row[0]
+
+    def ids(self, labels: Sequence[Any]) -> list[int]:
+        numbers = {name: number for number, name in enumerate(self.names)}
+        return [numbers[label] for label in labels]
+
+    def strata(self, labels: pd.Series) -> np.ndarray:
+        return pd.Categorical(labels, categories=self.names).codes.astype(int)
+
+    def activate(self, outputs: np.ndarray) -> np.ndarray:
+        from scipy.special import softmax
+
+        return softmax(outputs, axis=1)
+
+    def decide(self, scores: np.ndarray) -> np.ndarray:
+        return np.array(self.names, dtype=object)[np.asarray(scores).argmax(axis=1)]
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        return np.array(self.names, dtype=object)[np.asarray(ids).astype(int)]
+
+    @property
+    def classes(self) -> int:
+        return len(self.names)
+
+    def class_weights(self, labels: Sequence[Any]) -> np.ndarray:
+        """Inverse frequencies whose mean over rows is 1."""
+        counts = np.bincount(self.ids(labels), minlength=len(self.names))
+        return len(labels) / (len(counts) * np.maximum(counts, 1))
+
+
+@dataclass(frozen=True)
+class MultiLabel(_Classes):
+    """Any number of classes a row: a label is a tuple of class names in class order, which may be empty."""
+
+    kind: ClassVar[str] = "multilabel"
+    loss: ClassVar[str] = "binary_cross_entropy_with_logits"
+    problem_type: ClassVar[str] = "multi_label_classification"
+    several: ClassVar[bool] = True
+
+    def _raw(self, rows: pd.DataFrame, table: Table) -> list[list[str]]:
+        return label_sets(rows, table)
+
+    def _label(self, row: list[str], known: Sequence[str]) -> tuple[str, ...]:
+        place = {name: number for number, name in enumerate(known)}
+        return tuple(sorted({*row}, key=place.__getitem__))
+
+    def membership(self, labels: Sequence[Any] | pd.Series) -> np.ndarray:
+        return members(list(labels), self.names)
+
+    def counts(self, labels: pd.Series) -> dict[str, int]:
+        return super().counts(labels.explode())
+
+    def ids(self, labels: Sequence[Any]) -> list[list[float]]:
+        return [[float(name in label) for name in self.names] for label in labels]
+
+    def strata(self, labels: pd.Series) -> np.ndarray:
+        """The class of a row with the fewest rows; rows without any have a stratum of their own."""
+        member = self.membership(labels)
+        rarest = np.where(member, member.sum(axis=0), len(labels) + 1).argmin(axis=1)
+        return np.where(member.any(axis=1), rarest, len(self.names))
+
+    def activate(self, outputs: np.ndarray) -> np.ndarray:
+        from scipy.special import expit
+
+        return expit(outputs)
+
+    def decide(self, scores: np.ndarray) -> np.ndarray:
+        """Classes whose probability is above a half."""
+        rows = [tuple(name for name, p in zip(self.names, row, strict=True) if p > 0.5) for row in np.asarray(scores)]
+        return np.fromiter(rows, dtype=object, count=len(rows))
+
+    def constants(self) -> Sequence[Any]:
+        return ()
+
+    def class_weights(self, labels: Sequence[Any]) -> np.ndarray:
+        """How many rows lack a class for each row that has it: weights of the positive decisions."""
+        has = np.array(self.ids(labels))
+        return (1 - has).sum(0) / np.maximum(has.sum(0), 1)
+
+
+@dataclass(frozen=True)
+class Regression(Problem):
+    """Numbers. A model in training stands for ``(label - mean) / spread``.
+
+    Attributes:
+        names: Always empty.
+        mean: Mean that training takes from the labels.
+        spread: Standard deviation that training divides by.
+    """
+
+    mean: float = 0.0
+    spread: float = 1.0
+
+    kind: ClassVar[str] = "regression"
+    loss: ClassVar[str] = "mse_loss"
+    problem_type: ClassVar[str] = "regression"
+    ordered: ClassVar[bool] = True
+
+    def encode(self, rows: pd.DataFrame, table: Table) -> pd.Series:
+        numbers = _numbers(rows["label"])
+        _refuse(~np.isfinite(numbers), f"label column {table.label!r}", "not a finite number", table.source)
+        return numbers
+
+    def array(self, labels: Sequence[Any] | pd.Series) -> np.ndarray:
+        return np.fromiter(labels, dtype=float, count=len(labels))
+
+    def counts(self, labels: pd.Series) -> dict[str, int]:
+        return {}
+
+    def ids(self, labels: Sequence[Any]) -> list[float]:
+        return [(float(label) - self.mean) / self.spread for label in labels]
+
+    def strata(self, labels: pd.Series) -> np.ndarray:
+        """The tenth of the range of ranks that a row falls in."""
+        ranks = labels.rank(method="first").to_numpy() - 1
+        return (ranks * 10 // len(ranks)).astype(int)
+
+    def differ(self, labels: np.ndarray, every: np.ndarray) -> bool:
+        """Numbers contradict when they differ by more than the spread of all of them."""
+        return bool(np.ptp(labels.astype(float)) > np.std(every.astype(float)))
+
+    def activate(self, outputs: np.ndarray) -> np.ndarray:
+        return outputs
+
+    def decide(self, scores: np.ndarray) -> np.ndarray:
+        values = np.asarray(scores)
+        return values.reshape(len(values)).astype(float) * self.spread + self.mean
+
+    def constants(self) -> Sequence[Any]:
+        return ()
+
+    def coarser(self, names: Mapping[str, str]) -> Problem:
+        return self
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        return {"num_labels": 1, "problem_type": self.problem_type}
+
+    @property
+    def scaled(self) -> bool:
+        return (self.mean, self.spread) != (0.0, 1.0)
+
+    def standardised(self, labels: Sequence[float], *, centred: bool) -> Regression:
+        """The problem with mean and spread of these labels; without a mean, the root of their mean square."""
+        values = np.asarray(labels, dtype=float)
+        mean = float(values.mean()) if centred else 0.0
+        spread = float(np.sqrt(np.square(values - mean).mean()))
+        return dataclasses.replace(self, mean=mean, spread=spread or 1.0)
+
+
+KINDS: dict[str, type[Problem]] = {kind.kind: kind for kind in (Classification, MultiLabel, Regression)}
+
+
+def label_sets(rows: pd.DataFrame, table: Table) -> list[list[str]]:
+    """The names in every row's list of labels, as they stand in the file.
+
+    Raises:
+        UsageError: A label that is not a list, or a list with an empty entry.
+    """
+    parts, what = rows["label"].map(_parts), f"label column {table.label!r}"
+    _refuse(parts.isna(), what, "not a list", table.source)
+    empty = parts.map(lambda row: any(value is None or value != value for value in row)).astype(bool)
+    _refuse(empty, what, "a list with an empty entry", table.source)
+    return [[label_name(value) for value in row] for row in parts]
