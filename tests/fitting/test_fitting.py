@@ -21,10 +21,11 @@ from steadytune.fitting import plan as planning
 from steadytune.fitting import training
 from steadytune.fitting.encoding import token_counts, tokenise
 from steadytune.fitting.fit_trainer import WINDOW, ByLength, FitTrainer, arguments
-from steadytune.fitting.fitted_model import FittedModel, logits
+from steadytune.fitting.fitted_model import FittedModel
 from steadytune.fitting.folder import last_checkpoint
 from steadytune.fitting.main import fit
 from steadytune.fitting.options import Options
+from steadytune.fitting.outputs import logits
 from steadytune.fitting.pretrained import Pretrained, set_dropout, token_limit
 from steadytune.fitting.spelling import method_record
 from steadytune.methods import METHODS

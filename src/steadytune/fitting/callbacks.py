@@ -6,14 +6,19 @@ import logging
 import math
 import signal
 import threading
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from ..data.metrics import smaller_is_better
+from ..files.atomic import write_whole
+from .progress import progress_bar
 
 if TYPE_CHECKING:
     from .fit_trainer import FitTrainer
@@ -23,6 +28,7 @@ logger = logging.getLogger("steadytune")
 
 FAILING, FAILING_AFTER = 0.9, 0.2  # share of log K, share of the steps (Dodge et al. 2020, arXiv 2002.06305)
 LEAST = 10  # steps before any run is judged
+SILENT = 30.0  # seconds between two lines of the log where there is no bar
 
 
 class Interrupted(KeyboardInterrupt):
@@ -71,19 +77,66 @@ class StopAt(TrainerCallback):
         control.should_training_stop |= state.global_step >= self.step
 
 
+def best_moment(log: Sequence[Mapping[str, Any]], metric: str) -> int:
+    """The step of the best evaluation in a Trainer's log; of equal scores the lower loss, then the later step wins.
+
+    A score such as Matthews' correlation stays at 0 until the model tells two classes apart, while its loss falls from
+    the first step on: the first of equals would be the least trained.
+
+    Args:
+        log: `TrainerState.log_history`; it travels in checkpoints.
+        metric: that selects; there is at least one evaluation with it.
+    """
+    sign = -1 if smaller_is_better(metric) else 1
+
+    def quality(entry: Mapping[str, Any]) -> tuple[float, float, int]:
+        loss = entry.get("eval_loss", math.inf)
+        return sign * entry[f"eval_{metric}"], -loss if math.isfinite(loss) else -math.inf, entry["step"]
+
+    return int(max((entry for entry in log if f"eval_{metric}" in entry), key=quality)["step"])
+
+
+class Patience(TrainerCallback):
+    """End a training after so many evaluations without a new best; those in the warm-up do not count."""
+
+    def __init__(self, metric: str, patience: int) -> None:
+        self.metric, self.patience = metric, patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        since = max(best_moment(state.log_history, self.metric), args.get_warmup_steps(args.max_steps))
+        moments = [entry["step"] for entry in state.log_history if f"eval_{self.metric}" in entry]
+        control.should_training_stop |= sum(step > since for step in moments) >= self.patience
+
+
 class KeepBest(TrainerCallback):
     """The best of the evaluated weights in memory, for trainings that write no checkpoints."""
 
     def __init__(self, metric: str) -> None:
-        self.metric, self.sign = f"eval_{metric}", -1 if smaller_is_better(metric) else 1
-        self.best, self.step = -math.inf, 0
+        self.metric, self.step = metric, 0
         self.weights: dict[str, Tensor] = {}
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        value = self.sign * given["metrics"][self.metric]
-        if value > self.best:
-            self.best, self.step = value, state.global_step
+        if best_moment(state.log_history, self.metric) == state.global_step:
+            self.step = state.global_step
             self.weights = {n: t.detach().to("cpu", copy=True) for n, t in given["model"].state_dict().items()}
+
+
+class KeepOutputs(TrainerCallback):
+    """The outputs of every evaluation in a file of its own: the predictions of cross-validation at any step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.last: np.ndarray | None = None
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        values = np.asarray(self.last)
+
+        def write(part: Path) -> None:
+            with part.open("wb") as file:
+                np.save(file, values, allow_pickle=False)
+
+        write_whole(self.folder / f"{state.global_step}.npy", write)
 
 
 class Interrupt(TrainerCallback):
@@ -131,15 +184,17 @@ class _Listening:
 
 
 class Progress(TrainerCallback):
-    """One bar over optimizer steps with the running loss."""
+    """One bar over optimizer steps with the running loss; where no bar is seen, a line of the log now and then."""
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.said = 0.0
         self.bar: Any = None
         self.shown: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step")
+        self.bar = progress_bar(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step")
+        self.said = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
@@ -151,6 +206,10 @@ class Progress(TrainerCallback):
         shown |= {f"{key}/step": f"{logs[key]:g}" for key in ("forwards", "backwards") if key in logs}
         if shown and self.bar is not None:
             self.bar.set_postfix(shown)
+            if self.bar.disable and time.monotonic() - self.said > SILENT:
+                self.said = time.monotonic()
+                figures = ", ".join(f"{key} {value}" for key, value in shown.items())
+                logger.info("%s: step %d of %d, %s", self.name, state.global_step, state.max_steps, figures)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()

@@ -22,7 +22,7 @@ from ..data.metrics import smaller_is_better
 from ..data.problem import Problem
 from ..errors import UsageError, one_line
 from ..trainer import Trainer
-from .callbacks import Begun, Interrupt, KeepBest, _failing, judged_at
+from .callbacks import Begun, Interrupt, KeepBest, _failing, best_moment, judged_at
 from .options import MAX_STEPS, Options
 from .peft_models import merged
 from .pretrained import quiet
@@ -30,6 +30,9 @@ from .pretrained import quiet
 logger = logging.getLogger("steadytune")
 
 
+# What is kept of a Trainer's log, under the names of this package.
+HISTORY = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm", "forwards": "forwards",
+           "backwards": "backwards"}  # fmt: skip
 WINDOW = 50  # batches whose rows are sorted by length together
 
 
@@ -47,6 +50,9 @@ class Trained:
         failing: whether the loss of this one did not fall either.
         loss: the last training loss logged, a mean over 2 % of the steps, penalties included.
         passes: forward and backward passes of a step in those of a plain one, counted since the last resume.
+        hopeless: why the model is worth nothing (it gives every row the same answer, or scores below a constant one);
+            None if it is not.
+        history: (step, name, value) of loss, lr, grad_norm, forwards, backwards, and scores on the select split.
         state: of core and methods at the end, as `Run.state_dict` gives it; empty unless the setup keeps it.
     """
 
@@ -59,11 +65,13 @@ class Trained:
     failing: bool = False
     loss: float | None = None
     passes: float = 1.0
+    hopeless: str | None = None
+    history: list[tuple[int, str, float]] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """All but the tensors, for JSON."""
-        names = [f.name for f in dataclasses.fields(self) if f.name not in ("model", "state")]
+        """All but tensors and history, for JSON."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("model", "state", "history")]
         return {name: getattr(self, name) for name in names}
 
 
@@ -103,7 +111,6 @@ def arguments(
             "load_best_model_at_end": bool(save_steps),  # else `KeepBest`
             "metric_for_best_model": metric,
             "greater_is_better": not smaller_is_better(metric),
-            "restore_callback_states_from_checkpoint": True,  # the patience already spent
         }
     args = TrainingArguments(
         output_dir=str(folder),
@@ -208,6 +215,24 @@ class FitTrainer(Trainer):
             ) from error
         return self.seconds
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As `best_moment` says, where the stock Trainer keeps the first of equals."""
+        metric = str(self.args.metric_for_best_model)
+        best = best_moment(self.state.log_history, metric) == self.state.global_step
+        if best:
+            self.state.best_metric, self.state.best_global_step = metrics[f"eval_{metric}"], self.state.global_step
+        return best
+
+    def history(self) -> list[tuple[int, str, float]]:
+        """(step, name, value) of what the log says of the training and of the scores on the select split."""
+        names = {**HISTORY, "eval_loss": "eval_loss", f"eval_{(m := self.args.metric_for_best_model)}": f"eval_{m}"}
+        return [
+            (int(entry["step"]), name, float(entry[key]))
+            for entry in self.state.log_history
+            for key, name in names.items()
+            if key in entry
+        ]
+
     def _over(self) -> bool:
         return super()._over() or self.ended
 
@@ -229,7 +254,10 @@ class FitTrainer(Trainer):
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
         loss = losses[-1] if losses and math.isfinite(losses[-1]) else None
         passes = self.run.counted.plain / self.run.batches if self.run is not None and self.run.batches else 1.0
-        return Trained(merged(self.model).eval(), steps, seconds, curve, seeds, failures, failing, loss, passes)
+        return Trained(
+            merged(self.model).eval(), steps, seconds, curve, seeds, failures, failing, loss, passes,
+            history=self.history(),
+        )  # fmt: skip
 
 
 def was_stopped(checkpoint: Path) -> bool:

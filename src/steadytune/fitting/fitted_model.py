@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.guards import truncated
@@ -21,10 +18,10 @@ from ..data.tables import Table, examples
 from ..errors import UsageError, one_line
 from .encoding import check_vocabulary, token_counts, tokenise
 from .folder import MEMBERS, RECORD
+from .outputs import device, logits
 from .peft_models import read_model, write_model
 from .pretrained import Pretrained, agree, quiet
 from .randomness import as_found
-from .training import device
 
 logger = logging.getLogger("steadytune")
 
@@ -120,6 +117,11 @@ class FittedModel:
         if cut is not None:
             logger.warning("%s", cut.message)
 
+    def scores_of(self, predictions: pd.DataFrame) -> np.ndarray:
+        """The scores behind a table of predictions that this model gave."""
+        names = [f"probability_{name}" for name in self.problem.names] or ["prediction"]
+        return predictions[names].to_numpy(dtype=float)
+
     def predict_proba(self, rows: Rows) -> np.ndarray:
         """Probabilities (rows, classes), columns in the order of ``problem.names``.
 
@@ -144,10 +146,9 @@ class FittedModel:
         """
         frame = self._texts(rows)
         self._look_at(frame)
-        return self._report(frame, coarser or {}, progress)
+        return self._report(self._scores(frame, progress), coarser or {})
 
-    def _report(self, frame: pd.DataFrame, coarser: Mapping[str, str], progress: bool) -> pd.DataFrame:
-        scores = self._scores(frame, progress)
+    def _report(self, scores: np.ndarray, coarser: Mapping[str, str]) -> pd.DataFrame:
         predictions = self.problem.decide(scores)
         if coarser:
             predictions = np.array([coarser.get(name, name) for name in predictions], dtype=object)
@@ -167,14 +168,19 @@ class FittedModel:
         return self.judge(checked, table.coarser)[1]
 
     def judge(
-        self, rows: pd.DataFrame, coarser: Mapping[str, str] | None = None, *, progress: bool = False
+        self,
+        rows: pd.DataFrame,
+        coarser: Mapping[str, str] | None = None,
+        *,
+        progress: bool = False,
+        scores: np.ndarray | None = None,
     ) -> tuple[pd.DataFrame, dict[str, Any]]:
-        """Predictions and scores of checked rows."""
+        """Predictions and metrics of checked rows; ``scores`` are theirs, as `scores` gives them, if they are known."""
         coarser = coarser or {}
-        found = self._report(rows, coarser, progress)
+        found = self._report(self._scores(rows, progress) if scores is None else scores, coarser)
         gold = self.problem.array(rows["label"])
-        scores = self.problem.coarser(coarser).score(gold, found["prediction"].to_numpy())
-        return found, {"rows": len(rows), **scores}
+        metrics = self.problem.coarser(coarser).score(gold, found["prediction"].to_numpy())
+        return found, {"rows": len(rows), **metrics}
 
     def _texts(self, rows: Rows) -> pd.DataFrame:
         """Frame with `text` (and `text_pair`)."""
@@ -230,38 +236,3 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         raise UsageError(
             f"{folder}: no model that steadytune fit has written (no readable {RECORD}): give the --output of a fit."
         ) from error
-
-
-def logits(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    features: list[dict[str, Any]],
-    bf16: bool = False,
-    progress: bool = False,
-    batch_size: int = 64,
-) -> np.ndarray:
-    """Outputs (rows, outputs) in the order of the rows; rows of like length go together, which spares padding.
-
-    Raises:
-        UsageError: outputs that are not finite.
-    """
-    order = np.argsort([-len(feature["input_ids"]) for feature in features], kind="stable")
-    starts = range(0, len(order), batch_size)
-    training, found = model.training, []
-    model.eval()
-    with torch.inference_mode(), _autocast(model, bf16):
-        for start in tqdm(starts, desc="predicting", unit="batch") if progress else starts:
-            batch = tokenizer.pad([features[i] for i in order[start : start + batch_size]], return_tensors="pt")
-            outputs = model(**batch.to(model.device)).logits
-            found.append(outputs.double().cpu().numpy())
-    model.train(training)
-    values = np.concatenate(found)
-    if not np.isfinite(values).all():
-        raise UsageError("the model's outputs are not numbers: training diverged. Lower lr or raise warmup.")
-    return values[np.argsort(order)]
-
-
-@contextlib.contextmanager
-def _autocast(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        yield

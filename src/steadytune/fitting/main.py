@@ -5,6 +5,7 @@ torch and transformers are imported inside the functions that use them: command-
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -18,14 +19,20 @@ from ..files.atomic import write_json
 from .folder import RECORD, Output, same_run
 from .plan import Plan, evaluate, fitted_model, fold_jobs, make_plan, make_setup, open_model, runs
 from .randomness import as_found
-from .record import FitResult, _record, _write, upload
+from .record import FitResult, _record, _write, history_table, upload
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from .estimate import Estimate
     from .fit_trainer import Trained
+    from .fitted_model import FittedModel
     from .pretrained import Pretrained
+    from .training import Job, Setup
 
 logger = logging.getLogger("steadytune")
+
+CROSS_VALIDATION = "cross-validation"  # the set of rows that were scored by the fold that left them out
 
 
 def _with_arguments_of_plan(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -144,8 +151,10 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
     jobs = fold_jobs(plan) if plan.refit else runs(plan)
     with folder.held():
         try:
-            first = setup if plan.procedure is None else plan.procedure.first(setup, jobs[0])
-            trainer = first.trainer(jobs[0], jobs[0].seeds, folder.checkpoints / jobs[0].name)
+            first, job = setup, jobs[0]
+            if plan.procedure is not None:
+                first, job = plan.procedure.first(setup, job), plan.procedure.job_of(job, 0)
+            trainer = first.trainer(job, job.seeds, folder.checkpoints / job.name)
         except ValueError as error:  # a method that cannot act on this model, or two that exclude each other
             raise UsageError(str(error)) from error
         features: Any = trainer.train_dataset
@@ -165,11 +174,17 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
         if plan.procedure is None:
             trained = [setup.train(job, None if i else trainer) for i, job in enumerate(jobs)]
         else:
-            trained = [plan.procedure(setup, job) for job in jobs]
+            trained = [plan.procedure(setup, job, None if i else trainer) for i, job in enumerate(jobs)]
+        history = {job.name: t.history for job, t in zip(jobs, trained, strict=True)}
+        validated = None
         if plan.refit:
             stop_at = _best_step(trained, plan)
-            trained = [setup.train(job) for job in runs(plan, stop_at)]
-        return _finish(plan, pretrained, folder, record, [setup.in_units(t) for t in trained])
+            validated = _cross_validated(plan, pretrained, setup, jobs, stop_at)
+            jobs = runs(plan, stop_at)
+            trained = [setup.train(job) for job in jobs]
+            history |= {job.name: t.history for job, t in zip(jobs, trained, strict=True)}
+        finished = [setup.in_units(t) for t in trained]
+        return _finish(plan, pretrained, folder, record, finished, validated, history_table(history))
 
 
 def _check_tokens(features: Any, pretrained: Pretrained) -> None:
@@ -188,47 +203,96 @@ def _check_tokens(features: Any, pretrained: Pretrained) -> None:
 
 
 def _best_step(tried: Sequence[Trained], plan: Plan) -> int:
-    """The step with the best mean score over folds; the earliest of equals."""
+    """The step with the best mean score over folds; of equals the lower mean loss, then the later step."""
     metric = plan.data.problem.metric(plan.metric)
-    means = {step: float(np.mean([dict(t.curve)[step] for t in tried])) for step, _ in tried[0].curve}
-    best = max(means, key=lambda step: (metric.goodness(means[step]), -step))
+    steps = [step for step, _ in tried[0].curve]
+    means = {step: float(np.mean([dict(t.curve)[step] for t in tried])) for step in steps}
+    losses = {
+        s: np.mean([v for t in tried for step, name, v in t.history if (step, name) == (s, "eval_loss")]) for s in steps
+    }
+    best = max(steps, key=lambda step: (metric.goodness(means[step]), -losses[step], step))
     logger.info("best of %d steps on %d folds: %d (%s %.4f)", plan.steps, plan.folds, best, plan.metric, means[best])
     return best
 
 
+def _cross_validated(
+    plan: Plan, pretrained: Pretrained, setup: Setup, jobs: Sequence[Job], step: int
+) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+    """Predictions and scores of all training rows, each by the fold that left it out, at a step."""
+    import pandas as pd
+
+    parts = [job.select for job in jobs if job.select is not None]
+    outputs = np.concatenate([setup.outputs_at(job, step) for job in jobs])
+    scores = setup.problem.activate(outputs)
+    if setup.problem.scaled:
+        scores = setup.problem.decide(scores)[:, None]
+    rows = pd.concat(parts)
+    order = np.argsort(plan.data.train.index.get_indexer(rows.index), kind="stable")  # as in the table
+    model = fitted_model(plan, pretrained, [])
+    data = dataclasses.replace(plan.data, tests={CROSS_VALIDATION: rows.iloc[order]})
+    return evaluate(model, data, known={CROSS_VALIDATION: scores[order]})
+
+
 def _finish(
-    plan: Plan, pretrained: Pretrained, folder: Output, record: dict[str, Any], trained: list[Trained]
+    plan: Plan,
+    pretrained: Pretrained,
+    folder: Output,
+    record: dict[str, Any],
+    trained: list[Trained],
+    validated: tuple[pd.DataFrame, dict[str, dict[str, Any]]] | None,
+    history: pd.DataFrame,
 ) -> FitResult:
     """Combine, calibrate, evaluate, write."""
+    import pandas as pd
+
     for t in trained:
         if t.failing:
             logger.warning("the training loss never fell below 0.9 log K: try --restarts 2, another lr or more steps")
+        if t.hopeless:
+            logger.warning("the model %s: try --restarts 2, another lr or more steps", t.hopeless)
     temperatures = [_calibrate(t, plan, pretrained) for t in trained] if plan.options.calibrate else []
     single = [fitted_model(plan, pretrained, [t.model]) for t in trained] if len(trained) > 1 else []
-    scores = [evaluate(model, plan.data)[1] for model in single]
+    judged = [evaluate(model, plan.data) for model in single]
+    scores = [found for _, found in judged]
     models, chosen = _combine(plan, trained, scores)
     model = fitted_model(plan, pretrained, models)
-    predictions, metrics = evaluate(model, plan.data, plan.progress)
+    if judged and chosen is not None:  # its predictions are known
+        predictions, metrics = judged[chosen]
+        metrics = {name: dict(found) for name, found in metrics.items()}
+    else:
+        known = _mean_scores(model, [found for found, _ in judged], plan) if len(models) > 1 else None
+        predictions, metrics = evaluate(model, plan.data, plan.progress, known)
     details = [
         {**t.record(), **({"scores": s} if scores else {}), **({"temperature": k} if temperatures else {})}
         for t, s, k in zip(trained, scores or [{}], temperatures or [0.0] * len(trained), strict=True)
     ]
     for name in metrics if scores else ():
         metrics[name]["runs"] = spread([s[name] for s in scores])
+    if validated is not None:
+        predictions, metrics = pd.concat([validated[0], predictions], ignore_index=True), validated[1] | metrics
     steps = trained[chosen or 0].steps
     result = FitResult(
-        folder.path, model, metrics, plan.metric, predictions, details, steps, sum(t.seconds for t in trained)
-    )
+        folder.path, model, metrics, plan.metric, predictions, details, steps, sum(t.seconds for t in trained),
+        history,
+    )  # fmt: skip
     columns = {"text": list(model.text), "label": model.label}
     record = {**record, "columns": columns, "runs": details, "chosen": chosen, "device": str(model.models[0].device)}
     _write(folder, result, record)
     return result
 
 
+def _mean_scores(model: FittedModel, tables: Sequence[pd.DataFrame], plan: Plan) -> dict[str, np.ndarray]:
+    """What an ensemble answers to every set, from the predictions of its members."""
+    return {
+        name: np.mean([model.scores_of(table[table["set"] == name]) for table in tables], axis=0)
+        for name in plan.data.tests
+    }
+
+
 def _calibrate(trained: Trained, plan: Plan, pretrained: Pretrained) -> float:
     """Fit a temperature on the validation rows and take it into the model."""
     from .encoding import tokenise
-    from .fitted_model import logits
+    from .outputs import logits
     from .scale import rescale, temperature
 
     assert plan.select is not None

@@ -133,8 +133,8 @@ def _scorer(
     import numpy as np
 
     from .fitted_model import FittedModel
+    from .outputs import device
     from .pretrained import Pretrained
-    from .training import device
 
     if not type(model).__name__.endswith("ForSequenceClassification"):
         raise UsageError(f"{folder} is a {type(model).__name__}: only text classifiers can be scored on rows.")

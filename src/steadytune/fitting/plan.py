@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pandas as pd
 
 from ..data.guards import inspect, raise_errors
@@ -188,7 +189,7 @@ def make_setup(plan: Plan, pretrained: Pretrained, checkpoints: Path) -> Setup:
         problem = problem.standardised(plan.data.train["label"].tolist(), centred=pretrained.bias)
     return Setup(
         pretrained, plan.methods, plan.options, problem, plan.steps, plan.metric, checkpoints, plan.save_steps,
-        plan.progress, keep=plan.num_seeds > 1 or plan.refit,
+        plan.progress, keep=plan.num_seeds > 1 or plan.refit, moments=plan.refit,
     )  # fmt: skip
 
 
@@ -233,11 +234,22 @@ def fitted_model(plan: Plan, pretrained: Pretrained, models: Sequence[Any]) -> F
     )
 
 
-def evaluate(model: FittedModel, data: Data, progress: bool = False) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
-    """Predictions of all sets, one under the other, and the scores of each."""
+def evaluate(
+    model: FittedModel, data: Data, progress: bool = False, known: Mapping[str, np.ndarray] | None = None
+) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+    """Predictions of all sets, one under the other, and the scores of each.
+
+    Args:
+        model: predicts, and says how its outputs are read.
+        data: with the sets.
+        progress: show bars.
+        known: by set, what `FittedModel.scores` would give; then nothing is predicted again.
+    """
     tables, scores = [], {}
     for name, rows in data.tests.items():
-        found, scores[name] = model.judge(rows, data.coarser.get(name), progress=progress)
+        found, scores[name] = model.judge(
+            rows, data.coarser.get(name), progress=progress, scores=None if known is None else known[name]
+        )
         about = pd.DataFrame({"set": name, "row": rows.index, "label": rows["label"].to_numpy()})
         tables.append(pd.concat([about, found], axis=1))
     return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), scores

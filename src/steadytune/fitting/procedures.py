@@ -17,7 +17,7 @@ from ..merge import uniform
 from ..methods import WeightMixup
 
 if TYPE_CHECKING:
-    from .fit_trainer import Trained
+    from .fit_trainer import FitTrainer, Trained
     from .training import Job, Setup
 
 Shares = dict[str, list[Tensor]]  # factors by weight name
@@ -75,22 +75,23 @@ class MixupBLO:
         """The method of a search, or, with shares, of the last training."""
         return WeightMixup(self.outer_share, alpha, order=self.order, convex=self.convex, lr=self.lr)
 
-    def __call__(self, setup: Setup, job: Job) -> Trained:
+    def __call__(self, setup: Setup, job: Job, trainer: FitTrainer | None = None) -> Trained:
         """Do the job.
 
         Args:
             setup: what its trainings share.
             job: a training of `fit`; the searches never see the rows that select.
+            trainer: of the first search, if it was made already.
         """
-        found = self.search(setup, job)
+        found = self.search(setup, job, trainer)
         last = dataclasses.replace(setup, methods=[*setup.methods, self.mixup(found.shares)])
         trained = last.train(dataclasses.replace(job, start=found.weights))
         passes = trained.passes + found.passes / trained.steps
         return dataclasses.replace(trained, passes=passes, seconds=trained.seconds + found.seconds)
 
-    def search(self, setup: Setup, job: Job) -> Found:
+    def search(self, setup: Setup, job: Job, trainer: FitTrainer | None = None) -> Found:
         """What all searches found together."""
-        weights, alphas, passes, seconds = zip(*self.searches(setup, job), strict=True)
+        weights, alphas, passes, seconds = zip(*self.searches(setup, job, trainer), strict=True)
         return Found(uniform(weights), mean_shares(alphas), sum(passes), sum(seconds))
 
     def first(self, setup: Setup, job: Job) -> Setup:
@@ -99,14 +100,16 @@ class MixupBLO:
         steps = dataclasses.replace(setup.options, steps=None, epochs=self.search_epochs).total_steps(inside)
         return dataclasses.replace(setup, methods=[*setup.methods, self.mixup()], steps=steps, keep=True, states=True)
 
-    def searches(self, setup: Setup, job: Job) -> Iterator[Found]:
+    def job_of(self, job: Job, i: int) -> Job:
+        """The job of a search: it selects nothing, and has a split of its own."""
+        seeds = {name: seed if name == "init" else seed + i for name, seed in job.seeds.items()}
+        return dataclasses.replace(job, name=f"{job.name}-search-{i}", select=None, seeds=seeds, stop_at=None)
+
+    def searches(self, setup: Setup, job: Job, trainer: FitTrainer | None = None) -> Iterator[Found]:
         """What one search after the other found; those that are finished are read."""
         search = self.first(setup, job)
-        for i in range(self.folds):
-            seeds = {name: seed if name == "init" else seed + i for name, seed in job.seeds.items()}
-            name = f"{job.name}-search-{i}"
-            alone = dataclasses.replace(job, name=name, select=None, seeds=seeds, stop_at=None)
-            yield found_by(search.train(alone))  # and no name for it: its model would be held beside the next
+        for i in range(self.folds):  # no name for what was trained: its model would be held beside the next
+            yield found_by(search.train(self.job_of(job, i), None if i else trainer))
 
 
 def found_by(search: Trained) -> Found:

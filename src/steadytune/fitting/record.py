@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ class FitResult:
         runs: one record per training: seeds, steps, seconds, failures, scores.
         steps: optimizer steps behind the model.
         seconds: of training alone, all runs, all legs of resumed ones.
+        history: run, step, name and value of what was logged while training: loss, lr, grad_norm, scores on the select
+            split (``eval_...``), passes.
     """
 
     output: Path
@@ -49,6 +52,7 @@ class FitResult:
     runs: list[dict[str, Any]]
     steps: int
     seconds: float
+    history: pd.DataFrame
 
     def predict(self, rows: Any) -> np.ndarray:
         """Class names or numbers for texts, pairs of texts, or a table; see `FittedModel.predict`."""
@@ -116,11 +120,12 @@ def _write(folder: Output, result: FitResult, record: dict[str, Any]) -> None:
             for i, member in enumerate(models if len(models) > 1 else ()):
                 write_model(member, folder.path / MEMBERS / str(i))
         write_whole(folder.path / "predictions.parquet", storable(result.predictions).to_parquet)
+        write_whole(folder.path / "history.parquet", result.history.to_parquet)
         metrics = {"metric": result.metric, "steps": result.steps, "seconds": result.seconds, "sets": result.metrics}
         write_json(folder.path / "metrics.json", metrics)
         card = model_card(record, result.metrics, result.metric)
         write_whole(folder.path / "README.md", lambda part: part.write_text(card, encoding="utf-8"))
-        files += ["predictions.parquet", "metrics.json", "README.md"]
+        files += ["predictions.parquet", "history.parquet", "metrics.json", "README.md"]
         write_json(folder.path / RECORD, {**record, "status": "finished", "files": files})
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
@@ -129,6 +134,12 @@ def storable(predictions: pd.DataFrame) -> pd.DataFrame:
     """Tuples of labels as lists: Parquet has no tuples."""
     several = [str(c) for c in predictions if predictions[c].map(lambda v: isinstance(v, tuple)).any()]
     return predictions.assign(**{c: predictions[c].map(list) for c in several})
+
+
+def history_table(history: Mapping[str, Sequence[tuple[int, str, float]]]) -> pd.DataFrame:
+    """What was logged while training, one row for each run, step and name."""
+    rows = [(run, *point) for run, points in history.items() for point in points]
+    return pd.DataFrame(rows, columns=["run", "step", "name", "value"]).astype({"step": int, "value": float})
 
 
 def upload(folder: Path, repository: str) -> None:

@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorWithPadding,
-    EarlyStoppingCallback,
     PrinterCallback,
     TrainerCallback,
 )
@@ -29,11 +27,12 @@ from ..data.splits import split
 from ..files import state
 from ..files.atomic import write_json
 from ..methods.bases.bilevel import BiLevel
-from .callbacks import Interrupt, KeepBest, Progress, StopAt, StopFailing
+from .callbacks import Interrupt, KeepBest, KeepOutputs, Patience, Progress, StopAt, StopFailing
 from .encoding import tokenise
 from .fit_trainer import FitTrainer, Trained, arguments, only_logits, weighted_loss
 from .folder import last_checkpoint
 from .options import Options
+from .outputs import device, logits
 from .peft_models import adapted, read_model, write_model
 from .pretrained import Pretrained, quiet
 from .scale import rescale
@@ -43,7 +42,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("steadytune")
 
-RESULT, STATE = "result.json", "methods.safetensors"
+RESULT, STATE, OUTPUTS = "result.json", "methods.safetensors", "outputs"
+TRIED = 256  # rows of a set that tell whether a model gives every row the same answer
+CONSTANT = 1e-3  # spread of predicted numbers, in spreads of the labels, below which they are one number
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,7 @@ class Setup:
         progress: whether to show a bar.
         keep: whether finished jobs stay on disk, because others follow.
         states: whether the state of the methods is kept too.
+        moments: whether the outputs of every evaluation are kept, for `outputs_at`.
     """
 
     pretrained: Pretrained
@@ -96,6 +98,7 @@ class Setup:
     progress: bool
     keep: bool = False
     states: bool = False
+    moments: bool = False
 
     def train(self, job: Job, trainer: FitTrainer | None = None) -> Trained:
         """Train, restarting with other seeds while a run fails, from the last checkpoint there is.
@@ -121,20 +124,49 @@ class Setup:
             if not last and self.classes:
                 trainer.add_callback(StopFailing(self.classes))
             seconds = trainer.train_here(last_checkpoint(folder))
-            if trainer.failing(self.classes) and not last:
-                logger.warning("%s: the training loss does not fall: stopped, starting with another seed", job.name)
+            found = trainer.trained(seeds, seconds, attempt, trainer.failing(self.classes))
+            found.hopeless = self.hopeless(found, job)
+            if (found.failing or found.hopeless) and not last:
+                why = "the training loss does not fall" if found.failing else f"the model {found.hopeless}"
+                logger.warning("%s: %s: begun anew with other seeds", job.name, why)
                 trainer = None
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
                 (folder / "failed").touch()
                 continue
-            found = trainer.trained(seeds, seconds, attempt, trainer.failing(self.classes))
             if self.states and trainer.run is not None:
                 found.state = trainer.run.state_dict()
             if self.keep:
                 self._write(found, done)
             return found
         raise AssertionError("the last attempt returns")
+
+    def hopeless(self, found: Trained, job: Job) -> str | None:
+        """Why a model is worth nothing, or None.
+
+        It gives the same answer to rows that have several, or its score on the select split is below that of the most
+        frequent class of the training rows. Rows that a class is rare in may well get one answer: hence training rows
+        besides.
+        """
+        parts = [job.rows] if job.select is None else [job.select, job.rows]
+        rows = pd.concat(
+            [part.iloc[np.linspace(0, len(part) - 1, min(len(part), TRIED)).astype(int)] for part in parts]
+        )
+        features = tokenise(rows, self.pretrained.tokenizer, self.pretrained.max_length)
+        answers = logits(found.model, self.pretrained.tokenizer, features, self.options.bf16)
+        if self.problem.ordered:
+            same = bool(np.std(answers) < CONSTANT * np.std(self.problem.ids(rows["label"].tolist())))
+        else:
+            same = len(set(self.problem.decide(self.problem.activate(answers)))) == 1 < len(set(rows["label"]))
+        if same:
+            return "gives every row the same answer"
+        curve = dict(found.curve)
+        if job.select is None or not self.classes or found.steps not in curve:
+            return None
+        gold, metric = self.problem.array(job.select["label"]), self.problem.metric(self.metric)
+        constant = metric.compute(gold, np.full_like(gold, job.rows["label"].mode()[0]), self.problem.names)
+        below = constant is not None and metric.goodness(curve[found.steps]) < metric.goodness(constant)
+        return "scores below the most frequent class on the validation rows" if below else None
 
     def in_units(self, trained: Trained) -> Trained:
         """With the outputs of its model in the units of the labels."""
@@ -163,9 +195,17 @@ class Setup:
             callbacks.append(StopAt(job.stop_at))
         select = self.features(job.select) if self.options.evaluations and job.select is not None else None
         selecting = select is not None
+        measure = self.measure
+        if selecting and self.moments:
+            callbacks.append(keeper := KeepOutputs(self.folder / job.name / OUTPUTS))
+
+            def measure(predicted: Any) -> dict[str, float]:
+                keeper.last = predicted.predictions
+                return self.measure(predicted)
+
         methods, rows = self.hold_out(job)
         if selecting and self.options.patience is not None:
-            callbacks.append(EarlyStoppingCallback(early_stopping_patience=self.options.patience))
+            callbacks.append(Patience(self.metric, self.options.patience))
         trainer = FitTrainer(
             model=model,
             args=arguments(
@@ -175,7 +215,7 @@ class Setup:
             eval_dataset=select,
             data_collator=DataCollatorWithPadding(self.pretrained.tokenizer),
             preprocess_logits_for_metrics=only_logits,
-            compute_metrics=self.measure if selecting else None,
+            compute_metrics=measure if selecting else None,
             compute_loss_func=weighted_loss(self.options, job.rows, self.problem),
             callbacks=callbacks,
             methods=methods,
@@ -186,6 +226,10 @@ class Setup:
         if job.start is not None:
             model.load_state_dict(job.start)
         return trainer
+
+    def outputs_at(self, job: Job, step: int) -> np.ndarray:
+        """Outputs (rows, outputs) of a finished job for the rows that it selected on, as evaluated at a step."""
+        return np.load(self.folder / job.name / OUTPUTS / f"{step}.npy", allow_pickle=False)
 
     def hold_out(self, job: Job) -> tuple[list[Method], pd.DataFrame]:
         """The methods, those that learn on a share of the rows provided with it, and the rows that are left."""
@@ -226,19 +270,15 @@ class Setup:
             state.save(found.state, folder / STATE)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint, ignore_errors=True)
-        write_json(folder / RESULT, found.record())
+        write_json(folder / RESULT, {**found.record(), "history": found.history})
 
     def _read(self, folder: Path) -> Trained:
         record = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         record["curve"] = [tuple(point) for point in record["curve"]]
+        record["history"] = [tuple(point) for point in record.get("history", [])]
         held = state.load(folder / STATE) if self.states else {}
         model: Any = read_model(folder / "model", lambda: self.pretrained.load(record["seeds"]["init"]))
         return Trained(model.to(device()).eval(), **record, state=held)
-
-
-def device() -> torch.device:
-    """Where models are trained and asked: the accelerator, if there is one."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def restarted(seeds: dict[str, int], attempt: int) -> dict[str, int]:
