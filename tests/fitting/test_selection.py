@@ -148,6 +148,8 @@ def test_interrupted_between_and_in_runs_resumes_bitwise(tmp_path, bert, monkeyp
     assert resume
     assert same(weights(straight.output), weights(cut.output))
     assert [run["curve"] for run in straight.runs] == [run["curve"] for run in cut.runs]
+    pd.testing.assert_frame_equal(straight.history, cut.history)
+    pd.testing.assert_frame_equal(straight.predictions, cut.predictions)
 
 
 def test_uniform_refuses_other_architectures_and_other_buffers():
@@ -171,7 +173,8 @@ def test_the_best_moment_is_kept_and_no_test_row_chose_it(tmp_path, bert):
     result = fit(toy(60), model=bert, output=tmp_path / "o", tests=TESTS, **own)
     curve = dict(result.runs[0]["curve"])
     assert list(curve) == [5, 10, 15, 20, 25, 30, 35, 40]
-    assert result.steps == max(curve, key=lambda step: (curve[step], -step))
+    losses = result.history.query("name == 'eval_loss'").set_index("step")["value"]
+    assert result.steps == max(curve, key=lambda step: (curve[step], -losses[step], step))
     assert result.metrics["validation"]["accuracy"] == max(curve.values())
     other = fit(toy(60), model=bert, output=tmp_path / "p", tests={"test": toy(30, start=400)}, **own)
     assert same(weights(result.output), weights(other.output))
@@ -188,13 +191,65 @@ def test_without_checkpoints_the_best_moment_is_kept_in_memory(tmp_path, bert, m
     assert same(weights(memory.output), weights(disk.output))
 
 
+@pytest.fixture
+def scored(monkeypatch):
+    """Let evaluations score what a list says, one after the other."""
+
+    def say(scores):
+        values = iter(scores)
+        monkeypatch.setattr(training.Setup, "measure", lambda self, predicted: {self.metric: next(values)})
+
+    return say
+
+
 @pytest.mark.parametrize("save_steps", [0, 1])
-def test_patience_counts_evaluations_without_a_new_best(tmp_path, bert, save_steps):
-    own = {**QUICK, "lr": 1e-7, "evaluations": 8, "patience": 3}  # nothing changes: the first is the best
-    own["save_steps"] = save_steps
+@pytest.mark.parametrize(
+    ("scores", "seen", "best"),
+    [
+        ([0.5, 0.9, 0.7, 0.7, 0.7], 5, 10),
+        ([0.9, 0.5, 0.5, 0.5], 4, 5),  # the first moment is the end of the warm-up: step 5 of 40
+        ([0.9, 0.5, 0.95, 0.5, 0.5, 0.5], 6, 15),
+    ],
+)
+def test_patience_counts_evaluations_without_a_new_best(tmp_path, bert, scored, scores, seen, best, save_steps):
+    scored(scores)
+    own = {**QUICK, "evaluations": 8, "patience": 3, "save_steps": save_steps}
     result = fit(toy(60), model=bert, output=tmp_path / "o", **own)
-    assert [step for step, _ in result.runs[0]["curve"]] == [5, 10, 15, 20]
-    assert result.steps == 5
+    assert [step for step, _ in result.runs[0]["curve"]] == list(range(5, 5 * seen + 1, 5))
+    assert result.steps == best
+
+
+def test_moments_in_the_warm_up_cost_no_patience(tmp_path, bert, scored):
+    """Naive: three evaluations without a new best, two of them before the rate has risen, end the training."""
+    scored([0.6, 0.5, 0.5, 0.5, 0.5, 0.7, 0.5, 0.5])
+    own = {**QUICK, "evaluations": 8, "patience": 2, "warmup": 0.5}
+    result = fit(toy(60), model=bert, output=tmp_path / "o", **own)
+    assert [step for step, _ in result.runs[0]["curve"]][-1] == 40
+    assert result.steps == 30
+
+
+@pytest.mark.parametrize("save_steps", [0, 1])
+def test_of_equal_scores_the_lower_loss_wins(tmp_path, bert, scored, save_steps):
+    """Naive: the first of equals, the end of the warm-up, is kept; three more without a change end the training."""
+    scored([0.0] * 8)
+    own = {**QUICK, "evaluations": 8, "patience": 3, "save_steps": save_steps, "metric": "matthews"}
+    result = fit(toy(60), model=bert, output=tmp_path / "o", **own)
+    losses = result.history.query("name == 'eval_loss'").set_index("step")["value"]
+    assert result.steps == losses.idxmin() > 5
+
+
+@pytest.mark.parametrize(
+    ("log", "best"),
+    [
+        ([(1, 0.0, 0.7), (2, 0.0, 0.6), (3, 0.0, 0.65)], 2),
+        ([(1, 0.0, 0.7), (2, 0.0, 0.6), (3, 0.0, 0.6)], 3),
+        ([(1, 0.5, 0.9), (2, 0.4, 0.1)], 1),
+        ([(1, 0.5, 0.9), (2, 0.5, float("nan"))], 1),
+    ],
+)
+def test_the_best_moment_by_hand(log, best):
+    entries = [{"step": step, "eval_accuracy": score, "eval_loss": loss} for step, score, loss in log]
+    assert callbacks.best_moment([{"loss": 1.0, "step": 9}, *entries], "accuracy") == best
 
 
 def test_a_smaller_error_is_better(tmp_path, bert):
@@ -214,12 +269,39 @@ def test_refit_trains_on_all_rows_to_the_best_mean_step(tmp_path, bert, monkeypa
     monkeypatch.setattr(training.Setup, "train", lambda s, job, *a: seen.append(train(s, job, *a)) or seen[-1])
     result = fit(toy(60), model=bert, output=tmp_path / "o", tests=TESTS, refit=True, folds=3, evaluations=4, **QUICK)
     folds, final = seen[:3], seen[3]
-    means = {step: np.mean([dict(f.curve)[step] for f in folds]) for step in (10, 20, 30, 40)}
-    assert stopped == [max(means, key=lambda step: (means[step], -step))]
+    steps = (10, 20, 30, 40)
+    means = {step: np.mean([dict(f.curve)[step] for f in folds]) for step in steps}
+    assert len(stopped) == 1
+    assert means[stopped[0]] == max(means.values())
+    losses = result.history.query("name == 'eval_loss'").groupby("step")["value"].mean()
+    assert stopped[0] == max(steps, key=lambda step: (means[step], -losses[step], step))
     assert final.steps == result.steps == stopped[0]
     record = json.loads((result.output / "steadytune.json").read_text())
     assert record["data"]["train"]["rows"] == 60
-    assert list(result.metrics) == ["test"]
+    assert list(result.metrics) == ["cross-validation", "test"]
+
+
+@pytest.mark.parametrize("label", ["label", "score"])
+def test_the_score_of_refit_is_that_of_the_rows_that_each_fold_left_out(tmp_path, bert, label):
+    """Naive: it is thrown away, and the folder has no result at all; with a cut text it was an IndexError."""
+    table = toy(60)
+    table.loc[50, "text"] += " plot" * 80
+    own = {**QUICK, "label": label, "steps": 20}
+    result = fit(table, model=bert, output=tmp_path / "o", refit=True, folds=3, evaluations=2, **own)
+    rows = result.predictions.query("set == 'cross-validation'")
+    assert rows["row"].tolist() == list(range(60))
+    assert rows["label"].tolist() == table[label].tolist()
+    scores = result.metrics["cross-validation"]
+    assert scores["rows"] == 60
+    curves = result.history[result.history["run"].str.startswith("fold")]
+    at = curves[(curves["step"] == result.steps) & (curves["name"] == f"eval_{result.metric}")]["value"]
+    assert len(at) == 3
+    if label == "label":
+        assert scores["accuracy"] == (rows["label"] == rows["prediction"]).mean() == pytest.approx(at.mean())
+    else:
+        assert rows["prediction"].between(table["score"].min() - 2, table["score"].max() + 2).all()
+        assert scores["rmse"] == pytest.approx(np.sqrt(np.mean((rows["prediction"] - rows["label"]) ** 2)))
+    assert "cross-validation (selected on)" in (result.output / "README.md").read_text()
 
 
 # ---- failing runs -----------------------------------------------------------------------------------------------
@@ -237,6 +319,19 @@ def test_a_run_whose_loss_does_not_fall_is_stopped_counted_and_begun_anew(tmp_pa
     assert "begun anew: 2" in (result.output / "README.md").read_text()
     learns = fit(toy(60), model=bert, output=tmp_path / "p", restarts=2, **{**own, "lr": 2e-2})
     assert (learns.runs[0]["failures"], learns.runs[0]["failing"]) == (0, False)
+
+
+def test_a_model_that_gives_every_row_the_same_answer_is_said_to_and_begun_anew(tmp_path, bert, caplog):
+    """Naive: Matthews 0 on every set, and not a word."""
+    own = {**QUICK, "steps": 20, "lr": 1e-9, "weight_decay": 0.0}
+    rare = pd.concat([toy(60).query("label == 'up'"), toy(12)])
+    model = save_tiny_bert(tmp_path / "m", initializer_range=1e-4)
+    result = fit(rare, model=model, output=tmp_path / "o", restarts=1, **own)
+    assert result.runs[0]["hopeless"] == "gives every row the same answer"
+    assert result.runs[0]["failures"] == 1
+    assert "the model gives every row the same answer: try" in caplog.text
+    learns = fit(toy(60), model=bert, output=tmp_path / "p", **{**QUICK, "lr": 2e-2})
+    assert learns.runs[0]["hopeless"] is None
 
 
 class State:

@@ -94,7 +94,7 @@ def _results(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]
     yield "## Results\n"
     yield "| set | rows | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 2)
     for name, scores in metrics.items():
-        mark = " (selected on)" if selected and name == "validation" else ""
+        mark = " (selected on)" if selected and name in ("validation", "cross-validation") else ""
         yield f"| {name}{mark} | {scores['rows']} | " + " | ".join(score_words(scores, key) for key in names) + " |"
     if any("runs" in scores for scores in metrics.values()):
         yield f"\nIn brackets: mean and standard deviation over the {recipe['runs']} runs.\n"

@@ -167,14 +167,16 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
         logger.info("%s", trainer.run.describe())
         _announce(plan)
         rehearse(plan, pretrained, trainer.model, record)
+        made = [trainer]  # taken out where it is used: no model is held beside the next
+        del trainer, features
         folder.sweep()
         if previous is None:
             folder.clear()
             write_json(folder.path / RECORD, record)
         if plan.procedure is None:
-            trained = [setup.train(job, None if i else trainer) for i, job in enumerate(jobs)]
+            trained = [setup.train(job, made.pop() if made else None) for job in jobs]
         else:
-            trained = [plan.procedure(setup, job, None if i else trainer) for i, job in enumerate(jobs)]
+            trained = [plan.procedure(setup, job, made) for job in jobs]
         history = {job.name: t.history for job, t in zip(jobs, trained, strict=True)}
         validated = None
         if plan.refit:

@@ -75,23 +75,23 @@ class MixupBLO:
         """The method of a search, or, with shares, of the last training."""
         return WeightMixup(self.outer_share, alpha, order=self.order, convex=self.convex, lr=self.lr)
 
-    def __call__(self, setup: Setup, job: Job, trainer: FitTrainer | None = None) -> Trained:
+    def __call__(self, setup: Setup, job: Job, made: list[FitTrainer] | None = None) -> Trained:
         """Do the job.
 
         Args:
             setup: what its trainings share.
             job: a training of `fit`; the searches never see the rows that select.
-            trainer: of the first search, if it was made already.
+            made: the Trainer of the first search, if there is one already; it is taken out of the list.
         """
-        found = self.search(setup, job, trainer)
+        found = self.search(setup, job, made)
         last = dataclasses.replace(setup, methods=[*setup.methods, self.mixup(found.shares)])
         trained = last.train(dataclasses.replace(job, start=found.weights))
         passes = trained.passes + found.passes / trained.steps
         return dataclasses.replace(trained, passes=passes, seconds=trained.seconds + found.seconds)
 
-    def search(self, setup: Setup, job: Job, trainer: FitTrainer | None = None) -> Found:
+    def search(self, setup: Setup, job: Job, made: list[FitTrainer] | None = None) -> Found:
         """What all searches found together."""
-        weights, alphas, passes, seconds = zip(*self.searches(setup, job, trainer), strict=True)
+        weights, alphas, passes, seconds = zip(*self.searches(setup, job, made), strict=True)
         return Found(uniform(weights), mean_shares(alphas), sum(passes), sum(seconds))
 
     def first(self, setup: Setup, job: Job) -> Setup:
@@ -105,11 +105,11 @@ class MixupBLO:
         seeds = {name: seed if name == "init" else seed + i for name, seed in job.seeds.items()}
         return dataclasses.replace(job, name=f"{job.name}-search-{i}", select=None, seeds=seeds, stop_at=None)
 
-    def searches(self, setup: Setup, job: Job, trainer: FitTrainer | None = None) -> Iterator[Found]:
+    def searches(self, setup: Setup, job: Job, made: list[FitTrainer] | None = None) -> Iterator[Found]:
         """What one search after the other found; those that are finished are read."""
         search = self.first(setup, job)
         for i in range(self.folds):  # no name for what was trained: its model would be held beside the next
-            yield found_by(search.train(self.job_of(job, i), None if i else trainer))
+            yield found_by(search.train(self.job_of(job, i), made.pop() if made else None))
 
 
 def found_by(search: Trained) -> Found:
