@@ -79,9 +79,10 @@ def test_plan_goes_to_stderr_and_quiet_is_quiet(shell, bert):
     spoken = shell(*words, "--output", "a")
     assert "30 training rows" in spoken.stderr
     assert "2 steps of 16 rows" in spoken.stderr
-    assert "training: 100%" in spoken.stderr
+    assert "training: " not in spoken.stderr  # no terminal, no bar
     assert "training rows" not in spoken.stdout
-    assert shell(*words, "--output", "b", "--quiet").stderr == ""
+    learns = ["--steps", "60", "--lr", "0.01"]  # there is nothing to warn of
+    assert shell(*words, *learns, "--output", "b", "--quiet").stderr == ""
 
 
 def test_pairs_regression_and_validation_file(shell, tmp_path, bert):
@@ -148,6 +149,15 @@ def test_ctrl_c_says_how_to_go_on(shell, bert, monkeypatch):
     done = shell("fit", "train.csv", "--model", bert, "--output", "out")
     assert done.exit_code == 130
     assert "--resume" in done.stderr
+
+
+def test_a_conflict_of_methods_under_dry_run_is_one_line(shell, bert):
+    """Naive: a traceback of 40 lines."""
+    words = ["--model", bert, "--output", "out", "--dry-run", "--method", "ema", "--method", "ema"]
+    done = shell("fit", "train.csv", *words)
+    assert done.exit_code == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == done.stderr.splitlines()[-1:]
+    assert "average" in done.stderr
 
 
 def test_methods_lists_the_registry(shell):

@@ -569,10 +569,19 @@ def _show(result: Any) -> None:
     console.print(f"{result.steps} steps, {result.seconds:.0f} s. Model: {result.output}", soft_wrap=True, markup=False)
 
 
+class _BesideBars(logging.StreamHandler):
+    """Lines on stderr, above whatever progress bar is shown there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=self.stream)
+
+
 @contextlib.contextmanager
 def _speaking(quiet: bool) -> Iterator[None]:
     """Send our log and all warnings to stderr, as plain lines."""
-    logger, handler = logging.getLogger("steadytune"), logging.StreamHandler()
+    logger, handler = logging.getLogger("steadytune"), _BesideBars()
     level, propagate = logger.level, logger.propagate
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.propagate = False

@@ -5,10 +5,11 @@ torch and transformers are imported inside the functions that use them: command-
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,12 +131,27 @@ def dry_run(
     plan = make_plan(train, **wanted)
     if plan.procedure is not None:
         raise UsageError("a dry run measures one training, a procedure is several: leave --dry-run or it out.")
-    with as_found():
+    with as_found(), _refusals():
         pretrained = open_model(plan)
         return estimate(lambda checkpoints: make_setup(plan, pretrained, checkpoints), runs(plan), plan)
 
 
 # ---- running ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What a method refuses (this model, or another method beside it) is the user's mistake, not ours.
+
+    Raises:
+        UsageError: in place of a ValueError.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResult:
@@ -150,13 +166,11 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
     setup = make_setup(plan, pretrained, folder.checkpoints)
     jobs = fold_jobs(plan) if plan.refit else runs(plan)
     with folder.held():
-        try:
-            first, job = setup, jobs[0]
-            if plan.procedure is not None:
-                first, job = plan.procedure.first(setup, job), plan.procedure.job_of(job, 0)
+        first, job = setup, jobs[0]
+        if plan.procedure is not None:
+            first, job = plan.procedure.first(setup, job), plan.procedure.job_of(job, 0)
+        with _refusals():
             trainer = first.trainer(job, job.seeds, folder.checkpoints / job.name)
-        except ValueError as error:  # a method that cannot act on this model, or two that exclude each other
-            raise UsageError(str(error)) from error
         features: Any = trainer.train_dataset
         _check_tokens(features, pretrained)
         if plan.options.calibrate:
