@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from fit_helpers import save_tiny_bert, toy
 from helpers import assert_same, copied
-from steadytune import FittedModel, merge
+from steadytune import FittedModel, fit, merge
 from steadytune.cli import app
 from steadytune.data.problem import Classification
+from steadytune.fitting.merge_folders import merge_folders
 
 ATOL = 1e-10
 
@@ -269,7 +270,6 @@ def test_the_score_is_the_mean_over_tables_and_smaller_errors_are_better(desk):
     ("words", "message"),
     [
         (["one", "two", "--how", "greedy", "--output", "x"], "labelled rows: give them with --validation FILE"),
-        (["one", "two", *ROWS, "--output", "x"], "--how uniform scores nothing: leave --validation out"),
         (["one", "--how", "greedy", *ROWS, "--output", "x"], "a greedy soup needs at least two models, got 1"),
         (["one", "two", "--how", "greedy", "--base", "base", *ROWS, "--output", "x"], "a greedy soup has no base"),
         (["one", "--how", "paint", *ROWS, "--output", "x"], "--how paint needs the pre-trained model: --base DIR"),
@@ -336,3 +336,27 @@ def test_a_failed_write_leaves_nothing(desk, tmp_path, monkeypatch):
     done = desk("one", "two", "--output", "soup")
     assert (done.exit_code, "cannot be written" in done.stderr) == (2, True)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_merged_of_fits_has_card_and_metrics_and_predicts(tmp_path):
+    """Naive: a bare model, which `steadytune predict` refuses for want of a record."""
+    bert = save_tiny_bert(tmp_path / "bert")
+    own = {"steps": 20, "batch_size": 8, "lr": 5e-3, "save_steps": 0, "progress": False, "validation_share": 0.0}
+    for i in range(2):
+        fit(toy(40), model=bert, output=tmp_path / str(i), data_seed=i, subset_seed=0, **own)
+    rows = tmp_path / "rows.csv"
+    toy(20, start=100).to_csv(rows, index=False)
+    output = tmp_path / "soup"
+    said = merge_folders([tmp_path / "0", tmp_path / "1"], output, validation=[rows])
+    metrics = json.loads((output / "metrics.json").read_text())
+    soup = FittedModel.load(output)
+    assert metrics["sets"]["validation"] == soup.evaluate(rows)
+    assert metrics["metric"] == "accuracy"
+    assert f"accuracy {metrics['sets']['validation']['accuracy']:.4f} on the validation rows" in said
+    card = (output / "README.md").read_text()
+    assert "- merged (uniform) from" in card
+    assert "| validation | 20 |" in card
+    plain = tmp_path / "plain"
+    merge_folders([tmp_path / "0", tmp_path / "1"], plain)
+    texts = ["good film", "bad play"]
+    assert (FittedModel.load(plain).predict_proba(texts) == soup.predict_proba(texts)).all()

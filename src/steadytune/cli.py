@@ -162,6 +162,9 @@ def fit(
             "What several runs become: soup (the mean of their weights), best (on the validation rows) or ensemble.",
         ),
     ] = "soup",
+    distil: Annotated[
+        bool, _option(SELECTION, "Train one model on the answers of the ensemble, and keep that.", "--distil")
+    ] = False,
     refit: Annotated[
         bool, _option(SELECTION, "Choose the number of steps by cross-validation, train on all rows.", "--refit")
     ] = False,
@@ -215,7 +218,8 @@ def fit(
         elif train is None:
             raise UsageError("give a training file, or a benchmark task with --task NAME --data-root DIR.")
         same = ("model", "output", "label", "group", "kind", "validation", "validation_column", "num_seeds", "combine",
-                "refit", "folds", "procedure", "resume", "overwrite", "save_steps", "push_to_hub")  # fmt: skip
+                "distil", "refit", "folds", "procedure", "resume", "overwrite", "save_steps",
+                "push_to_hub")  # fmt: skip
         options = {
             **{name: given[name] for name in (*same, *(field.name for field in dataclasses.fields(Options)))},
             "text": text or None,
@@ -478,7 +482,7 @@ def merge(
     alpha: Annotated[float, typer.Option(help="Share of the model, or factor of the sum.")] = 0.5,
     validation: Annotated[
         list[str] | None,
-        _option(INPUT, "File of labelled text by which greedy and paint choose; repeatable, the scores are averaged."),
+        _option(INPUT, "File of labelled text to score the result on; greedy and paint choose by it. Repeatable."),
     ] = None,
     text: Annotated[
         list[str] | None, _option(INPUT, "Its text column; give it twice for pairs. [dim]\\[default: found][/]")

@@ -41,9 +41,14 @@ def model_card(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any
 
 def _library(recipe: Mapping[str, Any]) -> str:
     """What loads the folder."""
-    if any(method["name"] == "adapters" for method in recipe["methods"]):
+    if _is_ensemble(recipe) or any(method["name"] == "adapters" for method in recipe["methods"]):
         return "steadytune"
     return "peft" if recipe.get("peft") in ("prefix", "prompt") else "transformers"
+
+
+def _is_ensemble(recipe: Mapping[str, Any]) -> bool:
+    """Whether several models answer together."""
+    return recipe["runs"] > 1 and recipe["combine"] == "ensemble" and not recipe.get("distil")
 
 
 def _data(record: Mapping[str, Any]) -> Iterator[str]:
@@ -64,7 +69,7 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
     yield f"- methods: {methods or 'none (plain fine-tuning)'}"
     if recipe.get("peft"):
         yield f"- adapters of PEFT: {recipe['peft']}"
-    if (library := _library(recipe)) != "transformers":
+    if (library := _library(recipe)) != "transformers" and not _is_ensemble(recipe):
         yield f"- this folder holds what was added to the base model, no model of its own: {library} joins them"
     if "procedure" in recipe:
         yield f"- procedure: {call_words(recipe['procedure'])}"
@@ -82,6 +87,12 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
     if recipe["runs"] > 1:
         how = {"best": "the best on the validation rows", "soup": "the mean of their weights"}
         yield f"- {recipe['runs']} runs, combined: {how.get(recipe['combine'], 'the mean of their probabilities')}"
+    if recipe.get("distil"):
+        yield "- this is one model, trained on the answers of that ensemble to the training rows, and scored as itself"
+    elif _is_ensemble(recipe):
+        yield "- the models are in `members`, none is at the top of this folder: `steadytune predict` averages them"
+    if "merge" in record:
+        yield f"- merged ({record['merge']['how']}) from {', '.join(record['merge']['models'])}"
     yield f"- made with steadytune {record['versions']['steadytune']}, every option in steadytune.json\n"
 
 

@@ -87,7 +87,7 @@ def estimate(make_setup: Callable[[Path], Setup], jobs: Sequence[Job], plan: Pla
         for rows in plan.data.tests.values()
         for f in tokenise(rows, setup.pretrained.tokenizer, setup.pretrained.max_length)
     )
-    trainings = plan.num_seeds + (plan.folds if plan.refit else 0)
+    trainings = plan.num_seeds + (plan.folds if plan.refit else 0) + plan.distil
     evaluated = trainings + (trainings * plan.options.evaluations)
     seconds = trainings * plan.steps * padded.mean() * per_token + evaluated * tests * per_token * FORWARD
     return Estimate(
@@ -97,7 +97,7 @@ def estimate(make_setup: Callable[[Path], Setup], jobs: Sequence[Job], plan: Pla
         minutes=seconds / 60,
         memory=peak_memory(),
         files={
-            "model": weights * (plan.num_seeds + 1 if plan.combine == "ensemble" and plan.num_seeds > 1 else 1),
+            "model": weights * (plan.num_seeds if plan.combine == "ensemble" and not plan.distil else 1),
             "checkpoints while training": 3 * weights * (2 if plan.save_steps or plan.options.evaluations else 0),
             "predictions and records": 200 * sum(len(rows) for rows in plan.data.tests.values()) + 20_000,
         },

@@ -33,6 +33,7 @@ logger = logging.getLogger("steadytune")
 # What is kept of a Trainer's log, under the names of this package.
 HISTORY = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm", "forwards": "forwards",
            "backwards": "backwards"}  # fmt: skip
+SOFT = "soft"  # column of training rows: probabilities (classes) to learn in place of the label
 WINDOW = 50  # batches whose rows are sorted by length together
 
 
@@ -81,16 +82,18 @@ def only_logits(logits: Any, labels: Any) -> Any:
 
 
 def weighted_loss(options: Options, rows: pd.DataFrame, problem: Problem) -> Callable[..., Tensor] | None:
-    """The loss with class weights; None for the model's own."""
-    if options.class_weights == "none":
+    """The loss with class weights, or of probabilities in place of labels; None for the model's own."""
+    if options.class_weights == "none" and SOFT not in rows:
         return None
-    weights = torch.tensor(problem.class_weights(rows["label"].tolist()), dtype=torch.float32)
     function = getattr(nn.functional, problem.loss)
-    option = "pos_weight" if problem.several else "weight"
+    weights: dict[str, Tensor] = {}
+    if options.class_weights != "none":
+        each = torch.tensor(problem.class_weights(rows["label"].tolist()), dtype=torch.float32)
+        weights = {"pos_weight" if problem.several else "weight": each}
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        here = weights.to(outputs.logits.device, outputs.logits.dtype)
-        return function(outputs.logits, labels, **{option: here})
+        here = {name: each.to(outputs.logits.device, outputs.logits.dtype) for name, each in weights.items()}
+        return function(outputs.logits, labels, **here)
 
     return loss
 

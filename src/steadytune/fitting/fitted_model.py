@@ -212,7 +212,16 @@ class FittedModel:
     # ---- files
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model (of several the first) and its tokenizer: plain, or the adapters that cannot be merged."""
+        """Write the model and its tokenizer: plain, or the adapters that cannot be merged.
+
+        Raises:
+            UsageError: it is an ensemble, which is no single model.
+        """
+        if len(self.models) > 1:
+            raise UsageError(
+                f"an ensemble of {len(self.models)} models is no single model: use the folder that fit has written, or "
+                "fit with distil=True (--distil) for one model."
+            )
         with quiet():
             write_model(self.models[0], folder)
             self.tokenizer.save_pretrained(folder)

@@ -79,7 +79,9 @@ def fit(
         num_seeds: number of runs; they share the head and differ in row order, dropout and draws of the methods.
         combine: what several runs become: a ``"soup"`` (the mean of their weights; Wortsman et al., ICML 2022, arXiv
             2203.05482), the ``"best"`` on the validation rows, or an ``"ensemble"`` (the mean of their probabilities).
-        refit: choose the number of steps by cross-validation, then train on all rows.
+        distil: train one model on the answers of the ensemble to the training rows, and keep that.
+        refit: choose the number of steps by cross-validation, then train on all rows; the score of each row by the fold
+            that left it out is the result.
         folds: of the cross-validation.
         resume: go on from the last checkpoint in `output`.
         overwrite: replace the run in `output`.
@@ -200,6 +202,12 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
             trained = [setup.train(job) for job in jobs]
             history |= {job.name: t.history for job, t in zip(jobs, trained, strict=True)}
         finished = [setup.in_units(t) for t in trained]
+        if plan.distil:
+            job = _distilling(plan, pretrained, finished)
+            record["members"] = [t.record() for t in finished]
+            finished = [setup.in_units(setup.train(job))]
+            finished[0].seconds += sum(t.seconds for t in trained)
+            history[job.name] = finished[0].history
         return _finish(plan, pretrained, folder, record, finished, validated, history_table(history))
 
 
@@ -229,6 +237,18 @@ def _best_step(tried: Sequence[Trained], plan: Plan) -> int:
     best = max(steps, key=lambda step: (metric.goodness(means[step]), -losses[step], step))
     logger.info("best of %d steps on %d folds: %d (%s %.4f)", plan.steps, plan.folds, best, plan.metric, means[best])
     return best
+
+
+def _distilling(plan: Plan, pretrained: Pretrained, members: Sequence[Trained]) -> Job:
+    """The training of one model on the answers of an ensemble to the training rows (Hinton et al., arXiv 1503.02531).
+
+    Departure: no temperature, and no share of the gold labels, which the members have learned.
+    """
+    ensemble = fitted_model(plan, pretrained, [t.model for t in members])
+    rows = plan.data.train
+    answers = ensemble.scores_of(ensemble.judge(rows, progress=plan.progress)[0])
+    taught = {"label": answers[:, 0]} if plan.data.problem.ordered else {"soft": answers.tolist()}
+    return dataclasses.replace(runs(plan)[0], name="distilled", rows=rows.assign(**taught))
 
 
 def _cross_validated(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.metrics import smaller_is_better
 from ..data.problem import Problem
 from ..data.tables import Table, resolve
 from ..errors import UsageError, suggest
-from ..files.atomic import write_whole, writing
+from ..files.atomic import write_json, write_whole, writing
 from .folder import MEMBERS, RECORD
 
 WAYS = ("uniform", "greedy", "interpolate", "paint", "add")
@@ -32,7 +31,8 @@ def merge_folders(
 ) -> str:
     """Merge Hugging Face model directories into a new one, which appears whole or not at all.
 
-    Config, tokenizer and, where the base has none, the head are those of the first model.
+    Config, tokenizer and, where the base has none, the head are those of the first model. Where a fit made the first
+    model, the folder is one that `steadytune predict` reads: it has a record, a model card and `metrics.json`.
 
     Args:
         models: directories of fine-tuned models of one architecture.
@@ -42,8 +42,9 @@ def merge_folders(
             that scores best; ``"add"``: ``base + alpha * sum of (model - base)``.
         base: directory of the pre-trained model, for the last three.
         alpha: share of the fine-tuned model, or factor of the task vectors.
-        validation: for ``"greedy"`` and ``"paint"``, tables of labelled text as `fit` takes them; the score is the mean
-            over them. The rows that choose cannot tell how good the choice is: keep others for the test.
+        validation: tables of labelled text as `fit` takes them; the merged model is scored on them, and ``"greedy"``
+            and ``"paint"`` choose by the mean score. The rows that choose cannot tell how good the choice is: keep
+            others for the test.
         text: their text columns; by default those of the fit behind the first model, else found.
         label: their label column; likewise.
         metric: the score; by default the first of the model's kind.
@@ -61,6 +62,7 @@ def merge_folders(
     _check_labels(models, [model for model, _ in loaded])
     states = [model.state_dict() for model, _ in loaded]
     model, said = loaded[0][0], ""
+    judge = _Judge(model, models[0], validation, text, label, metric) if validation else None
     try:
         if base is None:
             _check_heads(models)
@@ -74,21 +76,25 @@ def merge_folders(
             merged = {**states[0], **merge.add_vectors(start, vectors, alpha)}
         else:
             states[0] = {name: tensor.clone() for name, tensor in states[0].items()}  # the model itself is written to
-            score, name = _scorer(model, models[0], validation, text, label, metric)
+            assert judge is not None
             if how == "greedy":
-                merged, chosen = merge.greedy(states, score)
+                merged, chosen = merge.greedy(states, judge.goodness)
                 said = f"{len(chosen)} of {len(models)} models: {', '.join(str(models[i]) for i in chosen)}"
             else:
-                merged, alpha = merge.paint(start, states[0], score)
+                merged, alpha = merge.paint(start, states[0], judge.goodness)
                 said = f"alpha {alpha:g}"
-            found = score(merged) * (-1 if smaller_is_better(name) else 1)
-            said += f" ({name} {found:.4f} on the validation rows)"
     except UsageError:
         raise
     except ValueError as error:
         raise UsageError(f"{error}.") from error
     model.load_state_dict(merged)
-    _write(model, models[0], output)
+    sets = judge.sets() if judge is not None else {}
+    if judge is not None:
+        values = [found[judge.metric] for found in sets.values() if found[judge.metric] is not None]
+        mean = f"{sum(values) / len(values):.4f}" if values else "undefined"
+        said = f"{said} ({judge.metric} {mean} on the validation rows)".strip()
+    about = {"how": how, "models": [str(path) for path in models], "base": base and str(base), "alpha": alpha}
+    _write(model, models[0], output, {**about, "chosen": said}, judge.metric if judge is not None else metric, sets)
     return said
 
 
@@ -105,59 +111,68 @@ def _check(models: Sequence[Path], output: Path, how: str, base: Path | None, va
         raise UsageError(f"--how {how} needs the pre-trained model: --base DIR.")
     if how in SCORED and not validation:
         raise UsageError(f"--how {how} chooses by a score on labelled rows: give them with --validation FILE.")
-    if how not in SCORED and validation:
-        raise UsageError(f"--how {how} scores nothing: leave --validation out, or choose --how greedy or paint.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"output {output} exists and is not empty: choose another --output DIR.")
     if not output.absolute().parent.is_dir():
         raise UsageError(f"output {output}: no such directory {output.parent}. Make it first.")
     for path in (*models, *([base] if base else [])):
-        if not (path / "config.json").is_file():
-            raise UsageError(f"{path} is no Hugging Face model directory: it holds no config.json.")
         if (path / MEMBERS).is_dir():
             raise UsageError(f"{path} is an ensemble: merge the models in {path / MEMBERS} instead.")
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{path} is no Hugging Face model directory: it holds no config.json.")
 
 
-def _scorer(
-    model: Any,
-    folder: Path,
-    validation: Sequence[str | Path],
-    text: Sequence[str] | None,
-    label: str | None,
-    metric: str | None,
-) -> tuple[Callable[[dict[str, Any]], float], str]:
-    """What scores a state dict of a text classifier on tables (larger is better), and the metric's name.
+class _Judge:
+    """Scores a text classifier on tables.
 
-    The state dict is loaded into ``model``.
+    Args:
+        model: whose weights are scored; state dicts are loaded into it.
+        folder: of that model.
+        validation: the tables.
+        text, label: their columns; by default those of the fit behind the folder, else found.
+        metric: by default the first of the model's kind.
     """
-    import numpy as np
 
-    from .fitted_model import FittedModel
-    from .outputs import device
-    from .pretrained import Pretrained
+    def __init__(
+        self,
+        model: Any,
+        folder: Path,
+        validation: Sequence[str | Path],
+        text: Sequence[str] | None,
+        label: str | None,
+        metric: str | None,
+    ) -> None:
+        from .fitted_model import FittedModel
+        from .outputs import device
+        from .pretrained import Pretrained
 
-    if not type(model).__name__.endswith("ForSequenceClassification"):
-        raise UsageError(f"{folder} is a {type(model).__name__}: only text classifiers can be scored on rows.")
-    problem, record = Problem.of_config(model.config), _record(folder)
-    name, columns = problem.metric(metric).name, record.get("columns", {})
-    text, label = text or columns.get("text"), label or columns.get("label")
-    tables = [
-        resolve(Table.of(rows, None if text is None else tuple(text), label, "validation")) for rows in validation
-    ]
-    pretrained = Pretrained.open(str(folder.absolute()), problem, max_length=record.get("recipe", {}).get("max_length"))
-    model.config.pad_token_id = pretrained.config.pad_token_id
-    found_text, found_label = tables[0].columns
-    fitted = FittedModel(
-        [model.to(device()).eval()], pretrained.tokenizer, problem,
-        text=found_text, label=found_label, max_length=pretrained.max_length,
-    )  # fmt: skip
+        if not type(model).__name__.endswith("ForSequenceClassification"):
+            raise UsageError(f"{folder} is a {type(model).__name__}: only text classifiers can be scored on rows.")
+        self.model, self.problem, record = model, Problem.of_config(model.config), _record(folder)
+        self.metric, columns = self.problem.metric(metric).name, record.get("columns", {})
+        text, label = text or columns.get("text"), label or columns.get("label")
+        self.tables = [
+            resolve(Table.of(rows, None if text is None else tuple(text), label, "validation")) for rows in validation
+        ]
+        length = record.get("recipe", {}).get("max_length")
+        pretrained = Pretrained.open(str(folder.absolute()), self.problem, max_length=length)
+        model.config.pad_token_id = pretrained.config.pad_token_id
+        found_text, found_label = self.tables[0].columns
+        self.fitted = FittedModel(
+            [model.to(device()).eval()], pretrained.tokenizer, self.problem,
+            text=found_text, label=found_label, max_length=pretrained.max_length,
+        )  # fmt: skip
 
-    def score(state: dict[str, Any]) -> float:
-        model.load_state_dict(state)
-        found = [fitted.evaluate(table)[name] for table in tables]
-        return float(np.mean([problem.metric(name).goodness(value) for value in found]))
+    def goodness(self, state: dict[str, Any]) -> float:
+        """The mean score of a state dict over the tables; larger is better."""
+        self.model.load_state_dict(state)
+        found = [self.fitted.evaluate(table)[self.metric] for table in self.tables]
+        return sum(self.problem.metric(self.metric).goodness(value) for value in found) / len(found)
 
-    return score, name
+    def sets(self) -> dict[str, dict[str, Any]]:
+        """All scores of the model as it is, by table."""
+        names = ["validation", *(f"validation-{i}" for i in range(2, len(self.tables) + 1))]
+        return {name: self.fitted.evaluate(table) for name, table in zip(names, self.tables, strict=True)}
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -207,10 +222,22 @@ def _check_heads(paths: Sequence[Path]) -> None:
         raise UsageError(f"the heads were drawn with different seeds ({said}): train again with one --init-seed.")
 
 
-def _write(model: Any, source: Path, output: Path) -> None:
-    """Model and tokenizer, beside the final place first."""
+def _write(
+    model: Any, source: Path, output: Path, about: dict[str, Any], metric: str | None, sets: dict[str, dict[str, Any]]
+) -> None:
+    """Model, tokenizer and what is known of them, beside the final place first.
+
+    Args:
+        model: the merged one.
+        source: folder of the first model, whose tokenizer and record it has.
+        output: the final place.
+        about: how it was merged.
+        metric: to be shown first.
+        sets: its scores.
+    """
     from transformers import AutoTokenizer
 
+    from .card import model_card
     from .pretrained import quiet
 
     def fill(part: Path) -> None:
@@ -218,6 +245,15 @@ def _write(model: Any, source: Path, output: Path) -> None:
             model.save_pretrained(part)
             if (source / "tokenizer_config.json").is_file():
                 AutoTokenizer.from_pretrained(source).save_pretrained(part)
+        write_json(part / "metrics.json", {"metric": metric, "sets": sets})
+        if not (record := _record(source)):
+            return
+        alone: dict[str, Any] = {"runs": [], "chosen": None, "members": [], "merge": about}
+        recipe = {**record["recipe"], "runs": 1, "evaluations": int(about["how"] in SCORED)}
+        card = model_card({**record, **alone, "recipe": recipe}, sets, metric or record["recipe"]["metric"])
+        (part / "README.md").write_text(card, encoding="utf-8")
+        files = sorted(path.name for path in part.iterdir())
+        write_json(part / RECORD, {**record, **alone, "recipe": recipe, "status": "finished", "files": files})
 
     with writing(output):
         write_whole(output.absolute(), fill)

@@ -54,6 +54,7 @@ class Plan:
     save_steps: int
     progress: bool
     procedure: Procedure | None = None
+    distil: bool = False
 
     @property
     def select(self) -> pd.DataFrame | None:
@@ -77,6 +78,7 @@ def make_plan(
     metric: str | None = None,
     num_seeds: int = 1,
     combine: Combine = "soup",
+    distil: bool = False,
     refit: bool = False,
     folds: int = 5,
     save_steps: int = 200,
@@ -119,7 +121,7 @@ def make_plan(
     plan = Plan(
         str(model), chosen, checked, data, checked.total_steps(len(data.train)),
         data.problem.metric(metric).name, num_seeds, combine, refit, folds, save_steps, progress,
-        make_procedure(procedure),
+        make_procedure(procedure), python_value("distil", distil, bool),
     )  # fmt: skip
     _check_selection(plan)
     return plan
@@ -153,6 +155,8 @@ def _check_columns(methods: Sequence[Method]) -> None:
 
 def _check_selection(plan: Plan) -> None:
     """What selects needs rows to select on."""
+    if plan.distil and (plan.combine != "ensemble" or plan.num_seeds < 2):
+        raise UsageError("distil makes one model of an ensemble: give combine='ensemble' and num_seeds of 2 or more.")
     if plan.refit and plan.procedure is not None:
         raise UsageError("refit cuts the rows for one kind of training, a procedure is several: leave one of them out.")
     if plan.refit and plan.select is not None:

@@ -32,7 +32,8 @@ class FitResult:
 
     Attributes:
         output: a plain Hugging Face model directory, with README.md (model card), `metrics.json`,
-            `predictions.parquet`, `steadytune.json`; adapters that cannot be merged are there alone.
+            `predictions.parquet`, `history.parquet`, `steadytune.json`; adapters that cannot be merged are there alone,
+            and of an ensemble each model in a folder of ``members``.
         model: the fitted model; `predict`, `evaluate` and `save_pretrained` are its own.
         metrics: set -> metric -> value, of the model; with several runs also each metric's mean and spread over them.
         metric: the one to look at first.
@@ -94,6 +95,7 @@ def _record(plan: Plan, pretrained: Pretrained) -> dict[str, Any]:
             "seeds": plan.options.seeds,
             "runs": plan.num_seeds,
             "combine": plan.combine,
+            **({"distil": True} if plan.distil else {}),
             "refit": plan.folds if plan.refit else False,
             "metric": plan.metric,
         },
@@ -116,9 +118,13 @@ def _write(folder: Output, result: FitResult, record: dict[str, Any]) -> None:
     models = result.model.models
     with writing(folder.path):
         with quiet():
-            files = folder.save_model(lambda part: write_model(models[0], part), result.model.tokenizer)
-            for i, member in enumerate(models if len(models) > 1 else ()):
-                write_model(member, folder.path / MEMBERS / str(i))
+            if len(models) == 1:
+                files = folder.save_model(lambda part: write_model(models[0], part), result.model.tokenizer)
+            else:  # no model at the top: it would load as one that was not scored
+                for i, member in enumerate(models):
+                    write_model(member, folder.path / MEMBERS / str(i))
+                    result.model.tokenizer.save_pretrained(folder.path / MEMBERS / str(i))
+                files = folder.save_model(lambda part: None, result.model.tokenizer)
         write_whole(folder.path / "predictions.parquet", storable(result.predictions).to_parquet)
         write_whole(folder.path / "history.parquet", result.history.to_parquet)
         metrics = {"metric": result.metric, "steps": result.steps, "seconds": result.seconds, "sets": result.metrics}

@@ -29,7 +29,7 @@ from ..files.atomic import write_json
 from ..methods.bases.bilevel import BiLevel
 from .callbacks import Interrupt, KeepBest, KeepOutputs, Patience, Progress, StopAt, StopFailing
 from .encoding import tokenise
-from .fit_trainer import FitTrainer, Trained, arguments, only_logits, weighted_loss
+from .fit_trainer import SOFT, FitTrainer, Trained, arguments, only_logits, weighted_loss
 from .folder import last_checkpoint
 from .options import Options
 from .outputs import device, logits
@@ -251,7 +251,7 @@ class Setup:
     def features(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
         """Tokens and labels, one dictionary per row."""
         features = tokenise(rows, self.pretrained.tokenizer, self.pretrained.max_length)
-        labels = self.problem.ids(rows["label"].tolist())
+        labels = rows[SOFT].tolist() if SOFT in rows else self.problem.ids(rows["label"].tolist())
         return [{**feature, "labels": label} for feature, label in zip(features, labels, strict=True)]
 
     def measure(self, predicted: Any) -> dict[str, float]:
