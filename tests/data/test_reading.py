@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from steadytune.data.files import read_source, read_table
+from steadytune.data.files import read_rows, read_table
 from steadytune.data.labels import find_problem
 from steadytune.data.tables import Table, examples
 from steadytune.errors import UsageError
@@ -112,19 +112,19 @@ class Rows:
 
 def test_a_frame_is_numbered_from_zero_and_left_alone():
     frame = pd.DataFrame({"text": ["a", "b"]}, index=[5, 3])
-    rows, name = read_source(frame, "the train table")
+    rows, name = read_rows(frame, "the train table")
     assert (rows.index.tolist(), name, frame.index.tolist()) == ([0, 1], "the train table", [5, 3])
 
 
 def test_a_file_is_called_by_its_path(tmp_path):
     (tmp_path / "t.csv").write_text(LINES[".csv"])
     for path in (tmp_path / "t.csv", str(tmp_path / "t.csv")):
-        assert read_source(path)[1] == str(tmp_path / "t.csv")
+        assert read_rows(path)[1] == str(tmp_path / "t.csv")
 
 
 def check_named(dataset):
     """Classes keep the order of the data set, which is not the alphabet's; the hidden label is missing."""
-    frame, name = read_source(dataset, "the test table")
+    frame, name = read_rows(dataset, "the test table")
     assert name == "the test table"
     assert frame["label"].tolist()[:2] == ["spam", "ham"]
     assert frame["label"].isna().tolist() == [False, False, True]
@@ -156,11 +156,11 @@ def test_real_datasets_read_alike():
     dataset = datasets.Dataset.from_dict(columns, features=features)
     check_named(dataset)
     with pytest.raises(UsageError, match=r"dictionary of splits \(train, test\)"):
-        read_source(datasets.DatasetDict(train=dataset, test=dataset))
+        read_rows(datasets.DatasetDict(train=dataset, test=dataset))
 
 
 def test_anything_with_to_pandas_is_read():
-    assert read_source(Rows(text=["a"]))[0]["text"].tolist() == ["a"]
+    assert read_rows(Rows(text=["a"]))[0]["text"].tolist() == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_anything_with_to_pandas_is_read():
 )
 def test_what_is_no_table_is_one_clear_error(source, parts):
     with pytest.raises(UsageError) as caught:
-        read_source(source, "the train table")
+        read_rows(source, "the train table")
     for part in parts:
         assert part in str(caught.value)
 
@@ -206,7 +206,7 @@ def hub(monkeypatch):
     ],
 )
 def test_hub_names_are_taken_apart(hub, source, asked):
-    frame, name = read_source(source)
+    frame, name = read_rows(source)
     assert (hub, name) == ([asked], source)
     assert frame["label"].tolist() == ["yes"]
 
@@ -220,7 +220,7 @@ def test_hub_names_are_taken_apart(hub, source, asked):
 )
 def test_what_the_hub_lacks_is_one_clear_error(hub, source, parts):
     with pytest.raises(UsageError) as caught:
-        read_source(source)
+        read_rows(source)
     for part in [source, *parts]:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -229,4 +229,4 @@ def test_what_the_hub_lacks_is_one_clear_error(hub, source, parts):
 def test_without_datasets_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # what importing a missing package meets
     with pytest.raises(UsageError, match=r"pip install 'steadytune\[hub\]'"):
-        read_source("hub:owner/name")
+        read_rows("hub:owner/name")

@@ -445,7 +445,7 @@ def _detectable(n: int, chance: float, alpha: float) -> float:
     return float(optimize.brentq(lacking, 0.0, enough))
 
 
-def spread_sources(scores: ArrayLike) -> tuple[tuple[float, ...], float]:
+def spread_rowss(scores: ArrayLike) -> tuple[tuple[float, ...], float]:
     """How much of the spread each of several crossed seeds brings: random effects of a factorial study, one run a cell.
 
     Moments of the analysis of variance: with M_i the mean square of factor i, M that of the rest and N / L_i runs per

@@ -1,7 +1,7 @@
 """Tables of labelled text: reading, checking, splitting and scoring them. No torch here."""
 
 from ..errors import UsageError as UsageError
-from .files import read_source as read_source
+from .files import read_rows as read_rows
 from .files import read_table as read_table
 from .labels import find_problem as find_problem
 from .metrics import Metric as Metric

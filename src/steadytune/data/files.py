@@ -8,41 +8,74 @@ from __future__ import annotations
 import csv
 import difflib
 import importlib
+import itertools
 import json
+import logging
+import re
+import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+import numpy as np
 import pandas as pd
 
 from ..errors import UsageError, one_line, suggest
 
+logger = logging.getLogger("steadytune")
+
 HUB = "hub:"  # what a source on the hub starts with
 
 
-def read_source(source: Any, called: str = "the table") -> tuple[pd.DataFrame, str]:
-    """The rows of any source, and what messages call it.
+def read_rows(source: Any, called: str = "the table") -> tuple[pd.DataFrame, str]:
+    """The rows of any source, and what messages call it: the one door through which all rows come in.
 
     Args:
-        source: a file (see `read_table`); a data frame; a `datasets.Dataset` (anything with `to_pandas`), whose class
-            numbers become their names; or a data set of the hub, `hub:owner/name` with the options
-            `hub:owner/name?config=NAME&split=NAME` (split: train).
-        called: the name in messages of a source that has none of its own.
+        source: A file (see `read_table`); a data frame; a `datasets.Dataset` (anything with `to_pandas`), whose class
+            numbers become their names; a dictionary of columns; or a data set of the hub, `hub:owner/name` with the
+            options `hub:owner/name?config=NAME&split=NAME` (split: train).
+        called: The name in messages of a source that has none of its own.
 
     Returns:
-        The rows, numbered from 0, and the name.
+        The rows, numbered from 0, columns called by strings, and the name.
 
     Raises:
-        UsageError: there is no such source, or it cannot be read.
+        UsageError: There is no such source, it cannot be read, or its columns have no names of their own.
     """
     if isinstance(source, pd.DataFrame):
-        return source.reset_index(drop=True), called
+        return named_columns(source.reset_index(drop=True), called), called
     if isinstance(source, (str, Path)):
         read = read_hub if str(source).startswith(HUB) else read_table
-        return read(str(source)), str(source)
-    return _from_dataset(source, called), called
+        return named_columns(read(str(source)), str(source)), str(source)
+    return named_columns(_from_dataset(source, called), called), called
+
+
+def named_columns(frame: pd.DataFrame, called: str) -> pd.DataFrame:
+    """The frame with strings for column names; options, records and model cards can hold no other.
+
+    Raises:
+        UsageError: Two columns of one name, or names of several levels.
+    """
+    if isinstance(frame.columns, pd.MultiIndex):
+        raise UsageError(
+            f"{called}: the column names have {frame.columns.nlevels} levels: give each column one name, as with "
+            "frame.columns = ['_'.join(name) for name in frame.columns]."
+        )
+    names = [str(name) for name in frame.columns]
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise UsageError(f"{called}: {count} columns are called {name!r}: rename them.")
+    return frame.set_axis(names, axis=1)
+
+
+def whole_characters(value: Any) -> Any:
+    """A string with its halves of characters (lone surrogates) read as U+FFFD; anything else as it is."""
+    if not isinstance(value, str) or value.isascii():
+        return value
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 # ---- files ------------------------------------------------------------------------------------------------------
@@ -60,11 +93,17 @@ def read_table(path: str | Path) -> pd.DataFrame:
     path = Path(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise UsageError(f"{path}: files end in {', '.join(READERS)}, got {path.suffix or 'no ending'!r}.")
+        raise UsageError(
+            f"{path}: files end in {', '.join(READERS)}, got {path.suffix or 'no ending'!r}. A single text goes into a "
+            "list."
+        )
+    if path.is_dir():
+        raise UsageError(f"{path}: this is a folder: give a file in it.")
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1)
         raise UsageError(f"{path}: no such file." + (f" Did you mean {near[0]!r}?" if near else ""))
+    _check_format(path)
     try:
         return reader(path).reset_index(drop=True)
     except UsageError:
@@ -77,59 +116,237 @@ def read_table(path: str | Path) -> pd.DataFrame:
         raise UsageError(f"{path}: not a readable {path.suffix} file: {one_line(error)}") from error
 
 
-def _read_csv(path: Path, sep: str = ",", **options: Any) -> pd.DataFrame:
-    _check_delimiter(path, sep)
+# How files begin that are not what they are called.
+FORMATS = {
+    b"\x1f\x8b": "compressed with gzip: unpack it first (gunzip)",
+    b"PK\x03\x04": "a zip archive or a spreadsheet (.xlsx): unpack it, or save the sheet as .csv",
+    b"BZh": "compressed with bzip2: unpack it first (bunzip2)",
+    b"\xfd7zXZ": "compressed with xz: unpack it first (unxz)",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it first (unzstd)",
+    b"\xd0\xcf\x11\xe0": "an old spreadsheet (.xls): save the sheet as .csv",
+    b"\xff\xfe": "text in UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": "text in UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    b"PAR1": "a Parquet file: let its name end in .parquet",
+    b"%PDF": "a PDF document: save the table as .csv",
+}
+
+
+def _check_format(path: Path) -> None:
+    """Raise for a file of text that is something else."""
+    if path.suffix.lower() == ".parquet":
+        return
+    with path.open("rb") as file:
+        begin = file.read(4096)
+    for sign, what in FORMATS.items():
+        if begin.startswith(sign):
+            raise UsageError(f"{path}: this file is {what}.")
+    if b"\0" in begin:
+        raise UsageError(f"{path}: this file holds zero bytes and is no text in UTF-8: save it as UTF-8.")
+
+
+def _read_csv(path: Path, sep: str = ",") -> pd.DataFrame:
+    """Commas or another delimiter that a first line `sep=` names, cells in quotation marks where they must be."""
+    skipped = 0
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        first = file.readline()
+    if named := re.fullmatch(r"sep=(.)\r?\n?", first):  # Excel's own line
+        sep, skipped = named[1], 1
+    _check_delimiter(path, sep, skipped)
+    options: dict[str, Any] = {"escapechar": "\\"} if _backslashes(path, sep) else {}
+    frame = _pandas(path, sep, skiprows=skipped, **options)
+    rows = _swallowed(frame, sep)
+    if len(rows):
+        raise UsageError(
+            f"{path}: quotation marks hold lines that look like rows of their own in {len(rows)} rows (rows counted "
+            f"from 0: {_first(rows)}): a mark was opened and not closed. Double each quotation mark inside a text, or "
+            "take it out."
+        )
+    return _without_headers(frame, path)
+
+
+def _pandas(path: Path, sep: str, **options: Any) -> pd.DataFrame:
+    """Cells as text, only an empty one missing; columns by the first line, which may name one twice."""
+    given: dict[str, Any] = {
+        "sep": sep, "dtype": str, "keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig", **options,
+    }  # fmt: skip
+    header = pd.read_csv(path, header=None, nrows=1, **given).iloc[0]
+    names = [f"column {n + 1}" if pd.isna(name) or not name.strip() else name for n, name in enumerate(header)]
     with warnings.catch_warnings():
         # rows longer than the header: pandas would shift the columns (first one to the index) or drop the last
         warnings.simplefilter("error", pd.errors.ParserWarning)
-        return pd.read_csv(
-            path, sep=sep, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig", index_col=False,
-            **options,
-        )  # fmt: skip
+        frame = pd.read_csv(path, header=0, names=list(range(len(names))), index_col=False, **given)
+    return frame.set_axis(names, axis=1)
 
 
-def _check_delimiter(path: Path, sep: str) -> None:
-    """Raise for a header in one piece that another delimiter would cut: the rows are no help, texts hold commas."""
-    with path.open(encoding="utf-8-sig") as file:
-        header = file.readline().rstrip("\n")
-    found = [other for other in ("\t", ";", "|", ",") if other in header]
-    if sep in header or not found:
+def _check_delimiter(path: Path, sep: str, skipped: int) -> None:
+    """Raise where header and rows are cut alike by another delimiter that the header holds.
+
+    The rows alone are no help, since texts hold commas; the header alone is none, since a column may be called
+    ``stars, 1-3``. A delimiter that cuts the header and every row into the same number of cells is one.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = [line for line in itertools.islice(file, skipped, skipped + 200) if line.strip("\r\n")]
+    if not lines:
         return
-    other = max(found, key=header.count)
+    header = lines[0].rstrip("\r\n")
+    others = [other for other in ("\t", ";", "|", ",") if other in header and other != sep]
+    if sep in header:
+        others = [other for other in others if len(lines) > 1 and _cut_alike(lines, other)]
+    if not others:
+        return
+    other = max(others, key=header.count)
     endings = {"\t": ".tsv", ",": ".csv"}
     remedy = f"Rename it to {endings[other]}" if other in endings else f"Save it with {sep!r} between the columns"
     raise UsageError(
-        f"{path}: the header {header!r} is one column, {path.suffix} files have {sep!r} between columns and this one "
-        f"seems to have {other!r}. {remedy}, or pass the data frame of pandas.read_csv(..., sep={other!r})."
+        f"{path}: {path.suffix} files have {sep!r} between columns, and the header {header!r} seems to have {other!r}. "
+        f"{remedy}, or pass the data frame of pandas.read_csv(..., sep={other!r})."
     )
 
 
-def _read_tsv(path: Path) -> pd.DataFrame:
-    """Benchmark TSVs (GLUE) quote nothing, spreadsheets quote where they must: quotes that swallow lines are text."""
-    lines = sum(1 for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip("\r"))
+def _cut_alike(lines: Sequence[str], other: str) -> bool:
+    """Whether a delimiter cuts all lines into the same number of cells, two or more."""
     try:
-        table = _read_csv(path, sep="\t")
-        if len(table) + 1 >= lines:
-            return table
-    except pd.errors.ParserError:
-        pass
-    return _read_csv(path, sep="\t", quoting=csv.QUOTE_NONE)
+        counts = {len(row) for row in csv.reader(lines, delimiter=other)}
+    except csv.Error:
+        return False
+    return len(counts) == 1 and counts != {1}
+
+
+def _backslashes(path: Path, sep: str) -> bool:
+    """Whether quotation marks inside of quoted cells stand behind a backslash; else they are doubled.
+
+    Raises:
+        UsageError: Text goes on behind a closing quotation mark, or a mark is not closed.
+    """
+    escaped: dict[str, Any] = {"escapechar": "\\", "doublequote": False}
+    wrong = _misquoted(path, sep)
+    if wrong is None:
+        return False
+    if _misquoted(path, sep, **escaped) is None:
+        return True
+    line, problem = wrong
+    raise UsageError(
+        f"{path}, line {line}: {problem}. Double each quotation mark inside a quoted text, or take it out."
+    )
+
+
+def _misquoted(path: Path, sep: str, **options: Any) -> tuple[int, str] | None:
+    """Line and kind of the first quotation mark that is out of place."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter=sep, strict=True, **options)
+            try:
+                for _ in reader:
+                    pass
+            except csv.Error as error:
+                open_mark = "unexpected end" in str(error)
+                what = "a quotation mark is opened and never closed" if open_mark else None
+                return reader.line_num, what or "text goes on behind a closing quotation mark"
+    finally:
+        csv.field_size_limit(limit)
+    return None
+
+
+def _swallowed(frame: pd.DataFrame, sep: str) -> np.ndarray:
+    """Rows with a cell that holds a line end and, on a line of its own, what looks like a whole row.
+
+    A line looks like a row if it has as many cells, and in a column of few values one of these values.
+    """
+    several = np.zeros(len(frame), dtype=bool)
+    for place in range(frame.shape[1]):
+        several |= frame.iloc[:, place].str.contains("\n", regex=False, na=False).to_numpy(dtype=bool)
+    if not several.any() or frame.shape[1] < 2:
+        return np.array([], dtype=int)
+    columns = [frame.iloc[:, place].dropna() for place in range(frame.shape[1])]
+    few = {place: set(cells) for place, cells in enumerate(columns) if 1 < cells.nunique() <= max(20, len(frame) // 10)}
+    found = []
+    for row in np.flatnonzero(several):
+        for cell in frame.iloc[row].dropna():
+            for line in cell.split("\n")[:-1] if "\n" in cell else ():
+                cells = line.rstrip("\r").split(sep)
+                if len(cells) == frame.shape[1] and any(cells[place] in values for place, values in few.items()):
+                    found.append(row)
+    return np.unique(found).astype(int)
+
+
+def _without_headers(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Without rows that repeat the header, as files put together line by line hold them."""
+    again = (frame == list(frame.columns)).all(axis=1).to_numpy(dtype=bool)
+    if again.any():
+        rows = np.flatnonzero(again)
+        logger.warning(
+            "%s: %d rows repeat the header and are left out (rows counted from 0: %s)", path, len(rows), _first(rows)
+        )
+    return frame[~again]
+
+
+def _first(rows: np.ndarray) -> str:
+    """The first row numbers of many."""
+    return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+
+
+def _read_tsv(path: Path) -> pd.DataFrame:
+    """Benchmark TSVs (GLUE) quote nothing, spreadsheets quote where they must.
+
+    Quotation marks are read as such where every quoted cell opens and closes as it should, every row has all its
+    cells, and no cell holds what looks like a row; else they are text.
+    """
+    _check_delimiter(path, "\t", 0)
+    if _misquoted(path, "\t") is None:
+        try:
+            frame = _pandas(path, "\t")
+        except (pd.errors.ParserError, pd.errors.ParserWarning):
+            frame = None
+        if frame is not None and not len(_swallowed(frame, "\t")) and not frame.iloc[:, -1].isna().any():
+            return _without_headers(frame, path)
+    return _without_headers(_pandas(path, "\t", quoting=csv.QUOTE_NONE), path)
 
 
 def _read_json(path: Path) -> pd.DataFrame:
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=_pairs)
+    elif text.lstrip().startswith("{") and "\n" not in text.strip() and _columns(text):
+        raise UsageError(
+            f"{path}: this is one JSON object of columns, as pandas writes it: write one object a line instead, with "
+            "frame.to_json(path, orient='records', lines=True)."
+        )
     else:
         rows = [_json_row(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{path}: every row must be a JSON object with named fields.")
-    return pd.DataFrame(rows)
+    whole = [{name: whole_characters(value) for name, value in row.items()} for row in rows]
+    changed = [n for n, (row, read) in enumerate(zip(rows, whole, strict=True)) if row != read]
+    if changed:
+        logger.warning("%s: halves of characters in %d rows are read as U+FFFD (rows counted from 0: %s)",
+                       path, len(changed), _first(np.array(changed)))  # fmt: skip
+    return pd.DataFrame({name: pd.Series([row.get(name) for row in whole], dtype=object)
+                         for name in dict.fromkeys(name for row in whole for name in row)})  # fmt: skip
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, unless it names a field twice."""
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise UsageError(f"{count} fields of one JSON object are called {name!r}: rename them.")
+    return dict(pairs)
+
+
+def _columns(text: str) -> bool:
+    """Whether a JSON object holds columns instead of a row."""
+    try:
+        values = json.loads(text).values()
+    except ValueError:
+        return False
+    return len(values) > 1 and all(isinstance(value, (dict, list)) for value in values)
 
 
 def _json_row(path: Path, number: int, line: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=_pairs)
+    except UsageError as error:
+        raise UsageError(f"{path}, line {number}: {error}") from error
     except json.JSONDecodeError as error:
         raise UsageError(f"{path}, line {number}: not JSON ({error}). One object a line is expected.") from error
 
@@ -174,6 +391,12 @@ def read_hub(source: str) -> pd.DataFrame:
 
 
 def _from_dataset(dataset: Any, called: str) -> pd.DataFrame:
+    if isinstance(dataset, Mapping) and dataset and all(_is_column(values) for values in dataset.values()):
+        lengths = {str(name): len(values) for name, values in dataset.items()}
+        if len({*lengths.values()}) > 1:
+            said = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+            raise UsageError(f"{called}: the columns have different lengths ({said}).")
+        return pd.DataFrame({name: pd.Series(list(values), dtype=object) for name, values in dataset.items()})
     if isinstance(dataset, Mapping):
         raise UsageError(f"{called} is a dictionary of splits ({', '.join(map(str, dataset))}): pass one of them.")
     if not hasattr(dataset, "to_pandas"):
@@ -186,6 +409,11 @@ def _from_dataset(dataset: Any, called: str) -> pd.DataFrame:
         if column in frame.columns:
             frame[column] = _named(frame[column], feature)
     return frame
+
+
+def _is_column(values: Any) -> bool:
+    """Whether a value of a dictionary is a column of cells."""
+    return isinstance(values, (list, tuple, np.ndarray, pd.Series))
 
 
 def _named(values: pd.Series, feature: Any) -> pd.Series:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import UsageError, suggest
-from .files import read_source
+from .files import read_rows
 
 logger = logging.getLogger("steadytune")
 
@@ -82,10 +82,10 @@ class Table:
         kind: Kind = "auto",
         group: str | None = None,
     ) -> Table:
-        """A Table from any source that `read_source` takes; a Table stays as it is."""
+        """A Table from any source that `read_rows` takes; a Table stays as it is."""
         if isinstance(data, Table):
             return data
-        frame, source = read_source(data, f"the {name} table")
+        frame, source = read_rows(data, f"the {name} table")
         return cls(frame, source, text, label, kind, group=group)
 
 

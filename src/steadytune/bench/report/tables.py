@@ -25,7 +25,7 @@ from ..stats import (
     compute_matched,
     holm,
     sign_flip,
-    spread_sources,
+    spread_rowss,
     steadiness,
     stratified,
     summary,
@@ -438,7 +438,7 @@ def sources(scores: pd.DataFrame, recipes: Sequence[str]) -> pd.DataFrame:
             if len(factors) < 2 or len(runs) != math.prod(levels) or runs.duplicated(factors).any():
                 continue
             grid = runs.sort_values(factors)["in"].to_numpy().reshape(levels)
-            found, rest = spread_sources(grid)
+            found, rest = spread_rowss(grid)
             names = (name.removesuffix("_seed") for name in factors)
             rows.append(
                 {
