@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import gc
 import logging
-import os
 import platform
 import re
 import subprocess
@@ -27,6 +26,7 @@ from ..data.problem import Problem
 from ..data.tables import Table
 from ..errors import UsageError
 from ..fitting import plan as planning
+from ..fitting.memory import peak_memory, reset_peak
 from ..fitting.options import SEEDS
 from ..fitting.record import storable
 from ..tasks import find, load
@@ -81,7 +81,7 @@ def silent() -> Iterator[None]:
 def execute(run: Trial, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
     """Train and test; returns the record and the predictions."""
     started = time.perf_counter()
-    _reset_peak()
+    reset_peak()
     plan = make_plan(run)
     pretrained = planning.open_model(plan)
     with tempfile.TemporaryDirectory(prefix="steadytune-") as scratch:
@@ -104,7 +104,7 @@ def execute(run: Trial, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
             "train_seconds": trained.seconds,
             "test_seconds": tested,
             "passes": trained.passes,
-            "peak_memory": _peak(),
+            "peak_memory": peak_memory(),
         },
     }
     return record, storable(predictions)
@@ -273,24 +273,3 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _reset_peak() -> None:
-    """Start measuring anew: a worker's runs follow each other in one process."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def _peak() -> int | None:
-    """Most bytes held since: of the GPU, or of the process where the system tells."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii")) if status.is_file() else None
-    return 1024 * int(found[1]) if found else None

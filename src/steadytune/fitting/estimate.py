@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +16,7 @@ from transformers import TrainerCallback
 
 from .encoding import tokenise
 from .fit_trainer import ByLength
+from .memory import peak_memory
 from .training import Job, Setup
 
 if TYPE_CHECKING:
@@ -126,11 +125,3 @@ def per_step(lengths: np.ndarray, batch_size: int, accumulation: int) -> np.ndar
     batches = [lengths[i : i + batch_size] for i in range(0, len(lengths), batch_size)]
     tokens = [len(batch) * int(batch.max()) for batch in batches]
     return np.array([sum(tokens[i : i + accumulation]) for i in range(0, len(tokens), accumulation)])
-
-
-def peak_memory() -> int:
-    """Bytes held at most so far: of the accelerator, if there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
