@@ -413,32 +413,30 @@ def _from_task(given: dict[str, Any], tests: dict[str, Any]) -> tuple[Any, str, 
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Show one method with its options.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Method to show with its options, cost and source.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Write docs/methods.md to stdout.")] = False,
 ) -> None:
-    """List the fine-tuning methods with source, cost and conflicts, or show one with its options."""
+    """List the fine-tuning methods by name, or show one with its options, cost and source."""
     with _errors_in_one_line():
         from .errors import UsageError, suggest
-        from .methods import catalogue
+        from .methods import METHODS, catalogue
 
         if markdown:
-            return typer.echo(catalogue.markdown(), nl=False)
-        found = catalogue.pages()
-        if name is not None and name not in found:
-            raise UsageError(f"unknown method {name!r}.{suggest(name, found)}")
+            return typer.echo(catalogue.markdown(catalogue.own()), nl=False)
+        if name is not None and name not in METHODS:
+            raise UsageError(f"unknown method {name!r}.{suggest(name, METHODS)}")
+        if name is not None:
+            METHODS[name]  # an error for one of another package that cannot be loaded
+        pages = catalogue.pages()
     console = Console(highlight=False, markup=False)
     if name is not None:
-        return _show_method(console, found[name])
-    grid = Grid.grid(
-        padding=(0, 2, 1, 0), collapse_padding=False
-    )  # a table of five columns is unreadable at 80 characters
+        return _show_method(console, pages[name])
+    grid = Grid.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True, style="bold")
-    for page in found.values():
-        facts = [page.summary.replace("``", ""), page.source]
-        facts += [f"{page.cost.passes:.1f} passes, bytes per weight: {page.cost.memory}; at {', '.join(page.moments)}"]
-        facts += [f"not with: {'; '.join(page.conflicts)}"] if page.conflicts else []
-        grid.add_row(page.name, "\n".join(facts))
+    for page in pages.values():
+        grid.add_row(page.name, page.summary.replace("``", ""))
     console.print(grid)
+    console.print("\nsteadytune methods NAME shows the options, cost and source of one.")
 
 
 def _show_method(console: Console, page: Any) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from .errors import UsageError, suggest
+from .fields import hints, nearest, rule
 
 
 def as_methods(given: Any, registry: Mapping[str, type[Any]]) -> list[Any]:
@@ -29,8 +30,7 @@ def parse_method(text: str, registry: Mapping[str, type[Any]], what: str = "meth
     if name not in registry:
         raise UsageError(f"unknown {what} {name!r}.{suggest(name, registry)}")
     cls = registry[name]
-    hints = typing.get_type_hints(cls)
-    known = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+    known = {field.name: hints(cls)[field.name] for field in dataclasses.fields(cls) if field.init}
     options: dict[str, Any] = {}
     for item in filter(None, map(str.strip, tail.split(","))):
         option, equals, value = (part.strip() for part in item.partition("="))
@@ -43,7 +43,8 @@ def parse_method(text: str, registry: Mapping[str, type[Any]], what: str = "meth
         try:
             options[option] = convert(value, known[option])
         except ValueError:
-            raise UsageError(f"{what} {name!r}: {option} must be {_spell(known[option])}, got {value!r}.") from None
+            must = f"{option} must be {rule(known[option])}, got {value!r}{nearest(known[option], value)}"
+            raise UsageError(f"{what} {name!r}: {must}.") from None
     try:
         return cls(**options)
     except (TypeError, ValueError) as error:
@@ -56,6 +57,8 @@ def convert(text: str, hint: Any) -> Any:
     Options that are several numbers are written with slashes: `proximal=1/0.99`.
     """
     options = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Annotated:
+        return convert(text, options[0])
     if typing.get_origin(hint) is Literal:
         return {str(option): option for option in options}[text] if text in map(str, options) else _no_value()
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -74,12 +77,3 @@ def convert(text: str, hint: Any) -> Any:
 
 def _no_value() -> Any:
     raise ValueError
-
-
-def _spell(hint: Any) -> str:
-    options = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
-        return " or ".join(map(repr, options))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(map(_spell, options))
-    return getattr(hint, "__name__", str(hint))

@@ -150,7 +150,7 @@ OPTIONS = {
     "dropout": (["--dropout", "1"], ["dropout must be"]),
     "unknown method": (["--method", "dps"], ["unknown method 'dps'", "dps_dense"]),
     "unknown method option": (["--method", "dps_dense:kep=1"], ["unknown option 'kep'", "mean 'keep'"]),
-    "method value": (["--method", "dps_dense:keep=many"], ["keep must be float", "'many'"]),
+    "method value": (["--method", "dps_dense:keep=many"], ["keep must be a number", "'many'"]),
     "method range": (["--method", "dps_dense:keep=2"], ["keep", "2"]),
     "two averages": (["--method", "ema", "--method", "ema"], ["average"]),
     "R-Drop without dropout": (["--method", "rdrop", "--dropout", "0"], ["dropout"]),

@@ -142,8 +142,8 @@ def test_shares_of_several_searches_are_averaged_factor_by_factor():
     [
         ({"procedure": "mixup"}, "unknown procedure 'mixup'. Did you mean 'mixup-blo'"),
         ({"procedure": "mixup-blo:folds=0"}, "procedure 'mixup-blo': folds must be a whole number from 1 on, got 0"),
-        ({"procedure": "mixup-blo:outer_share=1.0"}, r"outer_share must lie in \(0, 1\), got 1.0"),
-        ({"procedure": "mixup-blo:order=third"}, "order must be 'first' or 'difference'"),
+        ({"procedure": "mixup-blo:outer_share=1.0"}, r"outer_share must be a number in \(0, 1\), got 1.0"),
+        ({"procedure": "mixup-blo:order=third"}, "order must be one of 'first', 'difference'"),
         ({"procedure": "mixup-blo", "refit": True}, "refit cuts the rows"),
         ({"procedure": "mixup-blo:order=difference", "bf16": True}, r"WeightMixup subtracts gradients"),
     ],

@@ -593,9 +593,9 @@ def test_one_second_forward_serves_all_that_ask_for_it():
 
 
 def test_unusable_settings_are_errors():
-    with pytest.raises(ValueError, match="decay must lie in"):
+    with pytest.raises(ValueError, match="decay must be a number in"):
         BregmanProximal(decay=1.5)
-    with pytest.raises(ValueError, match="weight must be at least 0"):
+    with pytest.raises(ValueError, match="weight must be a number from 0 on"):
         BregmanProximal(weight=-1)
     with pytest.raises(ValueError, match="dropout must be one of"):
         SMART(dropout="none")

@@ -3,11 +3,9 @@
 `Method` is what a method overrides, `Weight` and `Step` are what its verbs are given, `Run` carries them out.
 """
 
+from ..fields import Within as Within
+from ..fields import check_fields as check_fields
 from . import shards as shards
-from .checks import in_unit as in_unit
-from .checks import not_negative as not_negative
-from .checks import one_of as one_of
-from .checks import whole as whole
 from .method import SCOPES as SCOPES
 from .method import WEIGHT_VERBS as WEIGHT_VERBS
 from .method import Method as Method

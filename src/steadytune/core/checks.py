@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,34 +15,6 @@ from ..errors import UsageError
 
 if TYPE_CHECKING:
     from .method import Method, Weight
-
-
-def in_unit(name: str, value: float, *, zero: bool = False) -> None:
-    """Raise unless ``value`` lies in (0, 1], or [0, 1] when ``zero``."""
-    if not ((0 if zero else 1e-12) <= value <= 1):
-        raise ValueError(f"{name} must lie in {'[' if zero else '('}0, 1], got {value}")
-
-
-def not_negative(name: str, value: float) -> None:
-    """Raise unless ``value >= 0``."""
-    if not value >= 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
-
-
-def whole(name: str, value: int, least: int) -> None:
-    """Raise unless ``value`` is a whole number from ``least`` on."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")
-
-
-def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
-    """Raise, with the nearest choice, unless ``value`` is one of ``choices``."""
-    choices = list(choices)
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
-
 
 DROPOUT_FIELDS = ("p", "drop_prob", "dropout", "dropout_p", "dropout_prob", "attention_dropout", "activation_dropout")
 

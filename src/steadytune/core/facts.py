@@ -38,6 +38,10 @@ class Paper:
         who = " and ".join(names) if len(names) < 3 else f"{names[0]} et al."
         return f"{who}, {self.venue} {self.year}"
 
+    def __str__(self) -> str:
+        """The reference on one line, as docstrings show it."""
+        return f"{', '.join(self.families)}: {self.title}. {self.venue} {self.year}, arXiv {self.arxiv}."
+
     @property
     def url(self) -> str:
         """The arXiv page."""

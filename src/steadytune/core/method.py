@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..fields import check, check_fields
 from . import shards
 from .anatomy import Kind
-from .checks import one_of
 from .facts import Cost, Paper
 from .tensors import checksum, hashed
 
@@ -55,7 +57,7 @@ class Weight:
         return shards.local(self.parameter.detach())
 
 
-Scope = str | Callable[[Weight], bool]
+Scope = Literal["linear", "encoder", "all"] | Callable[[Weight], bool]
 SCOPES: dict[str, Callable[[Weight], bool]] = {
     "linear": lambda w: w.kind == "linear",  # pooler and head too, a tied lm_head not: it is an embedding
     "encoder": lambda w: w.block is not None and not w.head,
@@ -67,8 +69,9 @@ class Method:
     """A robust fine-tuning method: a dataclass of hyperparameters whose verbs are the moments of a step.
 
     Every verb is optional. Fields are hyperparameters only; what changes during training is kept in attributes
-    made in `setup` and returned by `state_dict`. Verbs that take ``weights`` get a list of `Weight`, restricted by
-    `only` when the method was.
+    made in `setup` and returned by `state_dict`. The type of a field declares what it may hold
+    (``keep: Annotated[float, Within("(0, 1]")]``, `steadytune.core.fields`), which `__post_init__` checks. Verbs that
+    take ``weights`` get a list of `Weight`, restricted by `only` when the method was.
     """
 
     copies: ClassVar[int] = 1  # copies of the batch in the one forward (R-Drop: 2)
@@ -81,6 +84,16 @@ class Method:
     paper: ClassVar[Paper | None] = None  # where it comes from; None for one of your own
     cost: ClassVar[Cost] = Cost()  # what it costs beside plain fine-tuning
     where: Callable[[Weight], bool] | None = None  # set by `only`
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.paper is not None and cls.__doc__:  # the source is written once, as `paper`, and read in `help` too
+            source = textwrap.indent(textwrap.fill(str(cls.paper), 112, break_on_hyphens=False), " " * 4)
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\nSource:\n{source}"
+
+    def __post_init__(self) -> None:
+        """Check every field against its type. A subclass that has a check of its own calls this first."""
+        check_fields(self)
 
     @property
     def needs_steps(self) -> bool:
@@ -189,14 +202,13 @@ def multiply(weights: Iterable[Weight], factors: list[Tensor] | float) -> None:
 
 def select(weights: Iterable[Weight], scope: Scope) -> list[Weight]:
     """The weights that a scope admits: ``"linear"``, ``"encoder"``, ``"all"`` or a predicate over `Weight`."""
-    if isinstance(scope, str):
-        one_of("scope", scope, SCOPES)
-        scope = SCOPES[scope]
-    return [w for w in weights if scope(w)]
+    check("scope", scope, Scope)
+    admits = SCOPES[scope] if isinstance(scope, str) else scope
+    return [w for w in weights if admits(w)]
 
 
 def entry(method: Method) -> dict[str, Any]:
-    """Name and fields of a method as plain values; predicates by their qualified name."""
+    """Name of the class and fields of a method as plain values; functions by their qualified name."""
     values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
     if method.where is not None:
         values["where"] = method.where

@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from ..core.checks import whole
+from ..core import Within, check_fields
 from ..merge import uniform
 from ..methods import WeightMixup
 
@@ -44,31 +44,27 @@ class MixupBLO:
     rows, for as many steps as any other recipe.
 
     Args:
-        folds in [1, inf): searches; the authors' 5. The mean of several is a model soup besides.
-        search_epochs in (0, inf): passes of each over its rows; the authors' 3.
-        outer_share in (0, 1): of the rows, for the shares.
+        folds: searches; the authors' 5. The mean of several is a model soup besides.
+        search_epochs: passes of each over its rows; the authors' 3.
+        outer_share: of the rows, for the shares.
         order: of the shares' gradient, see `WeightMixup`; the authors' is ``"difference"``.
         convex: see `WeightMixup`.
-        lr in (0, inf): of the shares.
+        lr: of the shares.
 
     Departures:
         One search of one epoch by default: the published recipe costs about 20 times a plain training. The splits are
         stratified. Those of `WeightMixup`.
     """
 
-    folds: int = 1
-    search_epochs: float = 1.0
-    outer_share: float = 0.2
+    folds: Annotated[int, Within("[1, inf)")] = 1
+    search_epochs: Annotated[float, Within("(0, inf)")] = 1.0
+    outer_share: Annotated[float, Within("(0, 1)")] = 0.2
     order: Literal["first", "difference"] = "first"
     convex: bool = True
-    lr: float = 2e-3
+    lr: Annotated[float, Within("(0, inf)")] = 2e-3
 
     def __post_init__(self) -> None:
-        whole("folds", self.folds, 1)
-        if not 0 < self.outer_share < 1:
-            raise ValueError(f"outer_share must lie in (0, 1), got {self.outer_share}")
-        if not self.search_epochs > 0:
-            raise ValueError(f"search_epochs must be positive, got {self.search_epochs}")
+        check_fields(self)
         self.mixup()
 
     def mixup(self, alpha: Mapping[str, Sequence[Tensor]] | None = None) -> WeightMixup:

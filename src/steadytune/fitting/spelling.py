@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from ..spelling import as_methods, parse_method
@@ -14,26 +14,16 @@ if TYPE_CHECKING:
     from .procedures import MixupBLO as Procedure
 
 
-def method_record(method: Any) -> dict[str, Any]:
-    """Name and every option of a method, ready for JSON."""
+def method_record(method: Method) -> dict[str, Any]:
+    """Name and every option of a method, ready for JSON, which has no infinity: that becomes text."""
+    from ..core.method import entry
     from ..methods import METHODS
 
+    options = entry(method)
+    kind = options.pop("name")
     names = {cls: name for name, cls in METHODS.items()}
-    options = {field.name: _plain(getattr(method, field.name)) for field in dataclasses.fields(method)}
-    if (where := getattr(method, "where", None)) is not None:  # set by `only`
-        options["where"] = _plain(where)
-    return {"name": names.get(type(method), type(method).__name__), "options": options}
-
-
-def _plain(value: Any) -> Any:
-    """The value itself where JSON has it, a function by its name, anything else (infinity too) as it prints."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        return getattr(value, "__qualname__", repr(value))
-    return value
+    infinite = {name: repr(value) for name, value in options.items() if value in (inf, -inf)}
+    return {"name": names.get(type(method), kind), "options": options | infinite}
 
 
 def make_methods(methods: str | Method | Sequence[str | Method]) -> list[Method]:

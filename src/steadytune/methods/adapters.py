@@ -1,8 +1,5 @@
 """Adapters: train small bottlenecks inside the blocks and leave the pre-trained matrices alone.
 
-Houlsby, Giurgiu, Jastrzebski, Morrone, de Laroussilhe, Gesmundo, Attariyan, Gelly: Parameter-Efficient Transfer
-Learning for NLP. ICML 2019, arXiv 1902.00751.
-
     h <- h + up(gelu(down(h)))          behind attention and behind feed-forward, in every block
 
 A bottleneck is not linear: no plain model has the same outputs, so that its weights cannot be merged as LoRA's can:
@@ -15,12 +12,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..core import Method, Run, whole
+from ..core import Method, Run, Within
 from ..core.anatomy import Part, anatomy, blocks
 from ..core.facts import Paper
 from ..files import state
@@ -42,7 +39,7 @@ class Adapters(Method):
     """Put two bottlenecks into every block; train them, the normalisation layers and the head, freeze the rest.
 
     Args:
-        size in [1, inf): features of a bottleneck; the authors try 8 to 256.
+        size: features of a bottleneck; the authors try 8 to 256.
 
     Until they are trained the bottlenecks are the identity. They are not linear, so that no plain model has the same
     outputs: `steadytune.save_adapters` stores what was trained and `steadytune.load_adapters` puts it into the
@@ -59,7 +56,7 @@ class Adapters(Method):
         ValueError: in setup, for a PEFT model, one that has adapters, or one whose blocks are not known (XLNet).
     """
 
-    size: int = 64
+    size: Annotated[int, Within("[1, inf)")] = 64
 
     structure: ClassVar = True
     draws_weights: ClassVar = True
@@ -82,9 +79,6 @@ class Adapters(Method):
         year=2019,
         arxiv="1902.00751",
     )
-
-    def __post_init__(self) -> None:
-        whole("size", self.size, 1)
 
     def setup(self, run: Run) -> None:
         run.train_only(self, is_trained)

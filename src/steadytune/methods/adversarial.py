@@ -1,9 +1,5 @@
 """FGM and PGD: train on adversarial embeddings too.
 
-Miyato, Dai, Goodfellow: Adversarial Training Methods for Semi-Supervised Text Classification. ICLR 2017,
-arXiv 1605.07725 (FGM). Madry, Makelov, Schmidt, Tsipras, Vladu: Towards Deep Learning Models Resistant to Adversarial
-Attacks. ICLR 2018, arXiv 1706.06083 (PGD).
-
 With x the embeddings of an example, norms over all its tokens, g = d task / dx and s the standard deviation of the
 embedding table's entries:
 
@@ -15,12 +11,12 @@ embedding table's entries:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Step, not_negative, shards, whole
+from ..core import Method, Run, Step, Within, shards
 from ..core.facts import Cost, Paper
 from ..core.step import perturbed, width
 
@@ -30,9 +26,9 @@ class FGM(Method):
     """Add the task loss at embeddings moved one step along its gradient.
 
     Args:
-        epsilon in [0, inf): L2 norm of an example's perturbation, in standard deviations of the embedding table's
+        epsilon: L2 norm of an example's perturbation, in standard deviations of the embedding table's
             entries before training; the paper's 5 is 0.28 for all-MiniLM-L6-v2.
-        weight in [0, inf): of the adversarial loss.
+        weight: of the adversarial loss.
 
     Every forward has its own dropout draw. Padding is never perturbed, no ``.grad`` or weight is touched on the way.
 
@@ -47,8 +43,8 @@ class FGM(Method):
         RuntimeError: at the first step, for weights in pieces (FSDP2).
     """
 
-    epsilon: float = 5.0
-    weight: float = 1.0
+    epsilon: Annotated[float, Within("[0, inf)")] = 5.0
+    weight: Annotated[float, Within("[0, inf)")] = 1.0
 
     null: ClassVar = {"weight": 0.0}
     conflicts: ClassVar[tuple[str, ...]] = ("sharded weights (FSDP2)",)
@@ -61,10 +57,6 @@ class FGM(Method):
         year=2017,
         arxiv="1605.07725",
     )
-
-    def __post_init__(self) -> None:
-        not_negative("epsilon", self.epsilon)
-        not_negative("weight", self.weight)
 
     def setup(self, run: Run) -> None:
         self.embedding = perturbed(run.model)
@@ -99,9 +91,9 @@ class PGD(FGM):
     """Add the task loss at embeddings moved several steps along its gradient, within a ball.
 
     Args:
-        epsilon in [0, inf): radius of the ball: L2 norm of an example's perturbation, in the unit of `FGM`.
-        step_size in [0, inf): L2 norm of one step, in the same unit.
-        steps in [0, inf): of ascent.
+        epsilon: radius of the ball: L2 norm of an example's perturbation, in the unit of `FGM`.
+        step_size: L2 norm of one step, in the same unit.
+        steps: of ascent.
 
     Every forward has its own dropout draw. Padding is never perturbed, no ``.grad`` or weight is touched on the way.
 
@@ -114,8 +106,8 @@ class PGD(FGM):
         RuntimeError: at the first step, for weights in pieces (FSDP2).
     """
 
-    step_size: float = 1.5
-    steps: int = 3
+    step_size: Annotated[float, Within("[0, inf)")] = 1.5
+    steps: Annotated[int, Within("[0, inf)")] = 3
 
     cost: ClassVar = Cost(passes=4.0)
     paper: ClassVar = Paper(
@@ -126,11 +118,6 @@ class PGD(FGM):
         year=2018,
         arxiv="1706.06083",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        not_negative("step_size", self.step_size)
-        whole("steps", self.steps, 0)
 
     def attack(self, step: Step) -> Tensor:
         noise = step.zeros(width(self.embedding))

@@ -1,8 +1,5 @@
 """Bi-Drop: update the weights on which the gradients of two dropout draws of one batch agree.
 
-Tong, Xia, Dai, Xu, Liu, Lin, Cao, Sui: Bi-Drop: Enhancing Fine-tuning Generalization via Synchronous sub-net
-Estimation and Optimization. Findings of EMNLP 2023, arXiv 2305.14760.
-
 With g1, g2 the gradients under two dropout draws and mu their mean:
 
     stability  |mu| / sqrt((g1 - mu)^2 + (g2 - mu)^2) = |g1 + g2| / (sqrt(2) |g1 - g2|)
@@ -14,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Scope, Weight, gradients, in_unit, multiply, one_of, select
+from ..core import Method, Run, Scope, Weight, Within, gradients, multiply, select
 from ..core.checks import check_dropout
 from ..core.facts import Cost, Paper
 from .bases.static_mask import top_masks
@@ -32,7 +29,7 @@ class BiDrop(Method):
     """Take each gradient twice, under two dropout draws; use their mean where they agree.
 
     Args:
-        keep in (0, 1]: share of entries of each tensor that is updated.
+        keep: share of entries of each tensor that is updated.
         score: what ranks them: ``"stability"`` over draws, ``"scale"`` relative to the weight, or their product,
             ``"both"``.
         scope: which weights are masked. All others take the mean gradient whole.
@@ -48,7 +45,7 @@ class BiDrop(Method):
         ValueError: in setup, for a model without active dropout: both gradients would be equal.
     """
 
-    keep: float = 0.5
+    keep: Annotated[float, Within("(0, 1]")] = 0.5
     score: Literal["stability", "scale", "both"] = "both"
     scope: Scope = "encoder"
 
@@ -66,10 +63,6 @@ class BiDrop(Method):
         year=2023,
         arxiv="2305.14760",
     )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        in_unit("keep", self.keep)
-        one_of("score", self.score, ("stability", "scale", "both"))
 
     def setup(self, run: Run) -> None:
         run.require(self, self.scope)

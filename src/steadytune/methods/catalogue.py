@@ -1,4 +1,7 @@
-"""Everything about every method, from its class: the one source of `steadytune methods` and of docs/methods.md."""
+"""Everything about every method, from its class: `steadytune methods` and docs/methods.md say what stands there.
+
+python -m steadytune.methods.catalogue        # writes what is generated from METHODS, see `GENERATED`
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,25 @@ import dataclasses
 import inspect
 import re
 import textwrap
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
 
-from ..core import SCOPES, Method, Scope, overrides
+from .. import fields
+from ..core import Method, overrides
 from ..core.facts import Cost, Paper
 from . import METHODS
 
-VERBS = ("before_forward", "penalty", "pull_back", "before_step", "after_step", "evaluated")
+VERBS = ("before_forward", "before_batch", "penalty", "pull_back", "before_step", "after_step", "evaluated")
 HEADER = """\
 # Methods
 
-<!-- written by: steadytune methods --markdown > docs/methods.md -->
+<!-- This page is written by `steadytune methods --markdown`, from the classes of the methods. -->
 
-The order in the list is the order of action. *Passes* are the forward and backward passes of a step, in those of a
-plain step; *bytes* are held per float32 weight that the method acts on, beside the 16 of weight, gradient and AdamW.
-Time outside forward and backward is measured by `python benchmarks/step_cost.py`. When to use which:
-[which-method.md](which-method.md).
+Methods run in list order. *Passes* counts the forward and backward passes of a step; a plain step is 1. *Bytes* is the
+memory for each float32 weight that the method acts on, beside the 16 bytes of weight, gradient and AdamW.
+`python benchmarks/step_cost.py` measures the time outside forward and backward.
+[which-method.md](which-method.md) says when to use which.
 """
 
 
@@ -34,10 +36,11 @@ class Option:
     """A field of a method, for people.
 
     Attributes:
-        type: as one would write it.
-        range: an interval as in "(0, 1]", or "".
-        default: its repr, or "required".
-        meaning: from the Args section of the class, or of the class that it extends.
+        name: Name of the field.
+        type: Its type, as one would write it.
+        range: The interval that a number must lie in, as in "(0, 1]", or "".
+        default: Python's text of the default, or "required".
+        meaning: What it does: from the Args section of the class, or of the class that it extends.
     """
 
     name: str
@@ -52,15 +55,16 @@ class Page:
     """What there is to say about a method.
 
     Attributes:
-        name: on the command line.
-        cls: name of the class.
-        summary: one sentence.
-        notes: the other paragraphs of the docstring, without sections.
-        departures: how it differs from the authors' code or paper; "" for not at all.
-        moments: the verbs it defines, in the order of a step; where it has none of these, those before the first.
-        conflicts: what it cannot be combined with.
-        cost: of running it.
-        paper: None for a method that comes from no paper.
+        name: Name on the command line.
+        cls: Name of the class.
+        summary: One sentence that says what the method does.
+        notes: The other paragraphs of the docstring, without its sections.
+        options: Its options.
+        departures: How it differs from the authors' code or paper; "" if it does not.
+        moments: The verbs that it defines, in the order of a step; those before the first step if it has no others.
+        conflicts: What it cannot be combined with.
+        cost: What it costs beside plain fine-tuning.
+        paper: The paper that it comes from, or None.
     """
 
     name: str
@@ -124,46 +128,32 @@ def parse(doc: str) -> tuple[tuple[str, ...], dict[str, str]]:
 
 
 def _options(cls: type[Method]) -> tuple[Option, ...]:
-    hints = typing.get_type_hints(cls)
-    described: dict[str, tuple[str, str]] = {}
+    hints = fields.hints(cls)
+    described: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if base is not object and base.__doc__:
             described |= arguments(parse(inspect.cleandoc(base.__doc__))[1].get("Args", ""))
-    found = []
+    options = []
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # every registered method is one
         if field.init:
+            hint = hints.get(field.name, field.type)
             default = "required" if field.default is dataclasses.MISSING else repr(field.default)
-            interval, meaning = described.get(field.name, ("", ""))
-            found.append(Option(field.name, spell(hints[field.name]), interval, default, meaning))
-    return tuple(found)
+            kind, interval = fields.spell(hint), fields.interval(hint)
+            options.append(Option(field.name, kind, interval, default, described.get(field.name, "")))
+    return tuple(options)
 
 
-def arguments(section: str) -> dict[str, tuple[str, str]]:
-    """Range ("" for none) and meaning of each item of an Args section: `keep in (0, 1]: share of ...`."""
-    found = {}
-    for item in re.split(r"\n(?=\S)", section):
-        if match := re.match(r"(\w+)(?: in ([\[(][^\])]*[\])]))?: (.*)", item, re.S):
-            found[match[1]] = (match[2] or "", " ".join(match[3].split()))
-    return found
-
-
-def spell(hint: Any) -> str:
-    """A type as one would say it: choices for a Literal and a scope, the name otherwise."""
-    if hint == Scope:
-        return " | ".join([*map(repr, SCOPES), "function"])
-    if typing.get_origin(hint) is Literal:
-        return " | ".join(map(repr, typing.get_args(hint)))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " | ".join("None" if option is type(None) else spell(option) for option in typing.get_args(hint))
-    return getattr(hint, "__name__", str(hint))
+def arguments(section: str) -> dict[str, str]:
+    """Meaning of each item of an Args section: `keep: Share of ...`."""
+    items = (re.match(r"(\w+): (.*)", item, re.S) for item in re.split(r"\n(?=\S)", section))
+    return {item[1]: " ".join(item[2].split()) for item in items if item}
 
 
 def _conflicts(name: str, cls: type[Method], registry: Mapping[str, type[Method]]) -> tuple[str, ...]:
     if cls.exclusive is None:
         return cls.conflicts
     others = [f"`{key}`" for key, other in registry.items() if other.exclusive == cls.exclusive and key != name]
-    same = f"a second {cls.exclusive} of the same weight" + (f" ({', '.join(others)})" if others else "")
-    return (same, *cls.conflicts)
+    return (f"another {cls.exclusive}" + (f" ({', '.join(others)})" if others else ""), *cls.conflicts)
 
 
 # ---- Markdown ---------------------------------------------------------------------------------------------------
@@ -171,7 +161,7 @@ def _conflicts(name: str, cls: type[Method], registry: Mapping[str, type[Method]
 
 def markdown(registry: Mapping[str, type[Method]] = METHODS) -> str:
     """The whole of docs/methods.md."""
-    found = pages(registry)
+    listed = pages(registry)
     rows = [
         (
             f"[`{page.name}`](#{page.name})",
@@ -182,10 +172,10 @@ def markdown(registry: Mapping[str, type[Method]] = METHODS) -> str:
             page.cost.memory,
             "; ".join(page.conflicts) or "none",
         )
-        for page in found.values()
+        for page in listed.values()
     ]
     table = _table(("method", "what it does", "acts at", "paper", "passes", "bytes", "not with"), rows)
-    return "\n\n".join([HEADER.strip(), table, *map(_section, found.values())]) + "\n"
+    return "\n\n".join([HEADER.strip(), table, *map(_section, listed.values())]) + "\n"
 
 
 def _section(page: Page) -> str:
@@ -206,3 +196,59 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
     return "\n".join([line(titles), line(["---"] * len(titles)), *map(line, rows)])
+
+
+def overview() -> str:
+    """The table of the README: class, what it does, source."""
+    rows = [
+        (
+            f"`{page.cls}`",
+            page.summary.replace("``", "`"),
+            f"{page.paper.short}, [{page.paper.arxiv}]({page.paper.url})" if page.paper else "",
+        )
+        for page in pages(own()).values()
+    ]
+    return _table(("method", "what it does", "source"), rows)
+
+
+def imports() -> str:
+    """The imports of `steadytune.methods` that type checkers read."""
+    places = sorted((place.split(":") for place in METHODS.own.values()), key=lambda place: (place[0], place[1]))
+    lines = [f"    from .{file} import {kind} as {kind}" for file, kind in places]
+    return "\n".join(["if TYPE_CHECKING:", *lines])
+
+
+def own() -> dict[str, type[Method]]:
+    """The methods of this package, without those that others have installed here."""
+    return {name: METHODS[name] for name in METHODS.own}
+
+
+GENERATED = {  # file: the lines between which it is written, and by what
+    "README.md": ("<!-- begin: methods -->", "<!-- end: methods -->", lambda: f"\n{overview()}\n"),
+    "src/steadytune/methods/__init__.py": ("# begin: classes", "# end: classes", imports),
+    "docs/methods.md": ("", "", lambda: markdown(own())),
+}
+
+
+def generated(root: Path) -> dict[Path, str]:
+    """The files that are generated from the methods, wholly or between two lines, as they should be.
+
+    Args:
+        root: The checkout.
+    """
+    texts = {}
+    for name, (begin, end, make) in GENERATED.items():
+        file = root / name
+        text = file.read_text(encoding="utf-8")
+        if begin:
+            before, rest = text.split(f"{begin}\n", 1)
+            made = f"{before}{begin}\n{make()}\n{end}{rest.split(end, 1)[1]}"
+        else:
+            made = make()
+        texts[file] = made
+    return texts
+
+
+if __name__ == "__main__":
+    for file, text in generated(Path(__file__).parents[3]).items():
+        file.write_text(text, encoding="utf-8")

@@ -1,10 +1,7 @@
 """Child-Tuning: update a child network only, drawn anew at each step (F) or chosen once by Fisher information (D).
 
-Xu, Luo, Zhang, Tan, Chang, Huang, Huang: Raise a Child in Large Language Model: Towards Effective and Generalizable
-Fine-tuning. EMNLP 2021, arXiv 2109.05687.
-
-    F    g <- g * B / keep        B ~ Bernoulli(keep), every entry, every step; E[B / keep] = 1
-    D    g <- g * M               M = [F among the largest keep], F = mean of squared gradients at the start
+F    g <- g * B / keep        B ~ Bernoulli(keep), every entry, every step; E[B / keep] = 1
+D    g <- g * M               M = [F among the largest keep], F = mean of squared gradients at the start
 """
 
 from __future__ import annotations
@@ -13,12 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Scope, Weight, in_unit, multiply, one_of, select, whole
+from ..core import Method, Run, Scope, Weight, Within, multiply, select
 from ..core.facts import Cost, Paper
 from ..core.step import Inputs, batch_size
 from ..core.tensors import byte_mask
@@ -41,7 +38,7 @@ class ChildTuningF(Method):
     """Give a random share of the gradient's entries to the optimizer at each step, enlarged so that the mean stays.
 
     Args:
-        keep in (0, 1]: share of entries that get their gradient; the authors' p_F, 0.2 to 0.4. Rounded to a multiple
+        keep: share of entries that get their gradient; the authors' p_F, 0.2 to 0.4. Rounded to a multiple
             of 1/256, at least one: each entry costs one random byte.
         scope: which weights are masked.
 
@@ -52,15 +49,12 @@ class ChildTuningF(Method):
         One draw per optimizer step, the same on all ranks.
     """
 
-    keep: float = 0.3
+    keep: Annotated[float, Within("(0, 1]")] = 0.3
     scope: Scope = "all"
 
     null: ClassVar = {"keep": 1.0}
     exclusive: ClassVar = "mask"
     paper: ClassVar = PAPER
-
-    def __post_init__(self) -> None:
-        in_unit("keep", self.keep)
 
     @property
     def share(self) -> float:
@@ -87,15 +81,15 @@ class ChildTuningD(StaticMask):
     """Before training, rank weights by their Fisher information on the training rows; update the largest only.
 
     Args:
-        keep in (0, 1]: share of entries that stays trainable; the authors' p_D, 0.1 to 0.3.
+        keep: share of entries that stays trainable; the authors' p_D, 0.1 to 0.3.
         scope: which weights are ranked and masked, all together. Others train as usual.
         per: whose gradients are squared: those of a ``"batch"`` of an optimizer step (as the authors' code), or of each
             ``"example"`` (as the paper defines; one backward pass per row).
         labels: the ``"true"`` ones (both paper and code), or ``"sampled"`` from the model's own prediction, which is
             what Fisher information means. For tasks with one class label per row.
-        clip in (0, inf]: largest norm of one tensor's gradient before it is squared; inf does not clip, the authors'
+        clip: largest norm of one tensor's gradient before it is squared; inf does not clip, the authors'
             code has 1.
-        batches in [0, inf): batches to look at; 0 is one pass over all rows, as the authors'.
+        batches: batches to look at; 0 is one pass over all rows, as the authors'.
         frozen: keep masked entries bit for bit. False, as in the authors' code: their gradient is zero, but decay (and
             momentum that others bring) still moves them.
 
@@ -107,25 +101,17 @@ class ChildTuningD(StaticMask):
         authors' code ranks anew by half-trained weights.
     """
 
-    keep: float = 0.3
+    keep: Annotated[float, Within("(0, 1]")] = 0.3
     scope: Scope = "encoder"
     per: Literal["batch", "example"] = "batch"
     labels: Literal["true", "sampled"] = "true"
-    clip: float = inf
-    batches: int = 0
+    clip: Annotated[float, Within("(0, inf]")] = inf
+    batches: Annotated[int, Within("[0, inf)")] = 0
     frozen: bool = False
 
     null: ClassVar = {"keep": 1.0}
     cost: ClassVar = Cost(held={"": 1})
     paper: ClassVar = PAPER
-
-    def __post_init__(self) -> None:
-        in_unit("keep", self.keep)
-        one_of("per", self.per, ("batch", "example"))
-        one_of("labels", self.labels, ("true", "sampled"))
-        if not self.clip > 0:
-            raise ValueError(f"clip must be positive, got {self.clip}: inf does not clip")
-        whole("batches", self.batches, 0)
 
     def setup(self, run: Run) -> None:
         super().setup(run)

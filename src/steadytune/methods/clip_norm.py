@@ -1,16 +1,16 @@
-"""Clipping of the gradient by its norm over all weights (Pascanu, Mikolov, Bengio; ICML 2013, arXiv 1211.5063)."""
+"""Clipping of the gradient by its norm over all weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Weight, gradients
+from ..core import Method, Run, Weight, Within, gradients
 from ..core.facts import Paper
 
 
@@ -21,13 +21,13 @@ class ClipNorm(Method):
     An item of the list: what comes before it is clipped, what comes after it is not. DPS's authors mask, then clip.
 
     Args:
-        max_norm in (0, inf]: largest norm that is left alone; ``inf`` never clips.
+        max_norm: largest norm that is left alone; ``inf`` never clips.
 
     Attributes:
         norm: of the last step before clipping, a 0-d tensor.
     """
 
-    max_norm: float = 1.0
+    max_norm: Annotated[float, Within("(0, inf]")] = 1.0
 
     null: ClassVar = {"max_norm": inf}
     paper: ClassVar = Paper(
@@ -38,10 +38,6 @@ class ClipNorm(Method):
         year=2013,
         arxiv="1211.5063",
     )
-
-    def __post_init__(self) -> None:
-        if not self.max_norm > 0:
-            raise ValueError(f"max_norm must be positive, got {self.max_norm}: leave ClipNorm out to clip nothing")
 
     def setup(self, run: Run) -> None:
         self.norm: Tensor | None = None

@@ -1,8 +1,5 @@
 """DPS, Dynamic Parameter Selection: train the whole network, then its most promising part, in cycles.
 
-Zhang, Li, Li, Zhang, Zhu, Jin: Fine-Tuning Pre-Trained Language Models Effectively by Optimizing
-Subnetworks Adaptively. NeurIPS 2022, arXiv 2211.01642.
-
 Training is cut into cycles of two stages of ``us = max(1, int(total_steps * update_ratio))`` steps each:
 
     stage I    the full network learns; squares += g * g
@@ -20,12 +17,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Scope, Weight, in_unit, multiply, one_of, select
+from ..core import Method, Run, Scope, Weight, Within, multiply, select
 from ..core.facts import Cost, Paper
 from ..functional import frequency_score, selecting, stage_length
 from .bases.static_mask import Tensors, top_masks
@@ -36,8 +33,8 @@ class DPSDense(Method):
     """Train everything and add up squared gradients, then train only the entries with the largest sums.
 
     Args:
-        keep in (0, 1]: share of entries that stays trainable in stage II. The authors' 1 - p; their p = 0.3.
-        update_ratio in (0, 1]: length of a stage as a share of all optimizer steps. The authors' 0.05.
+        keep: share of entries that stays trainable in stage II. The authors' 1 - p; their p = 0.3.
+        update_ratio: length of a stage as a share of all optimizer steps. The authors' 0.05.
         scope: which weights are masked; ``"linear"`` includes pooler and head.
         threshold: largest ``keep`` of each ``"tensor"`` (the authors), or of all weights in scope (``"global"``).
         frozen: keep unselected weights and their optimizer state bit for bit in stage II. False, as in the authors'
@@ -50,8 +47,8 @@ class DPSDense(Method):
         switch dropout off, which this does not.
     """
 
-    keep: float = 0.7
-    update_ratio: float = 0.05
+    keep: Annotated[float, Within("(0, 1]")] = 0.7
+    update_ratio: Annotated[float, Within("(0, 1]")] = 0.05
     scope: Scope = "linear"
     threshold: Literal["tensor", "global"] = "tensor"
     frozen: bool = False
@@ -69,11 +66,6 @@ class DPSDense(Method):
         year=2022,
         arxiv="2211.01642",
     )
-
-    def __post_init__(self) -> None:
-        in_unit("keep", self.keep)
-        in_unit("update_ratio", self.update_ratio)
-        one_of("threshold", self.threshold, ("tensor", "global"))
 
     def setup(self, run: Run) -> None:
         self.squares: Tensors = {}
@@ -135,7 +127,7 @@ class DPSMix(DPSDense):
     `DPSDense`.
 
     Args:
-        keep in (0, 1]: share of columns drawn in stage I and of entries selected in stage II; the authors' 1 - p.
+        keep: share of columns drawn in stage I and of entries selected in stage II; the authors' 1 - p.
         frequency_penalty: multiply scores by ``exp(-times drawn / us)``: ``"auto"`` from ``us >= 50`` on, as the
             authors' code does, ``"on"`` or ``"off"``.
         rescale_gradient: the exact chain rule ``dL/dW = B / keep * dL/dW_fwd``. False leaves out ``1 / keep``, as the
@@ -151,10 +143,6 @@ class DPSMix(DPSDense):
 
     conflicts: ClassVar[tuple[str, ...]] = (*DPSDense.conflicts, "adapters, which have no pre-trained value")
     cost: ClassVar = Cost(held={"stage I": 8, "stage II": 9}, during=4)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("frequency_penalty", self.frequency_penalty, ("auto", "on", "off"))
 
     def setup(self, run: Run) -> None:
         super().setup(run)

@@ -1,24 +1,22 @@
 """EasyAdapt: a head for all domains, and beside it for each domain what is special about it.
 
-Daume III: Frustratingly Easy Domain Adaptation. ACL 2007, arXiv 0907.1815.
+features (h, h, 0, ...) for rows of domain 1, (h, 0, h, ...) for rows of domain 2, ...: one linear layer on them is
 
-    features (h, h, 0, ...) for rows of domain 1, (h, 0, h, ...) for rows of domain 2, ...: one linear layer on them is
-
-    logits = (W + W_d) h + b + b_d        in training, for rows of domain d
-    logits = W h + b                      in evaluation, for rows of any domain
+logits = (W + W_d) h + b + b_d        in training, for rows of domain d
+logits = W h + b                      in evaluation, for rows of any domain
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..core import Run, in_unit, whole
+from ..core import Run, Within
 from ..core.facts import Cost, Paper
 from .bases.beside_head import Beside, BesideHead
 
@@ -85,10 +83,10 @@ class EasyAdapt(BesideHead[Domains]):
     """Train a head for all domains and a correction of it for each domain; evaluate and save the head for all.
 
     Args:
-        domains in [2, inf): how many there are in the training rows.
+        domains: how many there are in the training rows.
         domain: the column of the batch that holds each row's domain, a number from 0, or -1 where it is not known; it
             never reaches the model. Or a function of the inputs that gives these numbers.
-        drop in [0, 1]: share of the rows that train without the correction of their domain, so that the head serves
+        drop: share of the rows that train without the correction of their domain, so that the head serves
             rows of a new domain by itself.
 
     What the domains have in common goes into the head, the more so the stronger the weight decay, which holds the
@@ -104,9 +102,9 @@ class EasyAdapt(BesideHead[Domains]):
         RuntimeError: at the first step, for weights in pieces (FSDP2), or a batch without the column.
     """
 
-    domains: int = 2
+    domains: Annotated[int, Within("[2, inf)")] = 2
     domain: str | Callable[[Mapping[str, Any]], Tensor] = "domain"
-    drop: float = 0.2
+    drop: Annotated[float, Within("[0, 1]")] = 0.2
 
     place: ClassVar = "domains"
     exclusive: ClassVar = "set of domains"
@@ -120,10 +118,6 @@ class EasyAdapt(BesideHead[Domains]):
         year=2007,
         arxiv="0907.1815",
     )
-
-    def __post_init__(self) -> None:
-        whole("domains", self.domains, 2)
-        in_unit("drop", self.drop, zero=True)
 
     @property
     def input_columns(self) -> tuple[str, ...]:

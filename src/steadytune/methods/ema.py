@@ -1,7 +1,6 @@
 """Averages of the weights along a run, which are evaluated and saved instead of the weights.
 
-EMA, exponential moving average: Polyak, Juditsky 1992; Tarvainen, Valpola, NeurIPS 2017, arXiv 1703.01780.
-SWA, stochastic weight averaging: Izmailov, Podoprikhin, Garipov, Vetrov, Wilson, UAI 2018, arXiv 1803.05407.
+EMA is an exponential moving average (the idea is Polyak's and Juditsky's, 1992), SWA a plain mean of late weights.
 
     EMA    average <- decay * average + (1 - decay) * W        after every step; the first is W itself
     SWA    average <- mean of the W after every `every`-th step, from the share `start` of the training on
@@ -11,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from ..core import Method, Run, Scope, Weight, in_unit, select, whole
+from ..core import Method, Run, Scope, Weight, Within, select
 from ..core.facts import Cost, Paper
 
 SPAN = 0.1  # share of the training that an average looks back over
@@ -24,7 +23,7 @@ class EMA(Method):
     """Evaluate, save and select the average of the weights; train the weights themselves.
 
     Args:
-        decay in [0, 1): share of the old average that stays; 1 - 1/n looks back about n steps, and 0 is plain
+        decay: share of the old average that stays; 1 - 1/n looks back about n steps, and 0 is plain
             fine-tuning. None looks back over a tenth of the training.
         scope: which weights are averaged.
 
@@ -36,7 +35,7 @@ class EMA(Method):
         of 0.999 would hold three quarters of the start after 300 steps.
     """
 
-    decay: float | None = None
+    decay: Annotated[float, Within("[0, 1)")] | None = None
     scope: Scope = "all"
 
     null: ClassVar = {"decay": 0.0}
@@ -51,10 +50,6 @@ class EMA(Method):
         year=2017,
         arxiv="1703.01780",
     )
-
-    def __post_init__(self) -> None:
-        if self.decay is not None and not 0 <= self.decay < 1:
-            raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
 
     @property
     def needs_steps(self) -> bool:
@@ -76,8 +71,8 @@ class SWA(Method):
     """Evaluate and save the plain mean of the weights of late steps; until the first of them, the weights themselves.
 
     Args:
-        start in [0, 1]: share of the training before the first weights that count; the authors' 0.75.
-        every in [1, inf): steps from one addition to the next; the authors' one epoch.
+        start: share of the training before the first weights that count; the authors' 0.75.
+        every: steps from one addition to the next; the authors' one epoch.
         scope: which weights are averaged.
 
     The average gains most where the weights still move: with a learning rate that stays high to the end. Buffers
@@ -88,8 +83,8 @@ class SWA(Method):
         which transformers do not have.
     """
 
-    start: float = 0.75
-    every: int = 1
+    start: Annotated[float, Within("[0, 1]")] = 0.75
+    every: Annotated[int, Within("[1, inf)")] = 1
     scope: Scope = "all"
 
     null: ClassVar = {"start": 1.0}
@@ -110,10 +105,6 @@ class SWA(Method):
         year=2018,
         arxiv="1803.05407",
     )
-
-    def __post_init__(self) -> None:
-        in_unit("start", self.start, zero=True)
-        whole("every", self.every, 1)
 
     def setup(self, run: Run) -> None:
         run.require(self, self.scope)

@@ -1,21 +1,19 @@
 """Extrapolation: take the gradient a little further along the way the weights are going.
 
-Lin, Kong, Stich, Jaggi: Extrapolation for Large-batch Training in Deep Learning. ICML 2020, arXiv 2006.05720.
-
-    W_fwd = W + ahead * (W - W_before)        where the last update would lead if it were repeated
-    W <- optimizer(W, gradient at W_fwd)
+W_fwd = W + ahead * (W - W_before)        where the last update would lead if it were repeated
+W <- optimizer(W, gradient at W_fwd)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Scope, Weight, not_negative, select
+from ..core import Method, Run, Scope, Weight, Within, select
 from ..core.facts import Cost, Paper
 
 
@@ -24,7 +22,7 @@ class Extrapolation(Method):
     """Show each weight moved on by a share of its last update; the gradient found there moves the weight itself.
 
     Args:
-        ahead in [0, inf): how far, in units of the last update. With SGD it is the paper's extrapolation step divided
+        ahead: how far, in units of the last update. With SGD it is the paper's extrapolation step divided
             by its learning rate.
         scope: which weights are moved on.
 
@@ -35,7 +33,7 @@ class Extrapolation(Method):
         it is the past gradient of the paper's cheap form. The forms with a gradient of their own are left out.
     """
 
-    ahead: float = 0.5
+    ahead: Annotated[float, Within("[0, inf)")] = 0.5
     scope: Scope = "all"
 
     null: ClassVar = {"ahead": 0.0}
@@ -48,9 +46,6 @@ class Extrapolation(Method):
         year=2020,
         arxiv="2006.05720",
     )
-
-    def __post_init__(self) -> None:
-        not_negative("ahead", self.ahead)
 
     def setup(self, run: Run) -> None:
         run.require(self, self.scope)

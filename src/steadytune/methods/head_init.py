@@ -1,22 +1,19 @@
 """HeadInit: begin with the best head on frozen features instead of a random one.
 
-Kumar, Raghunathan, Jones, Ma, Liang: Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution.
-ICLR 2022, arXiv 2202.10054.
-
-    phi(x)  what enters the last linear layer, model in evaluation mode
-    W, b <- argmin  C * sum_i -log softmax(W phi(x_i) + b)[y_i] + |W|^2 / 2          before the first step
+phi(x)  what enters the last linear layer, model in evaluation mode
+W, b <- argmin  C * sum_i -log softmax(W phi(x_i) + b)[y_i] + |W|^2 / 2          before the first step
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
-from ..core import Method, Run, not_negative, one_of
+from ..core import Method, Run, Within
 from ..core.facts import Paper
-from ..heads.start import HOW, How, probe_of_batches, set_head
+from ..heads.start import How, probe_of_batches, set_head
 
 
 @dataclass
@@ -24,8 +21,8 @@ class HeadInit(Method):
     """Let the head begin as a linear probe on frozen features (the first half of LP-FT).
 
     Args:
-        how in {"logistic", "ridge"}: probe for classes. Numbers take ridge, several labels logistic regressions.
-        scale in [0, inf): factor on the probe's weights. A large head slows the change of features (arXiv 2405.16747).
+        how: Probe for classes. Numbers take ridge, several labels logistic regressions.
+        scale: factor on the probe's weights. A large head slows the change of features (arXiv 2405.16747).
 
     The probe is fitted in setup, on one pass over the training data, which `Run` must be given as ``data``; the Trainer
     gives it. The penalty is chosen by cross-validation. Two runs on the same data begin with the same head, whatever
@@ -41,7 +38,7 @@ class HeadInit(Method):
     """
 
     how: How = "logistic"
-    scale: float = 1.0
+    scale: Annotated[float, Within("[0, inf)")] = 1.0
 
     conflicts: ClassVar[tuple[str, ...]] = ("weights that are sharded before the run is made",)
     paper: ClassVar = Paper(
@@ -52,10 +49,6 @@ class HeadInit(Method):
         year=2022,
         arxiv="2202.10054",
     )
-
-    def __post_init__(self) -> None:
-        one_of("how", self.how, HOW)
-        not_negative("scale", self.scale)
 
     def setup(self, run: Run) -> None:
         if run.sharded:

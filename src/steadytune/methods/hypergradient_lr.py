@@ -1,8 +1,5 @@
 """Hypergradient descent: the learning rate grows while successive updates agree, and shrinks when they turn back.
 
-Baydin, Cornish, Martinez Rubio, Schmidt, Wood: Online Learning Rate Adaptation with Hypergradient Descent.
-ICLR 2018, arXiv 1703.04782.
-
 With u the direction of the last update, W <- W - lr * u, and g the gradient after it, d loss / d lr = -<g, u>:
 
     multiplicative    lr <- lr * (1 + beta * <g, u> / (||g|| ||u||))
@@ -14,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Weight, one_of
+from ..core import Method, Run, Weight, Within
 from ..core.facts import Cost, Paper
 
 LEAST = 0.01  # of the factor: at 0 there would be no more updates to learn from
@@ -30,7 +27,7 @@ class HypergradientLR(Method):
     """Multiply all updates of the optimizer by one factor that learns, step by step, from how well they pointed.
 
     Args:
-        beta in [0, 1): rate at which the factor learns. Additive: the authors' beta, in units of the learning rate per
+        beta: rate at which the factor learns. Additive: the authors' beta, in units of the learning rate per
             squared gradient (1e-4 and far below).
         rule: ``"multiplicative"``: by the cosine between gradient and last update, so that beta has no unit.
             ``"additive"``: by their inner product.
@@ -48,7 +45,7 @@ class HypergradientLR(Method):
         ValueError: in attach, for a learning rate of 0.
     """
 
-    beta: float = 0.02
+    beta: Annotated[float, Within("[0, 1)")] = 0.02
     rule: Literal["multiplicative", "additive"] = "multiplicative"
 
     null: ClassVar = {"beta": 0.0}
@@ -61,11 +58,6 @@ class HypergradientLR(Method):
         year=2018,
         arxiv="1703.04782",
     )
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.beta < 1:
-            raise ValueError(f"beta must lie in [0, 1), got {self.beta}")
-        one_of("rule", self.rule, ("multiplicative", "additive"))
 
     def setup(self, run: Run) -> None:
         p = run.require(self, "all")[0].data

@@ -1,7 +1,6 @@
 """ImplicitTune: how hard weights are held near their start, or near zero, is learned on other rows while they train.
 
-Lorraine, Vicol, Duvenaud: Optimizing Millions of Hyperparameters by Implicit Differentiation. AISTATS 2020,
-arXiv 1911.02590. One term: Luketina, Berglund, Greff, Raiko: Scalable Gradient-Based Tuning of Continuous
+With one term it is the method of Luketina, Berglund, Greff, Raiko: Scalable Gradient-Based Tuning of Continuous
 Regularization Hyperparameters. ICML 2016, arXiv 1511.06727.
 
     min over b of L2(W*)    with  W* = argmin over W of L1(W) + a / 2 * ||W - W0||^2,    a = exp(b)
@@ -24,13 +23,14 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..core import Run, Scope, Weight, not_negative, one_of, whole
+from ..core import Run, Scope, Weight, Within
 from ..core.facts import Cost, Paper
+from ..errors import UsageError
 from ..hypergradient import check_masters, check_slope, conjugate_gradient, difference, neumann, preconditioner
 from .bases.bilevel import BiLevel, Outer
 
@@ -42,23 +42,23 @@ class ImplicitTune(BiLevel):
     """Learn the strength of a pull toward the pre-trained weights, or of weight decay, on rows held out for it.
 
     Args:
-        outer in (0, 1): the rows that the strengths learn on: in `steadytune.fit` a share of the training rows, which
+        outer: the rows that the strengths learn on: in `steadytune.fit` a share of the training rows, which
             the weights are then not trained on; elsewhere a function that gives batches each time it is called (on
             several processes, each its own).
         toward: ``"pretrained"`` values, as `L2SP`, which a new head does not have; or ``"zero"``, as weight decay.
         per: one strength for all weights in scope (``"model"``), one for each transformer block and one for the rest
             (``"block"``), or one for each weight matrix and vector (``"tensor"``).
-        start in [0, inf): strength to begin with, in units of AdamW's decay (times the learning rate). 0 switches
+        start: strength to begin with, in units of AdamW's decay (times the learning rate). 0 switches
             everything off.
-        least in (0, inf): no strength goes below.
-        most in (0, inf): nor above.
-        terms in [1, inf): 1 learns from what the last step did. More look further back: terms of a Neumann series, or
+        least: no strength goes below.
+        most: nor above.
+        terms: 1 learns from what the last step did. More look further back: terms of a Neumann series, or
             iterations of CG, each two more passes of the step's batch (CG: from the first on).
         inverse: ``"neumann"``, or ``"cg"`` for the strength that is best at the end of an endless training, which few
             epochs are not.
         precondition: beyond the last step, the curvature acts through the optimizer's own scale of each weight. False
             takes plain descent, for optimizers whose scale is not known.
-        lr in (0, inf): of the strengths' own AdamW, which moves their logarithms: 0.05 is 5 % a step.
+        lr: of the strengths' own AdamW, which moves their logarithms: 0.05 is 5 % a step.
         scope: which weights are pulled. With ``toward="zero"``, ``"linear"`` leaves biases and norms alone.
 
     The optimizer's own decay is switched off for weights that are pulled, and applied by this method to all others. The
@@ -77,16 +77,16 @@ class ImplicitTune(BiLevel):
             to pull; in attach for sharded weights, or an optimizer that cannot be preconditioned.
     """
 
-    outer: float | Outer = 0.2
+    outer: Annotated[float, Within("(0, 1)")] | Outer = 0.2
     toward: Literal["pretrained", "zero"] = "pretrained"
     per: Literal["model", "block", "tensor"] = "model"
-    start: float = 0.1
-    least: float = 1e-4
-    most: float = 1e3
-    terms: int = 1
+    start: Annotated[float, Within("[0, inf)")] = 0.1
+    least: Annotated[float, Within("(0, inf)")] = 1e-4
+    most: Annotated[float, Within("(0, inf)")] = 1e3
+    terms: Annotated[int, Within("[1, inf)")] = 1
     inverse: Literal["neumann", "cg"] = "neumann"
     precondition: bool = True
-    lr: float = 0.05
+    lr: Annotated[float, Within("(0, inf)")] = 0.05
     scope: Scope = "all"
 
     decay = 0.0
@@ -109,18 +109,11 @@ class ImplicitTune(BiLevel):
     )
 
     def __post_init__(self) -> None:
-        self.check()
-        one_of("toward", self.toward, ("pretrained", "zero"))
-        one_of("per", self.per, ("model", "block", "tensor"))
-        one_of("inverse", self.inverse, ("neumann", "cg"))
-        whole("terms", self.terms, 1)
-        not_negative("start", self.start)
-        if not self.least > 0:
-            raise ValueError(f"least must be positive, as strengths are learned by their logarithm, got {self.least}")
+        super().__post_init__()
         if not self.most > self.least:
-            raise ValueError(f"most must exceed least={self.least}, got {self.most}")
+            raise UsageError(f"most must exceed least={self.least}, got {self.most}")
         if self.learns and not self.least <= self.start <= self.most:
-            raise ValueError(f"start must be 0 or lie in [least, most] = [{self.least}, {self.most}], got {self.start}")
+            raise UsageError(f"start must be 0 or lie in [least, most] = [{self.least}, {self.most}], got {self.start}")
 
     @property
     def learns(self) -> bool:

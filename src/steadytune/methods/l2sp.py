@@ -1,21 +1,18 @@
 """L2-SP: decay toward the pre-trained weights instead of toward zero.
 
-Li, Grandvalet, Davoine: Explicit Inductive Bias for Transfer Learning with Convolutional Networks.
-ICML 2018, arXiv 1802.01483.
-
-    penalty  alpha / 2 * ||W - W0||^2        coupled: g <- g + alpha * (W - W0)
-                                             decoupled: W <- W - lr * alpha * (W - W0)
+penalty  alpha / 2 * ||W - W0||^2        coupled: g <- g + alpha * (W - W0)
+decoupled: W <- W - lr * alpha * (W - W0)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
-from ..core import Method, Run, Scope, Weight, not_negative, select
+from ..core import Method, Run, Scope, Weight, Within, select
 from ..core.facts import Cost, Paper
 
 
@@ -24,7 +21,7 @@ class L2SP(Method):
     """Pull weights toward their pre-trained values; a new head keeps ordinary decay.
 
     Args:
-        alpha in [0, inf): strength; 0.01 to 0.1 decoupled (times the learning rate), as a weight decay.
+        alpha: strength; 0.01 to 0.1 decoupled (times the learning rate), as a weight decay.
         scope: which weights are pulled; those without a pre-trained value are left out.
         decoupled: before the optimizer's update and apart from its moments, as AdamW decays. False adds the gradient
             of the penalty, as the paper does.
@@ -35,7 +32,7 @@ class L2SP(Method):
         Decoupled by default, as the reference optimizer is AdamW; the paper adds the gradient of the penalty.
     """
 
-    alpha: float = 0.01
+    alpha: Annotated[float, Within("[0, inf)")] = 0.01
     scope: Scope = "all"
     decoupled: bool = True
     replace_decay: bool = True
@@ -52,9 +49,6 @@ class L2SP(Method):
         year=2018,
         arxiv="1802.01483",
     )
-
-    def __post_init__(self) -> None:
-        not_negative("alpha", self.alpha)
 
     def setup(self, run: Run) -> None:
         self.pulled = {w.name for w in run.require(self, self.scope, reference=True)}

@@ -1,7 +1,5 @@
 """LLRD: the lower a layer, the smaller its learning rate.
 
-Howard, Ruder: Universal Language Model Fine-tuning for Text Classification. ACL 2018, arXiv 1801.06146.
-
 With L blocks, l = 0 at the input:
 
     head, pooler     lr
@@ -13,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from ..core import Method, Run, in_unit
+from ..core import Method, Run, Within
 from ..core.anatomy import blocks, depths
 from ..core.facts import Paper
 
@@ -27,7 +25,7 @@ class LLRD(Method):
     """Give each block the learning rate of the block above times a factor; the head has the optimizer's own.
 
     Args:
-        decay in (0, 1]: factor from one block to the next below.
+        decay: factor from one block to the next below.
 
     The optimizer's groups are split, whatever they were, and a scheduler built after `Run.attach` goes on with the rate
     of each. One that has rates of its own (OneCycleLR, CyclicLR) wants a list of them:
@@ -44,7 +42,7 @@ class LLRD(Method):
         ValueError: in setup, for a model without blocks.
     """
 
-    decay: float = 0.95
+    decay: Annotated[float, Within("(0, 1]")] = 0.95
 
     null: ClassVar = {"decay": 1.0}
     paper: ClassVar = Paper(
@@ -55,9 +53,6 @@ class LLRD(Method):
         year=2018,
         arxiv="1801.06146",
     )
-
-    def __post_init__(self) -> None:
-        in_unit("decay", self.decay)
 
     def setup(self, run: Run) -> None:
         if not blocks(run.model):

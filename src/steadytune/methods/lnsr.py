@@ -1,7 +1,5 @@
 """LNSR: noise in the middle of the network must not grow on its way up.
 
-Hua, Li, Dou, Xu, Luo: Noise Stability Regularization for Improving BERT Fine-tuning. NAACL 2021, arXiv 2107.04835.
-
 With h_r the output of block r and b the block that is disturbed:
 
     L = task + weight * mean over examples and tokens of  sum over r > b of  ||h_r(h_b + z) - h_r(h_b)||^2 / width
@@ -11,12 +9,12 @@ With h_r the output of block r and b the block that is disturbed:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Step, not_negative
+from ..core import Method, Run, Step, Within
 from ..core.anatomy import blocks
 from ..core.checks import check_lengths
 from ..core.facts import Cost, Paper
@@ -28,8 +26,8 @@ class LNSR(Method):
     """Add noise to the output of one block and penalise how far the outputs of the blocks above move.
 
     Args:
-        weight in [0, inf): of the squared movement, the same for all blocks above.
-        scale in [0, inf): length of a token's noise as a share of its vector; in-manifold, of the way to another
+        weight: of the squared movement, the same for all blocks above.
+        scale: length of a token's noise as a share of its vector; in-manifold, of the way to another
             example's.
         block: which block, counted from 0 at the input; by default a quarter of the way up.
         in_manifold: the noise points toward the same position in the next example of the batch, where both have a
@@ -47,9 +45,9 @@ class LNSR(Method):
             block above.
     """
 
-    weight: float = 1.0
-    scale: float = 0.05
-    block: int | None = None
+    weight: Annotated[float, Within("[0, inf)")] = 1.0
+    scale: Annotated[float, Within("[0, inf)")] = 0.05
+    block: Annotated[int, Within("[0, inf)")] | None = None
     in_manifold: bool = False
 
     hidden_states: ClassVar = True
@@ -65,10 +63,6 @@ class LNSR(Method):
         year=2021,
         arxiv="2107.04835",
     )
-
-    def __post_init__(self) -> None:
-        not_negative("weight", self.weight)
-        not_negative("scale", self.scale)
 
     def setup(self, run: Run) -> None:
         name, found = type(run.model).__name__, blocks(run.model)

@@ -1,8 +1,5 @@
 """Meta-Weight-Net: a small network tells from the loss of a training row how much it counts, learned on trusted rows.
 
-Shu, Xie, Yi, Zhao, Zhou, Xu, Meng: Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting. NeurIPS 2019,
-arXiv 1902.07379.
-
 With l_i the loss of row i, and L2 the loss of outer rows, whose labels are clean or classes balanced:
 
     L1 = mean of V(l_i) l_i          V(l) = sigmoid(w2 . relu(w1 l + b1) + b2), l a constant in it
@@ -16,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..core import Run, Step, Weight, whole
+from ..core import Run, Step, Weight, Within
 from ..core.facts import Cost, Paper
 from ..core.step import full
 from ..hypergradient import check_masters, check_slope, difference
@@ -33,11 +30,11 @@ class MetaWeightNet(BiLevel):
     """Weigh training rows by a function of their loss that makes the loss on trusted rows fall.
 
     Args:
-        outer in (0, 1): the trusted rows: a function that gives batches of them each time it is called (on several
+        outer: the trusted rows: a function that gives batches of them each time it is called (on several
             processes, each its own); in `steadytune.fit` also a share of the training rows, which then must be good.
-        hidden in [1, inf): width of the network.
-        lr in (0, inf): of the network's own AdamW.
-        decay in [0, inf): of the network's weights.
+        hidden: width of the network.
+        lr: of the network's own AdamW.
+        decay: of the network's weights.
         precondition: the step that is differentiated is the optimizer's own, not one of plain descent.
 
     It takes the place of the task's loss: cross entropy of one label per row, squared error of one number, or the mean
@@ -53,10 +50,10 @@ class MetaWeightNet(BiLevel):
             weights, or an optimizer that cannot be preconditioned; at the first batch for labels of tokens.
     """
 
-    outer: float | Outer = 0.1
-    hidden: int = 100
-    lr: float = 1e-3
-    decay: float = 0.0
+    outer: Annotated[float, Within("(0, 1)")] | Outer = 0.1
+    hidden: Annotated[int, Within("[1, inf)")] = 100
+    lr: Annotated[float, Within("(0, inf)")] = 1e-3
+    decay: Annotated[float, Within("[0, inf)")] = 0.0
     precondition: bool = True
 
     full_precision = True
@@ -70,10 +67,6 @@ class MetaWeightNet(BiLevel):
         year=2019,
         arxiv="1902.07379",
     )
-
-    def __post_init__(self) -> None:
-        self.check()
-        whole("hidden", self.hidden, 1)
 
     def setup(self, run: Run) -> None:
         super().setup(run)

@@ -1,8 +1,5 @@
 """Mixout: dropout toward the pre-trained weights instead of toward zero.
 
-Lee, Cho, Kang: Mixout: Effective Regularization to Finetune Large-scale Pretrained Language Models.
-ICLR 2020, arXiv 1909.11299.
-
 With B ~ Bernoulli(keep) over input columns and W0 the pre-trained weight:
 
     W_fwd = W0 + B * (W - W0) / keep          dL/dW = B / keep * dL/dW_fwd          E[W_fwd] = W
@@ -12,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
-from ..core import Method, Run, Scope, Weight, in_unit, multiply, select
+from ..core import Method, Run, Scope, Weight, Within, multiply, select
 from ..core.facts import Cost, Paper
 
 
@@ -25,7 +22,7 @@ class Mixout(Method):
     """Show random input columns of each weight as their pre-trained values, once per optimizer step.
 
     Args:
-        keep in [0, 1]: share of columns shown as they are; the paper's 1 - p. The paper uses p = 0.7 to 0.9 with
+        keep: share of columns shown as they are; the paper's 1 - p. The paper uses p = 0.7 to 0.9 with
             three epochs; with the longer baseline recipe used here p = 0.1 is the usual value, hence 0.9.
         scope: which weights are mixed. A new head has no pre-trained value and is left alone.
         rescale_gradient: the exact chain rule. False leaves out ``1 / keep``, as the authors' backward does.
@@ -36,7 +33,7 @@ class Mixout(Method):
         Mixout acts).
     """
 
-    keep: float = 0.9
+    keep: Annotated[float, Within("[0, 1]")] = 0.9
     scope: Scope = "linear"
     rescale_gradient: bool = True
 
@@ -51,9 +48,6 @@ class Mixout(Method):
         year=2020,
         arxiv="1909.11299",
     )
-
-    def __post_init__(self) -> None:
-        in_unit("keep", self.keep, zero=True)
 
     def setup(self, run: Run) -> None:
         self.drawn: dict[str, Tensor] = {}  # of the step under way

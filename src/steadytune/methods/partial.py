@@ -1,21 +1,15 @@
 """Methods that train a part of the model: its top blocks, or its biases.
 
-Lee, Tang, Lin: What Would Elsa Do? Freezing Layers During Transformer Fine-Tuning. arXiv 2019, arXiv 1911.03090.
-
-    TopLayers   W of embeddings and lower blocks stays
-
-Ben Zaken, Ravfogel, Goldberg: BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
-Language-models. ACL 2022, arXiv 2106.10199.
-
-    BitFit      in every y = W x + b of the body, W stays
+TopLayers   W of embeddings and lower blocks stays
+BitFit      in every y = W x + b of the body, W stays
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from ..core import Method, Run, whole
+from ..core import Method, Run, Within
 from ..core.anatomy import Part, anatomy, blocks, depths
 from ..core.facts import Paper
 
@@ -27,7 +21,7 @@ class TopLayers(Method):
     """Train the top blocks and what lies above them, freeze the embeddings and the blocks below.
 
     Args:
-        blocks in [0, inf): how many, from the top; 0 trains the head, the pooler and the last norm.
+        blocks: how many, from the top; 0 trains the head, the pooler and the last norm.
 
     Gradients and optimizer state exist for what is trained only, and the backward pass ends there. With activation
     checkpointing, use ``use_reentrant=False``: torch's re-entrant kind gives no gradients above frozen embeddings.
@@ -39,7 +33,7 @@ class TopLayers(Method):
         ValueError: in setup, for a PEFT model, or one with fewer blocks.
     """
 
-    blocks: int = 3
+    blocks: Annotated[int, Within("[0, inf)")] = 3
 
     structure: ClassVar = True
     exclusive: ClassVar = CHOICE
@@ -52,9 +46,6 @@ class TopLayers(Method):
         year=2019,
         arxiv="1911.03090",
     )
-
-    def __post_init__(self) -> None:
-        whole("blocks", self.blocks, 0)
 
     def setup(self, run: Run) -> None:
         count, depth = len(blocks(run.model)), depths(run.model)

@@ -7,11 +7,11 @@ dense <- nearly the identity     before the first step
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from ..core import Method, Run, one_of
+from ..core import Method, Run
 from ..core.anatomy import POOLING
 from ..core.facts import Paper
 from ..heads.pooling import add_pooling_block, bypass
@@ -25,7 +25,7 @@ class Pooling(Method):
     """Change what the head of a BERT-like classifier reads at the start, and leave a plain model.
 
     Args:
-        how in {"mean", "cls"}: ``"mean"`` adds a block that averages the tokens and makes the dense layer after it
+        how: ``"mean"`` adds a block that averages the tokens and makes the dense layer after it
             nearly the identity; ``"cls"`` does the latter only.
 
     Many checkpoints hold a pooler that was never trained, sentence encoders among them. Fine-tuning then starts from a
@@ -54,9 +54,6 @@ class Pooling(Method):
         year=2019,
         arxiv="1908.10084",
     )
-
-    def __post_init__(self) -> None:
-        one_of("how", self.how, get_args(How))
 
     def setup(self, run: Run) -> None:
         model: Any = run.model

@@ -1,11 +1,8 @@
 """R3F and R4F: predictions must not change under random noise on the embeddings.
 
-Aghajanyan, Shrivastava, Gupta, Goyal, Zettlemoyer, Gupta: Better Fine-Tuning by Reducing Representational Collapse.
-ICLR 2021, arXiv 2008.03156.
-
-    L = task + weight * mean over examples of  KL(f(x) || f(x + z)) + KL(f(x + z) || f(x))
-    z ~ U(-scale, scale)  or  N(0, scale^2)
-    R4F: the last layer has spectral norm 1:  W <- W / ||W||_2  before training and after every step
+L = task + weight * mean over examples of  KL(f(x) || f(x + z)) + KL(f(x + z) || f(x))
+z ~ U(-scale, scale)  or  N(0, scale^2)
+R4F: the last layer has spectral norm 1:  W <- W / ||W||_2  before training and after every step
 """
 
 from __future__ import annotations
@@ -13,12 +10,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Step, Weight, not_negative, one_of, shards
+from ..core import Method, Run, Step, Weight, Within, shards
 from ..core.facts import Cost, Paper
 from ..core.step import full, perturbed, width
 from ..functional import jeffreys
@@ -40,8 +37,8 @@ class R3F(Method):
     """Pass the batch once more with random noise on the embeddings and add the symmetric KL divergence.
 
     Args:
-        weight in [0, inf): of the divergence; the paper's lambda.
-        scale in [0, inf): half the width of the uniform noise, standard deviation of the normal noise.
+        weight: of the divergence; the paper's lambda.
+        scale: half the width of the uniform noise, standard deviation of the normal noise.
         noise: its distribution.
         detach_embedding: the noisy pass sends no gradient into the embeddings, as in the authors' code.
         dropout: of the noisy pass: a fresh draw, or the draw of the task's own forward.
@@ -56,8 +53,8 @@ class R3F(Method):
         regression is regularised, which the authors' code leaves out; noise is drawn and added in float32.
     """
 
-    weight: float = 1.0
-    scale: float = 1e-5
+    weight: Annotated[float, Within("[0, inf)")] = 1.0
+    scale: Annotated[float, Within("[0, inf)")] = 1e-5
     noise: Literal["uniform", "normal"] = "uniform"
     detach_embedding: bool = False
     dropout: Literal["same", "fresh"] = "fresh"
@@ -65,12 +62,6 @@ class R3F(Method):
     null: ClassVar[dict[str, Any] | None] = {"weight": 0.0}
     cost: ClassVar = Cost(passes=2.0)
     paper: ClassVar = PAPER
-
-    def __post_init__(self) -> None:
-        not_negative("weight", self.weight)
-        not_negative("scale", self.scale)
-        one_of("noise", self.noise, ("uniform", "normal"))
-        one_of("dropout", self.dropout, ("same", "fresh"))
 
     def setup(self, run: Run) -> None:
         self.embedding = perturbed(run.model)
@@ -108,7 +99,7 @@ class R4F(R3F):
     """R3F with a last layer of spectral norm 1, so that the head cannot amplify what the encoder lets through.
 
     Args:
-        weight in [0, inf): of the divergence; the head is normalised at 0 too.
+        weight: of the divergence; the head is normalised at 0 too.
 
     Departures:
         As R3F; and the last layer is projected after every step, so that the weights themselves have spectral norm 1

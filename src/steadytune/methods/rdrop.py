@@ -1,19 +1,16 @@
 """R-Drop: the same input under two dropout draws must give the same prediction.
 
-Liang, Wu, Li, Wang, Meng, Qin, Chen, Zhang, Liu: R-Drop: Regularized Dropout for Neural Networks.
-NeurIPS 2021, arXiv 2106.14448.
-
-    L = (task_1 + task_2) / 2 + alpha * mean over examples of (KL(p1 || p2) + KL(p2 || p1)) / 2
+L = (task_1 + task_2) / 2 + alpha * mean over examples of (KL(p1 || p2) + KL(p2 || p1)) / 2
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
-from ..core import Method, Run, Step, not_negative
+from ..core import Method, Run, Step, Within
 from ..core.checks import check_dropout
 from ..core.facts import Cost, Paper
 
@@ -23,7 +20,7 @@ class RDrop(Method):
     """Pass each batch as two copies through one forward and add their symmetric KL divergence to the mean loss.
 
     Args:
-        alpha in [0, inf): weight of the divergence; the paper's grid for language understanding is 0.1, 0.5, 1.
+        alpha: weight of the divergence; the paper's grid for language understanding is 0.1, 0.5, 1.
 
     Regression (one output) uses the mean squared difference instead. Token-level outputs average over the tokens
     that have a label. ``alpha = 0`` is not plain fine-tuning: the loss is the mean over two dropout draws.
@@ -36,7 +33,7 @@ class RDrop(Method):
         ValueError: in setup, for a model without active dropout: the divergence would be exactly zero.
     """
 
-    alpha: float = 1.0
+    alpha: Annotated[float, Within("[0, inf)")] = 1.0
 
     copies: ClassVar = 2
     conflicts: ClassVar[tuple[str, ...]] = ("models without active dropout",)
@@ -52,9 +49,6 @@ class RDrop(Method):
         year=2021,
         arxiv="2106.14448",
     )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        not_negative("alpha", self.alpha)
 
     def setup(self, run: Run) -> None:
         check_dropout(run.model, type(self).__name__)

@@ -1,20 +1,18 @@
 """ReInit: draw the top blocks anew before fine-tuning.
 
-Zhang, Wu, Katiyar, Weinberger, Artzi: Revisiting Few-sample BERT Fine-tuning. ICLR 2021, arXiv 2006.05987.
-
-    W of pooler and top n blocks <- as the model's own initialiser draws it         before the first step
+W of pooler and top n blocks <- as the model's own initialiser draws it         before the first step
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..core import Method, Run, shards, whole
+from ..core import Method, Run, Within, shards
 from ..core.anatomy import anatomy, blocks
 from ..core.facts import Paper
 from ..core.tensors import checksum
@@ -27,7 +25,7 @@ class ReInit(Method):
     """Draw the top blocks and the pooler anew, as before pre-training: the most specialised layers start afresh.
 
     Args:
-        blocks in [0, inf): how many, from the top; the authors try 1 to 6, one block must stay.
+        blocks: how many, from the top; the authors try 1 to 6, one block must stay.
         pooler: the pooler too, where the body has one (BERT, ALBERT).
 
     Each weight is drawn as the model's own initialiser does, by the methods' seed. From then on these weights have no
@@ -43,7 +41,7 @@ class ReInit(Method):
             and are one), or whose top blocks are frozen (PEFT); in attach, if a method after it froze them.
     """
 
-    blocks: int = 1
+    blocks: Annotated[int, Within("[0, inf)")] = 1
     pooler: bool = True
 
     structure: ClassVar = True
@@ -58,9 +56,6 @@ class ReInit(Method):
         year=2021,
         arxiv="2006.05987",
     )
-
-    def __post_init__(self) -> None:
-        whole("blocks", self.blocks, 0)
 
     def setup(self, run: Run) -> None:
         modules = self.chosen(run.model)

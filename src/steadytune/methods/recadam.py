@@ -1,23 +1,20 @@
 """RecAdam: begin at the pre-trained weights' leash and let it out as training goes on.
 
-Chen, Hou, Cui, Che, Liu, Yu: Recall and Learn: Fine-tuning Deep Pretrained Language Models with Less Forgetting.
-EMNLP 2020, arXiv 2004.12651.
-
-    lambda(t) = 1 / (1 + exp(-k (t - t0)))                     t = 1, 2, ... optimizer steps
-    W <- W + lambda * update                                   of the optimizer, without decay
-    W <- W - lr * (1 - lambda) * gamma * (W - W0)              the gradient of gamma / 2 * ||W - W0||^2
-    W <- W - lr * weight_decay * W
+lambda(t) = 1 / (1 + exp(-k (t - t0)))                     t = 1, 2, ... optimizer steps
+W <- W + lambda * update                                   of the optimizer, without decay
+W <- W - lr * (1 - lambda) * gamma * (W - W0)              the gradient of gamma / 2 * ||W - W0||^2
+W <- W - lr * weight_decay * W
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from ..core import Method, Run, Scope, Weight, not_negative, one_of, select
+from ..core import Method, Run, Scope, Weight, Within, select
 from ..core.facts import Cost, Paper
 from ..functional import anneal
 
@@ -27,10 +24,10 @@ class RecAdam(Method):
     """Weigh the task's update against a pull to the pre-trained weights; over time the task takes all.
 
     Args:
-        gamma in [0, inf): strength of the pull. ``lr * gamma`` must stay below 1, or a step would overshoot the
+        gamma: strength of the pull. ``lr * gamma`` must stay below 1, or a step would overshoot the
             pre-trained weight.
-        t0 in [0, inf): where task and pull weigh the same, in units of the whole training or in steps, see ``unit``.
-        k in [0, inf): steepness there, per unit; the way from 0.1 to 0.9 takes 4.4 / k units.
+        t0: where task and pull weigh the same, in units of the whole training or in steps, see ``unit``.
+        k: steepness there, per unit; the way from 0.1 to 0.9 takes 4.4 / k units.
         unit: of t0 and k: the whole ``"training"``, or ``"steps"`` as the authors count (their t0 is 100 to 1000, their
             k 0.05 to 1), which in a short training never lets go.
         schedule: ``"sigmoid"`` as above; ``"linear"``: min(1, t / t0); ``"constant"``: 1, the pull never acts.
@@ -48,9 +45,9 @@ class RecAdam(Method):
         ValueError: in attach, for ``lr * gamma >= 1``.
     """
 
-    gamma: float = 5000.0
-    t0: float = 0.2
-    k: float = 40.0
+    gamma: Annotated[float, Within("[0, inf)")] = 5000.0
+    t0: Annotated[float, Within("[0, inf)")] = 0.2
+    k: Annotated[float, Within("[0, inf)")] = 40.0
     unit: Literal["training", "steps"] = "training"
     schedule: Literal["sigmoid", "linear", "constant"] = "sigmoid"
     scope: Scope = "all"
@@ -72,12 +69,6 @@ class RecAdam(Method):
     @property
     def needs_steps(self) -> bool:
         return self.unit == "training" and self.schedule != "constant"
-
-    def __post_init__(self) -> None:
-        for name in ("gamma", "t0", "k"):
-            not_negative(name, getattr(self, name))
-        one_of("unit", self.unit, ("training", "steps"))
-        one_of("schedule", self.schedule, ("sigmoid", "linear", "constant"))
 
     def setup(self, run: Run) -> None:
         self.pulled = {w.name for w in run.require(self, self.scope, reference=True)}

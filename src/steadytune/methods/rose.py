@@ -1,8 +1,5 @@
 """ROSE: let only robust weights take the step, those that a perturbation moves least.
 
-Jiang, Zhou, Lin, Li, Zhou, Jiang: ROSE: Robust Selective Fine-tuning for Pre-trained Language Models.
-EMNLP 2022, arXiv 2210.09658.
-
 With a risk s of every weight (of a tensor its norm) and M = [s among the smallest keep]:
 
     First      s = |dR/dW|,  R = KL divergence between two dropout draws of the batch
@@ -16,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Scope, Weight, in_unit, one_of, select
+from ..core import Method, Run, Scope, Weight, Within, select
 from ..core.checks import check_dropout
 from ..core.facts import Cost, Paper
 from ..core.shards import local
@@ -54,11 +51,6 @@ class ROSE(Method):
     def mask(self, run: Run, weights: Sequence[Weight]) -> Tensors:
         """M by weight name: of one element, or of the weight's shape; weights without one train as usual."""
         raise NotImplementedError
-
-    def __post_init__(self) -> None:
-        in_unit("keep", self.keep)
-        one_of("granularity", self.granularity, ("tensor", "element"))
-        one_of("update", self.update, ("frozen", "authors"))
 
     def setup(self, run: Run) -> None:
         run.require(self, self.scope)
@@ -145,7 +137,7 @@ class ROSEFirst(ROSE):
     The loss is the mean over two dropout draws of each batch; a second pass finds the risks.
 
     Args:
-        keep in (0, 1]: share of tensors (or entries) that take the step; the authors' upper quantile, 0.5 to 0.8.
+        keep: share of tensors (or entries) that take the step; the authors' upper quantile, 0.5 to 0.8.
         granularity: ``"tensor"`` masks whole tensors by the norm of their risks, as the authors' code; ``"element"``
             masks entries, of each tensor the riskiest, as the paper speaks of parameters.
         scope: which weights are masked; biases never are.
@@ -160,7 +152,7 @@ class ROSEFirst(ROSE):
         ValueError: in setup, for a model without active dropout: all risks would be zero.
     """
 
-    keep: float = 0.7
+    keep: Annotated[float, Within("(0, 1]")] = 0.7
     granularity: Literal["tensor", "element"] = "tensor"
     scope: Scope = "encoder"
     update: Literal["frozen", "authors"] = "frozen"
@@ -186,7 +178,7 @@ class ROSESecond(ROSE):
     """Freeze, for one step, the weights whose momentum the new gradient would change most.
 
     Args:
-        keep in (0, 1]: as in `ROSEFirst`; the authors' 0.3 to 0.6.
+        keep: as in `ROSEFirst`; the authors' 0.3 to 0.6.
         granularity: as in `ROSEFirst`.
         scope: which weights are masked.
         update: as in `ROSEFirst`.
@@ -200,7 +192,7 @@ class ROSESecond(ROSE):
         ValueError: in attach, for an optimizer without Adam's first moment.
     """
 
-    keep: float = 0.6
+    keep: Annotated[float, Within("(0, 1]")] = 0.6
     granularity: Literal["tensor", "element"] = "tensor"
     scope: Scope = "encoder"
     update: Literal["frozen", "authors"] = "frozen"
@@ -209,10 +201,6 @@ class ROSESecond(ROSE):
     null: ClassVar = {"keep": 1.0, "update": "frozen"}
     conflicts: ClassVar[tuple[str, ...]] = ("optimizers without Adam's moments",)
     paper: ClassVar = PAPER
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("score", self.score, ("change", "authors"))
 
     def attach(self, run: Run) -> None:
         check_betas(run, type(self).__name__)
@@ -227,8 +215,8 @@ class ROSEEnsemble(ROSE):
     """Mix the masks of `ROSEFirst` and `ROSESecond`: what only one of them would freeze takes a part of the step.
 
     Args:
-        keep in (0, 1]: as in `ROSEFirst`; the authors' 0.3 to 0.9.
-        gamma in [0, 1]: weight of the first mask; the authors' 0.5.
+        keep: as in `ROSEFirst`; the authors' 0.3 to 0.9.
+        gamma: weight of the first mask; the authors' 0.5.
         granularity: as in `ROSEFirst`.
         scope: which weights are masked.
         update: as in `ROSEFirst`.
@@ -241,8 +229,8 @@ class ROSEEnsemble(ROSE):
         ValueError: in setup without active dropout; in attach without Adam's first moment.
     """
 
-    keep: float = 0.7
-    gamma: float = 0.5
+    keep: Annotated[float, Within("(0, 1]")] = 0.7
+    gamma: Annotated[float, Within("[0, 1]")] = 0.5
     granularity: Literal["tensor", "element"] = "tensor"
     scope: Scope = "encoder"
     update: Literal["frozen", "authors"] = "frozen"
@@ -253,11 +241,6 @@ class ROSEEnsemble(ROSE):
     conflicts: ClassVar[tuple[str, ...]] = ("models without active dropout", "optimizers without Adam's moments")
     cost: ClassVar = Cost(passes=4.0)
     paper: ClassVar = PAPER
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("score", self.score, ("change", "authors"))
-        in_unit("gamma", self.gamma, zero=True)
 
     def setup(self, run: Run) -> None:
         super().setup(run)

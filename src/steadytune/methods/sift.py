@@ -1,10 +1,7 @@
 """SIFT: train the few entries whose gradient is largest at the start, and nothing else.
 
-Song, Li, Zhang, Zhao, Du: Sparse is Enough in Fine-tuning Pre-trained Large Language Models.
-ICML 2024, arXiv 2312.11875.
-
-    M = [|g| among the largest keep of its tensor], g = gradient of the first batches at the pre-trained weights
-    W <- W + M * update
+M = [|g| among the largest keep of its tensor], g = gradient of the first batches at the pre-trained weights
+W <- W + M * update
 """
 
 from __future__ import annotations
@@ -12,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from ..core import Run, Scope, Weight, in_unit, select, whole
+from ..core import Run, Scope, Weight, Within, select
 from ..core.facts import Cost, Paper
 from ..core.step import Inputs
 from .bases.static_mask import Batch, StaticMask, Tensors, top_masks
@@ -25,9 +22,9 @@ class SIFT(StaticMask):
     """Train a fixed, sparse part of each weight, chosen by the first gradients; a new head is trained whole.
 
     Args:
-        keep in (0, 1]: share of entries of each tensor that is trained; the authors' 0.008. Up to 1/16, an index of 8
+        keep: share of entries of each tensor that is trained; the authors' 0.008. Up to 1/16, an index of 8
             bytes for each of them is held beside the mask. So few want a larger learning rate than all.
-        batches in [1, inf): batches of an optimizer step whose mean gradient chooses.
+        batches: batches of an optimizer step whose mean gradient chooses.
         scope: which weights are trained sparsely. All others train as usual: freeze those that shall not.
         frozen: the other entries stay bit for bit, so that `steadytune.delta` stores the run in little space. Costs 4
             bytes per weight during a step. False leaves them to momentum and decay: the same without weight decay.
@@ -41,8 +38,8 @@ class SIFT(StaticMask):
         authors keep ``int(n * keep) + 1``; their scripts train four matrices of each block and the head only.
     """
 
-    keep: float = 0.008
-    batches: int = 8
+    keep: Annotated[float, Within("(0, 1]")] = 0.008
+    batches: Annotated[int, Within("[1, inf)")] = 8
     scope: Scope = "all"
     frozen: bool = True
 
@@ -56,10 +53,6 @@ class SIFT(StaticMask):
         year=2024,
         arxiv="2312.11875",
     )
-
-    def __post_init__(self) -> None:
-        in_unit("keep", self.keep)
-        whole("batches", self.batches, 1)
 
     def setup(self, run: Run) -> None:
         super().setup(run)

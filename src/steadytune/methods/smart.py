@@ -1,8 +1,5 @@
 """SMART: predictions must not change under a small adversarial perturbation of the embeddings, nor leap between steps.
 
-Jiang, He, Chen, Liu, Gao, Zhao: SMART: Robust and Efficient Fine-Tuning for Pre-trained Natural Language Models through
-Principled Regularized Optimization. ACL 2020, arXiv 1911.03437.
-
 With x the embeddings, D(p, q) = KL(p || q) + KL(q || p) (regression: squared difference) and d ~ N(0, noise^2):
 
     R_s      weight * mean over examples of  max over ||d||_inf <= epsilon of  D(f(x + d), f(x))
@@ -15,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Step, Weight, in_unit, not_negative, one_of, whole
+from ..core import Method, Run, Step, Weight, Within, check_fields
 from ..core.facts import Cost, Paper
 from ..core.step import perturbed, width
 from ..functional import jeffreys, jeffreys_to_constants, odds_gap
@@ -31,17 +28,16 @@ class BregmanProximal:
     """The Bregman proximal point of SMART: stay near the predictions of an average of the earlier weights.
 
     Args:
-        weight in [0, inf): of the divergence from the teacher; the paper's mu.
-        decay in [0, 1]: share of the old teacher that stays; the paper's beta. 0: the teacher is the weights of the
+        weight: of the divergence from the teacher; the paper's mu.
+        decay: share of the old teacher that stays; the paper's beta. 0: the teacher is the weights of the
             step before, 1: the weights before training.
     """
 
-    weight: float = 1.0
-    decay: float = 0.99
+    weight: Annotated[float, Within("[0, inf)")] = 1.0
+    decay: Annotated[float, Within("[0, 1]")] = 0.99
 
     def __post_init__(self) -> None:
-        not_negative("weight", self.weight)
-        in_unit("decay", self.decay, zero=True)
+        check_fields(self)
 
 
 @dataclass
@@ -49,16 +45,16 @@ class SMART(Method):
     """Add the divergence under the worst small perturbation of the embeddings, found by gradient ascent.
 
     Args:
-        epsilon in [0, inf): radius of the ball, in the largest entry of a token's perturbation. Entries of BERT's
+        epsilon: radius of the ball, in the largest entry of a token's perturbation. Entries of BERT's
             token embeddings are about 0.05.
-        step_size in [0, inf): of the ascent, in the largest entry of a token's step.
-        steps in [0, inf): of ascent; 0 leaves the random start.
-        weight in [0, inf): of the divergence; the paper's lambda_s, from 1, 3, 5.
+        step_size: of the ascent, in the largest entry of a token's step.
+        steps: of ascent; 0 leaves the random start.
+        weight: of the divergence; the paper's lambda_s, from 1, 3, 5.
         projection: project onto the ball. False is the published code: the perturbation is divided by its own largest
             entry (plus epsilon, 1e-6 there), so that it ends near 1 however small epsilon is.
         proximal: the Bregman proximal term, as ``BregmanProximal(weight, decay)``; costs one forward without gradient
             and a copy of the weights.
-        noise in [0, inf): standard deviation of the random start.
+        noise: standard deviation of the random start.
         dropout: of the perturbed forwards: the draw of the task's own, or a fresh one.
 
     Padding is never perturbed. The ascent runs without gradients of weights and leaves every ``.grad`` alone. Token
@@ -77,13 +73,13 @@ class SMART(Method):
         RuntimeError: at the first step, for weights in pieces (FSDP2).
     """
 
-    epsilon: float = 1e-3
-    step_size: float = 1e-3
-    steps: int = 1
-    weight: float = 1.0
+    epsilon: Annotated[float, Within("[0, inf)")] = 1e-3
+    step_size: Annotated[float, Within("[0, inf)")] = 1e-3
+    steps: Annotated[int, Within("[0, inf)")] = 1
+    weight: Annotated[float, Within("[0, inf)")] = 1.0
     projection: bool = True
     proximal: BregmanProximal | None = None
-    noise: float = 1e-5
+    noise: Annotated[float, Within("[0, inf)")] = 1e-5
     dropout: Literal["same", "fresh"] = "same"
 
     null: ClassVar = {"weight": 0.0, "proximal": None}
@@ -98,12 +94,6 @@ class SMART(Method):
         year=2020,
         arxiv="1911.03437",
     )
-
-    def __post_init__(self) -> None:
-        for name in ("epsilon", "step_size", "weight", "noise"):
-            not_negative(name, getattr(self, name))
-        whole("steps", self.steps, 0)
-        one_of("dropout", self.dropout, ("same", "fresh"))
 
     def setup(self, run: Run) -> None:
         self.embedding = perturbed(run.model)

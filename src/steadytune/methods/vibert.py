@@ -1,8 +1,5 @@
 """VIBERT: only what the task needs may pass from the sentence representation to the classifier.
 
-Mahabadi, Belinkov, Henderson: Variational Information Bottleneck for Effective Low-Resource Fine-Tuning.
-ICLR 2021, arXiv 2106.05469.
-
 With h the input of the last layer, in training:
 
     z = h + sigma(h) * N(0, I)         sigma(h) = softplus(A h + a)         logits = last layer of z
@@ -13,13 +10,13 @@ With h the input of the last layer, in training:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
-from ..core import Run, Step, in_unit
+from ..core import Run, Step, Within
 from ..core.facts import Cost, Paper
 from ..core.step import batch_size, full
 from ..functional import gaussian_kl
@@ -60,7 +57,7 @@ class VIBERT(BesideHead[Bottleneck]):
     """Train the classifier on noisy sentence representations and penalise what they tell beyond a learnt prior.
 
     Args:
-        beta in [0, 1]: weight of the divergence at the end of the training; it rises linearly from 0. The authors add
+        beta: weight of the divergence at the end of the training; it rises linearly from 0. The authors add
             1e-5 per epoch for 25 epochs.
 
     The size of the noise is learnt for each representation and begins at softplus(0) = 0.69, like the prior's. A head
@@ -81,7 +78,7 @@ class VIBERT(BesideHead[Bottleneck]):
         RuntimeError: at the first step, for weights in pieces (FSDP2).
     """
 
-    beta: float = 2.5e-4
+    beta: Annotated[float, Within("[0, 1]")] = 2.5e-4
 
     place: ClassVar = "bottleneck"
     needs_steps = True
@@ -96,9 +93,6 @@ class VIBERT(BesideHead[Bottleneck]):
         year=2021,
         arxiv="2106.05469",
     )
-
-    def __post_init__(self) -> None:
-        in_unit("beta", self.beta, zero=True)
 
     def build(self, head: nn.Linear) -> Bottleneck:
         return Bottleneck(head.in_features)

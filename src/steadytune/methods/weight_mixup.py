@@ -1,8 +1,5 @@
 """Attention-guided weight mixup: forward by a mixture of the task's and the pre-trained weights, learned on other rows.
 
-Somayajula, Liang, Zhang, Singh, Xie: Generalizable and Stable Finetuning of Pretrained Language Models on Low-Resource
-Texts. NAACL 2024, arXiv 2403.12918.
-
     F = a W + (1 - a) W0        a = a1 a2, a column times a row, in [0, 1]; F is what the forward sees and what is saved
     min over a of L2(W*(a), a)  with  W*(a) = argmin over W of L1(W, a)      L1 on the training rows, L2 on others
 
@@ -17,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..core import Run, Scope, Weight, in_unit, one_of, select
+from ..core import Run, Scope, Weight, Within, select
 from ..core.facts import Cost, Paper
 from ..functional import contraction, mixture, warmed_cosine
 from ..hypergradient import check_masters, check_slope, difference
@@ -36,21 +33,21 @@ class WeightMixup(BiLevel):
     """Show each weight as a mixture with its pre-trained value, in shares that are learned on rows held out for it.
 
     Args:
-        outer in (0, 1): the rows that the shares learn on: in `steadytune.fit` a share of the training rows, which the
+        outer: the rows that the shares learn on: in `steadytune.fit` a share of the training rows, which the
             weights are then not trained on (where rows are few they are missed: the procedure `mixup-blo` trains on all
             of them afterwards); elsewhere a function that gives batches each time it is called (on several processes,
             each its own). None: the shares learn on the training rows, together with the weights.
-        alpha in [0, 1]: None learns the shares. A number, or the ``alphas`` of an earlier run, are kept as they are.
+        alpha: None learns the shares. A number, or the ``alphas`` of an earlier run, are kept as they are.
         rank: 1 for a share a1 a2 with one number per row and one per column, None for one per entry (12 more bytes per
             weight), ``"tensor"`` for one per weight matrix.
         convex: the shares of both weights add up to 1. False is the authors' (1 - a1)(1 - a2) for the pre-trained one.
         order: of the gradient of the shares. ``"difference"`` adds what they do to the outer loss through the last
             step of the weights: two more passes of its batch, and while they last one more gradient of all weights.
         precondition: in a difference, that step is the optimizer's own, not one of plain descent.
-        lr in (0, inf): of the shares' own AdamW, its peak.
-        decay in [0, inf): of the shares, toward the pre-trained weights.
+        lr: of the shares' own AdamW, its peak.
+        decay: of the shares, toward the pre-trained weights.
         schedule: of ``lr``: ``"cosine"`` after a warm-up, or ``"constant"``.
-        warmup in [0, 1): share of the steps.
+        warmup: share of the steps.
         scope: which weights are mixed. A new head has no pre-trained value and is left alone.
 
     All weights that the model shows between steps, and every checkpoint, are the mixtures. The shares start at 1, are
@@ -69,16 +66,16 @@ class WeightMixup(BiLevel):
             for sharded weights, or an optimizer that cannot be preconditioned.
     """
 
-    outer: float | Outer | None = 0.2
-    alpha: float | Mapping[str, Sequence[Tensor]] | None = None
+    outer: Annotated[float, Within("(0, 1)")] | Outer | None = 0.2
+    alpha: Annotated[float, Within("[0, 1]")] | Mapping[str, Sequence[Tensor]] | None = None
     rank: Literal[1, "tensor"] | None = 1
     convex: bool = True
     order: Literal["first", "difference"] = "first"
     precondition: bool = True
-    lr: float = 2e-3
-    decay: float = 0.0
+    lr: Annotated[float, Within("(0, inf)")] = 2e-3
+    decay: Annotated[float, Within("[0, inf)")] = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: float = 0.1
+    warmup: Annotated[float, Within("[0, 1)")] = 0.1
     scope: Scope = "linear"
 
     interval = (0.0, 1.0)
@@ -99,16 +96,6 @@ class WeightMixup(BiLevel):
         year=2024,
         arxiv="2403.12918",
     )
-
-    def __post_init__(self) -> None:
-        self.check()
-        if isinstance(self.alpha, (int, float)):
-            in_unit("alpha", self.alpha, zero=True)
-        one_of("rank", str(self.rank), ("1", "tensor", "None"))
-        one_of("order", self.order, ("first", "difference"))
-        one_of("schedule", self.schedule, ("cosine", "constant"))
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup must lie in [0, 1), got {self.warmup}")
 
     @property
     def learns(self) -> bool:

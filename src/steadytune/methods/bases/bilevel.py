@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core import Method, Run, Weight, not_negative
+from ...core import Method, Run, Weight
 from ...core.step import Inputs
 from ...core.tensors import hashed
 from ...hypergradient import AdamW, slope
@@ -40,14 +40,6 @@ class BiLevel(Method):
     def learns(self) -> bool:
         """Whether there is anything to learn."""
         return True
-
-    def check(self) -> None:
-        """Raise for values of the common fields out of range."""
-        if isinstance(self.outer, (int, float)) and not 0 < self.outer < 1:
-            raise ValueError(f"outer must be a share in (0, 1), or a function that gives batches, got {self.outer}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
-        not_negative("decay", self.decay)
 
     def setup(self, run: Run) -> None:
         self.variables: Variables = {}
