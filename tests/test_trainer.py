@@ -1564,7 +1564,6 @@ def test_anchors_act_on_pretrained_modules_that_peft_trains(tmp_path):
     ("methods", "model", "error", "message"),
     [
         ([RDrop()], lambda: bert(0.0), ValueError, "no active dropout"),
-        ([DPSDense(scope="liner")], bert, ValueError, "did you mean 'linear'"),
         ([DPSDense], bert, TypeError, "pass instances, as DPSDense"),
         ([None], bert, TypeError, "must hold steadytune methods, got None"),
         ([EMA(0.5), EMA(0.9)], bert, ValueError, "EMA and EMA are both an average of"),

@@ -282,3 +282,17 @@ def test_names_are_known_before_any_class_is_loaded():
     assert registry.classes == {"Mine": "mine"}
     assert "mine" in registry
     assert "yours" not in registry
+
+
+@pytest.mark.parametrize("kind", ["l2sp", "recadam"])
+def test_an_optimizer_without_weight_decay_decays_nothing(kind):
+    """Naive: a KeyError in attach. Rprop's groups have no such key."""
+    model = BertForSequenceClassification(
+        BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )
+    optimizer = torch.optim.Rprop(model.parameters(), 1e-3)
+    run = Run(model, [method(kind)], total_steps=2).attach(optimizer)
+    run.loss({**BATCH, "labels": torch.tensor([0, 1, 1, 0])}).backward()
+    optimizer.step()
+    assert run.index == 1
+    assert set(run.methods[0].decay.values()) <= {0.0}

@@ -141,7 +141,7 @@ class ImplicitTune(BiLevel):
             return
         assert run.optimizer is not None
         weights = run.weights()
-        self.others = {w.name: w.group["weight_decay"] for w in weights if w.name not in self.pulled}
+        self.others = {w.name: w.group.get("weight_decay", 0.0) for w in weights if w.name not in self.pulled}
         for w in weights:
             w.group["weight_decay"] = 0.0
         if self.full_precision and self.precondition:

@@ -57,7 +57,7 @@ class L2SP(Method):
     def attach(self, run: Run) -> None:
         if self.replace_decay:
             weights = run.weights()
-            self.decay = {w.name: w.group["weight_decay"] for w in weights if w.name not in self.pulled}
+            self.decay = {w.name: w.group.get("weight_decay", 0.0) for w in weights if w.name not in self.pulled}
             for w in weights:
                 w.group["weight_decay"] = 0.0
 

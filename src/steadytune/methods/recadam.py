@@ -84,7 +84,7 @@ class RecAdam(Method):
                 f"overshoot the pre-trained weights. Choose gamma below {1 / lr:g}, or a smaller learning rate"
             )
         if self.replace_decay:
-            self.decay = {w.name: w.group["weight_decay"] for w in weights}
+            self.decay = {w.name: w.group.get("weight_decay", 0.0) for w in weights}
             for w in weights:
                 w.group["weight_decay"] = 0.0
 

@@ -60,7 +60,7 @@ class ROSE(Method):
 
     def attach(self, run: Run) -> None:
         if self.update == "authors":
-            self.decay = {w.name: w.group["weight_decay"] for w in run.weights()}
+            self.decay = {w.name: w.group.get("weight_decay", 0.0) for w in run.weights()}
             for w in run.weights():
                 w.group["weight_decay"] = 0.0
 
