@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from steadytune import Run, Step
-from steadytune.methods.vibert import Bottleneck
+from steadytune.methods.vibert import GaussianBottleneck
 
 VOCABULARY, LENGTH = 64, 12  # LENGTH: of the longest row
 KILLS = int(os.environ.get("STEADYTUNE_KILLS", "6"))  # of each test that kills processes; every one costs seconds
@@ -245,15 +245,15 @@ def hash_noise() -> Iterator[None]:
         contents = [str(ids[mask].tolist()) for ids, mask in zip(step.inputs["input_ids"], real, strict=True)]
         return step.unpadded(torch.stack([hashed_noise_of(c, width, blank.dtype)[: blank.size(1)] for c in contents]))
 
-    def around(bottleneck: Bottleneck, mean: Tensor) -> Tensor:
+    def around(bottleneck: GaussianBottleneck, mean: Tensor) -> Tensor:
         return torch.cos(10 * mean.detach())
 
-    before = Step.draw, Bottleneck.draw
-    Step.draw, Bottleneck.draw = draw, around  # type: ignore[method-assign,assignment]
+    before = Step.draw, GaussianBottleneck.draw
+    Step.draw, GaussianBottleneck.draw = draw, around  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
-        Step.draw, Bottleneck.draw = before  # type: ignore[method-assign]
+        Step.draw, GaussianBottleneck.draw = before  # type: ignore[method-assign]
 
 
 def interrupt(model: nn.Module, after: int, error: type[BaseException] = KeyboardInterrupt) -> Callable[[], None]:

@@ -272,7 +272,7 @@ def test_the_pull_is_a_proximal_step_and_all_others_keep_their_decay():
         ({"start": 2000.0}, r"start must be 0 or lie in \[least, most\] = \[0.0001, 1000.0\], got 2000.0"),
         ({"most": 1e-5}, r"most must exceed least=0.0001, got 1e-05"),
         ({"toward": "mean"}, "toward must be one of 'pretrained', 'zero'"),
-        ({"outer": 1.0}, r"outer must be a share in \(0, 1\)"),
+        ({"outer": 1.0}, r"outer must be a number in \(0, 1\)"),
     ],
 )
 def test_fields_out_of_range_are_refused(options, message):

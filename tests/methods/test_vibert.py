@@ -15,7 +15,7 @@ from fit_helpers import save_tiny_bert, toy
 from helpers import arguments, batches, bert, collate, copied, llama, rows
 from steadytune import VIBERT, Method, RDrop, Run, Trainer, fit
 from steadytune.core.checks import check_unwrapped
-from steadytune.methods.vibert import Bottleneck
+from steadytune.methods.vibert import GaussianBottleneck
 
 TOTAL = 8
 
@@ -42,7 +42,7 @@ def expected(run, batch, noise, beta):
 
 def test_the_loss_by_hand_rises_with_the_steps(monkeypatch):
     data, noise = batches(4), torch.randn(4, 16, dtype=torch.float64)
-    monkeypatch.setattr(Bottleneck, "draw", lambda self, mean: noise)
+    monkeypatch.setattr(GaussianBottleneck, "draw", lambda self, mean: noise)
     run = run_of(bert(dropout=0.0, dtype=torch.float64), VIBERT(beta=0.4))
     for index, batch in enumerate(data):
         whole, divergence = expected(run, batch, noise, 0.4 * index / TOTAL)
@@ -64,7 +64,7 @@ class Again(Method):
 @pytest.mark.parametrize("recipe", [[Again(), VIBERT(beta=1.0)], [VIBERT(beta=1.0), Again()]], ids=["before", "after"])
 def test_the_divergence_is_that_of_the_tasks_own_forward(recipe, monkeypatch):
     """Naive: that of the last forward, whose dropout is another."""
-    monkeypatch.setattr(Bottleneck, "draw", lambda self, mean: torch.ones_like(mean))
+    monkeypatch.setattr(GaussianBottleneck, "draw", lambda self, mean: torch.ones_like(mean))
     ends = []
     for methods in ([VIBERT(beta=1.0)], recipe):
         run = run_of(bert(dropout=0.3), *methods)
@@ -77,7 +77,7 @@ def test_the_divergence_is_that_of_the_tasks_own_forward(recipe, monkeypatch):
 
 def test_copies_of_a_batch_have_noise_of_their_own(monkeypatch):
     seen = []
-    monkeypatch.setattr(Bottleneck, "draw", lambda self, mean: seen.append(torch.randn_like(mean)) or seen[-1])
+    monkeypatch.setattr(GaussianBottleneck, "draw", lambda self, mean: seen.append(torch.randn_like(mean)) or seen[-1])
     take(run_of(bert(), RDrop(), VIBERT(beta=1.0)), batches(1)[0])
     (noise,) = seen
     assert noise.shape == (8, 16)

@@ -87,7 +87,7 @@ class Adapters(Method):
             run.mark_new(insert(run.model, self.size))
 
 
-class Bottleneck(nn.Module):
+class AdapterBottleneck(nn.Module):
     """``h + up(gelu(down(h)))``, the identity until it is trained.
 
     Args:
@@ -126,7 +126,7 @@ def insert(model: nn.Module, size: int) -> list[str]:
     for layer in (layer for block in layers for layer in block):
         if hasattr(layer, "adapter"):
             raise ValueError(f"this {name} has adapters already: give the model without them")
-        layer.adapter = Bottleneck(width(layer), size, layer.weight)
+        layer.adapter = AdapterBottleneck(width(layer), size, layer.weight)
         layer.register_forward_hook(_through)
     return [n for n, _ in model.named_parameters() if is_adapter(n)]
 
@@ -166,7 +166,7 @@ def is_trained(name: str, part: Part) -> bool:
 
 def adapter_size(model: nn.Module) -> int | None:
     """Size of a model's bottlenecks; None for a model without any."""
-    return next((m.down.out_features for m in model.modules() if isinstance(m, Bottleneck)), None)
+    return next((m.down.out_features for m in model.modules() if isinstance(m, AdapterBottleneck)), None)
 
 
 def save_adapters(path: str | os.PathLike, model: nn.Module) -> Path:

@@ -23,7 +23,7 @@ from ..functional import gaussian_kl
 from .bases.beside_head import Beside, BesideHead
 
 
-class Bottleneck(Beside):
+class GaussianBottleneck(Beside):
     """Makes the input of a layer in training mode a draw around it; a forward pre-hook.
 
     Attributes:
@@ -53,7 +53,7 @@ class Bottleneck(Beside):
 
 
 @dataclass
-class VIBERT(BesideHead[Bottleneck]):
+class VIBERT(BesideHead[GaussianBottleneck]):
     """Train the classifier on noisy sentence representations and penalise what they tell beyond a learnt prior.
 
     Args:
@@ -87,15 +87,15 @@ class VIBERT(BesideHead[Bottleneck]):
     cost: ClassVar = Cost()
     paper: ClassVar = Paper(
         authors=("Rabeeh Karimi Mahabadi", "Yonatan Belinkov", "James Henderson"),
-        title="Variational Information Bottleneck for Effective Low-Resource Fine-Tuning",
+        title="Variational Information GaussianBottleneck for Effective Low-Resource Fine-Tuning",
         booktitle="International Conference on Learning Representations",
         venue="ICLR",
         year=2021,
         arxiv="2106.05469",
     )
 
-    def build(self, head: nn.Linear) -> Bottleneck:
-        return Bottleneck(head.in_features)
+    def build(self, head: nn.Linear) -> GaussianBottleneck:
+        return GaussianBottleneck(head.in_features)
 
     def hook(self, head: nn.Module) -> Any:
         return head.register_forward_pre_hook(self.beside)
