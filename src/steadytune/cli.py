@@ -358,25 +358,38 @@ def _show_runs(study: Any, folder: Path, data_root: Path | None, filters: list[s
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="The folder of a bench.")],
+    folder: Annotated[Path, typer.Argument(help="The folder of a bench, or the output of a fit.")],
     output: Annotated[
-        Path | None, _option(OUTPUT, "Directory for the files. [dim]\\[default: the folder of the bench][/]")
+        Path | None, _option(OUTPUT, "Directory for the files. [dim]\\[default: the folder itself][/]")
     ] = None,
     metric: Annotated[
-        str | None, _option(INPUT, "Metric to report. [dim]\\[default: each task's headline metric][/]")
+        str | None, _option(INPUT, "Metric to report of a bench. [dim]\\[default: each task's headline metric][/]")
     ] = None,
     config: Config = None,
 ) -> None:
-    """Report a bench: tables, paired comparisons and figures, as HTML, Markdown and CSV.
+    """Report a bench or a fit on pages that need nothing else: no scripts, no network.
 
-    Writes report.html (one file that needs nothing else), report.md, runs.csv (a row per run and set) and summary.csv.
+    Of a bench: report.html with tables, paired comparisons and figures, the same as report.md, and the numbers as
+    runs.csv (a row per run and set) and summary.csv. Of a fit: report.html, which every fit also writes itself.
 
     Example: steadytune report runs/glue --output site
     """
     with _errors_in_one_line(), _speaking(quiet=False):
-        from .bench.report.write import write_report
+        from .errors import UsageError
+        from .fitting.folder import RECORD
 
-        page = write_report(folder, output, metric)
+        if not (folder / RECORD).is_file():
+            from .bench.report.write import write_report
+
+            page = write_report(folder, output, metric)
+        elif metric is not None:
+            raise UsageError(
+                f"--metric is for the folder of a bench, and {folder} is the output of a fit: leave it out."
+            )
+        else:
+            from .fitting.report_page import write_page
+
+            page = write_page(folder, output=output)
     typer.echo(f"report: {page}")
 
 
@@ -555,15 +568,11 @@ def doctor(
 
 def _show(result: Any) -> None:
     """The scores, one row a test set, the metric that counts first."""
-    from .pages.words import score_words
+    from .pages.words import score_names, score_words
 
     console = Console()
     if result.metrics:
-        names = [
-            result.metric,
-            *(key for scores in result.metrics.values() for key in scores if key not in ("rows", "runs")),
-        ]
-        names = list(dict.fromkeys(names))
+        names = score_names(result.metrics.values(), result.metric)
         grid = Grid("set", "rows", *names)
         for key, scores in result.metrics.items():
             grid.add_row(key, str(scores["rows"]), *(score_words(scores, name) for name in names))

@@ -354,7 +354,9 @@ def test_output_is_a_plain_model_that_gives_the_same_predictions(run):
 def test_files_agree_with_the_result_and_nothing_is_left_over(run):
     output, result, _ = run
     model = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    ours = ["README.md", "history.parquet", "metrics.json", "predictions.parquet", "steadytune.json"]
+    ours = ["README.md", "history.parquet", "metrics.json", "predictions.parquet", "report.html", "steadytune.json"]
+    wrong = (result.predictions["label"] != result.predictions["prediction"]).any()
+    ours += ["mistakes.parquet"] if wrong else []
     assert {path.name for path in output.iterdir()} == {*model, *ours}
     metrics = json.loads((output / "metrics.json").read_text())
     assert (metrics["sets"], metrics["metric"], metrics["steps"]) == (result.metrics, "accuracy", 60)
@@ -702,7 +704,7 @@ def test_uploads_only_when_asked_and_a_failure_costs_nothing(tmp_path, bert, mon
         def create_repo(self, name, exist_ok):
             calls.append((name, exist_ok))
 
-        def upload_folder(self, folder_path, repo_id):
+        def upload_folder(self, folder_path, repo_id, ignore_patterns):
             calls.append((repo_id, sorted(p.name for p in folder_path.iterdir())))
             if repo_id == "me/down":
                 raise OSError("no connection")

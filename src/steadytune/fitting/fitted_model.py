@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..data.problem import Problem
 from ..data.tables import Table, examples
 from ..errors import UsageError, one_line
 from .encoding import check_vocabulary, token_counts, tokenise
-from .folder import MEMBERS, RECORD
+from .folder import MEMBERS, read_record
 from .outputs import device, logits
 from .peft_models import read_model, write_model
 from .pretrained import Pretrained, agree, quiet
@@ -225,23 +224,3 @@ class FittedModel:
         with quiet():
             write_model(self.models[0], folder)
             self.tokenizer.save_pretrained(folder)
-
-
-def read_record(folder: str | Path) -> dict[str, Any]:
-    """The record of a finished run.
-
-    Raises:
-        UsageError: there is none.
-    """
-    file = Path(folder, RECORD)
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if record["format"] != 1 or record["status"] != "finished":
-            raise UsageError(f"{folder}: the run is {record['status']}, not finished: run fit with --resume first.")
-        return record
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(
-            f"{folder}: no model that steadytune fit has written (no readable {RECORD}): give the --output of a fit."
-        ) from error

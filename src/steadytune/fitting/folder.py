@@ -132,6 +132,26 @@ class Output:
         return write_into(self.path, fill, last="config.json")
 
 
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """The record of a finished run.
+
+    Raises:
+        UsageError: there is none.
+    """
+    file = Path(folder, RECORD)
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if record["format"] != 1 or record["status"] != "finished":
+            raise UsageError(f"{folder}: the run is {record['status']}, not finished: run fit with --resume first.")
+        return record
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"{folder}: no model that steadytune fit has written (no readable {RECORD}): give the --output of a fit."
+        ) from error
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end (the trainer's state comes last)."""
     found = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]

@@ -182,7 +182,7 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
         assert trainer.run is not None
         logger.info("%s", trainer.run.describe())
         _announce(plan)
-        rehearse(plan, pretrained, trainer.model, record)
+        record["cut"] = rehearse(plan, pretrained, trainer.model, record)
         made = [trainer]  # taken out where it is used: no model is held beside the next
         del trainer, features
         folder.sweep()
@@ -281,6 +281,8 @@ def _finish(
     """Combine, calibrate, evaluate, write."""
     import pandas as pd
 
+    from .memory import peak_memory
+
     for t in trained:
         if t.failing:
             logger.warning("the training loss never fell below 0.9 log K: try --restarts 2, another lr or more steps")
@@ -312,8 +314,15 @@ def _finish(
         history,
     )  # fmt: skip
     columns = {"text": list(model.text), "label": model.label}
-    record = {**record, "columns": columns, "runs": details, "chosen": chosen, "device": str(model.models[0].device)}
-    _write(folder, result, record)
+    record = {
+        **record,
+        "columns": columns,
+        "runs": details,
+        "chosen": chosen,
+        "device": str(model.models[0].device),
+        "peak_memory": peak_memory(),
+    }
+    _write(folder, result, record, plan.data.tests)
     return result
 
 

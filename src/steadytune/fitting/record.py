@@ -18,6 +18,7 @@ from ..files.atomic import write_json, write_whole, writing
 from ..version import __version__
 from .card import model_card
 from .folder import MEMBERS, RECORD, Output
+from .report_page import HISTORY, METRICS, MISTAKES, PAGE, PREDICTIONS, mistakes, write_page
 from .spelling import method_record, procedure_record
 
 if TYPE_CHECKING:
@@ -26,14 +27,18 @@ if TYPE_CHECKING:
     from .pretrained import Pretrained
 
 
+PRIVATE = [MISTAKES, PAGE]  # files that show texts of the user's data: `upload` leaves them here
+
+
 @dataclass(frozen=True, eq=False)
 class FitResult:
     """What `fit` leaves behind.
 
     Attributes:
-        output: a plain Hugging Face model directory, with README.md (model card), `metrics.json`,
-            `predictions.parquet`, `history.parquet`, `steadytune.json`; adapters that cannot be merged are there alone,
-            and of an ensemble each model in a folder of ``members``.
+        output: A plain Hugging Face model directory, with README.md (model card), `metrics.json`,
+            `predictions.parquet`, `history.parquet`, `steadytune.json`, and `report.html`, a page to read, which shows
+            the texts of `mistakes.parquet`. Adapters that cannot be merged are there alone, and of an ensemble each
+            model is in a folder of ``members``.
         model: the fitted model; `predict`, `evaluate` and `save_pretrained` are its own.
         metrics: set -> metric -> value, of the model; with several runs also each metric's mean and spread over them.
         metric: the one to look at first.
@@ -110,8 +115,8 @@ def _record(plan: Plan, pretrained: Pretrained) -> dict[str, Any]:
     }
 
 
-def _write(folder: Output, result: FitResult, record: dict[str, Any]) -> None:
-    """The model, the results, and last of all the record that calls the run finished."""
+def _write(folder: Output, result: FitResult, record: dict[str, Any], sets: Mapping[str, pd.DataFrame]) -> None:
+    """Write the model, the results, and last of all the record that calls the run finished."""
     from .peft_models import write_model
     from .pretrained import quiet
 
@@ -125,13 +130,17 @@ def _write(folder: Output, result: FitResult, record: dict[str, Any]) -> None:
                     write_model(member, folder.path / MEMBERS / str(i))
                     result.model.tokenizer.save_pretrained(folder.path / MEMBERS / str(i))
                 files = folder.save_model(lambda part: None, result.model.tokenizer)
-        write_whole(folder.path / "predictions.parquet", storable(result.predictions).to_parquet)
-        write_whole(folder.path / "history.parquet", result.history.to_parquet)
+        write_whole(folder.path / PREDICTIONS, storable(result.predictions).to_parquet)
+        write_whole(folder.path / HISTORY, result.history.to_parquet)
         metrics = {"metric": result.metric, "steps": result.steps, "seconds": result.seconds, "sets": result.metrics}
-        write_json(folder.path / "metrics.json", metrics)
+        write_json(folder.path / METRICS, metrics)
         card = model_card(record, result.metrics, result.metric)
         write_whole(folder.path / "README.md", lambda part: part.write_text(card, encoding="utf-8"))
-        files += ["predictions.parquet", "history.parquet", "metrics.json", "README.md"]
+        worst = mistakes(result.predictions, sets)
+        if len(worst):
+            write_whole(folder.path / MISTAKES, worst.to_parquet)
+        write_page(folder.path, record)
+        files += [PREDICTIONS, HISTORY, *([MISTAKES] if len(worst) else []), METRICS, "README.md", PAGE]
         write_json(folder.path / RECORD, {**record, "status": "finished", "files": files})
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
@@ -149,7 +158,7 @@ def history_table(history: Mapping[str, Sequence[tuple[int, str, float]]]) -> pd
 
 
 def upload(folder: Path, repository: str) -> None:
-    """Upload a finished folder to the hub.
+    """Upload a finished folder to the hub, without the files that show texts of the data.
 
     Raises:
         UsageError: it cannot; the folder stays as it is.
@@ -159,6 +168,6 @@ def upload(folder: Path, repository: str) -> None:
     try:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=repository)
+        api.upload_folder(folder_path=folder, repo_id=repository, ignore_patterns=PRIVATE)
     except Exception as error:  # network, names, rights: the hub's words say which
         raise UsageError(f"the model is in {folder}, but not uploaded to {repository!r}: {error}") from error

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -31,7 +32,7 @@ logger = logging.getLogger("steadytune")
 NEIGHBOUR = 3  # padding tokens beside a row, which must not change its outputs
 
 
-def rehearse(plan: Plan, pretrained: Pretrained, model: Any, record: Mapping[str, Any]) -> None:
+def rehearse(plan: Plan, pretrained: Pretrained, model: Any, record: Mapping[str, Any]) -> dict[str, int]:
     """Go to the end of the fit with the longest row of every set: predict, score, write the card and the predictions.
 
     The model is left as it was; no random number of the caller is drawn.
@@ -42,17 +43,22 @@ def rehearse(plan: Plan, pretrained: Pretrained, model: Any, record: Mapping[str
         model: as it will be trained, with its adapters.
         record: as it is written before training.
 
+    Returns:
+        Number of rows of each set that are longer than the model reads.
+
     Raises:
         UsageError: something fails that training would only have delayed.
     """
-    chosen, ends = {}, []
+    chosen: dict[str, pd.DataFrame] = {}
+    ends, cut = [], {}
     for name, rows in {"train": plan.data.train, **plan.data.tests}.items():
         features = tokenise(rows, pretrained.tokenizer, pretrained.max_length)
         check_vocabulary(features, model, name, rows.index)
         counts = token_counts(rows, features, pretrained.tokenizer, pretrained.max_length)
-        cut = truncated(counts, pretrained.max_length, f"the {name} rows", list(rows.index))
-        if cut:
-            logger.warning("%s", cut.message)
+        cut[name] = sum(count > pretrained.max_length for count in counts)
+        finding = truncated(counts, pretrained.max_length, f"the {name} rows", list(rows.index))
+        if finding:
+            logger.warning("%s", finding.message)
         lengths = [len(feature["input_ids"]) for feature in features]
         few = sorted({int(np.argmax(lengths)), int(np.argmin(lengths))})
         chosen[name] = rows.iloc[few]
@@ -68,6 +74,7 @@ def rehearse(plan: Plan, pretrained: Pretrained, model: Any, record: Mapping[str
             raise UsageError(
                 f"a rehearsal of the end, before any training, fails on the longest rows: {one_line(error)[:500]}"
             ) from error
+    return cut
 
 
 def check_padding(

@@ -56,6 +56,11 @@ class Grid:
     note: str = ""
     words: Sequence[int] = (0,)
 
+    @property
+    def stacked(self) -> bool:
+        """Whether a narrow screen shows each row as a list of cells: several columns of words do not fit beside."""
+        return len(self.head) > 2 and len(self.words) > 1
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -82,14 +87,22 @@ class Section:
         return re.sub(r"\W+", "-", self.title.lower())
 
 
-def html(title: str, sections: Sequence[Section]) -> str:
-    """One page without scripts, that loads nothing."""
-    return _environment(autoescape=True).get_template("page.html.j2").render(title=title, sections=sections)
+def html(title: str, sections: Sequence[Section], lead: str = "") -> str:
+    """One page without scripts, that loads nothing.
+
+    Args:
+        title: Heading of the page.
+        sections: What stands on it.
+        lead: What the page shows, in words, above all else.
+    """
+    template = _environment(autoescape=True).get_template("page.html.j2")
+    return template.render(title=title, sections=sections, lead=lead)
 
 
-def markdown(title: str, sections: Sequence[Section]) -> str:
-    """The same without its figures, as GitHub reads it."""
-    return _environment(autoescape=False).get_template("page.md.j2").render(title=title, sections=sections)
+def markdown(title: str, sections: Sequence[Section], lead: str = "") -> str:
+    """The same without its figures, as GitHub reads it; arguments as of `html`."""
+    template = _environment(autoescape=False).get_template("page.md.j2")
+    return template.render(title=title, sections=sections, lead=lead)
 
 
 def _environment(autoescape: bool) -> Environment:

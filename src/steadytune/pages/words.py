@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 NONE = "–"
@@ -60,3 +60,24 @@ def score_words(scores: Mapping[str, Any], name: str) -> str:
 def call_words(method: Mapping[str, Any]) -> str:
     """A recorded method or procedure as in "ema(decay=0.9, scope=all)"."""
     return f"{method['name']}({', '.join(f'{name}={value}' for name, value in method['options'].items())})"
+
+
+def score_names(sets: Iterable[Mapping[str, Any]], first: str) -> list[str]:
+    """Names of the metrics that any set has, beginning with ``first``; counts and tables are left out."""
+    names = (name for scores in sets for name, value in scores.items() if _is_score(name, value))
+    return list(dict.fromkeys([first, *names]))
+
+
+def _is_score(name: str, value: Any) -> bool:
+    return name != "rows" and (value is None or isinstance(value, int | float))
+
+
+def metric_words(metric: str, labels: Sequence[str]) -> str:
+    """A metric with the class it is about, as in "f1 (spam)": F1 of two classes is that of the second."""
+    return f"{metric} ({labels[1]})" if metric == "f1" and len(labels) == 2 else metric
+
+
+def score_interval(scores: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    """The 95 % interval of a score of a set, None where it has none."""
+    bounds = (scores.get("intervals") or {}).get(name)
+    return None if bounds is None else (bounds[0], bounds[1])

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from ...pages.drawing import WIDTH, beside, lines, looks, panel, svg
@@ -44,7 +45,8 @@ def forest(gains: pd.DataFrame, title: str, xlabel: str, limits: tuple[float, fl
         gains: columns group, label, look, gain, low, high; one row a difference, low and high may be NaN.
         title: of the panel.
         xlabel: what a gain is.
-        limits: of the horizontal axis, so that panels can be compared.
+        limits: of the horizontal axis, so that panels can be compared; what lies beyond them ends in an arrow, and a
+            gain beyond them is written beside it.
     """
     labels: list[str] = []
     places: list[int] = []
@@ -58,13 +60,30 @@ def forest(gains: pd.DataFrame, title: str, xlabel: str, limits: tuple[float, fl
         rows = pd.concat(ordered).assign(place=places)
         recipes: Any = rows.groupby("look", sort=False)
         for look, found in recipes:
-            axes.hlines(found["place"], found["low"], found["high"], look.colour, linewidth=1.6)
-            axes.plot(found["gain"], found["place"], look.marker, color=look.colour, markersize=5)
+            ends = found[["low", "high"]].clip(*limits)
+            axes.hlines(found["place"], ends["low"], ends["high"], look.colour, linewidth=1.6)
+            inside = found[found["gain"].between(*limits)]
+            axes.plot(inside["gain"], inside["place"], look.marker, color=look.colour, markersize=5)
+            _arrows(axes, found, limits, look.colour)
         axes.axvline(0, color="#555555", linewidth=0.9)
         axes.set_xlim(*limits)
         lines(axes, labels)
         axes.set_xlabel(xlabel)
         return svg(figure, f"{title}: paired differences with 95 % intervals")
+
+
+def _arrows(axes: Axes, gains: pd.DataFrame, limits: tuple[float, float], colour: str) -> None:
+    """Point out of the panel where an interval, or the gain itself, lies beyond its limits."""
+    for limit, arrow, side in ((limits[0], "<", "low"), (limits[1], ">", "high")):
+        sign = 1 if side == "high" else -1
+        beyond = gains[sign * gains[side].fillna(gains["gain"]) > sign * limit]
+        axes.plot([limit] * len(beyond), beyond["place"], arrow, color=colour, markersize=5, clip_on=False)
+        for _, row in beyond[sign * beyond["gain"] > sign * limit].iterrows():
+            axes.annotate(
+                f"{row['gain']:+.1f}".replace("-", "−"), (limit, row["place"]), (-sign * 6, 0),
+                textcoords="offset points", ha="right" if sign > 0 else "left", va="center", fontsize=7.5, color=colour,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+            )  # fmt: skip
 
 
 def curves(means: pd.DataFrame, recipes: Sequence[str], title: str, ylabel: str) -> str:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,7 @@ from ...pages.drawing import looks, marker
 from ...pages.words import NONE, call_words, chance, counted, interval, listed, number
 from ..records import STUDY, planned, read_records
 from . import figures, tables
+from .verdict import verdict
 
 PANELS = 24  # drawn of one kind of figure
 LISTED = 50  # shown of failed runs, and of skipped files
@@ -30,6 +31,7 @@ DOMAIN = {"in": "In domain", "out": "Out of domain"}
 POINTS = ("mean", "sd", "iqm", "median", "min", "max")
 FIRST = 3  # runs to do that are named
 LOSSES = ("failed", "missing", "undefined", "collapsed")
+OUTLIER = 3  # ends of intervals so many times as far out as most others are not drawn to scale
 FEW = 6  # pairs below which the sign-flip test cannot fall below 0.05
 
 
@@ -122,9 +124,10 @@ def write_report(folder: str | Path, output: str | Path | None = None, metric: s
     bench = Bench(Path(folder), metric)
     title, sections = f"Bench report: {bench.name}", make_sections(bench)
     output = Path(folder if output is None else output)
+    lead = verdict(bench.gains, bench.overall, bench.domains, bench.baseline)
     texts = {
-        "report.html": html(title, sections),
-        "report.md": markdown(title, sections),
+        "report.html": html(title, sections, lead),
+        "report.md": markdown(title, sections, lead),
         "runs.csv": _csv(bench.runs.drop(columns=["headline", "score"])),
         "summary.csv": _csv(bench.summary),
     }
@@ -419,7 +422,7 @@ def _gain_table(bench: Bench, gains: pd.DataFrame, domain: str) -> Grid:
         groups.append((bench.within(*condition), lines))
     return Grid(
         caption=f"{DOMAIN[domain]}: gains over {bench.baseline}, paired by seed",
-        head=["recipe", "pairs", "gain", "interval", "p", "Holm's p", "P(better)", "interval", "detectable gain"],
+        head=["recipe", "pairs", "gain", "interval", "p", "Holm's p", "P(better)", "interval of P", "detectable gain"],
         groups=groups,
         note=(
             _FAMILY.format(counted(int(gains["p"].notna().sum()), "comparison"))
@@ -438,7 +441,7 @@ def _overall_table(bench: Bench, overall: pd.DataFrame, domain: str) -> Grid:
         groups.append((bench.within(model, setting), lines))
     return Grid(
         caption=f"{DOMAIN[domain]}: gains over {bench.baseline}, mean over tasks of equal weight",
-        head=["recipe", "tasks", "pairs", "gain", "interval", "p", "Holm's p", "P(better)", "interval"],
+        head=["recipe", "tasks", "pairs", "gain", "interval", "p", "Holm's p", "P(better)", "interval of P"],
         groups=groups,
         note=(
             _FAMILY.format(counted(int(overall["p"].notna().sum()), "comparison"))
@@ -467,15 +470,32 @@ def _forest(bench: Bench, gains: pd.DataFrame, overall: pd.DataFrame, domain: st
     for column in ("gain", "low", "high"):
         rows[column] = rows[column] * rows["factor"]
     rows = rows.assign(label=rows["recipe"], look=rows["recipe"].map(bench.looks))
-    ends = rows[["gain", "low", "high"]].to_numpy()
-    least, most = min(0.0, np.nanmin(ends)), max(0.0, np.nanmax(ends))
-    margin = 0.05 * (most - least) or 1.0
+    limits = _limits(rows[["gain", "low", "high"]].to_numpy())
     panels = (
-        partial(figures.forest, part, bench.within(*key) or bench.name, f"gain over {bench.baseline}",
-                (least - margin, most + margin))
+        partial(figures.forest, part, bench.within(*key) or bench.name, f"gain over {bench.baseline}", limits[:2])
         for key, part in tables.parts(rows, ["model", "setting"])
     )  # fmt: skip
-    return _drawn(f"{DOMAIN[domain]}: gains over {bench.baseline} with 95 % intervals", panels)
+    caption = f"{DOMAIN[domain]}: gains over {bench.baseline} with 95 % intervals"
+    return _drawn(caption + " (an arrow: it goes on beyond the panel)" * limits.clipped, panels)
+
+
+class Limits(NamedTuple):
+    """Of an axis, and whether something lies beyond it."""
+
+    least: float
+    most: float
+    clipped: bool
+
+
+def _limits(ends: np.ndarray) -> Limits:
+    """Limits that hold zero and all ends, but those more than three times as far out as three quarters of them."""
+    ends = ends[np.isfinite(ends)]
+    reach = OUTLIER * np.quantile(np.abs(ends), 0.75)
+    clipped = bool(reach > 0 and np.abs(ends).max() > reach)
+    shown = ends[np.abs(ends) <= reach] if clipped else ends
+    least, most = min(0.0, shown.min()), max(0.0, shown.max())
+    margin = 0.05 * (most - least) or 1.0
+    return Limits(float(least - margin), float(most + margin), clipped)
 
 
 # ---- steadiness -------------------------------------------------------------------------------------------------

@@ -1,0 +1,85 @@
+"""What a study showed, in one sentence a domain. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import pandas as pd
+
+from ...data.metrics import smaller_is_better
+from ...pages.words import counted, listed, number
+from .tables import ALPHA
+
+_PLACES = {"in": "in domain", "out": "out of domain"}
+
+
+def verdict(gains: pd.DataFrame, overall: pd.DataFrame, domains: Sequence[str], baseline: str) -> str:
+    """Say which recipes beat the baseline, which did worse, and which gains would have been seen.
+
+    A recipe beats the baseline where its gain is positive and Holm's p is at most 0.05. Means over tasks count where
+    there are several tasks, single tasks otherwise.
+
+    Args:
+        gains: Comparisons of each task, as `tables.comparisons` gives them.
+        overall: Comparisons over all tasks, from the same place.
+        domains: Those with a score.
+        baseline: The recipe that the others are compared with.
+
+    Returns:
+        One sentence a domain, or a sentence that says why there is nothing to compare.
+    """
+    if gains.empty:
+        return f"Nothing is compared: no other recipe has a seed in common with {baseline}."
+    return " ".join(_sentences(gains, overall, domains, baseline))
+
+
+def _sentences(gains: pd.DataFrame, overall: pd.DataFrame, domains: Sequence[str], baseline: str) -> Iterator[str]:
+    for domain in domains:
+        place = f" {_PLACES[domain]}" if len(domains) > 1 else ""
+        single = gains[gains["domain"] == domain]
+        together = overall[overall["domain"] == domain] if len(overall) else overall
+        compared = together if len(together) else single
+        tested = compared[compared["p"].notna()]
+        if tested.empty:
+            yield f"Nothing can be shown{place}: no recipe has two seeds in common with {baseline}."
+            continue
+        needed = math.ceil(1 + math.log2(len(tested) / ALPHA))  # the least p of n sign flips is 2^(1 - n)
+        if tested["n"].max() < needed:
+            yield (
+                f"Nothing can be shown{place}: {counted(len(tested), 'comparison')} need at least {needed} pairs of "
+                f"seeds each, and there are at most {tested['n'].max()}."
+            )
+            continue
+        won = tested.loc[(tested["holm"] <= ALPHA) & (tested["gain"] > 0), "recipe"]
+        yield f"{_outcome(tested, baseline, place)}{_would_have_been_seen(single[~single['recipe'].isin(won)])}."
+
+
+def _outcome(tested: pd.DataFrame, baseline: str, place: str) -> str:
+    """As in "rdrop beat plain in 2 of 3 comparisons; smart did worse in 1"."""
+    sure = tested[tested["holm"] <= ALPHA]
+    better, worse = sure[sure["gain"] > 0], sure[sure["gain"] < 0]
+    won = f"{_named(better, tested)} beat {baseline}{place}" if len(better) else f"No recipe beat {baseline}{place}"
+    return won + (f", and {_named(worse, tested)} did worse" if len(worse) else "")
+
+
+def _named(rows: pd.DataFrame, tested: pd.DataFrame) -> str:
+    """Recipes, each with the number of its comparisons where it has several."""
+    counts, of = rows["recipe"].value_counts(sort=False).to_dict(), tested["recipe"].value_counts().to_dict()
+    return listed(
+        str(recipe) if of[recipe] == 1 else f"{recipe} (in {count} of {of[recipe]} comparisons)"
+        for recipe, count in counts.items()
+    )
+
+
+def _would_have_been_seen(single: pd.DataFrame) -> str:
+    """The gain that a comparison on one task finds in 80 % of studies; the median over them, where they are several."""
+    known = single[single["detectable"].notna()]
+    errors = known["metric"].map(smaller_is_better)
+    if known.empty or errors.nunique() > 1:  # there is no one unit
+        return ""
+    gain = known["detectable"].median()
+    size = f"{number(gain, 3)} {known['metric'].iloc[0]}" if errors.all() else f"{number(100 * gain, 1)} points"
+    if len(known) == 1:
+        return f"; gains above {size} would have been seen in 80 % of such studies"
+    return f"; on one task, gains above {size} (the median of {len(known)} comparisons) would have been seen"

@@ -1,0 +1,457 @@
+"""The page of a fit, report.html: what the model can do, how sure that is, where it errs, and what it took.
+
+The page is made from the files of the output folder alone, so `steadytune report` can make it again. It needs nothing
+else: no scripts, no network. The same folder gives the same bytes. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..data.metrics import smaller_is_better
+from ..errors import UsageError
+from ..files.atomic import write_whole, writing
+from ..pages.document import Block, Cell, Figures, Grid, Section, Text, Warning, html
+from ..pages.words import (
+    NONE,
+    call_words,
+    counted,
+    interval,
+    listed,
+    metric_words,
+    number,
+    score_interval,
+    score_names,
+)
+from . import report_figures as figures
+from .folder import read_record
+
+PAGE, METRICS, PREDICTIONS, HISTORY, MISTAKES = (
+    "report.html", "metrics.json", "predictions.parquet", "history.parquet", "mistakes.parquet",
+)  # fmt: skip
+SHOWN_MISTAKES = 10  # of each set
+SHOWN_CLASSES = 15  # in a confusion matrix; of more classes only the most frequent confusions are listed
+SHOWN_CONFUSIONS = 20
+TEXT = 400  # characters of a text on the page
+BINS = 10  # of a calibration curve, of equal width
+DIGITS = 4
+
+
+class Fitted:
+    """What the output folder of a finished fit holds.
+
+    Args:
+        folder: The output of `fit`.
+        record: Its record, where it is not in the folder yet.
+
+    Raises:
+        UsageError: The folder holds no finished fit, or a file of it cannot be read.
+    """
+
+    def __init__(self, folder: Path, record: Mapping[str, Any] | None = None) -> None:
+        self.name = folder.resolve().name
+        self.record: Mapping[str, Any] = read_record(folder) if record is None else record
+        try:
+            metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+            self.predictions, self.history, self.mistakes = (
+                pd.read_parquet(folder / name) if (folder / name).is_file() else pd.DataFrame()
+                for name in (PREDICTIONS, HISTORY, MISTAKES)
+            )
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{folder}: the results of the fit cannot be read: {error}") from error
+        self.recipe: Mapping[str, Any] = self.record["recipe"]
+        self.metric: str = metrics["metric"]
+        self.steps, self.seconds = metrics["steps"], metrics["seconds"]
+        self.sets: Mapping[str, Mapping[str, Any]] = metrics["sets"]
+        self.labels: list[str] = self.recipe["labels"]
+
+    @property
+    def one_class(self) -> bool:
+        """Whether each row has exactly one class: there are class names, and no label is a list of them."""
+        return bool(self.labels) and (self.predictions.empty or isinstance(self.predictions["label"].iloc[0], str))
+
+    @property
+    def selected(self) -> bool:
+        """Whether the validation rows chose something, so that scores on them flatter."""
+        return selected(self.recipe)
+
+    @property
+    def headline(self) -> str | None:
+        """The set whose score speaks for the model: the first test set, else the validation rows."""
+        return next((name for name in self.sets if name != "validation"), next(iter(self.sets), None))
+
+    def rows(self, name: str) -> pd.DataFrame:
+        """The predictions for one set."""
+        return self.predictions[self.predictions["set"] == name] if len(self.predictions) else self.predictions
+
+    def words(self, metric: str) -> str:
+        """The metric, with the class it is about."""
+        return metric_words(metric, self.labels)
+
+
+def selected(recipe: Mapping[str, Any]) -> bool:
+    """Whether a fit with this recipe chose anything by its validation rows."""
+    best_of_several = recipe["runs"] > 1 and recipe["combine"] == "best"
+    return bool(recipe["evaluations"] or recipe["calibrate"] or best_of_several)
+
+
+def write_page(folder: str | Path, record: Mapping[str, Any] | None = None, output: str | Path | None = None) -> Path:
+    """Write the page of a fit.
+
+    Args:
+        folder: The output of `fit`.
+        record: Its record, where it is not in the folder yet.
+        output: Folder for the page; by default the output of the fit.
+
+    Returns:
+        The HTML file.
+
+    Raises:
+        UsageError: The folder holds no finished fit, a file of it cannot be read, or the page cannot be written.
+    """
+    fitted = Fitted(Path(folder), record)
+    text = html(f"Fit report: {fitted.name}", list(_sections(fitted)), verdict(fitted))
+    target = Path(folder if output is None else output)
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
+        write_whole(target / PAGE, lambda part: part.write_text(text, encoding="utf-8", errors="replace"))
+    return target / PAGE
+
+
+def mistakes(predictions: pd.DataFrame, sets: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The rows of each set in which the model is wrong and most sure of it; with numbers, those that it misses most.
+
+    Args:
+        predictions: As `fit` writes them: columns set, row, label, prediction, and for classes their probabilities.
+        sets: Name -> rows with text (and text_pair), in the order of the predictions.
+
+    Returns:
+        At most ten rows a set, the worst first: set, row, text (and text_pair), label, prediction, size. Size is the
+        probability of the prediction, with several labels that of the worst decision, with numbers the distance.
+    """
+    worst = [_worst(predictions[predictions["set"] == name], rows, name) for name, rows in sets.items()]
+    return pd.concat(worst, ignore_index=True) if worst else pd.DataFrame()
+
+
+def _worst(found: pd.DataFrame, rows: pd.DataFrame, name: str) -> pd.DataFrame:
+    probabilities = found.filter(regex="^probability_").to_numpy()
+    label, prediction = found["label"], found["prediction"]
+    if not probabilities.size:
+        size = (label - prediction).abs().to_numpy(dtype=float)
+        wrong = size > 0
+    else:
+        wrong = np.array([one != other for one, other in zip(label, prediction, strict=True)])
+        several = isinstance(label.iloc[0], tuple)
+        size = (np.abs(probabilities - 0.5) + 0.5 if several else probabilities).max(axis=1)
+    order = np.argsort(-size, kind="stable")
+    places = order[wrong[order]][:SHOWN_MISTAKES]
+    texts = rows[[column for column in ("text", "text_pair") if column in rows]].iloc[places].reset_index(drop=True)
+    about = {
+        "set": name,
+        "row": found["row"].to_numpy()[places],
+        **{column: texts[column] for column in texts},
+        "label": [_label(value) for value in label.iloc[places]],
+        "prediction": [_label(value) for value in prediction.iloc[places]],
+        "size": size[places],
+    }
+    return pd.DataFrame(about)
+
+
+def _label(value: Any) -> str:
+    """A class, several classes, or a number, as words."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float | int | np.number):
+        return f"{value:.4g}"
+    return ", ".join(map(str, value)) or "no label"
+
+
+# ---- the verdict ------------------------------------------------------------------------------------------------
+
+
+def verdict(fitted: Fitted) -> str:
+    """What the fit shows, in one or two sentences."""
+    name = fitted.headline
+    value = None if name is None else fitted.sets[name].get(fitted.metric)
+    if name is None:
+        return "How good the model is is not known: no rows were held out and there is no test set."
+    if value is None:
+        return f"How good the model is is not known: {fitted.words(fitted.metric)} is undefined on {name}."
+    scores = fitted.sets[name]
+    bounds = score_interval(scores, fitted.metric)
+    sure = f" (95 % interval {interval(*bounds, DIGITS)})" if bounds else ""
+    flattered = " Those rows also chose the model, so new rows may score lower." if _flatters(fitted, name) else ""
+    metric = fitted.words(fitted.metric)
+    return (
+        f"{metric[0].upper()}{metric[1:]} is {number(value, DIGITS)}{sure} on the {scores['rows']:,} rows of {name}"
+        f"{_against_baseline(fitted, name, value, bounds)}.{flattered}"
+    )
+
+
+def _flatters(fitted: Fitted, name: str) -> bool:
+    return name == "validation" and fitted.selected
+
+
+def _against_baseline(fitted: Fitted, name: str, value: float, bounds: tuple[float, float] | None) -> str:
+    """As in ", clearly above the 0.5092 of always answering the most frequent class"."""
+    baseline = baseline_score(fitted, name, fitted.metric)
+    if baseline is None:
+        return ""
+    smaller = smaller_is_better(fitted.metric)
+    ahead = value < baseline if smaller else value > baseline
+    edge = None if bounds is None else bounds[1] if smaller else bounds[0]
+    clear = edge is not None and (edge < baseline if smaller else edge > baseline)
+    trivial = f"the {number(baseline, DIGITS)} of always giving the same answer"
+    if not ahead:
+        return f", no better than {trivial}"
+    return f", {'clearly ' if clear else ''}better than {trivial}" + ("" if clear or bounds is None else ", not surely")
+
+
+def baseline_score(fitted: Fitted, name: str, metric: str) -> float | None:
+    """The score of always giving the most frequent answer: as recorded, or for accuracy from the numbers of classes."""
+    recorded = fitted.sets[name].get("baseline")
+    if isinstance(recorded, Mapping):
+        return recorded.get(metric)
+    rows = fitted.rows(name)
+    training = fitted.record["data"].get("train", {}).get("labels", {})
+    if metric != "accuracy" or not fitted.one_class or rows.empty or not training:
+        return None
+    return float((rows["label"] == max(training, key=training.get)).mean())
+
+
+# ---- the sections -----------------------------------------------------------------------------------------------
+
+
+def _sections(fitted: Fitted) -> Iterator[Section]:
+    parts = {
+        "Scores": _scores,
+        "Where it errs": _errors,
+        "Training": _training,
+        "Data": _data,
+        "Cost and recipe": _cost,
+    }
+    for title, blocks in parts.items():
+        found = list(blocks(fitted))
+        if found:
+            yield Section(title, found)
+
+
+def _scores(fitted: Fitted) -> Iterator[Block]:
+    if not fitted.sets:
+        yield Warning(
+            "No validation rows were held out and there is no test set, so this page has no scores. Give a test set "
+            "with --test, or hold out rows with --validation-share."
+        )
+        return
+    yield from _warnings(fitted)
+    names = score_names(fitted.sets.values(), fitted.metric)
+    rows: list[list[str | Cell]] = [
+        [_set(fitted, name), f"{scores['rows']:,}", *(_score(fitted, name, metric) for metric in names)]
+        for name, scores in fitted.sets.items()
+    ]
+    yield Grid("Scores of each set", ["set", "rows", *map(fitted.words, names)], [("", rows)], _score_note(fitted))
+
+
+def _set(fitted: Fitted, name: str) -> Cell:
+    return Cell(name, ("chose the model",) if _flatters(fitted, name) else ())
+
+
+def _score(fitted: Fitted, name: str, metric: str) -> Cell:
+    """A score, with its interval, the score of a constant answer, and the spread over runs below it."""
+    scores = fitted.sets[name]
+    if scores.get(metric) is None:
+        return Cell(NONE, ("undefined",) if metric in scores else ())
+    bounds, baseline = score_interval(scores, metric), baseline_score(fitted, name, metric)
+    runs = (scores.get("runs") or {}).get(metric)
+    notes = [
+        interval(*bounds, DIGITS) if bounds else "",
+        f"constant {number(baseline, DIGITS)}" if baseline is not None else "",
+        f"runs {number(runs['mean'], DIGITS)} ± {number(runs['sd'], DIGITS)}" if runs else "",
+    ]
+    return Cell(number(scores[metric], DIGITS), tuple(filter(None, notes)), strong=metric == fitted.metric)
+
+
+def _score_note(fitted: Fitted) -> str:
+    notes = ["Bold: the metric to look at first."]
+    if any(score_interval(scores, fitted.metric) for scores in fitted.sets.values()):
+        notes.append("In brackets: the 95 % interval for other rows of the same kind.")
+    if any(baseline_score(fitted, name, fitted.metric) is not None for name in fitted.sets):
+        notes.append("Constant: the score of always giving the same answer.")
+    if any("runs" in scores for scores in fitted.sets.values()):
+        notes.append(f"Runs: mean and standard deviation over the {fitted.recipe['runs']} runs.")
+    return " ".join(notes)
+
+
+def _warnings(fitted: Fitted) -> Iterator[Warning]:
+    for name in fitted.sets:
+        rows = fitted.rows(name)
+        if len(rows) > 1 and rows["prediction"].map(_label).nunique() == 1 < rows["label"].map(_label).nunique():
+            answer = _label(rows["prediction"].iloc[0])
+            yield Warning(f"The model gives the same answer ({answer}) for all {len(rows):,} rows of {name}.")
+    if any(run.get("failing") for run in fitted.record["runs"]):
+        yield Warning("The training loss hardly fell. Try --restarts 2, another learning rate, or more steps.")
+    if set(fitted.sets) == {"validation"} and fitted.selected:
+        yield Warning("All scores are of rows that also chose the model. Give a test set to know more.")
+
+
+# ---- where it errs
+
+
+def _errors(fitted: Fitted) -> Iterator[Block]:
+    for name in sorted(fitted.sets, key=lambda name: name != fitted.headline):
+        rows = fitted.rows(name)
+        if rows.empty:
+            continue
+        if not fitted.labels:
+            yield Figures(f"{name}: predictions against labels", [figures.numbers(rows, "")])
+        elif fitted.one_class:
+            yield from _classes(rows, name)
+        yield from _mistakes(fitted, name)
+
+
+def _classes(rows: pd.DataFrame, name: str) -> Iterator[Block]:
+    """Scores of each class, and which classes are taken for which."""
+    classes = sorted({*rows["label"], *rows["prediction"]})
+    counts = pd.crosstab(rows["label"], rows["prediction"]).reindex(index=classes, columns=classes, fill_value=0)
+    matrix = counts.to_numpy()
+    yield Grid(
+        f"{name}: scores of each class",
+        ["class", "rows", "predicted", "precision", "recall", "F1"],
+        [("", [_class_row(matrix, i, label) for i, label in enumerate(classes)])],
+        "Precision: share of the rows predicted as the class that are of it. Recall: share of its rows that are found. "
+        "F1: their harmonic mean.",
+    )
+    few = len(classes) <= SHOWN_CLASSES
+    drawn = [figures.confusion(matrix, classes, "Rows by label and prediction")] if few else []
+    curve, error = _calibration(rows)
+    yield Figures(f"{name}: what is taken for what, and how far probabilities can be trusted", [*drawn, curve])
+    yield Text(
+        f"The calibration error is {number(error, 3)}: the mean distance of the dots from the dashed line, over "
+        f"the rows, in {BINS} bins of equal width. Larger dots hold more rows; a dot below the "
+        "line says that the model is surer than it is right."
+    )
+    if few:
+        return
+    wrong = matrix - np.diag(matrix.diagonal())
+    most = np.argsort(-wrong, axis=None, kind="stable")[:SHOWN_CONFUSIONS]
+    pairs = [(int(i), int(j)) for i, j in zip(*np.unravel_index(most, wrong.shape), strict=True) if wrong[i, j]]
+    lines = [[classes[i], classes[j], f"{wrong[i, j]:,}"] for i, j in pairs]
+    yield Grid(f"{name}: most frequent confusions", ["label", "prediction", "rows"], [("", lines)], words=(0, 1))
+
+
+def _class_row(matrix: np.ndarray, i: int, label: str) -> list[str]:
+    hits, rows, predicted = matrix[i, i], matrix[i].sum(), matrix[:, i].sum()
+    shares = (
+        hits / predicted if predicted else float("nan"),
+        hits / rows if rows else float("nan"),
+        2 * hits / (rows + predicted),
+    )
+    return [label, f"{rows:,}", f"{predicted:,}", *(number(share, 3) for share in shares)]
+
+
+def _calibration(rows: pd.DataFrame) -> tuple[str, float]:
+    """The curve of how often the model is right where it gives a probability, and its distance from the diagonal."""
+    probability = rows.filter(regex="^probability_").max(axis=1)
+    right = rows["label"] == rows["prediction"]
+    bins = np.minimum((probability * BINS).astype(int), BINS - 1)
+    table = pd.DataFrame({"probability": probability, "right": right, "rows": 1.0}).groupby(bins)
+    found = table.agg({"probability": "mean", "right": "mean", "rows": "sum"})
+    error = float(((found["probability"] - found["right"]).abs() * found["rows"]).sum() / len(rows))
+    return figures.calibration(found, "Calibration"), error
+
+
+def _mistakes(fitted: Fitted, name: str) -> Iterator[Block]:
+    worst = fitted.mistakes[fitted.mistakes["set"] == name] if len(fitted.mistakes) else fitted.mistakes
+    if worst.empty:
+        return
+    numbers = not fitted.labels
+    lines = [
+        [f"{row['row']}", row["label"], row["prediction"], number(row["size"], 3), _text(row)]
+        for _, row in worst.iterrows()
+    ]
+    yield Grid(
+        f"{name}: {'the largest errors' if numbers else 'the most confident mistakes'}",
+        ["row", "label", "prediction", "distance" if numbers else "probability", "text"],
+        [("", lines)],
+        "Rows are counted from 0. Wrong labels in the data are often found here.",
+        words=(1, 2, 4),
+    )
+
+
+def _text(row: pd.Series) -> str:
+    texts = [str(row[column]) for column in ("text", "text_pair") if column in row]
+    return " ¶ ".join(text if len(text) <= TEXT else text[: TEXT - 1] + "…" for text in texts)
+
+
+# ---- training, data, cost
+
+
+def _training(fitted: Fitted) -> Iterator[Block]:
+    history = fitted.history
+    if history.empty:
+        history = pd.DataFrame(
+            [(i, step, fitted.metric, value) for i, run in enumerate(fitted.record["runs"])
+             for step, value in run.get("curve", ())],
+            columns=["run", "step", "name", "value"],
+        )  # fmt: skip
+    titles = {"loss": "Training loss", fitted.metric: "Score on the validation rows"}
+    panels = [
+        figures.curves(points, title, fitted.words(name))
+        for name, title in titles.items()
+        if len(points := history[history["name"].str.removeprefix("eval_") == name])
+    ]
+    if panels:
+        yield Figures("Curves of training" + (", one line a run" if fitted.recipe["runs"] > 1 else ""), panels)
+    if len(fitted.history) and not fitted.recipe["evaluations"]:
+        yield Text("The validation rows were not scored while the model was trained: --evaluations 10 would do that.")
+
+
+def _data(fitted: Fitted) -> Iterator[Block]:
+    cut = fitted.record.get("cut", {})
+    rows = []
+    for name, about in fitted.record["data"].items():
+        labels = "; ".join(f"{label} {count:,}" for label, count in (about.get("labels") or {}).items())
+        also = "" if "also_in_train" not in about else f"{about['also_in_train']:,}"
+        cut_rows = f"{cut[name]:,}" if name in cut else NONE
+        rows.append([name, source(about), f"{about['rows']:,}", also, cut_rows, labels or "numbers"])
+    yield Grid(
+        "Where the rows come from",
+        ["set", "file", "rows", "also in training", "cut", "labels"],
+        [("", rows)],
+        f"Cut: rows with more than {fitted.recipe['max_length']} tokens, of which the model reads only the beginning. "
+        "Also in training: rows whose text is a training text too.",
+        words=(0, 1, 5),
+    )
+
+
+def source(about: Mapping[str, Any]) -> str:
+    """What the rows of a recorded set were read from, without the folders above it."""
+    return Path(str(about.get("source", about.get("origin", "")))).name
+
+
+def _cost(fitted: Fitted) -> Iterator[Block]:
+    recipe, runs = fitted.recipe, fitted.record["runs"]
+    passes = sorted({f"{run['passes']:.2f}" for run in runs if run.get("passes") is not None})
+    memory = fitted.record.get("peak_memory")
+    facts = {
+        "seconds of training": f"{fitted.seconds:,.0f}",
+        "optimizer steps behind the model": f"{fitted.steps:,}",
+        "passes a step": listed(passes) + " of plain fine-tuning's" if passes else "",
+        "peak memory": f"{memory / 1e9:.2f} GB" if memory else "",
+        "device": str(fitted.record.get("device", "")),
+        "base model": Path(recipe["model"]).name,
+        "methods": "; ".join(map(call_words, recipe["methods"])) or "none (plain fine-tuning)",
+        "procedure": call_words(recipe["procedure"]) if "procedure" in recipe else "",
+        "learning rate": f"{recipe['lr']:g}",
+        "rows a step": f"{recipe['batch_size'] * recipe['accumulation']}",
+        "runs": counted(recipe["runs"], "run") + (f", combined: {recipe['combine']}" if recipe["runs"] > 1 else ""),
+        "made with": ", ".join(f"{name} {version}" for name, version in fitted.record["versions"].items()),
+    }
+    rows = [[name, value] for name, value in facts.items() if value]
+    yield Grid("What it took, and how it was made", ["entry", "value"], [("", rows)], words=(0, 1))
