@@ -273,7 +273,7 @@ def predict(
 
             fitted = FittedModel.load(model)
             columns = tuple(text) if text else fitted.text
-            found = fitted.table(Table.of(table, columns, None, "given"), progress=not quiet)
+            found = fitted.predict_table(Table.of(table, columns, None, "given"), progress=not quiet)
         with writing(output):
             write_whole(output, lambda part: writer(found, part))
     typer.echo(f"{len(found)} predictions: {output}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable
 
 SHOWN = 20  # names in a message
@@ -24,3 +25,9 @@ def one_line(said: object, longest: int = 500) -> str:
     """A library's message or a user's value, fit to stand inside our message: one line of limited length."""
     line = " ".join(str(said).split())
     return line if len(line) <= longest else line[: longest - 3] + "..."
+
+
+def first_rows(rows: Iterable[int]) -> str:
+    """The first of many row numbers, for messages."""
+    numbers = list(itertools.islice(rows, 6))
+    return ", ".join(str(int(row)) for row in numbers[:5]) + (", ..." if len(numbers) > 5 else "")

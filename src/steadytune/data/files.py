@@ -15,7 +15,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -23,7 +23,7 @@ from urllib.parse import parse_qsl
 import numpy as np
 import pandas as pd
 
-from ..errors import UsageError, one_line, suggest
+from ..errors import UsageError, first_rows, one_line, suggest
 
 logger = logging.getLogger("steadytune")
 
@@ -51,6 +51,27 @@ def read_rows(source: Any, called: str = "the table") -> tuple[pd.DataFrame, str
         read = read_hub if str(source).startswith(HUB) else read_table
         return named_columns(read(str(source)), str(source)), str(source)
     return named_columns(_from_dataset(source, called), called), called
+
+
+def sequence_rows(rows: Any, called: str) -> pd.DataFrame:
+    """Texts, or pairs of texts, that stand in a sequence, as a frame with `text` (and `text_pair`).
+
+    Raises:
+        UsageError: No sequence, a single text, no rows, or rows of other widths than one or two.
+    """
+    if rows is None or isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
+        raise UsageError(
+            f"{called} must be a list of texts, a list of pairs of texts, or a table, got {type(rows).__name__}: put a "
+            "single text into a list."
+        )
+    cells = [list(row) if isinstance(row, (list, tuple, np.ndarray)) else [row] for row in rows]
+    if not cells:
+        raise UsageError(f"{called}: there are no rows.")
+    widths = {len(row) for row in cells}
+    if widths not in ({1}, {2}):
+        raise UsageError(f"{called} must hold one text or one pair of texts a row, got rows of {sorted(widths)} cells.")
+    names = ("text", "text_pair")[: widths.pop()]
+    return pd.DataFrame({name: pd.Series([row[i] for row in cells], dtype=object) for i, name in enumerate(names)})
 
 
 def named_columns(frame: pd.DataFrame, called: str) -> pd.DataFrame:
@@ -158,8 +179,8 @@ def _read_csv(path: Path, sep: str = ",") -> pd.DataFrame:
     if len(rows):
         raise UsageError(
             f"{path}: quotation marks hold lines that look like rows of their own in {len(rows)} rows (rows counted "
-            f"from 0: {_first(rows)}): a mark was opened and not closed. Double each quotation mark inside a text, or "
-            "take it out."
+            f"from 0: {first_rows(rows)}): a mark was opened and not closed. Double each quotation mark inside a text, "
+            "or take it out."
         )
     return _without_headers(frame, path)
 
@@ -276,14 +297,12 @@ def _without_headers(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
     if again.any():
         rows = np.flatnonzero(again)
         logger.warning(
-            "%s: %d rows repeat the header and are left out (rows counted from 0: %s)", path, len(rows), _first(rows)
+            "%s: %d rows repeat the header and are left out (rows counted from 0: %s)",
+            path,
+            len(rows),
+            first_rows(rows),
         )
     return frame[~again]
-
-
-def _first(rows: np.ndarray) -> str:
-    """The first row numbers of many."""
-    return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
 
 
 def _read_tsv(path: Path) -> pd.DataFrame:
@@ -320,7 +339,7 @@ def _read_json(path: Path) -> pd.DataFrame:
     changed = [n for n, (row, read) in enumerate(zip(rows, whole, strict=True)) if row != read]
     if changed:
         logger.warning("%s: halves of characters in %d rows are read as U+FFFD (rows counted from 0: %s)",
-                       path, len(changed), _first(np.array(changed)))  # fmt: skip
+                       path, len(changed), first_rows(np.array(changed)))  # fmt: skip
     return pd.DataFrame({name: pd.Series([row.get(name) for row in whole], dtype=object)
                          for name in dict.fromkeys(name for row in whole for name in row)})  # fmt: skip
 

@@ -6,6 +6,7 @@ here are the findings that need all the splits, each with a count and the first 
 
 from __future__ import annotations
 
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ LEAST_ROWS = 20
 FEW_ROWS = 8  # a class with fewer training rows is hardly learnt
 ORDINAL_CLASSES = 5  # so many consecutive integers may be a scale
 SHOWN = 5  # rows, classes and texts shown in a message
+PLACEHOLDERS = {"n/a", "na", "nan", "none", "null", "nil", "-", "--", "?", "missing", "unlabeled", "unlabelled", "<na>"}
 # A replacement character, or UTF-8 read as Latin-1 or Windows-1252.
 MOJIBAKE = r"\ufffd|Ã[\x80-\xbf©¨¼¶¤±³§«»]|â€[™œ\x9d\x99\x9c“”¦]"
 
@@ -53,6 +55,8 @@ def inspect(data: Data, *, standardize: bool = False) -> list[Finding]:
         *_ids(data),
         *_repeated(data),
         *_contradicting(data),
+        *_twins(data),
+        *_placeholders(data),
         *_small_classes(data),
         *_ordinal(data),
         *(() if standardize else _scale(data)),
@@ -173,6 +177,41 @@ def _ids(data: Data) -> Iterator[Finding]:
             "column with --label NAME.",
             rows,
         )
+
+
+def _twins(data: Data) -> Iterator[Finding]:
+    """Classes that a reader takes for one: they differ by spaces, case, the form of a character or of a number."""
+    alike = defaultdict(list)
+    for name in data.problem.names:
+        alike[_folded(name)].append(name)
+    for names in (names for names in alike.values() if len(names) > 1):
+        member = data.problem.membership(data.train["label"])
+        counts = [int(member[:, data.problem.names.index(name)].sum()) for name in names]
+        shown = ", ".join(f"{name!r} ({count} rows)" for name, count in zip(names, counts, strict=True))
+        bad = member[:, [data.problem.names.index(name) for name in names]].any(axis=1)
+        before = f"{_source(data, 'train')}: the labels {shown} look the same and differ by spaces, case or form, in"
+        yield _finding("warning", before, bad, "", "write them alike if they are one class", data.train.index)
+
+
+def _folded(name: str) -> str:
+    """A label without what a reader does not see."""
+    seen = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
+    seen = " ".join(seen.split()).casefold()
+    try:
+        return f"{float(seen):g}"
+    except ValueError:
+        return seen
+
+
+def _placeholders(data: Data) -> Iterator[Finding]:
+    """Classes that stand for no label: words such as N/A, and -1 beside other whole numbers."""
+    names = data.problem.names
+    numbers = bool(names) and all(name.lstrip("-").isdigit() for name in names)
+    for name in names:
+        if name.strip().casefold() in PLACEHOLDERS or (numbers and name == "-1"):
+            bad = data.problem.membership(data.train["label"])[:, names.index(name)]
+            before = f"{_source(data, 'train')}: the class {name!r} often means that there is no label, in"
+            yield _finding("warning", before, bad, "", "take these rows out if it does", data.train.index)
 
 
 def _small_classes(data: Data) -> Iterator[Finding]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import pandas as pd
 
-from ..errors import UsageError, suggest
-from .problem import Classification, MultiLabel, Problem, Regression, label_sets
+from ..errors import UsageError, first_rows, suggest
+from .problem import DECIMAL_COMMA, PERCENT, Classification, MultiLabel, Problem, Regression, label_sets
 from .tables import MANY_CLASSES, Kind, _numbers, _parts, label_name
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ def find_problem(rows: pd.DataFrame, table: Table) -> Problem:
         raise UsageError(f"kind must be one of {', '.join(get_args(Kind))}, got {table.kind!r}.")
     if table.kind == "multilabel" or (table.kind == "auto" and _hold_lists(labels)):
         return _find_sets(rows, table, where)
+    if table.kind == "auto":
+        _check_numbers_as_text(labels, where)
     numbers = _numbers(labels)
     numeric = bool(numbers.notna().all())
     fractions = numeric and bool((numbers % 1 != 0).any())
@@ -49,6 +51,35 @@ def find_problem(rows: pd.DataFrame, table: Table) -> Problem:
             "say --kind classification, say --kind regression, or choose another column with --label NAME."
         )
     return Classification(_class_order(names, table, where))
+
+
+def _check_numbers_as_text(labels: pd.Series, where: str) -> None:
+    """Raise for labels the bulk of which are numbers that some cells spell otherwise, or for which some say nothing.
+
+    Numbers with decimal commas or per cent signs would become classes, and so would all ratings of a column in which a
+    few cells say N/A.
+    """
+    written = labels.astype(str)
+    for pattern, what, remedy in (
+        (DECIMAL_COMMA, "a decimal comma", "write them with a point, as in 0.5"),
+        (PERCENT, "a per cent sign", "write them without it"),
+    ):
+        odd = written.str.fullmatch(pattern)
+        if odd.mean() > 0.5:
+            raise UsageError(
+                f"{where} holds numbers with {what} ({written[odd].iloc[0]!r}) in {int(odd.sum())} of {len(labels)} "
+                f"rows: {remedy}, or say --kind classification."
+            )
+    numbers = _numbers(labels)
+    bulk, others = numbers[numbers.notna()], written[numbers.isna()]
+    graded = bulk.nunique() > MANY_CLASSES or bool((bulk % 1 != 0).any())
+    if 0 < len(others) < len(labels) / 2 and graded:
+        names = list(dict.fromkeys(others))
+        shown = ", ".join(repr(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
+        raise UsageError(
+            f"{where} holds numbers, but {shown} in {len(others)} of {len(labels)} rows (rows counted from 0: "
+            f"{first_rows(others.index)}): take these rows out, or say --kind classification."
+        )
 
 
 def _hold_lists(labels: pd.Series) -> bool:

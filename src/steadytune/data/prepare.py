@@ -129,7 +129,12 @@ def prepare(
         cuts["validation"] = _encoded(problem, examples(validation), validation)
         sources["validation"] = validation.source
     elif validation_share and "validation" not in cuts:
-        rows, cuts["validation"] = split(rows, problem, validation_share, seed)
+        try:
+            rows, cuts["validation"] = split(rows, problem, validation_share, seed)
+        except UsageError as error:
+            if train_size is None:
+                raise
+            raise UsageError(f"of the {train_size} rows drawn by --train-size: {error}") from error
         sources["validation"] = f"{validation_share} of {train.source}"
     tables = {name: _follow(table, train) for name, table in tests.items()}
     cuts |= {name: _encoded(problem, examples(table), table) for name, table in tables.items()}

@@ -18,7 +18,10 @@ import pandas as pd
 
 from ..errors import UsageError, suggest
 from .metrics import METRICS, Metric, members
-from .tables import Table, _numbers, _parts, _refuse, label_name
+from .tables import Table, _numbers, _parts, label_name, refuse
+
+DECIMAL_COMMA = r"\s*[-+]?\d+,\d+\s*%?"
+PERCENT = r"\s*[-+]?\d+([.,]\d+)?\s*%"
 
 
 @dataclass(frozen=True)
@@ -307,7 +310,16 @@ class Regression(Problem):
 
     def encode(self, rows: pd.DataFrame, table: Table) -> pd.Series:
         numbers = _numbers(rows["label"])
-        _refuse(~np.isfinite(numbers), f"label column {table.label!r}", "not a finite number", table.source)
+        bad = ~np.isfinite(numbers)
+        values = rows["label"][bad].astype(str)
+        remedy = "Fill them in or take them out; if they are classes say --kind classification."
+        if values.str.fullmatch(DECIMAL_COMMA).any():
+            remedy = "Write numbers with a point instead of a comma, as in 0.5."
+        elif values.str.fullmatch(PERCENT).any():
+            remedy = "Write numbers without the per cent sign."
+        shown = ", ".join(repr(value) for value in dict.fromkeys(values.head(100)) if len(value) <= 40)[:80]
+        how = f"not a finite number ({shown})" if shown else "not a finite number"
+        refuse(bad, f"label column {table.label!r}", how, table.source, remedy)
         return numbers
 
     def array(self, labels: Sequence[Any] | pd.Series) -> np.ndarray:
@@ -367,7 +379,10 @@ def label_sets(rows: pd.DataFrame, table: Table) -> list[list[str]]:
         UsageError: A label that is not a list, or a list with an empty entry.
     """
     parts, what = rows["label"].map(_parts), f"label column {table.label!r}"
-    _refuse(parts.isna(), what, "not a list", table.source)
+    wrong = parts.isna()
+    shown = repr(rows["label"][wrong].iloc[0])[:60] if wrong.any() else ""
+    remedy = "Write lists, as in ['a', 'b']."
+    refuse(wrong, what, f"not a list ({shown})", table.source, remedy)
     empty = parts.map(lambda row: any(value is None or value != value for value in row)).astype(bool)
-    _refuse(empty, what, "a list with an empty entry", table.source)
+    refuse(empty, what, "a list with an empty entry", table.source)
     return [[label_name(value) for value in row] for row in parts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from ..errors import UsageError, suggest
-from .files import read_rows
+from ..errors import UsageError, first_rows, suggest
+from .files import read_rows, whole_characters
 
 logger = logging.getLogger("steadytune")
 
@@ -22,6 +23,8 @@ Kind = Literal["auto", "classification", "multilabel", "regression"]
 
 # Above this many different values the table no longer tells classes from something else (scores, ids, free text).
 MANY_CLASSES = 20
+
+WHOLE = re.compile(r"-?\d+\.0+")  # a whole number written as a fraction
 
 # Column names by which text and label are known, whatever their case; an earlier line wins.
 LABELS = (
@@ -86,7 +89,13 @@ class Table:
         if isinstance(data, Table):
             return data
         frame, source = read_rows(data, f"the {name} table")
-        return cls(frame, source, text, label, kind, group=group)
+        named = None if text is None else tuple(map(str, text))
+        return cls(frame, source, named, _string(label), kind, group=_string(group))
+
+
+def _string(name: Any) -> str | None:
+    """A column name as `read_rows` writes it."""
+    return None if name is None else str(name)
 
 
 def resolve(table: Table, other: Sequence[str] = ()) -> Table:
@@ -107,16 +116,29 @@ def resolve(table: Table, other: Sequence[str] = ()) -> Table:
     if table.text is not None and table.label is not None:
         return table
     taken = {*other, table.group, *(table.text or ()), table.label}
-    columns = table.frame.columns
-    free = [column for column in columns[~columns.duplicated(keep=False)] if column not in taken]
+    free = [column for column in table.frame.columns if column not in taken]
     label = table.label or _only("label", _by_name(free, LABELS), table)
     free = [column for column in free if column != label]
     text = table.text or _find_text(free, table, spare=label is None)
-    label = label or _only("label", [c for c in free if c not in text and _like_label(table.frame[c])], table)
+    label = label or _label_by_shape([column for column in free if column not in text], table)
     if label is None:
         raise UsageError(f"{table.source}: no column looks like a label{_choose('label', free)}")
     logger.info("%s: text from %s, label from %r", table.source, " and ".join(map(repr, text)), label)
     return dataclasses.replace(table, text=text, label=label)
+
+
+def _label_by_shape(columns: Sequence[str], table: Table) -> str | None:
+    """The one column that looks like a label, if no other one repeats its values as classes do."""
+    alike = [column for column in columns if _like_label(table.frame[column])]
+    if len(alike) == 1:
+        alike += [column for column in columns if column not in alike and _repeats(table.frame[column])]
+    return _only("label", alike, table)
+
+
+def _repeats(column: pd.Series) -> bool:
+    """Many different values, each of which occurs about twice or more: too many for a label nobody named."""
+    values = column.dropna().astype(str)
+    return MANY_CLASSES < values.nunique() <= len(values) / 2
 
 
 def _by_name(columns: Sequence[str], known: Sequence[Sequence[str]]) -> list[str]:
@@ -152,7 +174,8 @@ def _find_text(columns: Sequence[str], table: Table, spare: int) -> tuple[str, .
         raise UsageError(f"{table.source}: more than one pair of columns may be the text{_choose('text', found)}")
     if pairs:
         return pairs[0]
-    named = _by_name(strings, TEXTS)
+    some = [column for column in columns if table.frame[column].map(lambda value: isinstance(value, str)).any()]
+    named = _by_name(some, TEXTS)  # a number among its texts is an error of its own
     prose = [column for column in strings if _is_prose(table.frame[column])]
     # two columns of prose beside others may as well be a text and its translation, or its explanation
     if not named and len(prose) == 2 and len(columns) == 2 + spare:
@@ -208,7 +231,21 @@ def texts(table: Table) -> pd.DataFrame:
         _check_column(table, column, "text")
         _check_texts(frame[column], column, source)
     names = ("text", "text_pair")[: len(columns)]
-    return pd.DataFrame({name: frame[column].astype(str).tolist() for name, column in zip(names, columns, strict=True)})
+    read = {name: _whole(frame[column], column, source) for name, column in zip(names, columns, strict=True)}
+    return pd.DataFrame(read)
+
+
+def _whole(texts: pd.Series, column: str, source: str) -> list[str]:
+    """Texts that can be written: halves of characters, as clipped tweets have them, become U+FFFD, which is said."""
+    given = texts.tolist()
+    whole = [str(whole_characters(text)) for text in given]
+    changed = [n for n, (old, new) in enumerate(zip(given, whole, strict=True)) if old != new]
+    if changed:
+        logger.warning(
+            "%s: text column %r holds halves of characters in %d rows, read as U+FFFD (rows counted from 0: %s)",
+            source, column, len(changed), first_rows(changed),
+        )  # fmt: skip
+    return whole
 
 
 def examples(table: Table) -> pd.DataFrame:
@@ -223,16 +260,46 @@ def examples(table: Table) -> pd.DataFrame:
         raise UsageError(f"text and label must be different columns, got {', '.join([*text, label])}.")
     _check_column(table, label, "label")
     labels = table.frame[label]
-    _refuse(_empty(labels), f"label column {label!r}", "empty", table.source)
-    rows["label"] = labels.astype(object).to_numpy()
+    refuse(is_empty(labels), f"label column {label!r}", "empty", table.source)
+    _check_header(labels, text, label, table.source)
+    kept = [whole_characters(value) for value in labels.astype(object)]
+    rows["label"] = pd.Series(kept, dtype=object).to_numpy()
     if table.group is not None:
         if table.group == label:
             raise UsageError(f"group and label must be different columns, got {label!r} for both.")
         _check_column(table, table.group, "group")
         groups = table.frame[table.group]
-        _refuse(_empty(groups), f"group column {table.group!r}", "empty", table.source)
+        refuse(is_empty(groups), f"group column {table.group!r}", "empty", table.source)
         rows["group"] = [label_name(value) for value in groups]
     return rows
+
+
+def _check_header(labels: pd.Series, text: Sequence[str], label: str, source: str) -> None:
+    """Raise where the column names are a row: a label for the label column, and prose for the text column."""
+    objects = labels.map(lambda value: isinstance(value, Mapping)).astype(bool)
+    refuse(
+        objects, f"label column {label!r}", f"an object ({_shown(labels[objects])})", source, "Give a name or a number."
+    )
+    names = set(labels.astype(str))
+    prose = all(len(name.split()) >= 3 for name in text)
+    if (label in names and len(names) > 1) or (prose and _number(label) and labels.map(_number).all()):
+        raise UsageError(
+            f"{source}: the label column is called {label!r} like one of its labels, so that the first row seems to be "
+            "data: add a header line such as text,label, or rename the column."
+        )
+
+
+def _number(value: Any) -> bool:
+    try:
+        return np.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def _shown(values: pd.Series) -> str:
+    """The first value, cut where it is long."""
+    text = str(values.iloc[0]) if len(values) else ""
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _check_column(table: Table, column: str, what: str) -> None:
@@ -243,7 +310,7 @@ def _check_column(table: Table, column: str, what: str) -> None:
         raise UsageError(f"{table.source}: {count} columns are called {column!r}: rename them.")
 
 
-def _empty(values: pd.Series) -> pd.Series:
+def is_empty(values: pd.Series) -> pd.Series:
     return values.isna() | (values.astype(str).str.strip() == "")
 
 
@@ -256,17 +323,16 @@ def _check_texts(texts: pd.Series, column: str, source: str) -> None:
             f"{source}: text column {column!r} must hold strings, got {value} ({type(value).__name__}). "
             "Choose another column with --text NAME."
         )
-    _refuse(_empty(texts), f"text column {column!r}", "empty", source)
+    refuse(is_empty(texts), f"text column {column!r}", "empty", source)
 
 
-def _refuse(bad: pd.Series, what: str, how: str, source: str) -> None:
+def refuse(bad: pd.Series, what: str, how: str, source: str, remedy: str = "Fill them in or take them out.") -> None:
     """Raise when any row is bad, with the count and the first rows."""
     if bad.any():
         rows = np.flatnonzero(bad.to_numpy(dtype=bool))
-        first = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
         raise UsageError(
-            f"{source}: {what} is {how} in {len(rows)} of {len(bad)} rows (rows counted from 0: {first}). "
-            "Fill them in or take them out."
+            f"{source}: {what} is {how} in {len(rows)} of {len(bad)} rows (rows counted from 0: {first_rows(rows)}). "
+            f"{remedy}"
         )
 
 
@@ -274,6 +340,8 @@ def label_name(value: Any) -> str:
     """The name of a label of any type: `1`, `1.0` and `"1"` are one class, whichever file format they came from."""
     if isinstance(value, (float, np.floating)) and float(value).is_integer():
         return str(int(value))
+    if isinstance(value, str) and WHOLE.fullmatch(value):  # as pandas writes a column of whole numbers with a gap
+        return value.partition(".")[0]
     return str(value)
 
 

@@ -14,7 +14,8 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from ..config import ALIASES
-from ..data.tables import Kind, label_name
+from ..data.files import named_columns, sequence_rows
+from ..data.tables import Kind, is_empty, label_name, refuse
 from ..errors import UsageError
 from .main import fit
 
@@ -72,13 +73,14 @@ class _Steady(BaseEstimator):
         if len(table) != len(labels):
             raise UsageError(f"X has {len(table)} rows, y has {len(labels)}: give one label per row.")
         text = tuple(table.columns)
+        label = next(name for name in ("label", "y", *(f"label {i}" for i in range(9))) if name not in text)
         own = self.get_params(deep=False)
         settings = {k: v for k, v in own.items() if k not in ("random_state", "output", "options")}
         with tempfile.TemporaryDirectory() as scratch:
             self.result_ = fit(
-                table.assign(label=pd.Series(list(labels), dtype=object)),
+                table.assign(**{label: pd.Series(list(labels), dtype=object)}),
                 text=text,
-                label="label",
+                label=label,
                 kind=self._kind,
                 output=Path(scratch, "model") if self.output is None else self.output,
                 overwrite=self.output is not None,
@@ -88,6 +90,15 @@ class _Steady(BaseEstimator):
             )
         self.model_ = self.result_.model
         self.n_features_in_ = len(text)
+        if isinstance(X, pd.DataFrame):
+            self.feature_names_in_ = np.array(text, dtype=object)
+
+    def _rows(self, X: Any) -> Any:
+        """Rows to predict: a frame by the names of its columns, if the training rows had names."""
+        check_is_fitted(self, "model_")
+        if isinstance(X, pd.DataFrame) and not hasattr(self, "feature_names_in_"):
+            return X.to_numpy()
+        return X
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -143,21 +154,23 @@ class SteadyClassifier(ClassifierMixin, _Steady):
         Raises:
             UsageError: what `steadytune.fit` refuses.
         """
-        y = np.asarray(y)
-        self.classes_ = np.unique(y)
-        self._fit(X, [label_name(label) for label in y])
+        labels = _labels(y)
+        try:
+            self.classes_ = np.unique(labels)
+        except TypeError:
+            kinds = ", ".join(sorted({type(label).__name__ for label in labels}))
+            raise UsageError(f"y holds labels of several types ({kinds}): give them one type.") from None
+        self._fit(X, [label_name(label) for label in labels])
         columns = {name: i for i, name in enumerate(self.model_.problem.names)}
         self._order = [columns[label_name(label)] for label in self.classes_]
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities (rows, classes), columns as `classes_`."""
-        check_is_fitted(self, "model_")
-        return self.model_.predict_proba(_texts(X))[:, self._order]
+        return self.model_.predict_proba(self._rows(X))[:, self._order]
 
     def predict(self, X: Any) -> np.ndarray:
         """Labels (rows,), of the type given to `fit`."""
-        check_is_fitted(self, "model_")
         return self.classes_[self.predict_proba(X).argmax(axis=1)]
 
 
@@ -172,32 +185,49 @@ class SteadyRegressor(RegressorMixin, _Steady):
         Raises:
             UsageError: what `steadytune.fit` refuses.
         """
-        self._fit(X, [float(value) for value in np.asarray(y)])
+        self._fit(X, _labels(y).tolist())
         return self
 
     def predict(self, X: Any) -> np.ndarray:
         """Numbers (rows,)."""
-        check_is_fitted(self, "model_")
-        return self.model_.predict(_texts(X)).astype(float)
+        return self.model_.predict(self._rows(X)).astype(float)
 
 
 def _frame(X: Any) -> pd.DataFrame:
     """Texts as a frame whose columns are all text."""
     if isinstance(X, pd.DataFrame):
-        return X.reset_index(drop=True).rename(columns=str)
-    values = _texts(X)
-    if not values:
-        raise UsageError("X has no rows.")
-    names = ["text", "text_pair"][: 1 if isinstance(values[0], str) else len(values[0])]
-    rows = [[v] if isinstance(v, str) else list(v) for v in values]
-    if len({len(row) for row in rows}) != 1 or len(rows[0]) > 2:
-        raise UsageError("X must hold one text or one pair of texts a row.")
-    return pd.DataFrame(rows, columns=names)
+        return named_columns(X.reset_index(drop=True), "X")
+    return sequence_rows(X, "X")
 
 
-def _texts(X: Any) -> list[Any]:
-    """Texts or pairs of texts, whatever holds them."""
-    if isinstance(X, pd.DataFrame):
-        X = X.to_numpy()
-    rows = [v if isinstance(v, str) else list(v) if np.ndim(v) else v for v in X]
-    return [row[0] if isinstance(row, list) and len(row) == 1 else row for row in rows]
+def _labels(y: Any) -> np.ndarray:
+    """Labels (rows,); a column is one too.
+
+    Raises:
+        UsageError: No labels, empty ones, or several a row.
+    """
+    if y is None:
+        raise UsageError("y is missing: give one label per row.")
+    if isinstance(y, pd.DataFrame):
+        y = y.iloc[:, 0] if y.shape[1] == 1 else y.to_numpy()
+    values = y if isinstance(y, pd.Series) else _array(y)
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values.ravel()
+    listed = values.ndim == 1 and any(isinstance(value, (list, tuple, set, np.ndarray)) for value in values)
+    if values.ndim != 1 or listed:
+        shape = "lists" if listed else f"shape {values.shape}"
+        raise UsageError(
+            f"y has {shape}: give one label per row, for one-hot rows y.argmax(axis=1). Several labels a row are "
+            "learnt by steadytune.fit on a table."
+        )
+    column = pd.Series(values).reset_index(drop=True)
+    refuse(is_empty(column), "y", "empty", "the training rows")
+    return column.to_numpy() if isinstance(y, pd.Series) else np.asarray(values)
+
+
+def _array(y: Any) -> np.ndarray:
+    """Any sequence as an array; lists of unequal lengths as objects."""
+    try:
+        return np.asarray(y)
+    except ValueError:
+        return np.fromiter(y, dtype=object)

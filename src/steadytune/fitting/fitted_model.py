@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ import numpy as np
 import pandas as pd
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.files import sequence_rows
 from ..data.guards import truncated
 from ..data.problem import Problem
-from ..data.tables import Table, examples
+from ..data.tables import Table, examples, texts
 from ..errors import UsageError, one_line
 from .encoding import check_vocabulary, token_counts, tokenise
 from .folder import MEMBERS, read_record
@@ -135,7 +137,9 @@ class FittedModel:
         """Class names, tuples of class names (several labels), or numbers: one per row."""
         return self.problem.decide(self.scores(rows))
 
-    def table(self, rows: Rows, coarser: Mapping[str, str] | None = None, *, progress: bool = False) -> pd.DataFrame:
+    def predict_table(
+        self, rows: Rows, coarser: Mapping[str, str] | None = None, *, progress: bool = False
+    ) -> pd.DataFrame:
         """Columns ``prediction`` and, for classes, ``probability_<class>``; one row per row.
 
         Args:
@@ -182,31 +186,17 @@ class FittedModel:
         return found, {"rows": len(rows), **metrics}
 
     def _texts(self, rows: Rows) -> pd.DataFrame:
-        """Frame with `text` (and `text_pair`)."""
-        names = ["text", "text_pair"][: len(self.text)]
-        if isinstance(rows, (str, Path)):
-            rows = Table.of(rows, self.text, self.label, "given")
-        frame = rows.frame if isinstance(rows, Table) else rows
-        if isinstance(frame, pd.DataFrame):
-            columns = rows.text or self.text if isinstance(rows, Table) else self.text
-            missing = [c for c in columns if c not in frame.columns]
-            if missing:
-                known = ", ".join(map(str, frame.columns))
-                raise UsageError(f"no text column {missing[0]!r} in the table to predict. Known: {known}.")
-            values = frame[list(columns)].to_numpy()
+        """Frame with `text` (and `text_pair`): tables by the names of their columns, sequences by position."""
+        if isinstance(rows, Table):
+            table = dataclasses.replace(rows, text=rows.text or self.text)
+        elif isinstance(rows, (str, Path, pd.DataFrame, Mapping)) or hasattr(rows, "to_pandas"):
+            table = Table.of(rows, self.text, self.label, "given")
         else:
-            values = np.array([[row] if isinstance(row, str) else list(row) for row in frame], dtype=object)
-        if len(values) == 0:
-            raise UsageError("the table to predict has no rows.")
-        if values.ndim != 2 or values.shape[1] != len(names):
-            raise UsageError(f"the model reads {len(names)} text(s) a row, got rows of another shape.")
-        bad = [i for i, row in enumerate(values) if not all(isinstance(t, str) and t.strip() for t in row)]
-        if bad:
-            raise UsageError(
-                f"texts to predict must be strings that are not empty; {len(bad)} of {len(values)} rows are not "
-                f"(rows counted from 0: {', '.join(map(str, bad[:5]))})."
-            )
-        return pd.DataFrame({name: values[:, i] for i, name in enumerate(names)})
+            frame = sequence_rows(rows, "the given rows")
+            if frame.shape[1] != len(self.text):
+                raise UsageError(f"the model reads {len(self.text)} text(s) a row, got {frame.shape[1]}.")
+            table = Table(frame, "the given rows", tuple(frame.columns), None)
+        return texts(table)
 
     # ---- files
 

@@ -105,7 +105,7 @@ def make_plan(
             f"a soup is the mean of models that began alike, and {drawing[0]} draws other weights in every run: "
             "choose combine best or ensemble."
         )
-    columns = (text,) if isinstance(text, str) else None if text is None else tuple(text)
+    columns = None if text is None else tuple(text) if isinstance(text, (list, tuple)) else (text,)
     table = Table.of(train, columns, label, "train", kind, group)
     data = prepare(
         table,
