@@ -188,7 +188,7 @@ def _twins(data: Data) -> Iterator[Finding]:
         member = data.problem.membership(data.train["label"])
         counts = [int(member[:, data.problem.names.index(name)].sum()) for name in names]
         shown = ", ".join(f"{name!r} ({count} rows)" for name, count in zip(names, counts, strict=True))
-        bad = member[:, [data.problem.names.index(name) for name in names]].any(axis=1)
+        bad = np.asarray(member[:, [data.problem.names.index(name) for name in names]].any(axis=1))
         before = f"{_source(data, 'train')}: the labels {shown} look the same and differ by spaces, case or form, in"
         yield _finding("warning", before, bad, "", "write them alike if they are one class", data.train.index)
 
