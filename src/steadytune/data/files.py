@@ -71,7 +71,8 @@ def sequence_rows(rows: Any, called: str) -> pd.DataFrame:
     if widths not in ({1}, {2}):
         raise UsageError(f"{called} must hold one text or one pair of texts a row, got rows of {sorted(widths)} cells.")
     names = ("text", "text_pair")[: widths.pop()]
-    return pd.DataFrame({name: pd.Series([row[i] for row in cells], dtype=object) for i, name in enumerate(names)})
+    columns = {name: pd.Series([row[i] for row in cells], dtype=object) for i, name in enumerate(names)}
+    return named_columns(pd.DataFrame(columns), called)
 
 
 def named_columns(frame: pd.DataFrame, called: str) -> pd.DataFrame:
@@ -89,7 +90,22 @@ def named_columns(frame: pd.DataFrame, called: str) -> pd.DataFrame:
     for name, count in Counter(names).items():
         if count > 1:
             raise UsageError(f"{called}: {count} columns are called {name!r}: rename them.")
-    return frame.set_axis(names, axis=1)
+    return _whole_characters(frame.set_axis(names, axis=1), called)
+
+
+def _whole_characters(frame: pd.DataFrame, called: str) -> pd.DataFrame:
+    """The frame with halves of characters (lone surrogates, as in clipped tweets) read as U+FFFD, which is said."""
+    for name in frame.columns[frame.dtypes == object]:
+        given = frame[name].tolist()
+        whole = [whole_characters(value) for value in given]
+        changed = [n for n, (old, new) in enumerate(zip(given, whole, strict=True)) if old is not new and old != new]
+        if changed:
+            logger.warning(
+                "%s: column %r holds halves of characters in %d rows, read as U+FFFD (rows counted from 0: %s)",
+                called, name, len(changed), first_rows(changed),
+            )  # fmt: skip
+            frame = frame.assign(**{name: pd.Series(whole, dtype=object, index=frame.index)})
+    return frame
 
 
 def whole_characters(value: Any) -> Any:
@@ -335,13 +351,8 @@ def _read_json(path: Path) -> pd.DataFrame:
         rows = [_json_row(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{path}: every row must be a JSON object with named fields.")
-    whole = [{name: whole_characters(value) for name, value in row.items()} for row in rows]
-    changed = [n for n, (row, read) in enumerate(zip(rows, whole, strict=True)) if row != read]
-    if changed:
-        logger.warning("%s: halves of characters in %d rows are read as U+FFFD (rows counted from 0: %s)",
-                       path, len(changed), first_rows(np.array(changed)))  # fmt: skip
-    return pd.DataFrame({name: pd.Series([row.get(name) for row in whole], dtype=object)
-                         for name in dict.fromkeys(name for row in whole for name in row)})  # fmt: skip
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pd.DataFrame({name: pd.Series([row.get(name) for row in rows], dtype=object) for name in names})
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

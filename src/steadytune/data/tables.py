@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import UsageError, first_rows, suggest
-from .files import read_rows, whole_characters
+from .files import read_rows
 
 logger = logging.getLogger("steadytune")
 
@@ -231,21 +231,7 @@ def texts(table: Table) -> pd.DataFrame:
         _check_column(table, column, "text")
         _check_texts(frame[column], column, source)
     names = ("text", "text_pair")[: len(columns)]
-    read = {name: _whole(frame[column], column, source) for name, column in zip(names, columns, strict=True)}
-    return pd.DataFrame(read)
-
-
-def _whole(texts: pd.Series, column: str, source: str) -> list[str]:
-    """Texts that can be written: halves of characters, as clipped tweets have them, become U+FFFD, which is said."""
-    given = texts.tolist()
-    whole = [str(whole_characters(text)) for text in given]
-    changed = [n for n, (old, new) in enumerate(zip(given, whole, strict=True)) if old != new]
-    if changed:
-        logger.warning(
-            "%s: text column %r holds halves of characters in %d rows, read as U+FFFD (rows counted from 0: %s)",
-            source, column, len(changed), first_rows(changed),
-        )  # fmt: skip
-    return whole
+    return pd.DataFrame({name: frame[column].astype(str).tolist() for name, column in zip(names, columns, strict=True)})
 
 
 def examples(table: Table) -> pd.DataFrame:
@@ -262,8 +248,7 @@ def examples(table: Table) -> pd.DataFrame:
     labels = table.frame[label]
     refuse(is_empty(labels), f"label column {label!r}", "empty", table.source)
     _check_header(labels, text, label, table.source)
-    kept = [whole_characters(value) for value in labels.astype(object)]
-    rows["label"] = pd.Series(kept, dtype=object).to_numpy()
+    rows["label"] = labels.astype(object).to_numpy()
     if table.group is not None:
         if table.group == label:
             raise UsageError(f"group and label must be different columns, got {label!r} for both.")
@@ -280,7 +265,7 @@ def _check_header(labels: pd.Series, text: Sequence[str], label: str, source: st
     refuse(
         objects, f"label column {label!r}", f"an object ({_shown(labels[objects])})", source, "Give a name or a number."
     )
-    names = set(labels.astype(str))
+    names = set(map(str, labels))
     prose = all(len(name.split()) >= 3 for name in text)
     if (label in names and len(names) > 1) or (prose and _number(label) and labels.map(_number).all()):
         raise UsageError(
@@ -311,7 +296,7 @@ def _check_column(table: Table, column: str, what: str) -> None:
 
 
 def is_empty(values: pd.Series) -> pd.Series:
-    return values.isna() | (values.astype(str).str.strip() == "")
+    return values.isna() | values.map(lambda value: not str(value).strip()).astype(bool)
 
 
 def _check_texts(texts: pd.Series, column: str, source: str) -> None:
