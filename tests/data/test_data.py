@@ -85,8 +85,8 @@ BAD_TABLES = {
     "numbers as text": (bad(text=[1, 2, 3]), {}, ["must hold strings", "got 1 (int64)"]),
     "null label": (bad(label=["p", None, "q"]), {}, ["label column 'label' is empty in 1 of 3"]),
     "NaN target": (bad(label=[0.5, float("nan"), 1.5]), {}, ["is empty in 1 of 3", ": 1)"]),
-    "infinite target": (bad(label=[0.5, float("inf"), 1.5]), {}, ["not a finite number in 1 of 3"]),
-    "word as target": (bad(label=["0.5", "1", "x"]), {"kind": "regression"}, ["not a finite number in 1", ": 2)"]),
+    "infinite target": (bad(label=[0.5, float("inf"), 1.5]), {}, ["not a finite number ('inf') in 1 of 3"]),
+    "word as target": (bad(label=["0.5", "1", "x"]), {"kind": "regression"}, ["number ('x') in 1 of 3", ": 2)"]),
     "constant target": (bad(label=[1.5] * 3), {}, ["one value only (1.5)"]),
     "one class": (bad(label=["p"] * 3), {}, ["one class only ('p')"]),
     "unknown kind": (GOOD, {"kind": "ranking"}, ["kind must be", "'ranking'"]),
@@ -415,13 +415,13 @@ def test_multilabel_labels_are_renamed_and_merged_one_by_one():
 
 
 BAD_SETS = {
-    "mixed": ([["a"], "b", ["c"]], "auto", ["is not a list in 1 of 3 rows", ": 1)"]),
-    "not lists": (["a", "b", "a"], "multilabel", ["is not a list in 3 of 3"]),
+    "mixed": ([["a"], "b", ["c"]], "auto", ["is not a list ('b') in 1 of 3 rows", ": 1)"]),
+    "not lists": (["a", "b", "a"], "multilabel", ["is not a list ('a') in 3 of 3"]),
     "null inside": ([["a"], ["b", None], [float("nan")]], "auto", ["empty entry in 2 of 3 rows", ": 1, 2)"]),
     "one-hot": ([[0, 1, 1], [1, 0, 0]], "auto", ["lists of 0 and 1", "names"]),
     "all the same": ([["a", "b"], ["b", "a"]], "auto", ["same classes in every row"]),
     "one class": ([["a"], []], "auto", ["one class only ('a')"]),
-    "as numbers": ([["a"], ["b"]], "regression", ["not a finite number in 2 of 2"]),
+    "as numbers": ([["a"], ["b"]], "regression", ["in 2 of 2"]),
 }
 
 

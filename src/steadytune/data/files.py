@@ -76,35 +76,33 @@ def sequence_rows(rows: Any, called: str) -> pd.DataFrame:
 
 
 def named_columns(frame: pd.DataFrame, called: str) -> pd.DataFrame:
-    """The frame with strings for column names; options, records and model cards can hold no other.
+    """The frame with strings for column names, which options, records and model cards can hold.
 
     Raises:
-        UsageError: Two columns of one name, or names of several levels.
+        UsageError: The names have several levels.
     """
     if isinstance(frame.columns, pd.MultiIndex):
         raise UsageError(
             f"{called}: the column names have {frame.columns.nlevels} levels: give each column one name, as with "
             "frame.columns = ['_'.join(name) for name in frame.columns]."
         )
-    names = [str(name) for name in frame.columns]
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise UsageError(f"{called}: {count} columns are called {name!r}: rename them.")
-    return _whole_characters(frame.set_axis(names, axis=1), called)
+    return _whole_characters(frame.set_axis([str(name) for name in frame.columns], axis=1), called)
 
 
 def _whole_characters(frame: pd.DataFrame, called: str) -> pd.DataFrame:
     """The frame with halves of characters (lone surrogates, as in clipped tweets) read as U+FFFD, which is said."""
-    for name in frame.columns[frame.dtypes == object]:
-        given = frame[name].tolist()
+    places = [n for n, dtype in enumerate(frame.dtypes) if pd.api.types.is_object_dtype(dtype)]
+    for place in places:
+        given = frame.iloc[:, place].tolist()
         whole = [whole_characters(value) for value in given]
         changed = [n for n, (old, new) in enumerate(zip(given, whole, strict=True)) if old is not new and old != new]
         if changed:
             logger.warning(
                 "%s: column %r holds halves of characters in %d rows, read as U+FFFD (rows counted from 0: %s)",
-                called, name, len(changed), first_rows(changed),
+                called, frame.columns[place], len(changed), first_rows(changed),
             )  # fmt: skip
-            frame = frame.assign(**{name: pd.Series(whole, dtype=object, index=frame.index)})
+            frame = frame.copy()
+            frame.isetitem(place, np.fromiter(whole, dtype=object, count=len(whole)))
     return frame
 
 
@@ -255,11 +253,10 @@ def _backslashes(path: Path, sep: str) -> bool:
     Raises:
         UsageError: Text goes on behind a closing quotation mark, or a mark is not closed.
     """
-    escaped: dict[str, Any] = {"escapechar": "\\", "doublequote": False}
     wrong = _misquoted(path, sep)
     if wrong is None:
         return False
-    if _misquoted(path, sep, **escaped) is None:
+    if _misquoted(path, sep, escaped=True) is None:
         return True
     line, problem = wrong
     raise UsageError(
@@ -267,12 +264,13 @@ def _backslashes(path: Path, sep: str) -> bool:
     )
 
 
-def _misquoted(path: Path, sep: str, **options: Any) -> tuple[int, str] | None:
-    """Line and kind of the first quotation mark that is out of place."""
+def _misquoted(path: Path, sep: str, *, escaped: bool = False) -> tuple[int, str] | None:
+    """Line and kind of the first quotation mark that is out of place; ``escaped`` ones stand behind a backslash."""
     limit = csv.field_size_limit(sys.maxsize)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=sep, strict=True, **options)
+            lines = (line.replace('\\"', "'") for line in file) if escaped else file
+            reader = csv.reader(lines, delimiter=sep, strict=True)
             try:
                 for _ in reader:
                     pass

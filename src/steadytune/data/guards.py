@@ -206,7 +206,8 @@ def _folded(name: str) -> str:
 def _placeholders(data: Data) -> Iterator[Finding]:
     """Classes that stand for no label: words such as N/A, and -1 beside other whole numbers."""
     names = data.problem.names
-    numbers = bool(names) and all(name.lstrip("-").isdigit() for name in names)
+    others = [name for name in names if name != "-1"]
+    numbers = bool(others) and all(name.isdigit() for name in others)
     for name in names:
         if name.strip().casefold() in PLACEHOLDERS or (numbers and name == "-1"):
             bad = data.problem.membership(data.train["label"])[:, names.index(name)]

@@ -116,7 +116,9 @@ def resolve(table: Table, other: Sequence[str] = ()) -> Table:
     if table.text is not None and table.label is not None:
         return table
     taken = {*other, table.group, *(table.text or ()), table.label}
-    free = [column for column in table.frame.columns if column not in taken]
+    columns = table.frame.columns
+    _refuse_twins([column for column in columns[columns.duplicated()] if column not in taken], table)
+    free = [column for column in columns[~columns.duplicated(keep=False)] if column not in taken]
     label = table.label or _only("label", _by_name(free, LABELS), table)
     free = [column for column in free if column != label]
     text = table.text or _find_text(free, table, spare=label is None)
@@ -125,6 +127,14 @@ def resolve(table: Table, other: Sequence[str] = ()) -> Table:
         raise UsageError(f"{table.source}: no column looks like a label{_choose('label', free)}")
     logger.info("%s: text from %s, label from %r", table.source, " and ".join(map(repr, text)), label)
     return dataclasses.replace(table, text=text, label=label)
+
+
+def _refuse_twins(twice: Sequence[str], table: Table) -> None:
+    """Raise where a name that is known for texts or labels stands above two columns; others are left aside."""
+    known = {name for names in (*LABELS, *PAIRS, *TEXTS) for name in names}
+    for column in twice:
+        if column.lower() in known:
+            _check_column(table, column, "label")
 
 
 def _label_by_shape(columns: Sequence[str], table: Table) -> str | None:

@@ -14,7 +14,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from ..config import ALIASES
-from ..data.files import named_columns, sequence_rows
+from ..data.files import named_columns, sequence_rows, whole_characters
 from ..data.tables import Kind, is_empty, label_name, refuse
 from ..errors import UsageError
 from .main import fit
@@ -160,9 +160,9 @@ class SteadyClassifier(ClassifierMixin, _Steady):
         except TypeError:
             kinds = ", ".join(sorted({type(label).__name__ for label in labels}))
             raise UsageError(f"y holds labels of several types ({kinds}): give them one type.") from None
-        self._fit(X, [label_name(label) for label in labels])
+        self._fit(X, [_name(label) for label in labels])
         columns = {name: i for i, name in enumerate(self.model_.problem.names)}
-        self._order = [columns[label_name(label)] for label in self.classes_]
+        self._order = [columns[_name(label)] for label in self.classes_]
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -200,6 +200,11 @@ def _frame(X: Any) -> pd.DataFrame:
     return sequence_rows(X, "X")
 
 
+def _name(label: Any) -> str:
+    """The name under which a label is learnt."""
+    return str(whole_characters(label_name(label)))
+
+
 def _labels(y: Any) -> np.ndarray:
     """Labels (rows,); a column is one too.
 
@@ -220,7 +225,7 @@ def _labels(y: Any) -> np.ndarray:
             f"y has {shape}: give one label per row, for one-hot rows y.argmax(axis=1). Several labels a row are "
             "learnt by steadytune.fit on a table."
         )
-    column = pd.Series(values).reset_index(drop=True)
+    column = pd.Series(values, dtype=None if isinstance(values, pd.Series) else object).reset_index(drop=True)
     refuse(is_empty(column), "y", "empty", "the training rows")
     return column.to_numpy() if isinstance(y, pd.Series) else np.asarray(values)
 

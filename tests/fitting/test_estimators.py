@@ -1,0 +1,118 @@
+"""The estimators and predict read rows and labels as `fit` does: frames by name, one label a row, or one error."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fit_helpers import save_tiny_bert, toy
+from steadytune import SteadyClassifier, SteadyRegressor
+from steadytune.errors import UsageError
+
+QUICK = {"steps": 1, "max_length": 16, "batch_size": 40}
+TOY = toy(24)
+X, Y = TOY["text"].tolist(), TOY["label"].tolist()
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return save_tiny_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def pairs(bert):
+    """A classifier of frames with two text columns, and its frame."""
+    frame = toy(24, pair=True)[["text", "other"]]
+    return SteadyClassifier(bert, **QUICK).fit(frame, Y), frame
+
+
+@pytest.fixture(scope="module")
+def single(bert):
+    return SteadyClassifier(bert, **QUICK).fit(X, Y)
+
+
+def test_frames_are_read_by_the_names_of_their_columns(pairs):
+    model, frame = pairs
+    gold = model.predict_proba(frame)
+    assert np.array_equal(model.predict_proba(frame[["other", "text"]]), gold)
+    assert np.array_equal(model.predict_proba(frame.assign(id=range(24))), gold)
+    assert not np.array_equal(model.predict_proba(frame.set_axis(["other", "text"], axis=1)), gold)
+    assert model.feature_names_in_.tolist() == ["text", "other"]
+    with pytest.raises(UsageError, match="no column 'text'"):
+        model.predict(frame.set_axis(["a", "b"], axis=1))
+
+
+def test_a_model_of_a_list_reads_a_frame_by_position(single):
+    assert np.array_equal(single.predict_proba(pd.DataFrame({"anything": X})), single.predict_proba(X))
+
+
+@pytest.mark.parametrize("rows", ["excellent", None, 3, [], [("a", "b")]], ids=repr)
+def test_what_is_no_list_of_texts_is_refused(single, rows):
+    for predict in (single.predict, single.predict_proba, single.model_.predict):
+        with pytest.raises(UsageError):
+            predict(rows)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), 3, " "], ids=repr)
+def test_a_row_without_text_is_one_error_of_each_door(bert, single, value):
+    for action in (
+        lambda: single.predict(["good film", value]),
+        lambda: single.model_.predict(["good film", value]),
+        lambda: SteadyClassifier(bert, **QUICK).fit([*X[:-1], value], Y),
+    ):
+        with pytest.raises(UsageError, match=r"is empty in 1 of|must hold strings, got 3"):
+            action()
+
+
+MISSING = {
+    "float": np.array([1.0] * 8 + [np.nan] * 8 + [0.0] * 8),
+    "Int64": pd.Series([1] * 8 + [None] * 8 + [0] * 8, dtype="Int64"),
+    "list": ["a"] * 8 + [None] * 8 + ["b"] * 8,
+    "string": pd.Series(["a"] * 8 + [None] * 8 + ["b"] * 8, dtype="string"),
+    "category": pd.Series(["a"] * 8 + [None] * 8 + ["b"] * 8, dtype="category"),
+    "boolean": pd.Series([True] * 8 + [None] * 8 + [False] * 8, dtype="boolean"),
+    "time": pd.Series(pd.to_datetime(["2020-01-01"] * 8 + [None] * 8 + ["2021-01-01"] * 8)),
+}
+
+
+@pytest.mark.parametrize("y", MISSING.values(), ids=MISSING)
+def test_missing_labels_are_counted_before_training(bert, y):
+    with pytest.raises(UsageError, match="y is empty in 8 of 24 rows"):
+        SteadyClassifier(bert, **QUICK).fit(X, y)
+
+
+SHAPES = {
+    "one-hot": (np.array([[1, 0], [0, 1]] * 12), "argmax"),
+    "lists": ([["a"], ["a", "b"]] * 12, "y has lists"),
+    "none": (None, "y is missing"),
+    "several types": (np.array([1] * 12 + ["a"] * 12, dtype=object), r"several types \(int, str\)"),
+    "too few": (Y[:-1], "y has 23"),
+}
+
+
+@pytest.mark.parametrize(("y", "part"), SHAPES.values(), ids=SHAPES)
+def test_labels_of_other_shapes_are_refused_before_training(bert, y, part):
+    with pytest.raises(UsageError, match=part):
+        SteadyClassifier(bert, **QUICK).fit(X, y)
+
+
+@pytest.mark.parametrize("wrap", [lambda y: np.array(y).reshape(-1, 1), lambda y: pd.DataFrame({"y": y})])
+def test_a_column_of_labels_is_labels(bert, single, wrap):
+    model = SteadyClassifier(bert, **QUICK).fit(X, wrap(Y))
+    assert model.classes_.tolist() == ["down", "up"]
+    assert np.array_equal(model.predict_proba(X), single.predict_proba(X))
+
+
+def test_regression_takes_a_column_and_refuses_the_rest(bert):
+    y = np.linspace(0, 5, 24)
+    model = SteadyRegressor(bert, **QUICK).fit(X, y.reshape(-1, 1))
+    assert model.predict(X[:1]).shape == (1,)
+    for bad, part in ((np.zeros((24, 2)), "shape"), (["3,5"] * 24, "comma"), ([None, *y[1:]], "y is empty in 1 of 24")):
+        with pytest.raises(UsageError, match=part):
+            SteadyRegressor(bert, **QUICK).fit(X, bad)
+
+
+def test_a_text_column_may_be_called_label(bert):
+    model = SteadyClassifier(bert, **QUICK).fit(pd.DataFrame({"label": X}), Y)
+    assert model.classes_.tolist() == ["down", "up"]
