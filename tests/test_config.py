@@ -106,6 +106,13 @@ def test_methods_and_tests_as_text_or_mapping(folder):
         ("model: !!python/object:os.system x", ["line 1: not valid YAML", "could not determine a constructor"]),
         ("? [a]\n: 1", ["line 1: not valid YAML"]),
         ("a: \x00", ["not valid YAML"]),
+        ("text: &a [*a]", ["run.yaml: a value must not hold itself"]),
+        ("model: &a {b: *a}", ["run.yaml: a value must not hold itself"]),
+        ("lr: '2e-5'", ["lr must be a number, got '2e-5'"]),
+        ("kind: 3", ["line 1: kind must be text, got 3: put it in quotes."]),
+        ("batch_size: 2026-01-01", ["batch_size must be a whole number, got '2026-01-01'"]),
+        ("output: [a]", ["output must be text, got ['a']."]),
+        ("model: {a: 1, a: 2}", ["line 1: 'a' was given in line 1 already"]),
     ],
     ids=repr,
 )

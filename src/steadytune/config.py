@@ -207,6 +207,12 @@ def read(path: Path) -> Document:
         raise UsageError(f"{path}{line}: not valid YAML: {error.problem}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not valid YAML: {one_line(error)}.") from error
+    try:
+        json.dumps(values, default=str, skipkeys=True)
+    except (ValueError, RecursionError):
+        raise UsageError(
+            f"{path}: a value must not hold itself (an anchor & inside of which its alias * stands)."
+        ) from None
     if not isinstance(values, dict):
         got = "nothing" if values is None else f"a {type(values).__name__}"
         raise UsageError(f"{path}: must hold a mapping of option names to values, as `batch_size: 8`, got {got}.")

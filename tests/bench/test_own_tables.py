@@ -210,6 +210,12 @@ def test_a_file_that_changes_while_the_study_runs_fails_the_run(folder):
         ("{train: reviews.csv, text: review, label: stars, test: {train: later.csv}}", "cannot be called 'train'"),
         ("{train: reviews.csv, text: review, label: stars, metric: f2}", "unknown metric 'f2' for classification"),
         ("{train: $NOWHERE/a.csv}", "the environment variable NOWHERE"),
+        ("{train: reviews.csv, test: [later.csv, sub/later.csv]}", "two test files of task reviews are called 'later'"),
+        (
+            "{train: a.csv, test: {x: b.csv}, out_of_domain: {x: c.csv}}",
+            "task reviews are called 'x'",
+        ),
+        ("{train: a.csv, out_of_domain: {test: c.csv}}", "'test' is what the rows of a fold are called"),
     ],
 )
 def test_mistakes_in_own_tables_are_named_before_anything_runs(folder, about, message):

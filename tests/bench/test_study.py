@@ -26,7 +26,7 @@ from steadytune.bench.report.write import write_report
 from steadytune.bench.run import corrupted, make_plan
 from steadytune.bench.spec import Study, preset, presets
 from steadytune.bench.store import Store
-from steadytune.bench.study import run_study
+from steadytune.bench.study import Progress, run_study
 from steadytune.data.problem import Classification
 from steadytune.errors import UsageError
 from steadytune.fitting.options import Options
@@ -164,6 +164,8 @@ def test_methods_make_a_recipe_each_and_recipes_win(root):
         ("keep_models: 1", "line 1: keep_models must be true or false, got 1."),
         ("test_rows: 0.5", "line 1: test_rows must be a whole number from 1 on, got 0.5."),
         ("imbalance: .nan", "line 1: imbalance must be a share from 0 to 1, got nan."),
+        ("models: [a/bert, b/bert]", "line 1: models must have different names, got bert, bert: write NAME: PATH."),
+        ("methods: [mixout, 3]", "line 1: methods must be text, got 3: put it in quotes."),
         ("preset: stik", "unknown preset 'stik'. Did you mean 'stick'"),
         ("tables: []", "line 1: unknown key 'tables'. Known: name, models, tasks"),
         ("models:\n  tiny: {path: x, seen: [1]}", "line 2: models.tiny.seen must be text, got 1: put it in quotes."),
@@ -531,13 +533,26 @@ def test_the_verb_runs_a_file_says_what_is_to_do_and_counts(root, tmp_path, monk
     assert bench(root, "mine.yaml", "--dry-run").output.count(" done: ") == 2
 
 
+def test_a_bar_on_a_terminal_is_there_before_the_first_run_ends(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("steadytune.bench.study._terminal", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the captured stream for a terminal
+    monkeypatch.setenv("COLUMNS", "200")
+    runs = small(root, seeds=1).runs(root)
+    with Progress(Store(tmp_path), runs, shown=True) as shown:
+        shown.begin(runs[0])
+        shown.bar.refresh()
+        said = capsys.readouterr().err
+    assert "0/2" in said
+    assert "sst2 32 plain tiny seed 0 ..." in said
+
+
 def test_a_dry_run_says_minutes_from_measured_steps_and_writes_nothing(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study = small(root, recipes={"plain": {}, "both": {"methods": ["rdrop"]}, "blo": {"procedure": "mixup-blo"}})
     Path("mine.yaml").write_text(study.text())
     found = bench(root, "mine.yaml", "--dry-run", "--seeds", 1)
     assert found.exit_code == 0, found.output
-    assert re.search(r"^sst2 tiny 32: about \d+\.\d minutes$", found.stdout, re.M)
+    assert re.search(r"^sst2 tiny 32: (about|less than) \d+\.\d minutes$", found.stdout, re.M)
     assert "not counted, as no record tells how long they take: sst2 32 blo tiny seed 0" in found.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 

@@ -53,11 +53,15 @@ class Forecast:
     unknown: Sequence[str]
 
     def __str__(self) -> str:
-        lines = [f"{name}: about {seconds / 60:.1f} minutes" for name, seconds in self.seconds.items()]
-        lines.append(f"together about {sum(self.seconds.values()) / 60:.1f} minutes, one run after another")
+        lines = [f"{name}: {_minutes(seconds)}" for name, seconds in self.seconds.items()]
+        lines.append(f"together {_minutes(sum(self.seconds.values()))}, one run after another")
         if self.unknown:
             lines.append(f"not counted, as no record tells how long they take: {', '.join(self.unknown)}")
         return "\n".join(lines)
+
+
+def _minutes(seconds: float) -> str:
+    return f"about {seconds / 60:.1f} minutes" if seconds >= 6 else "less than 0.1 minutes"
 
 
 def forecast(runs: Sequence[Trial], store: Store) -> Forecast:

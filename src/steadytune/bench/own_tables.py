@@ -6,6 +6,7 @@ Rows and labels come through the same functions as in `fit`. No torch here.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ from ..data.tables import Kind, Table
 from .places import expanded, fingerprint_files
 
 FOLD = "fold"  # column that tells which rows of a table a run trains on and which it is tested on
+HELD_OUT = "test"  # name of the test set that the held-out fold is
+
+logger = logging.getLogger("steadytune")
 
 
 @dataclass(frozen=True)
@@ -95,14 +99,15 @@ class OwnTables:
         return train, tests
 
     def examine(self) -> Data:
-        """All rows, checked as `fit` checks them before it trains.
+        """All rows, checked as `fit` checks them before it trains; what may be a mistake is logged.
 
         Raises:
             UsageError: anything that is wrong with the tables, and too few rows for the folds.
         """
         train, tests = self.read()
         data = prepare(train, tests, validation_share=0.0)
-        raise_errors(inspect(data))
+        for finding in raise_errors(inspect(data, standardize=True)):
+            logger.warning("%s", finding.message)
         if self.crossed:
             folds(data.train, data.problem, self.folds, 0)
         return data
@@ -129,7 +134,7 @@ class OwnTables:
         data = prepare(table, {}, validation_share=0.0)
         _, held_out = folds(data.train, data.problem, self.folds, number // self.folds)[number % self.folds]
         marks = np.full(len(table.frame), "train", dtype=object)
-        marks[data.train.index[held_out]] = "test"
+        marks[data.train.index[held_out]] = HELD_OUT
         column = FOLD
         while column in table.frame.columns:
             column += "_"

@@ -1,4 +1,4 @@
-"""What a study file may say in short, written out. No torch here until the methods are asked for."""
+"""The short forms of a study file, and the full form that they stand for. No torch at import."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import Document, Whole, checked
+from ..config import Document, Text, Whole, checked
+from ..errors import UsageError
 
 
 def spread(given: Mapping[str, Any], document: Document) -> dict[str, Any]:
-    """The short forms of a study file as the full form, whose shape is that of `Study`.
+    """The full form of a study file, whose shape is that of `Study`.
 
-    A single value stands for a list of it; a number of seeds for the seeds below it; models and own tables are listed
-    by name; ``methods: all`` is a recipe for each method.
+    A single value stands for a list of one; a number of seeds for the seeds below it; a mapping of models or tasks for
+    a list of things with names; ``methods: all`` for a recipe with each method.
+
+    Args:
+        given: what the file says.
+        document: the file, for errors.
+
+    Raises:
+        UsageError: a short form has no full form.
     """
     plain = {key: v for key, v in given.items() if key != "methods"}
     for key in ("train_sizes", "factorial"):
@@ -24,10 +32,10 @@ def spread(given: Mapping[str, Any], document: Document) -> dict[str, Any]:
         plain["seeds"] = list(range(checked(Whole, seeds, lambda path: where)))
     plain["models"] = _named_models(plain["models"])
     if isinstance(tasks := plain["tasks"], Mapping):
-        plain["tables"] = [_own_table(name, about) for name, about in tasks.items() if about is not None]
+        plain["tables"] = [_own_table(name, about, document) for name, about in tasks.items() if about is not None]
     plain["tasks"] = _listed(tasks)
     if "methods" in given:
-        single = {"plain": {}, **{text: {"methods": [text]} for text in _each_method(given["methods"])}}
+        single = {"plain": {}, **{text: {"methods": [text]} for text in _each_method(given["methods"], document)}}
         plain["recipes"] = {**single, **(plain.get("recipes") or {})}
     if isinstance(recipes := plain["recipes"], Mapping):
         plain["recipes"] = {name: _recipe(about) for name, about in recipes.items()}
@@ -47,15 +55,26 @@ def _named_models(given: Any) -> list[Any]:
     return [{**model, "seen": _listed(model.get("seen", []))} for model in full]
 
 
-def _own_table(name: str, about: Any) -> Any:
+def _own_table(name: str, about: Any, document: Document) -> Any:
+    """A path alone is the training file; a test file without a name is called by its own."""
     if not isinstance(about, Mapping):
         return {"name": name, "train": about}
     full = {"name": name, **about}
     if isinstance(text := full.get("text"), str):
         full["text"] = [text]
+    seen: set[str] = set()
     for key in ("test", "out_of_domain"):
-        if key in full and not isinstance(full[key], Mapping):
-            full[key] = {Path(file).stem if isinstance(file, str) else "": file for file in _listed(full[key])}
+        files = full.get(key, {})
+        listed = files.items() if isinstance(files, Mapping) else ((Path(str(f)).stem, f) for f in _listed(files))
+        full[key] = {}
+        for called, file in listed:
+            if called in seen:
+                raise UsageError(
+                    f"{document.where(['tasks', name, key])}: two test files of task {name} are called {called!r}: "
+                    f"give them names, as in `{key}: {{spring: a.csv, autumn: b.csv}}`."
+                )
+            seen.add(called)
+            full[key][called] = file
     return full
 
 
@@ -66,12 +85,13 @@ def _recipe(given: Any) -> Any:
     )
 
 
-def _each_method(given: Any) -> list[Any]:
+def _each_method(given: Any, document: Document) -> list[str]:
     """The methods that are listed, or all that `fit` takes with their defaults."""
     from ..methods import METHODS
 
     if given != "all":
-        return _listed(given)
+        where = f"{document.where(['methods'])}: methods"
+        return list(checked(tuple[Text, ...], _listed(given), lambda path: where))
     return [name for name, method in METHODS.items() if _is_complete(method)]
 
 
@@ -83,7 +103,7 @@ def _is_complete(method: Any) -> bool:
 
 
 def spelled(given: Any, path: Sequence[Any]) -> list[str]:
-    """A path of keys and positions as a file spells it: what is listed by name is called by it."""
+    """A path in the full form as the file spells it: things in a list are called by their names."""
     names: list[str] = []
     for step in path:
         try:

@@ -25,7 +25,7 @@ from ..errors import UsageError, suggest
 from ..fitting.options import SEEDS, Options
 from ..fitting.spelling import make_methods, make_procedure, method_record, procedure_record
 from ..tasks import TASKS, find, layout, seen_by
-from .own_tables import OwnTables
+from .own_tables import HELD_OUT, OwnTables
 from .places import expanded, fingerprint_files, fingerprint_model
 from .short_forms import spelled, spread
 
@@ -163,6 +163,10 @@ class Study:
         """What the types of the fields do not say."""
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UsageError(f"{document.where(['seeds'])}: seeds must be different numbers, got {[*self.seeds]}.")
+        names = [model.name for model in self.models]
+        if len(set(names)) < len(names):
+            where = document.where(["models"])
+            raise UsageError(f"{where}: models must have different names, got {', '.join(names)}: write NAME: PATH.")
         for name in self.factorial:
             if name not in SEEDS:
                 where = document.where(["factorial"])
@@ -177,9 +181,11 @@ class Study:
             if not problem.classes:
                 self._check_corruption(task.name, document)
         for table in self.tables:
+            where = document.where(["tasks", table.name])
             if table.name in TASKS:
-                where = document.where(["tasks", table.name])
                 raise UsageError(f"{where}: {table.name} is a benchmark task: call your own table otherwise.")
+            if table.crossed and HELD_OUT in table.tests:
+                raise UsageError(f"{where}: {HELD_OUT!r} is what the rows of a fold are called: rename that test file.")
         for key, given in self.options.items():
             with document.at("options", key):
                 option("options", key, given)
