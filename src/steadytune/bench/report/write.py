@@ -216,6 +216,12 @@ def _warnings(bench: Bench) -> Iterator[Warning]:
         yield Warning(f"Runs differ in their context ({listed(mixed)}): scores and times may not compare. See Context.")
     if bench.problems:
         yield Warning(f"{counted(len(bench.problems), 'file')} in records/ could not be used; see Context.")
+    crossed = {record["spec"]["task"]["name"] for record in bench.records if "folds" in record["spec"]["task"]}
+    if crossed:
+        yield Warning(
+            f"{listed(sorted(crossed))}: each seed scores the rows of one held-out fold. The training rows of folds "
+            "overlap, so that their scores depend on each other: intervals are too narrow and p values too small."
+        )
     if not bench.gains.empty and bench.gains["n"].min() < FEW:
         least = bench.gains["n"].min()
         yield Warning(
