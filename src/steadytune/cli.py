@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table as Grid
 
@@ -172,6 +173,14 @@ def fit(
     calibrate: Annotated[
         bool, _option(SELECTION, "Fit a temperature on the validation rows, kept in the model.", "--calibrate")
     ] = False,
+    threshold: Annotated[
+        str | None,
+        _option(
+            SELECTION,
+            "Probability above which a class is given (two classes: the second; several labels: each), or tune: the "
+            "best one on the validation rows. [dim]\\[default: 0.5][/]",
+        ),
+    ] = None,
     restarts: Annotated[
         int, _option(SELECTION, "Begin anew this often when the loss stays above 0.9 log K after 20 % of the steps.")
     ] = 0,
@@ -567,17 +576,37 @@ def doctor(
 
 
 def _show(result: Any) -> None:
-    """The scores, one row a test set, the metric that counts first."""
-    from .pages.words import score_names, score_words
+    """The scores, one line a set and metric, the metric that counts first; what is wrong comes last."""
+    from .pages.words import bounds_words, score_names, spread_words
 
     console = Console()
+    known = result.model.problem.metrics
+    names = [
+        name
+        for name in score_names(result.metrics.values(), result.metric)
+        if name == result.metric or (name in known and not known[name].needs_probabilities)
+    ]
+    several = any("runs" in scores for scores in result.metrics.values())
+    grid = Grid(box=box.SIMPLE)
+    for title in ("set", "rows", "metric", "score", "95 % interval", "baseline", *["runs: mean ± SD"] * several):
+        grid.add_column(title, no_wrap=title != "set", overflow="fold")
+    for key, scores in result.metrics.items():
+        mark = f"{key} *" if scores["selected"] else key
+        for name in names:
+            first = name == names[0]
+            about = [mark, str(scores["rows"])] if first else ["", ""]
+            trivial, runs = (spread_words(scores.get(part) or {}, name) for part in ("baseline", "runs"))
+            figures = [spread_words(scores, name), bounds_words(scores, name), trivial, *[runs] * several]
+            grid.add_row(*about, name, *figures, end_section=name == names[-1])
     if result.metrics:
-        names = score_names(result.metrics.values(), result.metric)
-        grid = Grid("set", "rows", *names)
-        for key, scores in result.metrics.items():
-            grid.add_row(key, str(scores["rows"]), *(score_words(scores, name) for name in names))
         console.print(grid)
+        if any(scores["selected"] for scores in result.metrics.values()):
+            console.print("* These rows chose the model: expect lower scores on new rows.")
+        console.print("More scores, classes one by one and the confusion matrices: metrics.json.", highlight=False)
     console.print(f"{result.steps} steps, {result.seconds:.0f} s. Model: {result.output}", soft_wrap=True, markup=False)
+    notes = [note for scores in result.metrics.values() for note in scores["notes"]]
+    for line in dict.fromkeys([*notes, *(f"warning: {text}" for text in result.warnings)]):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 class _BesideBars(logging.StreamHandler):

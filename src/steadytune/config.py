@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from .errors import UsageError, one_line, suggest
 
@@ -63,6 +63,7 @@ Whole = Annotated[int, Rule("a whole number from 1 on", ge=1)]
 Seed = Annotated[int, Rule("a whole number from 0 on", ge=0)]
 Share = Annotated[float, Rule("a share from 0 to 1", ge=0, le=1)]
 Truth = Annotated[bool, Rule("true or false")]
+Threshold = Annotated[float | Literal["tune"], Rule("a number above 0 and below 1, or tune")]
 Text = Annotated[str, Rule("text", min_length=1)]
 
 # What a bare annotation of a parameter or field means in a file.
@@ -71,6 +72,7 @@ BARE: dict[Any, Any] = {
     int: Annotated[int, Rule("a whole number")],
     float: Annotated[float, Rule("a number")],
     str: Annotated[str, Rule("text")],
+    float | Literal["tune"]: Threshold,
     Path: Annotated[str, Rule("text")],
 }
 SHAPES = {
@@ -150,9 +152,9 @@ def _at(hint: Any, place: Iterable[Any]) -> Any:
 
 
 def _required(hint: Any) -> Any:
-    """Of ``T | None`` it is T."""
+    """Of ``T | None`` it is T, of ``T | U | None`` ``T | U``."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return next(option for option in typing.get_args(hint) if option is not type(None))
+        return typing.Union[tuple(option for option in typing.get_args(hint) if option is not type(None))]  # noqa: UP007
     return hint
 
 

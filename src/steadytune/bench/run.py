@@ -89,6 +89,7 @@ def execute(run: Trial, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
         (job,) = planning.runs(plan)
         trained = setup.in_units(setup.train(job) if plan.procedure is None else plan.procedure(setup, job))
         model = planning.fitted_model(plan, pretrained, [trained.model])
+        planning.tune_threshold(model, plan)
         ended = time.perf_counter()
         predictions, scores = planning.evaluate(model, plan.data)
         tested = time.perf_counter() - ended
@@ -220,6 +221,8 @@ def _baseline(rows: pd.DataFrame, data: Data, name: str, metric: str) -> float |
     """The best score of predicting one class for all rows; None where a constant has no score."""
     problem = data.problem.coarser(data.coarser.get(name) or {})
     gold = problem.array(rows["label"])
+    if problem.metric(metric).needs_probabilities:
+        return None
     compute = problem.metric(metric).compute
     values = [compute(gold, np.full(len(gold), n, dtype=object), problem.names) for n in problem.constants()]
     return max((value for value in values if value is not None), default=None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,9 +30,11 @@ class Problem(ABC):
 
     Attributes:
         names: Class names in class order; empty for numbers.
+        threshold: Probability above which a class is given, for two classes the second one; None for 0.5.
     """
 
     names: tuple[str, ...] = ()
+    threshold: float | None = None
 
     kind: ClassVar[str]
     loss: ClassVar[str]  # name of the function in torch.nn.functional that a model of this kind is trained with
@@ -110,9 +112,39 @@ class Problem(ABC):
             raise UsageError(f"{name} is for two classes, here are {len(self.names)}: choose f1_macro.")
         return known[name]
 
-    def score(self, gold: np.ndarray, predicted: np.ndarray) -> dict[str, float | None]:
-        """Every metric of predictions (rows,) against gold labels (rows,); None where it is undefined."""
-        return {name: metric.compute(gold, predicted, self.names) for name, metric in self.metrics.items()}
+    def score(
+        self, gold: np.ndarray, predicted: np.ndarray, scores: np.ndarray | None = None
+    ) -> dict[str, float | None]:
+        """Every metric of predictions against gold labels; None where it is undefined.
+
+        Args:
+            gold: Labels (rows,).
+            predicted: Labels (rows,).
+            scores: Probabilities (rows, classes); without them the metrics that need them are left out.
+        """
+        return {
+            metric.name: metric.compute(gold, given, self.names) for metric, given in self._read_by(predicted, scores)
+        }
+
+    def intervals(
+        self, gold: np.ndarray, predicted: np.ndarray, scores: np.ndarray | None = None
+    ) -> dict[str, tuple[float, float] | None]:
+        """The 95 % interval of every metric, None where there is none; arguments as of `score`."""
+        return {
+            metric.name: metric.interval(gold, given, self.names) for metric, given in self._read_by(predicted, scores)
+        }
+
+    def _read_by(self, predicted: np.ndarray, scores: np.ndarray | None) -> Iterator[tuple[Metric, np.ndarray]]:
+        """Every metric that can be computed, with what it reads."""
+        for metric in self.metrics.values():
+            if not metric.needs_probabilities:
+                yield metric, predicted
+            elif scores is not None:
+                yield metric, scores
+
+    @abstractmethod
+    def constant(self, labels: pd.Series) -> np.ndarray:
+        """What a model answers that reads no text: the shares (1, classes) or the mean (1, 1) of training labels."""
 
     def constants(self) -> Sequence[Any]:
         """Predictions that look at no text; none for numbers, where a constant has no correlation."""
@@ -121,6 +153,21 @@ class Problem(ABC):
     def coarser(self, names: Mapping[str, str]) -> Problem:
         """The same problem with classes taken together, each name once."""
         return dataclasses.replace(self, names=tuple(dict.fromkeys(names.get(name, name) for name in self.names)))
+
+    def coarser_scores(self, scores: np.ndarray, names: Mapping[str, str]) -> np.ndarray:
+        """Probabilities (rows, classes) of the classes of `coarser`: sums over what was taken together."""
+        return scores
+
+    def at(self, threshold: float) -> Problem:
+        """The same problem, deciding for a class where its probability is above ``threshold``.
+
+        Raises:
+            UsageError: There is no such decision: numbers, or more than two exclusive classes.
+        """
+        raise UsageError(
+            f"threshold is for two classes or for several labels a row, this is {self.kind}"
+            f"{f' of {len(self.names)} classes' if self.names else ''}: leave it out."
+        )
 
     # ---- the model
 
@@ -167,6 +214,9 @@ class Problem(ABC):
 @dataclass(frozen=True)
 class _Classes(Problem):
     """What both kinds with class names share."""
+
+    def constant(self, labels: pd.Series) -> np.ndarray:
+        return self.membership(labels).mean(axis=0, keepdims=True)
 
     @property
     def head_options(self) -> dict[str, Any]:
@@ -225,7 +275,17 @@ class Classification(_Classes):
         return softmax(outputs, axis=1)
 
     def decide(self, scores: np.ndarray) -> np.ndarray:
-        return np.array(self.names, dtype=object)[np.asarray(scores).argmax(axis=1)]
+        scores = np.asarray(scores)
+        if self.threshold is not None:
+            return self.read(scores[:, 1] > self.threshold)
+        return self.read(scores.argmax(axis=1))
+
+    def at(self, threshold: float) -> Problem:
+        return dataclasses.replace(self, threshold=threshold) if len(self.names) == 2 else super().at(threshold)
+
+    def coarser_scores(self, scores: np.ndarray, names: Mapping[str, str]) -> np.ndarray:
+        into = self.coarser(names).names
+        return np.stack([scores[:, [names.get(name, name) == one for name in self.names]].sum(1) for one in into], 1)
 
     def read(self, ids: np.ndarray) -> np.ndarray:
         return np.array(self.names, dtype=object)[np.asarray(ids).astype(int)]
@@ -277,9 +337,13 @@ class MultiLabel(_Classes):
         return expit(outputs)
 
     def decide(self, scores: np.ndarray) -> np.ndarray:
-        """Classes whose probability is above a half."""
-        rows = [tuple(name for name, p in zip(self.names, row, strict=True) if p > 0.5) for row in np.asarray(scores)]
+        """Classes whose probability is above the threshold."""
+        above = np.asarray(scores) > (0.5 if self.threshold is None else self.threshold)
+        rows = [tuple(name for name, given in zip(self.names, row, strict=True) if given) for row in above]
         return np.fromiter(rows, dtype=object, count=len(rows))
+
+    def at(self, threshold: float) -> Problem:
+        return dataclasses.replace(self, threshold=threshold)
 
     def constants(self) -> Sequence[Any]:
         return ()
@@ -327,6 +391,9 @@ class Regression(Problem):
 
     def counts(self, labels: pd.Series) -> dict[str, int]:
         return {}
+
+    def constant(self, labels: pd.Series) -> np.ndarray:
+        return np.array([[(labels.mean() - self.mean) / self.spread]])
 
     def ids(self, labels: Sequence[Any]) -> list[float]:
         return [(float(label) - self.mean) / self.spread for label in labels]

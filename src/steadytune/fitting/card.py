@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ..pages.words import call_words, score_words
+from ..pages.words import call_words, score_interval, score_names, score_words
 
 
 def model_card(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], metric: str) -> str:
@@ -93,6 +93,8 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
         yield "- the models are in `members`, none is at the top of this folder: `steadytune predict` averages them"
     if "merge" in record:
         yield f"- merged ({record['merge']['how']}) from {', '.join(record['merge']['models'])}"
+    if record.get("threshold") is not None:
+        yield f"- threshold: {record['threshold']:.4f}, above which `steadytune predict` gives a class; others use 0.5"
     yield f"- made with steadytune {record['versions']['steadytune']}, every option in steadytune.json\n"
 
 
@@ -100,16 +102,29 @@ def _results(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]
     if not metrics:
         return
     recipe = record["recipe"]
-    selected = recipe["evaluations"] or recipe["calibrate"] or (recipe["runs"] > 1 and recipe["combine"] == "best")
-    names = list(dict.fromkeys([metric, *(key for s in metrics.values() for key in s if key not in ("rows", "runs"))]))
+    names = score_names(metrics.values(), metric)
     yield "## Results\n"
     yield "| set | rows | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 2)
     for name, scores in metrics.items():
-        mark = " (selected on)" if selected and name in ("validation", "cross-validation") else ""
+        mark = " (selected on)" if scores.get("selected") else ""
         yield f"| {name}{mark} | {scores['rows']} | " + " | ".join(score_words(scores, key) for key in names) + " |"
+    yield ""
+    for name, scores in metrics.items():
+        yield f"- {name}: {metric} {' '.join(_surely(scores, metric))}"
+        yield from (f"- {name}: {note}" for note in scores.get("notes", ()))
+    yield from (f"- **warning** {text}" for text in record.get("warnings", ()))
     if any("runs" in scores for scores in metrics.values()):
         yield f"\nIn brackets: mean and standard deviation over the {recipe['runs']} runs.\n"
     yield "\nTest sets of another domain than the training rows show how far the model carries.\n"
+
+
+def _surely(scores: Mapping[str, Any], metric: str) -> Iterator[str]:
+    """A score with its interval, and that of a model that reads no text."""
+    yield score_words(scores, metric)
+    if bounds := score_interval(scores, metric):
+        yield f"(95 % interval for other rows of the same kind: {bounds[0]:.4f} to {bounds[1]:.4f})"
+    if (trivial := (scores.get("baseline") or {}).get(metric)) is not None:
+        yield f"against {trivial:.4f} of one answer for all rows"
 
 
 def _limits(record: Mapping[str, Any]) -> Iterator[str]:

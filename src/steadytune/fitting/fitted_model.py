@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..data.files import sequence_rows
 from ..data.guards import truncated
 from ..data.problem import Problem
+from ..data.scores import full_scores
 from ..data.tables import Table, examples, texts
 from ..errors import UsageError, one_line
 from .encoding import check_vocabulary, token_counts, tokenise
@@ -40,6 +41,8 @@ class FittedModel:
         label: the label column.
         max_length: tokens per row.
         bf16: bfloat16 autocast, as in training.
+        constant: What a model answers that reads no text, as `Problem.constant` gives it for the training rows; it is
+            the baseline of scores.
     """
 
     def __init__(
@@ -52,9 +55,11 @@ class FittedModel:
         label: str = "label",
         max_length: int = 128,
         bf16: bool = False,
+        constant: np.ndarray | None = None,
     ) -> None:
         self.models, self.tokenizer, self.problem = list(models), tokenizer, problem
         self.text, self.label, self.max_length, self.bf16 = tuple(text), label, max_length, bf16
+        self.constant = constant
 
     @classmethod
     @as_found()
@@ -67,6 +72,8 @@ class FittedModel:
         record = read_record(folder)
         recipe, columns = record["recipe"], record["columns"]
         problem = Problem.of(recipe["kind"], recipe["labels"])
+        if record.get("threshold") is not None:
+            problem = problem.at(record["threshold"])
         members = sorted(Path(folder, MEMBERS).glob("*")) or [Path(folder)]
         loaded: list[Any] = []
         try:
@@ -86,6 +93,7 @@ class FittedModel:
             label=columns["label"],
             max_length=recipe["max_length"],
             bf16=recipe["bf16"],
+            constant=constant_of(record),
         )
 
     # ---- predictions
@@ -158,8 +166,10 @@ class FittedModel:
         columns = {f"probability_{name}": column for name, column in zip(self.problem.names, scores.T, strict=False)}
         return pd.DataFrame({"prediction": predictions, **columns})
 
-    def evaluate(self, rows: str | Path | pd.DataFrame | Table) -> dict[str, float | None]:
+    def evaluate(self, rows: str | Path | pd.DataFrame | Table) -> dict[str, Any]:
         """Every metric of the kind on a table with labels.
+
+        Beside the metrics stand ``rows``, ``intervals``, ``baseline``, ``per_class`` ..., see `full_scores`.
 
         Raises:
             UsageError: unreadable tables, unknown labels.
@@ -168,7 +178,8 @@ class FittedModel:
         rows = examples(table)
         checked = rows.assign(label=self.problem.encode(rows, table))
         self._look_at(checked)
-        return self.judge(checked, table.coarser)[1]
+        predictions, _ = self.judge(checked, table.coarser)
+        return self.account(predictions.assign(label=checked["label"].to_numpy()), table.coarser)
 
     def judge(
         self,
@@ -182,8 +193,30 @@ class FittedModel:
         coarser = coarser or {}
         found = self._report(self._scores(rows, progress) if scores is None else scores, coarser)
         gold = self.problem.array(rows["label"])
-        metrics = self.problem.coarser(coarser).score(gold, found["prediction"].to_numpy())
+        chances = self.problem.coarser_scores(self.scores_of(found), coarser)
+        metrics = self.problem.coarser(coarser).score(gold, found["prediction"].to_numpy(), chances)
         return found, {"rows": len(rows), **metrics}
+
+    def account(
+        self, predictions: pd.DataFrame, coarser: Mapping[str, str] | None = None, *, selected: bool = False
+    ) -> dict[str, Any]:
+        """Everything that is recorded of one set, as `full_scores` gives it.
+
+        Args:
+            predictions: Of this model, as `judge` gives them, with a column ``label``.
+            coarser: Class name to the coarser name it is scored under.
+            selected: Whether these rows selected the model.
+        """
+        coarser = coarser or {}
+        constant = None if self.constant is None else self.problem.coarser_scores(self.constant, coarser)
+        return full_scores(
+            self.problem.coarser(coarser),
+            self.problem.array(predictions["label"]),
+            predictions["prediction"].to_numpy(),
+            self.problem.coarser_scores(self.scores_of(predictions), coarser),
+            constant,
+            selected,
+        )
 
     def _texts(self, rows: Rows) -> pd.DataFrame:
         """Frame with `text` (and `text_pair`): tables by the names of their columns, sequences by position."""
@@ -214,3 +247,8 @@ class FittedModel:
         with quiet():
             write_model(self.models[0], folder)
             self.tokenizer.save_pretrained(folder)
+
+
+def constant_of(record: Mapping[str, Any]) -> np.ndarray | None:
+    """What a model answers that reads no text, from the record of a fit; None where it is not written there."""
+    return np.array(record["constant"]) if "constant" in record else None

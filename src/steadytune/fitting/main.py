@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..data.scores import warnings
 from ..errors import UsageError
 from ..files.atomic import write_json
 from .folder import RECORD, Output, same_run
-from .plan import Plan, evaluate, fitted_model, fold_jobs, make_plan, make_setup, open_model, runs
+from .plan import Plan, evaluate, fitted_model, fold_jobs, make_plan, make_setup, open_model, runs, tune_threshold
 from .randomness import as_found
 from .record import FitResult, _record, _write, history_table, upload
 
@@ -283,17 +284,16 @@ def _finish(
 
     from .memory import peak_memory
 
-    for t in trained:
-        if t.failing:
-            logger.warning("the training loss never fell below 0.9 log K: try --restarts 2, another lr or more steps")
-        if t.hopeless:
-            logger.warning("the model %s: try --restarts 2, another lr or more steps", t.hopeless)
+    troubles = [trouble for t in trained for trouble in _troubles(t)]
     temperatures = [_calibrate(t, plan, pretrained) for t in trained] if plan.options.calibrate else []
     single = [fitted_model(plan, pretrained, [t.model]) for t in trained] if len(trained) > 1 else []
+    for model in single:
+        tune_threshold(model, plan)
     judged = [evaluate(model, plan.data) for model in single]
     scores = [found for _, found in judged]
     models, chosen = _combine(plan, trained, scores)
     model = fitted_model(plan, pretrained, models)
+    tune_threshold(model, plan)
     if judged and chosen is not None:  # its predictions are known
         predictions, metrics = judged[chosen]
         metrics = {name: dict(found) for name, found in metrics.items()}
@@ -304,26 +304,45 @@ def _finish(
         {**t.record(), **({"scores": s} if scores else {}), **({"temperature": k} if temperatures else {})}
         for t, s, k in zip(trained, scores or [{}], temperatures or [0.0] * len(trained), strict=True)
     ]
-    for name in metrics if scores else ():
-        metrics[name]["runs"] = spread([s[name] for s in scores])
     if validated is not None:
         predictions, metrics = pd.concat([validated[0], predictions], ignore_index=True), validated[1] | metrics
+    for name in metrics:
+        given = predictions[predictions["set"] == name]
+        selected = name == CROSS_VALIDATION or (name == "validation" and plan.selects)
+        metrics[name] = model.account(given, plan.data.coarser.get(name), selected=selected)
+        troubles += warnings(plan.data.problem, name, plan.metric, metrics[name], given)
+    for name in metrics if scores else ():
+        metrics[name]["runs"] = spread([s[name] for s in scores])
+    for trouble in troubles:
+        logger.warning("%s", trouble)
     steps = trained[chosen or 0].steps
     result = FitResult(
         folder.path, model, metrics, plan.metric, predictions, details, steps, sum(t.seconds for t in trained),
-        history,
+        history, troubles,
     )  # fmt: skip
     columns = {"text": list(model.text), "label": model.label}
+    assert model.constant is not None
     record = {
         **record,
         "columns": columns,
         "runs": details,
         "chosen": chosen,
+        "constant": model.constant.tolist(),
+        "threshold": model.problem.threshold,
+        "warnings": troubles,
         "device": str(model.models[0].device),
         "peak_memory": peak_memory(),
     }
     _write(folder, result, record, plan.data.tests)
     return result
+
+
+def _troubles(trained: Trained) -> Iterator[str]:
+    """What is wrong with a training, in sentences."""
+    if trained.failing:
+        yield "the training loss never fell below 0.9 log K: try --restarts 2, another lr or more steps"
+    if trained.hopeless:
+        yield f"the model {trained.hopeless}: try --restarts 2, another lr or more steps"
 
 
 def _mean_scores(model: FittedModel, tables: Sequence[pd.DataFrame], plan: Plan) -> dict[str, np.ndarray]:

@@ -88,7 +88,7 @@ def merge_folders(
     except ValueError as error:
         raise UsageError(f"{error}.") from error
     model.load_state_dict(merged)
-    sets = judge.sets() if judge is not None else {}
+    sets = judge.sets(how in SCORED) if judge is not None else {}
     if judge is not None:
         values = [found[judge.metric] for found in sets.values() if found[judge.metric] is not None]
         mean = f"{sum(values) / len(values):.4f}" if values else "undefined"
@@ -142,7 +142,7 @@ class _Judge:
         label: str | None,
         metric: str | None,
     ) -> None:
-        from .fitted_model import FittedModel
+        from .fitted_model import FittedModel, constant_of
         from .outputs import device
         from .pretrained import Pretrained
 
@@ -160,7 +160,7 @@ class _Judge:
         found_text, found_label = self.tables[0].columns
         self.fitted = FittedModel(
             [model.to(device()).eval()], pretrained.tokenizer, self.problem,
-            text=found_text, label=found_label, max_length=pretrained.max_length,
+            text=found_text, label=found_label, max_length=pretrained.max_length, constant=constant_of(record),
         )  # fmt: skip
 
     def goodness(self, state: dict[str, Any]) -> float:
@@ -169,10 +169,13 @@ class _Judge:
         found = [self.fitted.evaluate(table)[self.metric] for table in self.tables]
         return sum(self.problem.metric(self.metric).goodness(value) for value in found) / len(found)
 
-    def sets(self) -> dict[str, dict[str, Any]]:
-        """All scores of the model as it is, by table."""
+    def sets(self, selected: bool) -> dict[str, dict[str, Any]]:
+        """All scores of the model as it is, by table, which may have selected it."""
         names = ["validation", *(f"validation-{i}" for i in range(2, len(self.tables) + 1))]
-        return {name: self.fitted.evaluate(table) for name, table in zip(names, self.tables, strict=True)}
+        return {
+            name: {**self.fitted.evaluate(table), "selected": selected}
+            for name, table in zip(names, self.tables, strict=True)
+        }
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -248,7 +251,14 @@ def _write(
         write_json(part / "metrics.json", {"metric": metric, "sets": sets})
         if not (record := _record(source)):
             return
-        alone: dict[str, Any] = {"runs": [], "chosen": None, "members": [], "merge": about}
+        alone: dict[str, Any] = {
+            "runs": [],
+            "chosen": None,
+            "members": [],
+            "warnings": [],
+            "threshold": None,
+            "merge": about,
+        }
         recipe = {**record["recipe"], "runs": 1, "evaluations": int(about["how"] in SCORED)}
         card = model_card({**record, **alone, "recipe": recipe}, sets, metric or record["recipe"]["metric"])
         (part / "README.md").write_text(card, encoding="utf-8")

@@ -51,6 +51,9 @@ class Options:
             kept. 0: the last weights are kept, nothing is selected.
         patience: stop after this many evaluations without a new best.
         calibrate: fit a temperature on the validation rows and divide the output layer by it.
+        threshold: Probability above which a class is given (for two classes the second one), 0.5 by default; or
+            ``"tune"``, which takes the one that is best on the validation rows by the metric that selects. For two
+            classes and for several labels a row.
         restarts: how often a run whose training loss (penalties included) stays above 0.9 log K after 20 % of its
             steps is stopped and begun anew with other seeds; for classification.
         train_size: draw this many rows, stratified, and forget the others.
@@ -81,6 +84,7 @@ class Options:
     evaluations: int = 0
     patience: int | None = None
     calibrate: bool = False
+    threshold: float | Literal["tune"] | None = None
     restarts: int = 0
     train_size: int | None = None
     validation_share: float = 0.1
@@ -96,6 +100,8 @@ class Options:
             value = getattr(self, name)
             if value is not None or getattr(type(self), name) is not None:
                 object.__setattr__(self, name, python_value(name, value, hint))  # the way into a frozen dataclass
+        if self.threshold not in (None, "tune"):
+            object.__setattr__(self, "threshold", _threshold(self.threshold))
         for name, (rule, holds) in _RULES.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
@@ -175,6 +181,17 @@ def _of_type(name: str, value: Any, right: bool, kind: Callable[[Any], Any], wha
     if not right:
         raise UsageError(f"{name} must be {what}, got {value!r}.")
     return kind(value)
+
+
+def _threshold(value: Any) -> float:
+    """A probability, which the command line gives as text."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not 0 < number < 1:
+        raise UsageError(f"threshold must be a number above 0 and below 1, or tune, got {value!r}.")
+    return number
 
 
 _POSITIVE = ("above 0", lambda value: value > 0)

@@ -16,6 +16,7 @@ import pandas as pd
 from ..data.guards import inspect, raise_errors
 from ..data.prepare import Data, prepare
 from ..data.problem import Regression
+from ..data.scores import best_threshold
 from ..data.splits import folds
 from ..data.tables import Kind, Table
 from ..errors import UsageError, suggest
@@ -55,6 +56,13 @@ class Plan:
     progress: bool
     procedure: Procedure | None = None
     distil: bool = False
+
+    @property
+    def selects(self) -> bool:
+        """Whether anything is chosen by the scores of the rows of `select`."""
+        several = self.num_seeds > 1 and self.combine == "best"
+        options = self.options
+        return bool(options.evaluations or options.calibrate or several or options.threshold == "tune")
 
     @property
     def select(self) -> pd.DataFrame | None:
@@ -118,6 +126,9 @@ def make_plan(
     )
     for finding in raise_errors(inspect(data, standardize=checked.standardize)):
         logger.warning("%s", finding.message)
+    if checked.threshold is not None:
+        decided = data.problem.at(0.5 if isinstance(checked.threshold, str) else checked.threshold)
+        data = dataclasses.replace(data, problem=decided)
     plan = Plan(
         str(model), chosen, checked, data, checked.total_steps(len(data.train)),
         data.problem.metric(metric).name, num_seeds, combine, refit, folds, save_steps, progress,
@@ -165,10 +176,13 @@ def _check_selection(plan: Plan) -> None:
         asked = {
             "evaluations": bool(plan.options.evaluations) and not plan.refit,
             "calibrate": plan.options.calibrate,
+            "threshold='tune'": plan.options.threshold == "tune",
             "combine='best'": plan.num_seeds > 1 and plan.combine == "best",
         }
         for name in (name for name, wanted in asked.items() if wanted):
             raise UsageError(f"{name} needs validation rows: give a validation table or share, or leave it out.")
+    if plan.options.threshold == "tune" and plan.data.problem.metric(plan.metric).needs_probabilities:
+        raise UsageError(f"{plan.metric} is the same at every threshold: choose another metric to tune it by, as f1.")
     if plan.options.calibrate and not plan.data.problem.classes:
         raise UsageError(f"calibrate is for classification, this is {plan.data.problem.kind}: leave it out.")
     if plan.options.class_weights != "none" and not plan.data.problem.weighted:
@@ -235,7 +249,22 @@ def fitted_model(plan: Plan, pretrained: Pretrained, models: Sequence[Any]) -> F
         label=table.label or "",  # found, if they were not given
         max_length=pretrained.max_length,
         bf16=plan.options.bf16,
+        constant=plan.data.problem.constant(plan.data.train["label"]),
     )
+
+
+def tune_threshold(model: FittedModel, plan: Plan) -> None:
+    """Let a model decide with the threshold that is best on the validation rows, if that was asked for."""
+    if plan.options.threshold != "tune":
+        return
+    assert plan.select is not None
+    predictions, _ = model.judge(plan.select)
+    problem = plan.data.problem
+    threshold = best_threshold(
+        problem, problem.array(plan.select["label"]), model.scores_of(predictions), problem.metric(plan.metric)
+    )
+    model.problem = problem.at(threshold)
+    logger.info("threshold %.4f is the best on %d validation rows", threshold, len(plan.select))
 
 
 def evaluate(

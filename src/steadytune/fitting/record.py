@@ -6,7 +6,7 @@ import dataclasses
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,9 @@ class FitResult:
             the texts of `mistakes.parquet`. Adapters that cannot be merged are there alone, and of an ensemble each
             model is in a folder of ``members``.
         model: the fitted model; `predict`, `evaluate` and `save_pretrained` are its own.
-        metrics: set -> metric -> value, of the model; with several runs also each metric's mean and spread over them.
+        metrics: set -> metric -> value, of the model; beside the metrics of a set stand ``intervals`` (95 %, low and
+            high) and ``baseline`` by metric, ``classes``, ``per_class``, ``confusion``, ``selected`` and ``notes``, see
+            `steadytune.data.scores.full_scores`, and with several runs ``runs``, each metric's mean and spread.
         metric: the one to look at first.
         predictions: a row for every row of the sets: set, row, label, prediction, probabilities.
         runs: one record per training: seeds, steps, seconds, failures, scores.
@@ -48,6 +50,7 @@ class FitResult:
         seconds: of training alone, all runs, all legs of resumed ones.
         history: run, step, name and value of what was logged while training: loss, lr, grad_norm, scores on the select
             split (``eval_...``), passes.
+        warnings: What is wrong with the model as far as its scores tell, in sentences.
     """
 
     output: Path
@@ -59,6 +62,7 @@ class FitResult:
     steps: int
     seconds: float
     history: pd.DataFrame
+    warnings: list[str] = field(default_factory=list)
 
     def predict(self, rows: Any) -> np.ndarray:
         """Class names or numbers for texts, pairs of texts, or a table; see `FittedModel.predict`."""
@@ -132,7 +136,13 @@ def _write(folder: Output, result: FitResult, record: dict[str, Any], sets: Mapp
                 files = folder.save_model(lambda part: None, result.model.tokenizer)
         write_whole(folder.path / PREDICTIONS, storable(result.predictions).to_parquet)
         write_whole(folder.path / HISTORY, result.history.to_parquet)
-        metrics = {"metric": result.metric, "steps": result.steps, "seconds": result.seconds, "sets": result.metrics}
+        metrics = {
+            "metric": result.metric,
+            "steps": result.steps,
+            "seconds": result.seconds,
+            "warnings": result.warnings,
+            "sets": result.metrics,
+        }
         write_json(folder.path / METRICS, metrics)
         card = model_card(record, result.metrics, result.metric)
         write_whole(folder.path / "README.md", lambda part: part.write_text(card, encoding="utf-8"))

@@ -98,7 +98,8 @@ class Fitted:
 def selected(recipe: Mapping[str, Any]) -> bool:
     """Whether a fit with this recipe chose anything by its validation rows."""
     best_of_several = recipe["runs"] > 1 and recipe["combine"] == "best"
-    return bool(recipe["evaluations"] or recipe["calibrate"] or best_of_several)
+    tuned = recipe.get("threshold") == "tune"
+    return bool(recipe["evaluations"] or recipe["calibrate"] or best_of_several or tuned)
 
 
 def write_page(folder: str | Path, record: Mapping[str, Any] | None = None, output: str | Path | None = None) -> Path:
@@ -195,7 +196,7 @@ def verdict(fitted: Fitted) -> str:
 
 
 def _flatters(fitted: Fitted, name: str) -> bool:
-    return name == "validation" and fitted.selected
+    return bool(fitted.sets[name].get("selected", name == "validation" and fitted.selected))
 
 
 def _against_baseline(fitted: Fitted, name: str, value: float, bounds: tuple[float, float] | None) -> str:

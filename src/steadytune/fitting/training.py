@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from ..data.problem import Problem, Regression
+from ..data.scores import baseline
 from ..data.splits import split
 from ..files import state
 from ..files.atomic import write_json
@@ -164,7 +165,7 @@ class Setup:
         if job.select is None or not self.classes or found.steps not in curve:
             return None
         gold, metric = self.problem.array(job.select["label"]), self.problem.metric(self.metric)
-        constant = metric.compute(gold, np.full_like(gold, job.rows["label"].mode()[0]), self.problem.names)
+        constant = baseline(self.problem, gold, self.problem.constant(job.rows["label"]))[self.metric]
         below = constant is not None and metric.goodness(curve[found.steps]) < metric.goodness(constant)
         return "scores below the most frequent class on the validation rows" if below else None
 
@@ -258,8 +259,9 @@ class Setup:
         """The metric that selects, on the select split; where it is undefined, the worst there is."""
         metric = self.problem.metric(self.metric)
         gold = self.problem.read(predicted.label_ids)
-        guess = self.problem.decide(self.problem.activate(predicted.predictions))
-        value = metric.compute(gold, guess, self.problem.names)
+        scores = self.problem.activate(predicted.predictions)
+        given = scores if metric.needs_probabilities else self.problem.decide(scores)
+        value = metric.compute(gold, given, self.problem.names)
         return {self.metric: metric.worst if value is None or not math.isfinite(value) else value}
 
     def _write(self, found: Trained, folder: Path) -> None:

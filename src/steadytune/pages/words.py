@@ -57,6 +57,20 @@ def score_words(scores: Mapping[str, Any], name: str) -> str:
     return f"{scores[name]:.4f}" + (f" ({runs['mean']:.4f} ± {runs['sd']:.4f})" if runs else "")
 
 
+def spread_words(scores: Mapping[str, Any], name: str) -> str:
+    """One number of a set as in "0.8125", or a mean over runs as in "0.8050 ± 0.0071"; "-" where there is none."""
+    value = scores.get(name)
+    if value is None:
+        return "-"
+    return f"{value['mean']:.4f} ± {value['sd']:.4f}" if isinstance(value, Mapping) else f"{value:.4f}"
+
+
+def bounds_words(scores: Mapping[str, Any], name: str) -> str:
+    """The 95 % interval of a score as in "0.7420 to 0.8651"; "-" where it has none."""
+    bounds = score_interval(scores, name)
+    return "-" if bounds is None else f"{bounds[0]:.4f} to {bounds[1]:.4f}"
+
+
 def call_words(method: Mapping[str, Any]) -> str:
     """A recorded method or procedure as in "ema(decay=0.9, scope=all)"."""
     return f"{method['name']}({', '.join(f'{name}={value}' for name, value in method['options'].items())})"
@@ -69,7 +83,7 @@ def score_names(sets: Iterable[Mapping[str, Any]], first: str) -> list[str]:
 
 
 def _is_score(name: str, value: Any) -> bool:
-    return name != "rows" and (value is None or isinstance(value, int | float))
+    return name not in ("rows", "selected") and (value is None or isinstance(value, int | float))
 
 
 def metric_words(metric: str, labels: Sequence[str]) -> str:

@@ -1,0 +1,132 @@
+"""95 % intervals of scores: where a score would lie on other rows of the same kind. No torch here.
+
+A score in [0, 1] (or mapped to it) is treated as a share of an effective number of rows, and gets Wilson's interval:
+
+    n* = min(v (1 - v) / variance, most)          interval = wilson(v, n*)
+
+The variance is the mean square of the score's influence values over rows, divided by their number (the infinitesimal
+jackknife; for ROC AUC that is DeLong's variance, Biometrics 1988). ``most`` is the number of rows a class-wise mean
+amounts to, classes^2 / sum(1 / rows of the class). Without it a perfect score on two positive rows would have variance
+0 and an interval of width 0, as every bootstrap of it has; with it, it is as unsure as two rows are.
+
+Means of losses are positive and skewed: their interval is Student's t on the log scale.
+
+Nothing is drawn at random, and the cost is linear in rows times classes (rows log rows for ROC AUC). How often the
+intervals hold the true value is measured by ``benchmarks/intervals.py``, beside SciPy's bootstrap.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.stats import norm, rankdata, t
+
+LEVEL = 0.95
+Z = float(norm.isf((1 - LEVEL) / 2))
+Interval = tuple[float, float] | None
+
+
+def wilson(share: float, rows: float) -> Interval:
+    """Wilson's score interval (JASA 1927) of a share of ``rows``, which need not be a whole number; None for no rows.
+
+    SciPy's, ``binomtest(k, n).proportion_ci(method="wilson")``, takes whole numbers only and agrees where both apply.
+    """
+    if rows <= 0:
+        return None
+    centre = (share + Z**2 / (2 * rows)) / (1 + Z**2 / rows)
+    half = Z / (1 + Z**2 / rows) * np.sqrt(share * (1 - share) / rows + Z**2 / (4 * rows**2))
+    return max(float(centre - half), 0.0), min(float(centre + half), 1.0)
+
+
+def bounded(
+    value: float | None, influence: np.ndarray, most: float, limits: tuple[float, float] = (0.0, 1.0)
+) -> Interval:
+    """Interval of a score that lies between two limits.
+
+    Args:
+        value: The score; None, where it is undefined, has no interval.
+        influence: What each row (rows,) moves the score by, times the number of rows; their mean is 0.
+        most: The largest number of rows that the score may count as.
+        limits: Smallest and largest possible score.
+    """
+    if value is None:
+        return None
+    low, width = limits[0], limits[1] - limits[0]
+    share = min(max((value - low) / width, 0.0), 1.0)
+    variance = float(np.mean(np.square(influence / width))) / max(len(influence) - 1, 1)
+    rows = min(share * (1 - share) / variance, most) if variance > 0 else most
+    bounds = wilson(share, rows)
+    return None if bounds is None else (low + width * bounds[0], low + width * bounds[1])
+
+
+def harmonic(counts: np.ndarray) -> float:
+    """Rows that a mean over classes amounts to: classes^2 / sum(1 / rows of the class); classes may lack rows."""
+    present = counts[counts > 0]
+    return float(len(present) ** 2 / np.sum(1 / present)) if len(present) else 0.0
+
+
+def ratio_influence(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Influence values (rows,) of the mean over classes of ``sum(numerator) / sum(denominator)``, both (rows, classes).
+
+    Classes whose denominator is 0 have a score that no row moves.
+    """
+    total = denominator.mean(axis=0)
+    ratio = np.divide(numerator.mean(axis=0), total, out=np.zeros(len(total)), where=total > 0)
+    return ((numerator - ratio * denominator) / np.where(total > 0, total, np.inf)).mean(axis=1)
+
+
+def correlation_influence(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Influence values (rows,) of the correlation of two vectors a row (rows, entries); Matthews' for indicators."""
+    a, b = first - first.mean(axis=0), second - second.mean(axis=0)
+    ab, aa, bb = ((x * y).sum(axis=1) for x, y in ((a, b), (a, a), (b, b)))
+    if aa.mean() == 0 or bb.mean() == 0:
+        return np.zeros(len(a))
+    scale = np.sqrt(aa.mean() * bb.mean())
+    return ab / scale - ab.mean() / scale * (aa / aa.mean() + bb / bb.mean()) / 2
+
+
+def auc_influence(positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Influence values (rows,) of ROC AUC, from truth values and scores (rows,): DeLong's placements."""
+    ranks, among = rankdata(scores), np.empty(len(scores))
+    for side in (positive, ~positive):
+        among[side] = rankdata(scores[side])
+    others = np.where(positive, np.sum(~positive), np.sum(positive))
+    beaten = (ranks - among) / others
+    placement = np.where(positive, beaten, 1 - beaten)
+    own = np.where(positive, positive.mean(), 1 - positive.mean())
+    return (placement - placement[positive].mean()) / own
+
+
+def positive_mean(losses: np.ndarray) -> Interval:
+    """Interval of the mean of losses (rows,) of 0 or more: t on the log scale; None for a mean of 0 or one row."""
+    rows, mean = len(losses), float(np.mean(losses))
+    if rows < 2 or mean <= 0:
+        return None
+    return _log_scale(mean, losses / mean)
+
+
+def unexplained(errors: np.ndarray, gold: np.ndarray) -> Interval:
+    """Interval of the mean squared error (rows,) in units of the variance of the numbers, the 1 - R2 of a model."""
+    squares, spread = np.square(errors), np.square(gold - np.mean(gold))
+    if len(gold) < 3 or squares.mean() == 0 or spread.mean() == 0:
+        return None
+    return _log_scale(squares.mean() / spread.mean(), squares / squares.mean() - spread / spread.mean())
+
+
+def _log_scale(value: float, influence: np.ndarray) -> Interval:
+    """Value times or divided by the exponential of t standard errors of its logarithm."""
+    rows = len(influence)
+    factor = np.exp(t.isf((1 - LEVEL) / 2, rows - 1) * np.std(influence, ddof=1) / np.sqrt(rows))
+    return float(value / factor), float(value * factor)
+
+
+def fisher(correlation: float | None, rows: int, extra: float = 0.0) -> Interval:
+    """Interval of a correlation by Fisher's z, whose variance is ``(1 + extra) / (rows - 3)``.
+
+    ``extra`` is 0 for Pearson's, half the squared correlation for Spearman's (Bonett and Wright, Psychometrika 2000).
+    None for fewer than four rows.
+    """
+    if correlation is None or rows < 4:
+        return None
+    z = np.arctanh(np.clip(correlation, -1 + 1e-12, 1 - 1e-12))
+    half = Z * np.sqrt((1 + extra) / (rows - 3))
+    return float(np.tanh(z - half)), float(np.tanh(z + half))

@@ -1,0 +1,150 @@
+"""The scores of one set in full: values, intervals, baseline, classes one by one, and what a reader should know.
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .metrics import Metric
+from .problem import Problem
+
+TRIED = 200  # thresholds at most
+
+
+def full_scores(
+    problem: Problem,
+    gold: np.ndarray,
+    predicted: np.ndarray,
+    scores: np.ndarray,
+    constant: np.ndarray | None = None,
+    selected: bool = False,
+) -> dict[str, Any]:
+    """Everything that is recorded of one set, ready for JSON.
+
+    Args:
+        problem: What is predicted.
+        gold: Labels (rows,).
+        predicted: Labels (rows,).
+        scores: Activated outputs (rows, outputs).
+        constant: What a model answers that reads no text, as `Problem.constant` gives it; without it there is no
+            baseline.
+        selected: Whether these rows selected the model.
+
+    Returns:
+        ``rows`` and every metric by name, and beside them ``intervals`` and ``baseline`` (both by metric), ``classes``
+        (rows by class), ``selected``, ``notes`` (sentences), and for classes ``per_class`` and, one class a row,
+        ``confusion`` (rows by gold class and by predicted class).
+    """
+    labels = pd.Series(gold, dtype=object)
+    return {
+        "rows": len(gold),
+        **problem.score(gold, predicted, scores),
+        "intervals": {
+            name: None if bounds is None else list(bounds)
+            for name, bounds in problem.intervals(gold, predicted, scores).items()
+        },
+        **({} if constant is None else {"baseline": baseline(problem, gold, constant)}),
+        "classes": problem.counts(labels),
+        "selected": selected,
+        "notes": _notes(problem, gold),
+        **_by_class(problem, gold, predicted),
+    }
+
+
+def baseline(problem: Problem, gold: np.ndarray, constant: np.ndarray) -> dict[str, float | None]:
+    """Every metric of a model that answers all rows alike: the most frequent class, or the mean, of training rows."""
+    scores = np.repeat(constant, len(gold), axis=0)
+    return problem.score(gold, problem.decide(scores), scores)
+
+
+def _notes(problem: Problem, gold: np.ndarray) -> list[str]:
+    """What the numbers alone do not say."""
+    counts = problem.membership(list(gold)).sum(axis=0)
+    missing = [name for name, count in zip(problem.names, counts, strict=True) if not count]
+    if not missing or "f1_macro" not in problem.metrics:
+        return []
+    best = 1 - len(missing) / len(problem.names)
+    more = f" and {len(missing) - 1} other classes" if len(missing) > 1 else ""
+    return [f"No row has the class {missing[0]!r}{more}: perfect predictions have f1_macro {best:.4f} here."]
+
+
+def _by_class(problem: Problem, gold: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
+    if not problem.names:
+        return {}
+    has, said = problem.membership(list(gold)), problem.membership(list(predicted))
+    found: dict[str, Any] = {"per_class": per_class(problem.names, has, said)}
+    if not problem.several:
+        found["confusion"] = (has.T.astype(int) @ said.astype(int)).tolist()
+    return found
+
+
+def per_class(names: Sequence[str], has: np.ndarray, said: np.ndarray) -> dict[str, dict[str, float | int | None]]:
+    """Precision, recall, F1 and support of each class, from truth values (rows, classes).
+
+    Precision is None where the class is never predicted, recall where no row has it, F1 where both hold.
+    """
+    hits, support, given = (has & said).sum(axis=0), has.sum(axis=0), said.sum(axis=0)
+
+    def share(part: int, whole: int) -> float | None:
+        return float(part / whole) if whole else None
+
+    return {
+        name: {
+            "precision": share(hits[i], given[i]),
+            "recall": share(hits[i], support[i]),
+            "f1": share(2 * hits[i], support[i] + given[i]),
+            "support": int(support[i]),
+        }
+        for i, name in enumerate(names)
+    }
+
+
+def warnings(
+    problem: Problem, name: str, metric: str, scores: Mapping[str, Any], predictions: pd.DataFrame
+) -> list[str]:
+    """What is wrong with a model by its scores on one set, in sentences; nothing where all is right.
+
+    Args:
+        problem: What is predicted.
+        name: Of the set.
+        metric: The one to look at first.
+        scores: As `full_scores` gives them.
+        predictions: Columns ``label`` and ``prediction``.
+    """
+    found = []
+    answers = predictions["prediction"]
+    if answers.nunique() == 1 < predictions["label"].nunique():
+        found.append(f"{name}: the model answers {answers.iloc[0]!r} for all {len(answers)} rows")
+    value, trivial = scores[metric], (scores.get("baseline") or {}).get(metric)
+    chosen = problem.metric(metric)
+    perfect = chosen.limits[1] if chosen.larger_is_better else 0.0
+    if value is not None and trivial not in (None, perfect) and chosen.goodness(value) <= chosen.goodness(trivial):
+        found.append(f"{name}: {metric} {value:.4f} is not better than the {trivial:.4f} of one answer for all rows")
+    return found
+
+
+def best_threshold(problem: Problem, gold: np.ndarray, scores: np.ndarray, metric: Metric) -> float:
+    """The threshold with the best score, tried half way between neighbouring probabilities; of equals that next to 0.5.
+
+    Args:
+        problem: Two classes, or several labels a row.
+        gold: Labels (rows,).
+        scores: Probabilities (rows, classes).
+        metric: Of labels.
+    """
+    chances = np.unique(scores if problem.several else scores[:, 1])
+    between = (chances[1:] + chances[:-1]) / 2
+    if len(between) > TRIED:
+        between = np.quantile(between, np.linspace(0, 1, TRIED))
+
+    def goodness(threshold: float) -> tuple[float, float]:
+        decided = problem.at(threshold).decide(scores)
+        return metric.goodness(metric.compute(gold, decided, problem.names)), -abs(threshold - 0.5)
+
+    return max([0.5, *map(float, between)], key=goodness)
