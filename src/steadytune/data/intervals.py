@@ -6,8 +6,9 @@ A score in [0, 1] (or mapped to it) is treated as a share of an effective number
 
 The variance is the mean square of the score's influence values over rows, divided by their number (the infinitesimal
 jackknife; for ROC AUC that is DeLong's variance, Biometrics 1988). ``most`` is the number of rows a class-wise mean
-amounts to, classes^2 / sum(1 / rows of the class). Without it a perfect score on two positive rows would have variance
-0 and an interval of width 0, as every bootstrap of it has; with it, it is as unsure as two rows are.
+amounts to, see `harmonic`. Without it a perfect score on two positive rows would have variance
+0 and an interval of width 0, as every bootstrap of it has; with it, it is as unsure as two rows are. Where many
+decisions a row make a score surer than that (ROC AUC of many classes), the interval is wider than it must be.
 
 Means of losses are positive and skewed: their interval is Student's t on the log scale.
 
@@ -59,15 +60,17 @@ def bounded(
 
 
 def harmonic(counts: np.ndarray) -> float:
-    """Rows that a mean over classes amounts to: classes^2 / sum(1 / rows of the class); classes may lack rows."""
-    present = counts[counts > 0]
-    return float(len(present) ** 2 / np.sum(1 / present)) if len(present) else 0.0
+    """Rows that a mean over classes amounts to: classes^2 / sum(1 / rows of the class); 0 where a class has none.
+
+    What a score would be on rows of that class cannot be told then, and it has no interval.
+    """
+    return float(len(counts) ** 2 / np.sum(1 / counts)) if counts.all() else 0.0
 
 
 def ratio_influence(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Influence values (rows,) of the mean over classes of ``sum(numerator) / sum(denominator)``, both (rows, classes).
 
-    Classes whose denominator is 0 have a score that no row moves.
+    No row moves the ratio of a class whose denominator is 0.
     """
     total = denominator.mean(axis=0)
     ratio = np.divide(numerator.mean(axis=0), total, out=np.zeros(len(total)), where=total > 0)
@@ -119,14 +122,21 @@ def _log_scale(value: float, influence: np.ndarray) -> Interval:
     return float(value / factor), float(value * factor)
 
 
-def fisher(correlation: float | None, rows: int, extra: float = 0.0) -> Interval:
-    """Interval of a correlation by Fisher's z, whose variance is ``(1 + extra) / (rows - 3)``.
+def fisher(correlation: float | None, variance: float, rows: int) -> Interval:
+    """Interval of a correlation by Fisher's z, whose variance is ``variance / (rows - 3)``; t with rows - 2 degrees.
 
-    ``extra`` is 0 for Pearson's, half the squared correlation for Spearman's (Bonett and Wright, Psychometrika 2000).
-    None for fewer than four rows.
+    For normal numbers the variance is 1 for Pearson's correlation and 1 + half the squared correlation for Spearman's
+    (Bonett and Wright, Psychometrika 2000); `z_variance` estimates it without that assumption. None for fewer than four
+    rows.
     """
     if correlation is None or rows < 4:
         return None
     z = np.arctanh(np.clip(correlation, -1 + 1e-12, 1 - 1e-12))
-    half = Z * np.sqrt((1 + extra) / (rows - 3))
+    half = t.isf((1 - LEVEL) / 2, rows - 2) * np.sqrt(variance / (rows - 3))
     return float(np.tanh(z - half)), float(np.tanh(z + half))
+
+
+def z_variance(first: np.ndarray, second: np.ndarray) -> float:
+    """Variance of Fisher's z of Pearson's correlation of numbers (rows,), times the rows, by its influence values."""
+    influence = correlation_influence(first[:, None], second[:, None])
+    return float(np.mean(np.square(influence))) / max(1 - np.corrcoef(first, second)[0, 1] ** 2, 1e-12) ** 2

@@ -127,8 +127,9 @@ def matthews(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> f
 def _matthews_interval(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> Interval:
     has, said = _one_hot(gold, names), _one_hot(predicted, names)
     influence = intervals.correlation_influence(1.0 * has, 1.0 * said)
-    most = intervals.harmonic(has.sum(axis=0))
-    return intervals.bounded(matthews(gold, predicted, names), influence, most, (-1.0, 1.0))
+    value, most = matthews(gold, predicted, names), intervals.harmonic(has.sum(axis=0))
+    guessing = -1 / (len(names) - 1)  # of equally frequent classes, all wrong; the share below is then their accuracy
+    return intervals.bounded(value, influence, most, (min(value, guessing), 1.0))
 
 
 def balanced_accuracy(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> float:
@@ -169,7 +170,7 @@ def _f1_micro_interval(gold: np.ndarray, predicted: np.ndarray, names: Sequence[
     has, said = members(gold, names), members(predicted, names)
     hits, total = (has & said).sum(axis=1, keepdims=True), (1 * has + said).sum(axis=1, keepdims=True)
     influence = intervals.ratio_influence(2.0 * hits, 1.0 * total)
-    return intervals.bounded(_f1_sets(has, said, micro=True), influence, int((total > 0).sum()))
+    return intervals.bounded(_f1_sets(has, said, micro=True), influence, int((has | said).sum()))
 
 
 def _f1_macro_sets_interval(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> Interval:
@@ -213,8 +214,8 @@ def roc_auc(gold: np.ndarray, scores: np.ndarray, names: Sequence[str]) -> float
 
 
 def _roc_auc_interval(gold: np.ndarray, scores: np.ndarray, names: Sequence[str]) -> Interval:
-    has, chances = _decided(gold, scores, names)
-    if not has.shape[1]:
+    (every, _), (has, chances) = _decisions(gold, scores, names), _decided(gold, scores, names)
+    if has.shape[1] < every.shape[1]:
         return None
     influence = [intervals.auc_influence(side, column) for side, column in zip(has.T, chances.T, strict=True)]
     counts = np.concatenate([has.sum(axis=0), (~has).sum(axis=0)]) if has.shape[1] == 1 else has.sum(axis=0)
@@ -232,7 +233,7 @@ def average_precision(gold: np.ndarray, scores: np.ndarray, names: Sequence[str]
 def _average_precision_interval(gold: np.ndarray, scores: np.ndarray, names: Sequence[str]) -> Interval:
     """A share of the positive rows (Boyd, Eng and Page, ECML PKDD 2013, who compare it with bootstraps)."""
     value = average_precision(gold, scores, names)
-    has, _ = _decided(gold, scores, names)
+    has, _ = _decisions(gold, scores, names)
     return None if value is None else intervals.wilson(value, intervals.harmonic(has.sum(axis=0)))
 
 
@@ -262,8 +263,16 @@ def _brier_losses(gold: np.ndarray, scores: np.ndarray, names: Sequence[str]) ->
     return squares.mean(axis=1) if len(gold) and isinstance(gold[0], tuple) else squares.sum(axis=1)
 
 
-def _interval_of_mean(losses: Callable[[np.ndarray, np.ndarray, Sequence[str]], np.ndarray]) -> Bounds:
-    return lambda gold, predicted, names: intervals.positive_mean(losses(gold, predicted, names))
+def _interval_of_mean(
+    losses: Callable[[np.ndarray, np.ndarray, Sequence[str]], np.ndarray], largest: float = np.inf
+) -> Bounds:
+    """Interval of a mean loss that cannot be above ``largest``."""
+
+    def interval(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> Interval:
+        bounds = intervals.positive_mean(losses(gold, predicted, names))
+        return None if bounds is None else (bounds[0], min(bounds[1], largest))
+
+    return interval
 
 
 def calibration_error(gold: np.ndarray, scores: np.ndarray, names: Sequence[str]) -> float:
@@ -306,12 +315,13 @@ def _correlation(gold: np.ndarray, predicted: np.ndarray, statistic: Callable) -
 
 
 def _pearson_interval(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> Interval:
-    return intervals.fisher(pearson(gold, predicted, names), len(gold))
+    value = pearson(gold, predicted, names)
+    return None if value is None else intervals.fisher(value, intervals.z_variance(gold, predicted), len(gold))
 
 
 def _spearman_interval(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> Interval:
     value = spearman(gold, predicted, names)
-    return None if value is None else intervals.fisher(value, len(gold), value**2 / 2)
+    return None if value is None else intervals.fisher(value, 1 + value**2 / 2, len(gold))
 
 
 def rmse(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> float:
@@ -348,7 +358,7 @@ _OF_PROBABILITIES = (
     Metric("average_precision", average_precision, _average_precision_interval, needs_probabilities=True),
     Metric("log_loss", log_loss, _interval_of_mean(_log_losses), larger_is_better=False, needs_probabilities=True,
            limits=(0.0, None)),
-    Metric("brier", brier, _interval_of_mean(_brier_losses), larger_is_better=False, needs_probabilities=True,
+    Metric("brier", brier, _interval_of_mean(_brier_losses, largest=2.0), larger_is_better=False, needs_probabilities=True,
            limits=(0.0, 2.0)),
     Metric("calibration_error", calibration_error, larger_is_better=False, needs_probabilities=True),
 )  # fmt: skip
