@@ -358,8 +358,8 @@ _OF_PROBABILITIES = (
     Metric("average_precision", average_precision, _average_precision_interval, needs_probabilities=True),
     Metric("log_loss", log_loss, _interval_of_mean(_log_losses), larger_is_better=False, needs_probabilities=True,
            limits=(0.0, None)),
-    Metric("brier", brier, _interval_of_mean(_brier_losses, largest=2.0), larger_is_better=False, needs_probabilities=True,
-           limits=(0.0, 2.0)),
+    Metric("brier", brier, _interval_of_mean(_brier_losses, largest=2.0), larger_is_better=False,
+           needs_probabilities=True, limits=(0.0, 2.0)),
     Metric("calibration_error", calibration_error, larger_is_better=False, needs_probabilities=True),
 )  # fmt: skip
 
