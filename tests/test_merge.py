@@ -17,6 +17,7 @@ from steadytune.data.problem import Classification
 from steadytune.fitting.merge_folders import merge_folders
 
 ATOL = 1e-10
+moved_far = pytest.mark.filterwarnings("ignore:the models did not begin alike")  # toys, moved by round numbers
 
 
 # ---------------------------------------------------------------- recorded
@@ -74,6 +75,29 @@ def test_wise_ft_equals_the_authors(golden):
 def state(*values: float, head: float | None = None, count: int = 0) -> dict[str, torch.Tensor]:
     found = {"w": torch.tensor(values), "count": torch.tensor(count)}
     return found if head is None else {**found, "head": torch.tensor([head])}
+
+
+def matrices(*seeds: int, moved: float = 0.3) -> list[dict[str, torch.Tensor]]:
+    """Models that moved from what their seeds drew."""
+    states = []
+    for i, seed in enumerate(seeds):
+        begun = torch.randn(20, 20, generator=torch.Generator().manual_seed(seed))
+        states.append({"w": begun + moved * torch.randn(20, 20, generator=torch.Generator().manual_seed(100 + i))})
+    return states
+
+
+@pytest.mark.parametrize(
+    "merged",
+    [merge.uniform, lambda s: merge.interpolate(*s, 0.5), lambda s: merge.task_vector(*s)],
+    ids=["uniform", "interpolate", "task_vector"],
+)
+def test_models_that_did_not_begin_alike_are_warned_of(merged, recwarn):
+    """Naive: the mean of two random heads, or of two pre-trained models, is a model of its own."""
+    merged(matrices(0, 0))
+    merged([{"w": torch.zeros(20, 20)}, *matrices(1)])  # an adapter that begins with zeros points nowhere
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"did not begin alike: 'w' has a cosine of -?0\.\d\d"):
+        merged(matrices(0, 1))
 
 
 def test_greedy_begins_with_the_best_and_leaves_out_what_harms():
@@ -170,6 +194,7 @@ def test_the_verb_makes_a_plain_model_directory(desk, tmp_path):
     assert not list(tmp_path.glob(".soup*"))
 
 
+@moved_far
 def test_the_verb_interpolates_the_body_and_leaves_the_head(desk):
     done = desk("one", "--how", "interpolate", "--base", "base", "--alpha", "0.25", "--output", "out")
     assert done.exit_code == 0, done.output
@@ -179,6 +204,7 @@ def test_the_verb_interpolates_the_body_and_leaves_the_head(desk):
         assert (found[name] - expected).abs().max() < 1e-6, name
 
 
+@moved_far
 def test_the_verb_adds_task_vectors(desk):
     done = desk("one", "two", "--how", "add", "--base", "base", "--alpha", "0.5", "--output", "out")
     assert done.exit_code == 0, done.output
@@ -228,6 +254,7 @@ def judged(desk, tmp_path):
 ROWS = ["--validation", "rows.csv", "--text", "words", "--label", "answer"]
 
 
+@moved_far
 def test_the_verb_makes_a_greedy_soup(desk, judged):
     states, accuracy = judged
     soup, chosen = merge.greedy(states, accuracy)
@@ -239,6 +266,7 @@ def test_the_verb_makes_a_greedy_soup(desk, judged):
     assert_same(weights("soup"), soup)
 
 
+@moved_far
 def test_the_verb_paints_with_the_best_share(desk, judged):
     states, accuracy = judged
     start = {n: t for n, t in weights("one").items() if not n.startswith("classifier")}

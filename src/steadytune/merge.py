@@ -6,11 +6,13 @@ Its weight chosen on held-out rows: Ilharco et al., Patching open-vocabulary mod
 Task arithmetic: Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 2212.04089.
 
 Models must share their beginning: the pre-trained weights and, where a new head is averaged, its initial values too.
+All functions warn where the weights say that they do not.
 Averages are taken in float64 and given in the dtype of the model; integer buffers are taken over.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor
 
 State = Mapping[str, Tensor]
 ALPHAS = tuple(i / 10 for i in range(11))
+LARGE = 256  # entries from which chance does not turn two matrices of one beginning away from each other
+APART = 0.2  # cosine; fine-tuned matrices of one beginning have 0.9 and more, those drawn apart have 0
 
 
 def uniform(states: Sequence[State]) -> dict[str, Tensor]:
@@ -29,7 +33,7 @@ def uniform(states: Sequence[State]) -> dict[str, Tensor]:
     Raises:
         ValueError: names or shapes that differ, or integer buffers that do.
     """
-    check_same(states)
+    _check_alike(states)
     return {name: _mean(name, [state[name] for state in states]) for name in states[0]}
 
 
@@ -80,7 +84,7 @@ def interpolate(
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
     if not floor > 0:
         raise ValueError(f"floor must be above 0, got {floor}")
-    check_same([start, {name: end[name] for name in start if name in end}])
+    _check_alike([start, {name: end[name] for name in start if name in end}])
     merged = dict(end)
     for name, old in start.items():
         if not old.is_floating_point():
@@ -116,7 +120,7 @@ def task_vector(base: State, tuned: State) -> dict[str, Tensor]:
     Raises:
         ValueError: names of ``base`` that ``tuned`` lacks, or other shapes.
     """
-    check_same([base, {name: tuned[name] for name in base if name in tuned}])
+    _check_alike([base, {name: tuned[name] for name in base if name in tuned}])
     return {name: tuned[name].double() - old.double() for name, old in base.items() if old.is_floating_point()}
 
 
@@ -153,6 +157,25 @@ def check_same(states: Sequence[State]) -> None:
                     f"only models of one architecture can be merged: {name!r} has shape {tuple(tensor.shape)} in one "
                     f"and {tuple(other[name].shape)} in another"
                 )
+
+
+def _check_alike(states: Sequence[State]) -> None:
+    """Raise as `check_same`, and warn of a matrix that did not begin with the same values in all models."""
+    check_same(states)
+    first, *others = states
+    for name, tensor in first.items():
+        if not tensor.is_floating_point() or tensor.dim() < 2 or tensor.numel() < LARGE:
+            continue
+        for other in others:
+            cosine = float(torch.cosine_similarity(tensor.flatten().double(), other[name].flatten().double(), dim=0))
+            if cosine < APART and tensor.any() and other[name].any():
+                warnings.warn(
+                    f"the models did not begin alike: {name!r} has a cosine of {cosine:.2f} between two of them (those "
+                    "of one beginning have one near 1), and what lies between such weights is of no use. Fine-tune all "
+                    "from one pre-trained model, with one seed of the head",
+                    stacklevel=3,
+                )
+                return
 
 
 def _mean(name: str, tensors: Sequence[Tensor]) -> Tensor:

@@ -50,6 +50,7 @@ class Trained:
         failures: runs that were stopped because their loss did not fall.
         failing: whether the loss of this one did not fall either.
         loss: the last training loss logged, a mean over 2 % of the steps, penalties included.
+        skipped: Optimizer steps that were skipped because their gradient was not finite.
         passes: forward and backward passes of a step in those of a plain one, counted since the last resume.
         hopeless: why the model is worth nothing (it gives every row the same answer, or scores below a constant one);
             None if it is not.
@@ -65,6 +66,7 @@ class Trained:
     failures: int = 0
     failing: bool = False
     loss: float | None = None
+    skipped: int = 0
     passes: float = 1.0
     hopeless: str | None = None
     history: list[tuple[int, str, float]] = field(default_factory=list)
@@ -257,8 +259,9 @@ class FitTrainer(Trainer):
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
         loss = losses[-1] if losses and math.isfinite(losses[-1]) else None
         passes = self.run.counted.plain / self.run.batches if self.run is not None and self.run.batches else 1.0
+        skipped = self.run.finite.skipped if self.run is not None else 0
         return Trained(
-            merged(self.model).eval(), steps, seconds, curve, seeds, failures, failing, loss, passes,
+            merged(self.model).eval(), steps, seconds, curve, seeds, failures, failing, loss, skipped, passes,
             history=self.history(),
         )  # fmt: skip
 
