@@ -13,6 +13,7 @@ import itertools
 import math
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,8 @@ from steadytune import (
     load_adapters,
     only,
 )
-from steadytune.core import Method, Weight
+from steadytune.core import Method, Weight, overrides
+from steadytune.core.method import acts_on_weights
 from steadytune.files import state
 
 TOTAL = 8
@@ -189,6 +191,22 @@ STEADY = {
 }
 DRAWS = set(RECIPES) - STEADY  # have randomness of their own
 every_recipe = pytest.mark.parametrize("name", RECIPES)
+
+
+def recipes(chosen: Callable[[Method], bool], *more: str) -> list[str]:
+    """The recipes with such a method, and some by name: a law is tried where the code that it is about depends on it."""
+    return [name for name, recipe in RECIPES.items() if name in more or any(map(chosen, recipe))]
+
+
+# Something else than the raw weights is live at times: shown to the forward, evaluated, or tried by an outer step.
+SHOWING = recipes(lambda m: overrides(m, "before_forward") or overrides(m, "evaluated") or hasattr(m, "outer"))
+# A batch passes the model more than once, in copies, penalties or further gradients.
+PASSING = recipes(lambda m: m.cost.passes > 1 or overrides(m, "penalty"), "sift", "child_tuning_d", "recipe_of_masks")
+# One of each way in which the Trainer meets a method: data, moments, penalties, weights added or shown, groups, files.
+IN_TRAINER = [
+    *("dps_dense_frozen", "dps_mix", "child_tuning_d", "rose_second", "rdrop", "smart_proximal", "mixout", "ema"),
+    *("vibert", "head_init", "weight_mixup", "meta_weight_net", "adapters", "llrd", "recadam", *COMBINED),
+]
 
 
 def null(recipe: list[Method]) -> list[Method] | None:
@@ -349,9 +367,9 @@ def plain(steps: int) -> dict[str, Any]:
 @every_recipe
 def test_null_is_bitwise_plain_and_the_method_is_not(name):
     if name in NULLABLE:
-        loop = Loop(null(RECIPES[name]), total=25).train(batches(25))
-        assert_same({k: loop.all()[k] for k in ("weights", "optimizer")}, plain(25))
-        assert loop.run.index == 25
+        loop = Loop(null(RECIPES[name])).train(batches(TOTAL))
+        assert_same({k: loop.all()[k] for k in ("weights", "optimizer")}, plain(TOTAL))
+        assert loop.run.index == TOTAL
     assert differs(uninterrupted(name).all[TOTAL]["weights"], plain(TOTAL)["weights"])
 
 
@@ -364,7 +382,7 @@ def stock(folder: str, norm: float) -> dict[str, Any]:
     return {"weights": copied(trainer.model), "optimizer": trainer.optimizer.state_dict()["state"]}
 
 
-@pytest.mark.parametrize("name", NULLABLE)
+@pytest.mark.parametrize("name", [name for name in IN_TRAINER if name in NULLABLE])
 def test_null_is_bitwise_plain_in_the_trainer(name, tmp_path):
     norm = 0.0 if any(isinstance(m, ClipNorm) for m in RECIPES[name]) else 0.3  # a ClipNorm replaces max_grad_norm
     trainer = trainer_of(null(RECIPES[name]), tmp_path, data=rows(48), num_train_epochs=2, max_grad_norm=norm)
@@ -402,7 +420,7 @@ def everything(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-@every_recipe
+@pytest.mark.parametrize("name", IN_TRAINER)
 def test_resumed_is_uninterrupted_bitwise_in_the_trainer(name, tmp_path):
     """From inside a stage II in a fresh Trainer, from inside a stage I in the Trainer that was interrupted."""
     options = {"gradient_accumulation_steps": 2, "num_train_epochs": 2}  # 8 steps of two micro-batches
@@ -478,8 +496,7 @@ def descent(name: str) -> Any:
     return functools.partial(torch.optim.SGD, lr=0.2, weight_decay=0.01)
 
 
-@pytest.mark.parametrize("equal", [True, False], ids=["equal", "unequal"])
-@every_recipe
+@pytest.mark.parametrize(("name", "equal"), [*((name, True) for name in RECIPES), *((name, False) for name in PASSING)])
 def test_16_at_once_equals_4_times_4_in_a_plain_loop(name, equal):
     ends = []
     for size in (16, 4):
@@ -499,7 +516,7 @@ def on_tokens(recipe: list[Method]) -> list[Method]:
 
 
 @pytest.mark.parametrize("tokens", [False, True], ids=["classifier", "tokens"])
-@every_recipe
+@pytest.mark.parametrize("name", PASSING)
 def test_16_at_once_equals_4_times_4_in_the_trainer(name, tokens, tmp_path):
     """T5 and its mend: the classifier's loss ignores the count of tokens, the language model's uses it."""
     if name in ("r4f", "vibert", "easy_adapt", "meta_weight_net", "head_init", "pooling") and tokens:
@@ -532,7 +549,7 @@ def test_16_at_once_equals_4_times_4_in_the_trainer(name, tokens, tmp_path):
 # ---------------------------------------------------------------- evaluation and plain checkpoints
 
 
-@every_recipe
+@pytest.mark.parametrize("name", sorted({*SHOWING, *IN_TRAINER}))
 def test_a_checkpoint_of_any_step_is_plain_and_gives_the_evaluated_logits(name, tmp_path):
     seen: list[np.ndarray] = []
 
@@ -984,7 +1001,7 @@ def test_frozen_refuses_factored_optimizer_state():
 # ---------------------------------------------------------------- steps that do not come, or come wrongly
 
 
-@every_recipe
+@pytest.mark.parametrize("name", SHOWING)
 def test_a_step_may_be_entered_twice(name):
     """T22: the same index is entered again after an overflow or `leave`, also at the boundaries of stages."""
     loop = Loop(RECIPES[name])
@@ -1001,7 +1018,7 @@ def test_a_step_may_be_entered_twice(name):
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "before step"])
-@every_recipe
+@pytest.mark.parametrize("name", recipes(acts_on_weights, "rdrop", "smart_proximal"))
 def test_interrupted_in_the_middle_of_a_step_leave_restores_the_evaluated_weights(name, where):
     data, whole = batches(4), uninterrupted(name)
     loop = Loop(RECIPES[name]).load(read(whole.saved[3]))
@@ -1055,7 +1072,7 @@ def places(model: nn.Module) -> dict[str, int]:
     return {n: p.data_ptr() for n, p in model.named_parameters()}
 
 
-@every_recipe
+@pytest.mark.parametrize("name", SHOWING)
 def test_between_steps_every_weight_is_where_it_always_was(name):
     """During a step another tensor may lie in its place; what a user took outside a step goes on showing the model."""
     loop = Loop(RECIPES[name])
@@ -1100,7 +1117,7 @@ def in_one_buffer(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("arrange", [in_shared_memory, in_one_buffer])
-@every_recipe
+@pytest.mark.parametrize("name", SHOWING)
 def test_weights_in_memory_that_others_see_never_leave_it(name, arrange):
     loop = Loop(RECIPES[name], arrange(bert()))
     before = places(loop.model)
@@ -1124,10 +1141,9 @@ def test_two_parameters_of_one_memory_show_the_same_throughout_a_step(name):
     assert torch.equal(one, other)
 
 
-@every_recipe
-def test_a_closure_is_refused(name):
+def test_a_closure_is_refused():
     """T8: the pre-hook fires before the closure computes the gradients that methods would edit."""
-    loop = Loop(RECIPES[name])
+    loop = Loop(BASE)
     evaluated = copied(loop.model)
 
     def closure() -> Tensor:
@@ -1441,8 +1457,9 @@ def test_one_more_gradient_leaves_no_trace_and_is_right(name):
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
-@every_recipe
+@pytest.mark.parametrize(
+    ("name", "reentrant"), [*((name, False) for name in RECIPES), *((name, True) for name in PASSING)]
+)
 def test_activation_checkpointing_changes_nothing(name, reentrant):
     """One draw per optimizer step: what is computed again in the backward pass sees the same weights."""
     if reentrant and any(m.exclusive == "choice of what is trained" for m in RECIPES[name]):
