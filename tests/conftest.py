@@ -17,6 +17,21 @@ ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("STEADYTUNE_SHARED", ROOT.parent / "shared"))
 
 
+MISSING = "recorded trajectory"  # begins the reason of each test skipped because its recording is elsewhere
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how much of what the authors' code did was not checked: skipped tests do not stand out."""
+    reasons = [str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", []) if report.longrepr]
+    missing = [reason for reason in reasons if MISSING in reason]
+    if missing:
+        names = {reason.partition(f"{MISSING} ")[2].split()[0] for reason in missing}
+        terminalreporter.write_line(
+            f"{len(names)} recorded trajectories were not checked ({len(missing)} tests skipped): they are not in "
+            f"{SHARED / 'golden'}. STEADYTUNE_SHARED names the folder that holds golden/."
+        )
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
@@ -45,7 +60,7 @@ def golden():
     def load(name: str) -> Golden:
         path = SHARED / "golden" / f"{name}.npz"
         if not path.exists():
-            pytest.skip(f"recorded trajectory {name} is not here (STEADYTUNE_SHARED names their folder)")
+            pytest.skip(f"{MISSING} {name} is not here (STEADYTUNE_SHARED names their folder)")
         return Golden(path)
 
     return load

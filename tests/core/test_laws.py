@@ -194,7 +194,7 @@ every_recipe = pytest.mark.parametrize("name", RECIPES)
 
 
 def recipes(chosen: Callable[[Method], bool], *more: str) -> list[str]:
-    """The recipes with such a method, and some by name: a law is tried where the code that it is about depends on it."""
+    """Recipes with such a method, and some by name: a law is tried where the code that it is about depends on them."""
     return [name for name, recipe in RECIPES.items() if name in more or any(map(chosen, recipe))]
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from steadytune import ClipNorm, DPSDense, DPSMix, Mixout, Run
-from steadytune.functional import mix, rescaled, selecting, stage_length
+from steadytune import ClipNorm, DPSDense, DPSMix, Mixout, Run, WeightMixup
+from steadytune.functional import mix, selecting, stage_length
 
 ATOL = 1e-10
 
@@ -154,27 +154,73 @@ def test_dps_schedule_equals_the_authors(golden):
         assert mine == stages[: int(total)].tolist()
 
 
-def test_mixout_operation_equals_the_authors(golden):
+class Layer(nn.Module):
+    """One recorded linear layer, whose loss has the recorded gradient at its output."""
+
+    def __init__(self, reference):
+        super().__init__()
+        self.linear = nn.Linear(*reference.T.shape, dtype=torch.float64)
+        with torch.no_grad():
+            self.linear.weight.copy_(reference)
+
+    def forward(self, x, grad_out):
+        y = self.linear(x)
+        return {"loss": (y * grad_out).sum(), "logits": y}
+
+
+def one_step(method, reference, weight, bias, inputs):
+    """Outputs of the forward, then gradients of weight and inputs as the optimizer gets them."""
+    model = Layer(reference)
+    run = Run(model, [method])
+    with torch.no_grad():
+        model.linear.weight.copy_(weight)
+        model.linear.bias.copy_(bias)
+    run.attach(torch.optim.SGD(model.parameters(), 0.1))
+    seen = []
+    model.linear.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    x = inputs["x"].clone().requires_grad_()
+    run.loss({"x": x, "grad_out": inputs["grad_out"]}).backward()
+    run.optimizer.step()
+    return seen[0], model.linear.weight.grad, x.grad
+
+
+@pytest.mark.parametrize("case", range(6))
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "authors"])
+def test_mixout_operation_equals_the_authors(golden, case, exact):
     golden = golden("mixout_ops")
-    for case in range(6):
-        get = {k.split("/")[1]: golden[k] for k in golden.keys(f"case{case}/")}
-        meta = golden.meta["cases"][case]
-        keep = 1 - meta["p"] if meta["training"] else 1.0
-        w, x = get["W"].clone().requires_grad_(), get["x"].clone().requires_grad_()
-        reference = get.get("W0", torch.zeros_like(w))
-        columns = get["colmask"].double().view(1, -1)
-        y = nn.functional.linear(x, mix(reference, w, columns, keep), get["b"])
+    get = {k.split("/")[1]: golden[k] for k in golden.keys(f"case{case}/")}
+    meta = golden.meta["cases"][case]
+    reference, columns = get.get("W0", torch.zeros_like(get["W"])), get["colmask"].double().view(1, -1)
+
+    class Recorded(Mixout):
+        def columns(self, run, weight):
+            return columns
+
+    if not meta["training"]:
+        y = nn.functional.linear(get["x"], get["W"], get["b"])  # between steps the model holds W itself
         assert torch.allclose(y, get["y"], atol=ATOL, rtol=0)
-        y.backward(get["grad_out"])
-        assert torch.allclose(x.grad, get["grad_x"], atol=ATOL, rtol=0)
-        forward_gradient = get["grad_out"].T @ get["x"]
-        assert torch.allclose(forward_gradient * columns, get["grad_W_ref"], atol=ATOL, rtol=0)
-        if "grad_W_exact" in get:
-            assert torch.allclose(w.grad, get["grad_W_exact"], atol=ATOL, rtol=0)
-            chained = forward_gradient * rescaled(columns, keep, torch.float64)
-            assert torch.allclose(chained, get["grad_W_exact"], atol=ATOL, rtol=0)
-        vector = mix(get.get("vec_w0", torch.zeros(5).double()), get["vec_w"], get["vec_mask"], keep)
-        assert torch.allclose(vector, get["vec_out"], atol=ATOL, rtol=0)
+        return
+    method = Recorded(keep=1 - meta["p"], rescale_gradient=exact)
+    y, found, grad_x = one_step(method, reference, get["W"], get["b"], get)
+    assert torch.allclose(y, get["y"], atol=ATOL, rtol=0)
+    assert torch.allclose(grad_x, get["grad_x"], atol=ATOL, rtol=0)
+    expected = get.get("grad_W_exact") if exact else get["grad_W_ref"]
+    if expected is not None:
+        assert torch.allclose(found, expected, atol=ATOL, rtol=0)
+    vector = mix(get.get("vec_w0", torch.zeros(5).double()), get["vec_w"], get["vec_mask"], method.keep)
+    assert torch.allclose(vector, get["vec_out"], atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_a_mixed_layer_in_a_run_equals_the_authors(golden, case):
+    golden = golden("blo_linear")
+    get = {k.split("/")[1]: golden[k] for k in golden.keys(f"case{case}/")}
+    shares = {"linear.weight": [get["alpha1"], get["alpha2"]]}
+    method = WeightMixup(alpha=shares, convex=False)
+    y, found, grad_x = one_step(method, get["W0"], get["W"], get["b"], get)
+    assert torch.allclose(y, get["y"], atol=ATOL, rtol=0)
+    assert torch.allclose(found, get["grad_W"], atol=ATOL, rtol=0)
+    assert torch.allclose(grad_x, get["grad_x"], atol=ATOL, rtol=0)
 
 
 def test_mixout_training_equals_the_authors(golden):

@@ -142,8 +142,6 @@ class WeightMixup(BiLevel):
     # ------------------------------------------------------------------ the mixture
 
     def before_forward(self, run: Run, weights: Sequence[Weight]) -> None:
-        if self.learns:
-            self.rate(run)  # an unknown number of steps is an error before the first of them
         for w in self.chosen(weights):
             run.show(w, self.mixture(run, w.name, w.data), own=True)
 
