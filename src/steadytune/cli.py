@@ -256,36 +256,33 @@ def predict(
     text: Annotated[
         list[str] | None, _option(INPUT, "Text column, if it is called otherwise than in training.")
     ] = None,
+    keep: Annotated[
+        str | None,
+        _option(OUTPUT, "Columns to write beside the predictions, as in id,text. [dim]\\[default: all][/]"),
+    ] = None,
+    on_empty: Annotated[
+        str, _option(INPUT, "Rows without a text: skip writes them without a prediction, error refuses the table.")
+    ] = "skip",
     overwrite: Annotated[bool, _option(OUTPUT, "Replace the file.", "--overwrite")] = False,
     quiet: Annotated[bool, _option(OUTPUT, "No progress bar.", "--quiet")] = False,
     config: Config = None,
 ) -> None:
-    """Predict labels (and probabilities) for a table of text.
+    """Predict labels (and probabilities) for a table of text of any size.
 
-    Example: steadytune predict out new.csv --output labelled.csv
+    Example: steadytune predict out new.csv --output labelled.csv --keep id
     """
-    with _errors_in_one_line():
-        from .data.files import TABLE_WRITERS
-        from .errors import UsageError, suggest
-        from .files.atomic import write_whole, writing
+    with _errors_in_one_line(), _speaking(quiet):
+        from .fitting.fitted_model import FittedModel
+        from .fitting.predict_file import check_output, predict_file
 
-        writer = TABLE_WRITERS.get(output.suffix.lower())
-        if writer is None:
-            raise UsageError(f"output {output}: unknown ending.{suggest(output.suffix, TABLE_WRITERS)}")
-        if output.exists() and not overwrite:
-            raise UsageError(f"output {output} exists: replace it with --overwrite, or choose another --output FILE.")
-        if not output.absolute().parent.is_dir():
-            raise UsageError(f"output {output}: no such directory {output.parent}. Make it first.")
-        with _speaking(quiet):
-            from .data.tables import Table
-            from .fitting.fitted_model import FittedModel
-
-            fitted = FittedModel.load(model)
-            columns = tuple(text) if text else fitted.text
-            found = fitted.predict_table(Table.of(table, columns, None, "given"), progress=not quiet)
-        with writing(output):
-            write_whole(output, lambda part: writer(found, part))
-    typer.echo(f"{len(found)} predictions: {output}")
+        check_output(output, [table, model], overwrite)
+        columns = None if keep is None else [name.strip() for name in keep.split(",") if name.strip()]
+        done = predict_file(
+            FittedModel.load(model), table, output, text=text or (), keep=columns,
+            on_empty=on_empty, overwrite=overwrite, progress=not quiet,
+        )  # fmt: skip
+    without = f", {len(done.empty)} rows without text have none" if done.empty else ""
+    typer.echo(f"{done.rows - len(done.empty)} predictions{without}: {output}")
 
 
 @app.command()

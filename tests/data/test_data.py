@@ -652,3 +652,41 @@ def test_train_size_draws_from_the_training_rows_only():
     data = prepare(marked(["train", "train", "dev"] * 6), {}, validation_column="part", train_size=7)
     assert (len(data.train), len(data.tests["validation"])) == (7, 6)
     assert all(row % 3 < 2 for row in data.train.index)
+
+
+def copies_and_labels(n=60):
+    """Every third text occurs twice, the copy far from its first row."""
+    texts = [f"text number {i}" for i in range(n)] + [f"text number {i}" for i in range(0, n, 3)]
+    return pd.DataFrame({"text": texts, "label": ["ab"[len(text) % 2] for text in texts]})
+
+
+@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_texts_stay_on_one_side_of_the_validation_split(groups, seed):
+    frame = copies_and_labels()
+    table = Table(frame.assign(g=[i % 20 for i in range(len(frame))]), "t", group="g" if groups else None)
+    data = prepare(table, {}, validation_share=0.25, seed=seed)
+    held = data.tests["validation"]
+    assert not set(held["text"]) & set(data.train["text"])
+    assert len(held) + len(data.train) == len(frame)
+    if groups:
+        assert not set(held["group"]) & set(data.train["group"])
+    else:
+        assert 15 <= len(held) <= 25  # of 80 rows
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_texts_share_a_fold(seed):
+    frame = copies_and_labels()
+    data = prepare(Table(frame, "t"), {}, validation_share=0)
+    for inside, outside in folds(data.train, data.problem, 4, seed):
+        assert not set(data.train["text"].iloc[inside]) & set(data.train["text"].iloc[outside])
+
+
+def test_a_class_of_copies_with_other_labels_stays_in_training():
+    # class "c" has only second copies of texts of other classes
+    frame = pd.DataFrame({"text": [f"text {i}" for i in range(20)] + ["text 0", "text 1"],
+                          "label": ["a", "b"] * 10 + ["c", "c"]})  # fmt: skip
+    for seed in range(20):
+        data = prepare(Table(frame, "t"), {}, validation_share=0.5, seed=seed)
+        assert "c" in set(data.train["label"])

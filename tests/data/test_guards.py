@@ -209,3 +209,10 @@ def test_cut_rows_are_counted():
     assert truncated(lengths, 8, "the training rows") == Finding("warning", message.format("0, 5"), (0, 5))
     numbered = truncated(lengths, 8, "the training rows", rows=range(100, 108))
     assert numbered == Finding("warning", message.format("100, 105"), (100, 105))
+
+
+def test_a_handful_of_validation_rows_is_said():
+    frame = pd.DataFrame({"text": [f"text number {i}" for i in range(200)], "label": ["a", "b"] * 100})
+    said = [f.message for f in inspect(prepare(Table(frame, "t"), {}, train_size=16))]
+    assert any("2 validation rows are too few" in message for message in said)
+    assert not any("validation rows" in f.message for f in inspect(prepare(Table(frame, "t"), {})))

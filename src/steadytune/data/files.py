@@ -5,6 +5,7 @@ Nothing from disk is ever unpickled; what cannot be read is one `UsageError` tha
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import importlib
@@ -15,7 +16,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -27,6 +28,7 @@ from ..errors import UsageError, first_rows, one_line, suggest
 
 logger = logging.getLogger("steadytune")
 
+CHUNK_ROWS = 10_000  # rows of a file that are looked at together
 HUB = "hub:"  # what a source on the hub starts with
 
 
@@ -126,8 +128,19 @@ def read_table(path: str | Path) -> pd.DataFrame:
         UsageError: the ending is unknown, there is no such file, or it is not what its ending says.
     """
     path = Path(path)
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
+    with readable(path):
+        return READERS[path.suffix.lower()](path).reset_index(drop=True)
+    return pd.DataFrame()  # a file without a line
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Check that a file is one of a table, and turn what readers raise into one sentence; empty files are left.
+
+    Raises:
+        UsageError: As of `read_table`.
+    """
+    if path.suffix.lower() not in READERS:
         raise UsageError(
             f"{path}: files end in {', '.join(READERS)}, got {path.suffix or 'no ending'!r}. A single text goes into a "
             "list."
@@ -140,11 +153,11 @@ def read_table(path: str | Path) -> pd.DataFrame:
         raise UsageError(f"{path}: no such file." + (f" Did you mean {near[0]!r}?" if near else ""))
     _check_format(path)
     try:
-        return reader(path).reset_index(drop=True)
+        yield
     except UsageError:
         raise
     except pd.errors.EmptyDataError:
-        return pd.DataFrame()
+        return
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: text must be UTF-8 ({error}). Convert it first, for example with iconv.") from error
     except (ValueError, OSError, pd.errors.ParserWarning) as error:  # parser errors are ValueErrors
@@ -179,16 +192,33 @@ def _check_format(path: Path) -> None:
         raise UsageError(f"{path}: this file holds zero bytes and is no text in UTF-8: save it as UTF-8.")
 
 
-def _read_csv(path: Path, sep: str = ",") -> pd.DataFrame:
+def _read_csv(path: Path) -> pd.DataFrame:
     """Commas or another delimiter that a first line `sep=` names, cells in quotation marks where they must be."""
-    skipped = 0
+    dialect = csv_dialect(path)
+    return checked_rows(_pandas(path, **dialect), path, dialect["sep"])
+
+
+def csv_dialect(path: Path) -> dict[str, Any]:
+    """How pandas reads a CSV file: delimiter, lines before the header, sign that escapes quotation marks.
+
+    Raises:
+        UsageError: The delimiter is another one, or a quotation mark is out of place.
+    """
+    sep, skipped = ",", 0
     with path.open(encoding="utf-8-sig", newline="") as file:
         first = file.readline()
     if named := re.fullmatch(r"sep=(.)\r?\n?", first):  # Excel's own line
         sep, skipped = named[1], 1
     _check_delimiter(path, sep, skipped)
-    options: dict[str, Any] = {"escapechar": "\\"} if _backslashes(path, sep) else {}
-    frame = _pandas(path, sep, skiprows=skipped, **options)
+    return {"sep": sep, "skiprows": skipped, **({"escapechar": "\\"} if _backslashes(path, sep) else {})}
+
+
+def checked_rows(frame: pd.DataFrame, path: Path, sep: str) -> pd.DataFrame:
+    """The rows without repeated headers.
+
+    Raises:
+        UsageError: A quotation mark that was never closed holds other rows.
+    """
     rows = _swallowed(frame, sep)
     if len(rows):
         raise UsageError(
@@ -201,16 +231,26 @@ def _read_csv(path: Path, sep: str = ",") -> pd.DataFrame:
 
 def _pandas(path: Path, sep: str, **options: Any) -> pd.DataFrame:
     """Cells as text, only an empty one missing; columns by the first line, which may name one twice."""
+    return next(csv_chunks(path, sep, **options))
+
+
+def csv_chunks(path: Path, sep: str, rows: int | None = None, **options: Any) -> Generator[pd.DataFrame, None, None]:
+    """A CSV or TSV file in frames of so many rows, or in one; the index counts the rows of the file."""
     given: dict[str, Any] = {
         "sep": sep, "dtype": str, "keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig", **options,
     }  # fmt: skip
     header = pd.read_csv(path, header=None, nrows=1, **given).iloc[0]
     names = [f"column {n + 1}" if pd.isna(name) or not name.strip() else name for n, name in enumerate(header)]
+    given |= {"header": 0, "names": list(range(len(names))), "index_col": False}
     with warnings.catch_warnings():
         # rows longer than the header: pandas would shift the columns (first one to the index) or drop the last
         warnings.simplefilter("error", pd.errors.ParserWarning)
-        frame = pd.read_csv(path, header=0, names=list(range(len(names))), index_col=False, **given)
-    return frame.set_axis(names, axis=1)
+        if rows is None:
+            yield pd.read_csv(path, **given).set_axis(names, axis=1)
+            return
+        with pd.read_csv(path, chunksize=rows, **given) as reader:
+            for frame in reader:
+                yield frame.set_axis(names, axis=1)
 
 
 def _check_delimiter(path: Path, sep: str, skipped: int) -> None:
@@ -320,20 +360,26 @@ def _without_headers(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 
 def _read_tsv(path: Path) -> pd.DataFrame:
-    """Benchmark TSVs (GLUE) quote nothing, spreadsheets quote where they must.
+    """Benchmark TSVs (GLUE) quote nothing, spreadsheets quote where they must."""
+    return _without_headers(_pandas(path, **tsv_dialect(path)), path)
+
+
+def tsv_dialect(path: Path) -> dict[str, Any]:
+    """How pandas reads a TSV file.
 
     Quotation marks are read as such where every quoted cell opens and closes as it should, every row has all its
     cells, and no cell holds what looks like a row; else they are text.
     """
     _check_delimiter(path, "\t", 0)
-    if _misquoted(path, "\t") is None:
-        try:
-            frame = _pandas(path, "\t")
-        except (pd.errors.ParserError, pd.errors.ParserWarning):
-            frame = None
-        if frame is not None and not len(_swallowed(frame, "\t")) and not frame.iloc[:, -1].isna().any():
-            return _without_headers(frame, path)
-    return _without_headers(_pandas(path, "\t", quoting=csv.QUOTE_NONE), path)
+    plain: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE}
+    if _misquoted(path, "\t") is not None:
+        return plain
+    try:
+        with contextlib.closing(csv_chunks(path, "\t", CHUNK_ROWS)) as chunks:
+            quoted = all(not len(_swallowed(c, "\t")) and not c.iloc[:, -1].isna().any() for c in chunks)
+    except (pd.errors.ParserError, pd.errors.ParserWarning):
+        return plain
+    return {"sep": "\t"} if quoted else plain
 
 
 def _read_json(path: Path) -> pd.DataFrame:
@@ -346,7 +392,16 @@ def _read_json(path: Path) -> pd.DataFrame:
             "frame.to_json(path, orient='records', lines=True)."
         )
     else:
-        rows = [_json_row(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [json_row(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return json_frame(path, rows)
+
+
+def json_frame(path: Path, rows: Sequence[Any]) -> pd.DataFrame:
+    """A frame of JSON objects, one a row.
+
+    Raises:
+        UsageError: A row is no object.
+    """
     if not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{path}: every row must be a JSON object with named fields.")
     names = dict.fromkeys(name for row in rows for name in row)
@@ -370,7 +425,7 @@ def _columns(text: str) -> bool:
     return len(values) > 1 and all(isinstance(value, (dict, list)) for value in values)
 
 
-def _json_row(path: Path, number: int, line: str) -> Any:
+def json_row(path: Path, number: int, line: str) -> Any:
     try:
         return json.loads(line, object_pairs_hook=_pairs)
     except UsageError as error:
@@ -457,11 +512,3 @@ def _named(values: pd.Series, feature: Any) -> pd.Series:
 
 def _class_name(feature: Any, number: Any) -> str | None:
     return None if pd.isna(number) or number < 0 else str(feature.int2str(int(number)))
-
-
-TABLE_WRITERS: dict[str, Callable[[pd.DataFrame, Path], Any]] = {
-    ".csv": lambda table, path: table.to_csv(path, index=False),
-    ".tsv": lambda table, path: table.to_csv(path, index=False, sep="\t"),
-    ".jsonl": lambda table, path: table.to_json(path, orient="records", lines=True, force_ascii=False),
-    ".parquet": lambda table, path: table.to_parquet(path),
-}

@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 
 from ..errors import UsageError
-from .prepare import Data, keys
+from .prepare import Data
 from .problem import Problem
-from .tables import label_name
+from .tables import keys, label_name
 
 # Shares are only held against sets of this many rows: of a handful a few may well repeat.
 LEAST_ROWS = 20
@@ -60,6 +60,7 @@ def inspect(data: Data, *, standardize: bool = False) -> list[Finding]:
         *_small_classes(data),
         *_ordinal(data),
         *(() if standardize else _scale(data)),
+        *_few_validation_rows(data),
         *(finding for name in data.tests for finding in (*_shared_texts(data, name), *_shared_groups(data, name))),
         *(finding for name in ("train", *data.tests) for finding in _garbled(data, name)),
     ]
@@ -107,6 +108,16 @@ def _finding(
 
 def _level(bad: np.ndarray) -> Literal["error", "warning"]:
     return "error" if len(bad) >= LEAST_ROWS and bad.sum() > len(bad) / 2 else "warning"
+
+
+def _few_validation_rows(data: Data) -> Iterator[Finding]:
+    rows = data.tests.get("validation")
+    if rows is not None and len(rows) < LEAST_ROWS:
+        yield Finding(
+            "warning",
+            f"{_source(data, 'validation')}: {len(rows)} validation rows are too few to tell good from bad: raise "
+            f"--validation-share, or give a validation set of {LEAST_ROWS} rows or more.",
+        )
 
 
 def _shared_texts(data: Data, name: str) -> Iterator[Finding]:

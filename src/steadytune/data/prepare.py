@@ -20,7 +20,7 @@ from ..errors import one_line as one_line
 from .labels import find_problem
 from .problem import Problem
 from .splits import cut, split, subset
-from .tables import Table, _follow, examples, resolve
+from .tables import Table, _follow, examples, keys, resolve
 
 logger = logging.getLogger("steadytune")
 
@@ -66,12 +66,6 @@ class Data:
         """How many rows of a test set carry a text (or pair) that is also in the training rows."""
         seen = set(keys(self.train))
         return sum(key in seen for key in keys(self.tests[name]))
-
-
-def keys(rows: pd.DataFrame) -> list[tuple[str, ...]]:
-    """What makes rows the same to a model: their text, or pair of texts."""
-    columns = [column for column in ("text", "text_pair") if column in rows]
-    return list(rows[columns].itertuples(index=False, name=None))
 
 
 def fingerprint(rows: pd.DataFrame) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import UsageError
-from .tables import _check_column, label_name
+from .tables import _check_column, keys, label_name
 
 if TYPE_CHECKING:
     from .problem import Problem
@@ -45,7 +45,7 @@ def subset(rows: pd.DataFrame, problem: Problem, size: int, seed: int) -> pd.Dat
 def split(rows: pd.DataFrame, problem: Problem, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Carve a stratified validation share out of the rows; every class keeps at least one row for training.
 
-    Rows of one `group` stay together; the share and the strata are then met as well as the groups allow.
+    Rows of equal text, and rows of one `group`, stay together; share and strata are then met as well as that allows.
 
     Raises:
         UsageError: a class has one row only, the share leaves a class without training rows, or every group is too
@@ -59,8 +59,37 @@ def split(rows: pd.DataFrame, problem: Problem, share: float, seed: int) -> tupl
             "out, give a validation set, or set --validation-share 0."
         )
     size = max(1, round(share * len(rows)))
-    held_out = _hold_groups(rows, problem, size, seed) if "group" in rows else _hold_rows(rows, problem, size, seed)
+    texts = _texts(rows)
+    if "group" in rows:
+        held_out = _hold_groups(rows.assign(group=_joined(rows, texts)), problem, size, seed)
+    else:
+        first = ~pd.Series(texts).duplicated().to_numpy()
+        held_out = _hold_rows(rows[first], problem, max(1, round(share * first.sum())), seed)[texts]
+        held_out &= ~np.isin(texts, texts[_of_lost_classes(rows, problem, held_out)])
     return rows[~held_out], rows[held_out]
+
+
+def _texts(rows: pd.DataFrame) -> np.ndarray:
+    """Number of the text (or pair) of every row; the first row with text n comes before the first with text n + 1."""
+    return pd.factorize(pd.Series(keys(rows), dtype=object))[0]
+
+
+def _joined(rows: pd.DataFrame, texts: np.ndarray) -> np.ndarray:
+    """Group number of every row, groups that share a text taken together."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    groups = pd.factorize(rows["group"])[0]
+    size = groups.max() + texts.max() + 2
+    edges = coo_array((np.ones(len(rows)), (groups, texts + groups.max() + 1)), shape=(size, size))
+    return connected_components(edges, directed=False)[1][groups]
+
+
+def _of_lost_classes(rows: pd.DataFrame, problem: Problem, held_out: np.ndarray) -> np.ndarray:
+    """Whether a row has a class of which all rows are held out, as copies of texts with another class may be."""
+    member = problem.membership(rows["label"])
+    lost = member.any(axis=0) & ~member[~held_out].any(axis=0)
+    return np.asarray(member[:, lost].any(axis=1))
 
 
 def _and_more(names: Sequence[str]) -> str:
@@ -118,15 +147,19 @@ def _groups(rows: pd.DataFrame, problem: Problem, seed: int) -> tuple[np.ndarray
 def folds(rows: pd.DataFrame, problem: Problem, k: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """`k` cuts of the rows: positions to train on and positions held out, both in file order.
 
-    Every row is held out once; folds have like sizes and strata, and rows of one `group` share a fold.
+    Every row is held out once; folds have like sizes and strata, and rows of equal text or one `group` share a fold.
 
     Raises:
         UsageError: there are fewer rows (or groups) than folds, or a class would be missing from a training part.
     """
-    units, what = (rows["group"].nunique(), "groups") if "group" in rows else (len(rows), "rows")
+    texts = _texts(rows)
+    if "group" in rows:
+        rows = rows.assign(group=_joined(rows, texts))
+    units, what = (rows["group"].nunique(), "groups") if "group" in rows else (int(texts.max()) + 1, "rows")
     if not 2 <= k <= units:
         raise UsageError(f"folds must lie between 2 and {units}, the number of {what}, got {k}.")
-    fold = _fold_groups(rows, problem, k, seed) if "group" in rows else _fold_rows(rows, problem, k, seed)
+    first = ~pd.Series(texts).duplicated().to_numpy()
+    fold = _fold_groups(rows, problem, k, seed) if "group" in rows else _fold_rows(rows[first], problem, k, seed)[texts]
     member = problem.membership(rows["label"])
     for number in range(k):
         lost = (member.sum(axis=0) > 0) & ~member[fold != number].any(axis=0)

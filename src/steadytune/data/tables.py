@@ -269,6 +269,12 @@ def examples(table: Table) -> pd.DataFrame:
     return rows
 
 
+def keys(rows: pd.DataFrame) -> list[tuple[str, ...]]:
+    """What makes rows the same to a model: their text, or pair of texts."""
+    columns = [column for column in ("text", "text_pair") if column in rows]
+    return list(rows[columns].itertuples(index=False, name=None))
+
+
 def _check_header(labels: pd.Series, text: Sequence[str], label: str, source: str) -> None:
     """Raise where the column names are a row: a label for the label column, and prose for the text column."""
     objects = labels.map(lambda value: isinstance(value, Mapping)).astype(bool)

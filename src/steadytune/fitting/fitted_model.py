@@ -119,12 +119,15 @@ class FittedModel:
 
     def _look_at(self, frame: pd.DataFrame) -> None:
         """Refuse tokens that the model does not have; say how many texts are longer than it reads."""
-        features = tokenise(frame, self.tokenizer, self.max_length)
-        check_vocabulary(features, self.models[0], "given", frame.index)
-        counts = token_counts(frame, features, self.tokenizer, self.max_length)
-        cut = truncated(counts, self.max_length, "the given rows")
+        cut = truncated(self._tokens(frame), self.max_length, "the given rows")
         if cut is not None:
             logger.warning("%s", cut.message)
+
+    def _tokens(self, frame: pd.DataFrame) -> list[int]:
+        """Tokens of every row before it is cut, all of which the model must have."""
+        features = tokenise(frame, self.tokenizer, self.max_length)
+        check_vocabulary(features, self.models[0], "given", frame.index)
+        return token_counts(frame, features, self.tokenizer, self.max_length)
 
     def scores_of(self, predictions: pd.DataFrame) -> np.ndarray:
         """The scores behind a table of predictions that this model gave."""
@@ -158,6 +161,14 @@ class FittedModel:
         frame = self._texts(rows)
         self._look_at(frame)
         return self._report(self._scores(frame, progress), coarser or {})
+
+    def predict_rows(self, rows: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
+        """Predictions of checked rows, and the tokens (rows,) of each before it is cut.
+
+        Args:
+            rows: as `data.tables.texts` gives them.
+        """
+        return self._report(self._scores(rows, progress=False), {}), np.array(self._tokens(rows))
 
     def _report(self, scores: np.ndarray, coarser: Mapping[str, str]) -> pd.DataFrame:
         predictions = self.problem.decide(scores)

@@ -1,0 +1,131 @@
+"""Tables larger than memory: read and written a few thousand rows at a time. No torch here."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import UsageError, one_line
+from .files import (
+    CHUNK_ROWS,
+    HUB,
+    checked_rows,
+    csv_chunks,
+    csv_dialect,
+    json_frame,
+    json_row,
+    named_columns,
+    read_rows,
+    readable,
+    tsv_dialect,
+)  # fmt: skip
+
+FILES = (".csv", ".tsv", ".jsonl", ".parquet")  # endings of files that are written
+
+
+def read_chunks(source: str | Path, rows: int = CHUNK_ROWS) -> Generator[pd.DataFrame, None, None]:
+    """The rows of a file as `read_rows` gives them, in frames of so many rows; the index counts the rows of the file.
+
+    A JSON array and a data set of the hub are read whole.
+
+    Raises:
+        UsageError: As of `read_rows`, when the row in question is reached.
+    """
+    path, begin = Path(source), 0
+    if str(source).startswith(HUB) or _is_array(path):
+        whole = read_rows(str(source))[0]
+        yield from (whole.iloc[start : start + rows] for start in range(0, len(whole), rows))
+        return
+    with readable(path):
+        for frame in _CHUNKS[path.suffix.lower()](path, rows):
+            frame = named_columns(frame, str(path))
+            yield frame.set_axis(pd.RangeIndex(begin, begin + len(frame)))
+            begin += len(frame)
+
+
+def _is_array(path: Path) -> bool:
+    """Whether a file of JSON is one array."""
+    if path.suffix.lower() not in (".json", ".jsonl", ".ndjson") or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def _csv(path: Path, rows: int) -> Iterator[pd.DataFrame]:
+    dialect = csv_dialect(path)
+    for frame in csv_chunks(path, rows=rows, **dialect):
+        yield checked_rows(frame, path, dialect["sep"])
+
+
+def _tsv(path: Path, rows: int) -> Iterator[pd.DataFrame]:
+    for frame in csv_chunks(path, rows=rows, **tsv_dialect(path)):
+        yield checked_rows(frame, path, "\t")
+
+
+def _json(path: Path, rows: int) -> Iterator[pd.DataFrame]:
+    with path.open(encoding="utf-8-sig") as file:
+        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        while part := [json_row(path, number, line) for number, line in itertools.islice(lines, rows)]:
+            yield json_frame(path, part)
+
+
+def _parquet(path: Path, rows: int) -> Iterator[pd.DataFrame]:
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=rows):
+            yield pa.Table.from_batches([batch]).to_pandas()
+
+
+_CHUNKS = {".csv": _csv, ".tsv": _tsv, ".jsonl": _json, ".ndjson": _json, ".json": _json, ".parquet": _parquet}
+
+
+class Writer:
+    """A file of rows that grows by frames of the same columns; a context manager."""
+
+    def __init__(self, path: Path, ending: str) -> None:
+        """A new file at `path`, in the format of an ending (see `FILES`)."""
+        self.path, self.ending, self.rows = path, ending, 0
+        self._parquet: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._parquet is not None:
+            self._parquet.close()
+
+    def write(self, frame: pd.DataFrame) -> None:
+        """Append rows.
+
+        Raises:
+            UsageError: Parquet, and a column holds other types than in the rows before.
+        """
+        first = self.rows == 0
+        if self.ending == ".parquet":
+            self._write_parquet(frame)
+        elif self.ending == ".jsonl":
+            frame.to_json(self.path, orient="records", lines=True, force_ascii=False, mode="w" if first else "a")
+        else:
+            sep = "\t" if self.ending == ".tsv" else ","
+            frame.to_csv(self.path, sep=sep, index=False, header=first, mode="w" if first else "a")
+        self.rows += len(frame)
+
+    def _write_parquet(self, frame: pd.DataFrame) -> None:
+        try:
+            if self._parquet is None:
+                table = pa.Table.from_pandas(frame, preserve_index=False)
+                # a column without a value so far is one of strings
+                fields = [f.with_type(pa.string()) if pa.types.is_null(f.type) else f for f in table.schema]
+                self._parquet = pq.ParquetWriter(self.path, pa.schema(fields))
+            schema = self._parquet.schema
+            self._parquet.write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, KeyError) as error:
+            raise UsageError(
+                f"a column holds cells of several types, which Parquet cannot ({one_line(error)[:200]}): write .jsonl, "
+                "or leave the column out with --keep."
+            ) from error

@@ -1,0 +1,185 @@
+"""Predictions for a table of any size: read, predicted and written a few thousand rows at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..data.chunks import FILES, Writer, read_chunks
+from ..data.files import CHUNK_ROWS, HUB
+from ..data.tables import Table, is_empty, texts
+from ..errors import UsageError, first_rows, suggest
+from ..files.atomic import write_whole, writing
+from .fitted_model import FittedModel
+from .progress import progress_bar
+
+logger = logging.getLogger("steadytune")
+
+ON_EMPTY = ("skip", "error")
+
+
+@dataclass
+class Predicted:
+    """What `predict_file` has done.
+
+    Attributes:
+        rows: Rows of the table, all of which were written.
+        empty: Numbers of the rows without a text, which have no prediction.
+        cut: Numbers of the rows with more tokens than the model reads.
+    """
+
+    rows: int = 0
+    empty: list[int] = field(default_factory=list)
+    cut: list[int] = field(default_factory=list)
+
+
+def check_output(output: Path, inputs: Sequence[str | Path], overwrite: bool) -> None:
+    """Refuse an output that cannot be written, or that would replace what is read.
+
+    Args:
+        output: File of predictions.
+        inputs: Table to predict, folder of the model.
+        overwrite: Whether an existing file may be replaced.
+
+    Raises:
+        UsageError: An unknown ending, a missing folder, an existing file, or one of the inputs by any of its names.
+    """
+    if output.suffix.lower() not in FILES:
+        raise UsageError(f"output {output}: files end in {', '.join(FILES)}.{suggest(output.suffix, FILES)}")
+    for name in inputs:
+        if not str(name).startswith(HUB) and _is_part_of(output, Path(name)):
+            raise UsageError(f"output {output} is also read ({name}): choose another --output FILE.")
+    if output.is_dir():
+        raise UsageError(f"output {output} is a folder: give a file.")
+    if output.exists() and not overwrite:
+        raise UsageError(f"output {output} exists: replace it with --overwrite, or choose another --output FILE.")
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"output {output}: no such directory {output.parent}. Make it first.")
+
+
+def _is_part_of(output: Path, source: Path) -> bool:
+    """Whether an output is an input file, or a file of the model in an input folder, whatever links lead there."""
+    if not output.exists() or not source.exists():
+        return False
+    if source.is_dir():
+        own = ("config.json", "steadytune.json", "metrics.json", "predictions.parquet", "history.parquet")
+        return any((source / name).exists() and os.path.samefile(output, source / name) for name in own)
+    return os.path.samefile(output, source)
+
+
+def predict_file(
+    model: FittedModel,
+    source: str | Path,
+    output: Path,
+    *,
+    text: Sequence[str] = (),
+    keep: Sequence[str] | None = None,
+    on_empty: str = "skip",
+    overwrite: bool = False,
+    progress: bool = False,
+    chunk: int = CHUNK_ROWS,
+) -> Predicted:
+    """Write a table with its predictions: one row per row, in their order; whole or not at all.
+
+    Args:
+        model: Predicts.
+        source: File, or data set of the hub (`hub:owner/name`).
+        output: File to write: .csv, .tsv, .jsonl or .parquet.
+        text: Text columns, if they are called otherwise than in training.
+        keep: Columns of the table that are written beside the predictions; by default all.
+        on_empty: Rows without a text are written without a prediction (``"skip"``), or are an error.
+        overwrite: Replace the output.
+        progress: Show a bar.
+        chunk: Rows in memory at a time.
+
+    Raises:
+        UsageError: The table cannot be read, lacks a column or holds cells that are no text, or the output cannot be
+            written.
+    """
+    check_output(output, [source], overwrite)
+    if on_empty not in ON_EMPTY:
+        raise UsageError(f"on_empty must be one of {', '.join(ON_EMPTY)}, got {on_empty!r}.")
+    columns = tuple(text) or model.text
+    done = Predicted()
+
+    def write(part: Path) -> None:
+        with (
+            contextlib.closing(read_chunks(source, chunk)) as chunks,
+            Writer(part, output.suffix.lower()) as writer,
+            progress_bar(desc="predicting", unit="row") if progress else contextlib.nullcontext() as bar,
+        ):
+            for frame in chunks:
+                if frame.empty:
+                    continue
+                if not done.rows:
+                    _tell(frame, columns, keep, str(source))
+                kept = frame if keep is None else frame[list(keep)]
+                found = _predict(model, Table(frame, str(source), columns, None), on_empty, done)
+                _check_names(kept, found, str(source))
+                writer.write(pd.concat([kept, found], axis=1))
+                done.rows += len(frame)
+                if bar is not None:
+                    bar.update(len(frame))
+            if not done.rows:
+                raise UsageError(f"{source}: the table has no rows.")
+
+    with writing(output):
+        write_whole(output, write)
+    if done.cut:
+        logger.warning(
+            "%s: texts of %d of %d rows have more than %d tokens and are cut (rows counted from 0: %s)",
+            source, len(done.cut), done.rows, model.max_length, first_rows(done.cut),
+        )  # fmt: skip
+    if done.empty:
+        logger.warning(
+            "%s: %d of %d rows have no text and no prediction (rows counted from 0: %s)",
+            source, len(done.empty), done.rows, first_rows(done.empty),
+        )  # fmt: skip
+    return done
+
+
+def _tell(frame: pd.DataFrame, text: Sequence[str], keep: Sequence[str] | None, source: str) -> None:
+    """Refuse columns to keep that are not there; say what happens to those that are not read."""
+    names = [str(name) for name in frame.columns]
+    for name in keep or ():
+        if name not in names:
+            raise UsageError(f"{source}: no column {name!r} to keep.{suggest(name, names)}")
+    others = [name for name in names if name not in text]
+    if others:
+        shown = ", ".join(map(repr, others[:10])) + (", ..." if len(others) > 10 else "")
+        what = "are written as they are" if keep is None else f"are not read, written are {', '.join(keep) or 'none'}"
+        logger.info("%s: text from %s; other columns %s: %s", source, " and ".join(map(repr, text)), what, shown)
+
+
+def _predict(model: FittedModel, table: Table, on_empty: str, done: Predicted) -> pd.DataFrame:
+    """Predictions of a chunk, with its index; rows without a text and rows that are cut are noted in `done`."""
+    frame, columns = table.frame, table.text or ()
+    known = [is_empty(frame[column]).to_numpy(dtype=bool) for column in columns if column in frame.columns]
+    empty = np.logical_or.reduce(known) if known and on_empty == "skip" else np.zeros(len(frame), dtype=bool)
+    done.empty.extend(frame.index[empty].tolist())
+    if empty.all():
+        names = ["prediction", *(f"probability_{name}" for name in model.problem.names)]
+        dtypes = dict.fromkeys(names, float) | ({"prediction": object} if model.problem.names else {})
+        return pd.DataFrame(index=frame.index, columns=names).astype(dtypes)
+    rows = frame[~empty]
+    found, tokens = model.predict_rows(texts(dataclasses.replace(table, frame=rows)))
+    done.cut.extend(rows.index[tokens > model.max_length].tolist())
+    return found.set_axis(rows.index).reindex(frame.index)
+
+
+def _check_names(kept: pd.DataFrame, found: pd.DataFrame, source: str) -> None:
+    names: list[Any] = [name for name in found.columns if name in set(kept.columns)]
+    if names:
+        raise UsageError(
+            f"{source}: the table has a column {names[0]!r} of its own, which the predictions would have too: rename "
+            "it, or name the columns to keep with --keep."
+        )

@@ -1,0 +1,141 @@
+"""Predictions for files: columns, rows without text, chunks, and outputs that would replace what is read."""
+
+import os
+
+import pandas as pd
+import pytest
+
+from fit_helpers import save_tiny_bert, toy
+from steadytune import fit
+from steadytune.errors import UsageError
+from steadytune.fitting.predict_file import check_output, predict_file
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("predict")
+    bert = save_tiny_bert(folder / "bert")
+    result = fit(toy(30), model=bert, output=folder / "out", steps=2, batch_size=4, max_length=8,
+                 validation_share=0, progress=False, save_steps=0)  # fmt: skip
+    return result.model
+
+
+@pytest.fixture
+def rows():
+    return toy(10)[["text"]].assign(id=[f"0{i}" for i in range(10)])
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_all_columns_and_rows_are_written_in_order(model, rows, tmp_path, ending, chunk):
+    rows.to_csv(tmp_path / "new.csv", index=False)
+    out = tmp_path / f"out{ending}"
+    done = predict_file(model, tmp_path / "new.csv", out, chunk=chunk)
+    readers = {
+        ".csv": lambda: pd.read_csv(out, dtype={"id": str}), ".parquet": lambda: pd.read_parquet(out),
+        ".tsv": lambda: pd.read_csv(out, sep="\t", dtype={"id": str}),
+        ".jsonl": lambda: pd.read_json(out, lines=True, dtype={"id": str}),
+    }  # fmt: skip
+    found = readers[ending]()
+    assert done.rows == 10
+    assert found["id"].tolist() == rows["id"].tolist()
+    assert list(found.columns[:2]) == ["text", "id"]
+    assert found["prediction"].tolist() == model.predict(rows["text"].tolist()).tolist()
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".part"] == []
+
+
+@pytest.mark.parametrize("source", ["new.csv", "new.tsv", "new.jsonl", "new.parquet", "new.json"])
+def test_chunks_of_every_format_make_the_whole(model, rows, tmp_path, source):
+    from steadytune.data.chunks import read_chunks
+    from steadytune.data.files import read_rows
+
+    path = tmp_path / source
+    write = {
+        "csv": lambda: rows.to_csv(path, index=False), "tsv": lambda: rows.to_csv(path, index=False, sep="\t"),
+        "jsonl": lambda: rows.to_json(path, orient="records", lines=True),
+        "json": lambda: rows.to_json(path, orient="records"), "parquet": lambda: rows.to_parquet(path),
+    }  # fmt: skip
+    write[source.partition(".")[2]]()
+    chunks = list(read_chunks(path, 4))
+    assert [len(chunk) for chunk in chunks] == [4, 4, 2]
+    pd.testing.assert_frame_equal(pd.concat(chunks), read_rows(path)[0], check_index_type=False)
+
+
+@pytest.mark.parametrize("chunk", [1, 100])
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_a_row_without_text_has_no_prediction_and_is_counted(model, rows, tmp_path, chunk, ending):
+    rows.loc[[0, 4], "text"] = ["", "   "]
+    rows.to_csv(tmp_path / "new.csv", index=False)
+    out = tmp_path / f"out{ending}"
+    done = predict_file(model, tmp_path / "new.csv", out, chunk=chunk)
+    found = pd.read_csv(out) if ending == ".csv" else pd.read_parquet(out)
+    assert done.empty == [0, 4]
+    assert found.index[found["prediction"].isna()].tolist() == [0, 4]
+    assert found.filter(like="probability_").isna().any(axis=1).sum() == 2
+    with pytest.raises(UsageError, match="is empty in 2 of 10"):
+        predict_file(model, tmp_path / "new.csv", tmp_path / "again.csv", on_empty="error")
+    assert not (tmp_path / "again.csv").exists()
+
+
+def test_rows_that_are_cut_are_told_once_with_their_numbers_in_the_file(model, rows, tmp_path, caplog):
+    rows.loc[7, "text"] = " ".join(rows["text"])
+    rows.to_csv(tmp_path / "new.csv", index=False)
+    with caplog.at_level("WARNING", "steadytune"):
+        done = predict_file(model, tmp_path / "new.csv", tmp_path / "out.csv", chunk=3)
+    assert done.cut == [7]
+    assert ["1 of 10 rows" in m for m in caplog.messages if "are cut" in m] == [True]
+
+
+def test_kept_columns_are_those_named(model, rows, tmp_path, caplog):
+    rows.assign(note="x").to_csv(tmp_path / "new.csv", index=False)
+    with caplog.at_level("INFO", "steadytune"):
+        predict_file(model, tmp_path / "new.csv", tmp_path / "out.csv", keep=["id"])
+    assert list(pd.read_csv(tmp_path / "out.csv").columns[:2]) == ["id", "prediction"]
+    assert any("'note'" in message for message in caplog.messages)
+    with pytest.raises(UsageError, match=r"no column 'idd' to keep\. Did you mean 'id'"):
+        predict_file(model, tmp_path / "new.csv", tmp_path / "out2.csv", keep=["idd"])
+
+
+def test_a_column_called_like_the_predictions_is_refused(model, rows, tmp_path):
+    rows.assign(prediction="x").to_csv(tmp_path / "new.csv", index=False)
+    with pytest.raises(UsageError, match="column 'prediction' of its own"):
+        predict_file(model, tmp_path / "new.csv", tmp_path / "out.csv")
+    predict_file(model, tmp_path / "new.csv", tmp_path / "out.csv", keep=["id"])
+
+
+@pytest.mark.parametrize("how", ["same", "dots", "symbolic", "hard"])
+def test_an_output_that_is_also_the_input_is_refused(model, rows, tmp_path, how):
+    new = tmp_path / "new.csv"
+    rows.to_csv(new, index=False)
+    (tmp_path / "sub").mkdir()
+    out = {"same": new, "dots": tmp_path / "sub" / ".." / "new.csv"}.get(how, tmp_path / "link.csv")
+    if how == "symbolic":
+        out.symlink_to(new)
+    if how == "hard":
+        os.link(new, out)
+    before = new.read_bytes()
+    with pytest.raises(UsageError, match="is also read"):
+        predict_file(model, new, out, overwrite=True)
+    assert new.read_bytes() == before
+
+
+def test_a_file_of_the_model_is_no_output(tmp_path):
+    (tmp_path / "predictions.parquet").write_text("rows of the fit")
+    with pytest.raises(UsageError, match="is also read"):
+        check_output(tmp_path / "predictions.parquet", [tmp_path], overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["out.xlsx", "no/folder/out.csv", "folder.csv"])
+def test_impossible_outputs_are_refused(tmp_path, name):
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(UsageError, match="output"):
+        check_output(tmp_path / name, [], overwrite=True)
+
+
+def test_a_failure_in_a_later_chunk_leaves_no_file(model, rows, tmp_path):
+    rows.to_json(tmp_path / "new.jsonl", orient="records", lines=True)
+    with (tmp_path / "new.jsonl").open("a") as file:
+        file.write("{oops\n")
+    with pytest.raises(UsageError, match="line 11: not JSON"):
+        predict_file(model, tmp_path / "new.jsonl", tmp_path / "out.csv", chunk=4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.jsonl"]
