@@ -281,7 +281,7 @@ def predict(
             FittedModel.load(model), table, output, text=text or (), keep=columns,
             on_empty=on_empty, overwrite=overwrite, progress=not quiet,
         )  # fmt: skip
-    without = f", {len(done.empty)} rows without text have none" if done.empty else ""
+    without = f", none for {len(done.empty)} without text" if done.empty else ""
     typer.echo(f"{done.rows - len(done.empty)} predictions{without}: {output}")
 
 

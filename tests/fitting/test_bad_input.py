@@ -340,13 +340,27 @@ def test_predict(here, model):
     refused(here, ["predict", "bert", "new.csv"], "no model that steadytune fit has written")
     refused(here, ["predict", "nowhere", "new.csv"], "nowhere")
     refused(here, ["predict", "m", "absent.csv"], "absent.csv: no such file")
-    refused(here, ["predict", "m", "new.csv", "--output", "p.xlsx"], "unknown ending", ".csv")
+    refused(here, ["predict", "m", "new.csv", "--output", "p.xlsx"], "files end in", ".csv")
     refused(here, ["predict", "m", "new.csv", "--output", "no/p.csv"], "no such directory")
     refused(here, [*words, "--text", "txt"], "'txt'")
     refused(here, ["predict", "m", write("e.jsonl", '{"text": " "}\n')], "empty")
     assert run(*words).exit_code == 0
     found = pd.read_csv("p.csv")
-    assert list(found.columns) == ["prediction", "probability_down", "probability_up"]
+    assert list(found.columns) == ["text", "prediction", "probability_down", "probability_up"]
+    refused(here, [*words, "--overwrite", "--keep", "txt"], "no column 'txt' to keep", "text")
+    refused(here, [*words, "--overwrite", "--on-empty", "drop"], "on_empty", "skip, error", "'drop'")
+    refused(here, ["predict", "m", "new.csv", "--output", "./new.csv", "--overwrite"], "is also read")
+    refused(here, ["predict", "m", "new.csv", "--output", "m/config.json", "--overwrite"], "files end in")
+    refused(
+        here,
+        ["predict", "m", write("half.csv", "text\ngood\n \n"), "--output", "q.csv", "--on-empty", "error"],
+        "1 of 2",
+    )
+    refused(
+        here,
+        ["predict", "m", write("own.csv", "text,prediction\ngood,1\n"), "--output", "q.csv"],
+        "'prediction' of its own",
+    )
     assert len(found) == 2
     refused(here, words, "exists", "--overwrite")
     assert run(*words, "--overwrite").exit_code == 0

@@ -131,6 +131,11 @@ def predict_file(
                     bar.update(len(frame))
             if not done.rows:
                 raise UsageError(f"{source}: the table has no rows.")
+            if len(done.empty) == done.rows:
+                named = " and ".join(map(repr, columns))
+                raise UsageError(
+                    f"{source}: text column {named} is empty in all rows: choose another with --text NAME."
+                )
 
     with writing(output):
         write_whole(output, write)
