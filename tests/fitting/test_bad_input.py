@@ -351,16 +351,9 @@ def test_predict(here, model):
     refused(here, [*words, "--overwrite", "--on-empty", "drop"], "on_empty", "skip, error", "'drop'")
     refused(here, ["predict", "m", "new.csv", "--output", "./new.csv", "--overwrite"], "is also read")
     refused(here, ["predict", "m", "new.csv", "--output", "m/config.json", "--overwrite"], "files end in")
-    refused(
-        here,
-        ["predict", "m", write("half.csv", "text\ngood\n \n"), "--output", "q.csv", "--on-empty", "error"],
-        "1 of 2",
-    )
-    refused(
-        here,
-        ["predict", "m", write("own.csv", "text,prediction\ngood,1\n"), "--output", "q.csv"],
-        "'prediction' of its own",
-    )
+    half, own = write("half.csv", "text,n\ngood,1\n ,2\n"), write("own.csv", "text,prediction\ngood,1\n")
+    refused(here, ["predict", "m", half, "--output", "q.csv", "--on-empty", "error"], "1 of 2")
+    refused(here, ["predict", "m", own, "--output", "q.csv"], "'prediction' of its own")
     assert len(found) == 2
     refused(here, words, "exists", "--overwrite")
     assert run(*words, "--overwrite").exit_code == 0
