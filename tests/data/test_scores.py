@@ -172,6 +172,20 @@ def test_intervals_cover_and_are_no_wider_than_they_must(simulation):
     assert found["f1"]["width"] < 0.30
 
 
+def test_the_published_coverage_holds(simulation):
+    published = json.loads((ROOT / "docs" / "results" / "intervals.json").read_text())
+    used = {(r["metric"], r["law"], r["n"]): r["rate"] for r in published if "not used" not in r["metric"]}
+    assert {(law, n) for _, law, n in used} == {(law, n) for law in simulation.LAWS for n in simulation.ROWS}
+    assert {name for name, *_ in used} == {m.name for ms in METRICS.values() for m in ms} - {"calibration_error"}
+    always = {"accuracy", "f1", "f1_micro", "roc_auc", "average_precision"}
+    shares = {*always, "f1_macro", "matthews", "balanced_accuracy"}
+    assert min(rate for (name, *_), rate in used.items() if name in always) >= simulation.LEAST
+    assert min(rate for (name, _, n), rate in used.items() if name in shares and n >= 200) >= 0.89
+    assert min(rate for (*_, n), rate in used.items() if n == 1000) >= 0.92
+    text = (ROOT / "docs" / "results" / "intervals.md").read_text()
+    assert text.splitlines()[3:] == simulation.page(published, 400).splitlines()[3:]  # up to the versions
+
+
 # ---- what stands beside a score ---------------------------------------------------------------------------------
 
 
