@@ -168,8 +168,8 @@ rows. Bold: a share below {least}.
 {table}
 
 - Accuracy, F1, Matthews' correlation, balanced accuracy, ROC AUC and average precision have Wilson's interval with an
-  effective number of rows. The intervals of accuracy, F1, ROC AUC and average precision hold even with two positive rows
-  among 50, where a bootstrap of F1 has no width when all of them are right.
+  effective number of rows. Those of accuracy, F1, ROC AUC and average precision hold even with two positive rows among
+  50, where a bootstrap of F1 has no width when all of them are right.
 - Log-loss, Brier score and errors have t on the log scale. **They fail on few rows of a skewed loss**: 50 rows rarely
   hold the few that are badly wrong, and no interval computed from them can know. With 1,000 rows they hold.
 - **Scores that average over classes or are made of all four cells (macro F1, Matthews) cover 0.85** with two positive
