@@ -7,6 +7,9 @@ import pytest
 
 from fit_helpers import save_tiny_bert, toy
 from steadytune import fit
+from steadytune.data.chunks import read_chunks
+from steadytune.data.files import read_rows
+from steadytune.data.tables import _parts
 from steadytune.errors import UsageError
 from steadytune.fitting.predict_file import check_output, predict_file
 
@@ -46,9 +49,6 @@ def test_all_columns_and_rows_are_written_in_order(model, rows, tmp_path, ending
 
 @pytest.mark.parametrize("source", ["new.csv", "new.tsv", "new.jsonl", "new.parquet", "new.json"])
 def test_chunks_of_every_format_make_the_whole(model, rows, tmp_path, source):
-    from steadytune.data.chunks import read_chunks
-    from steadytune.data.files import read_rows
-
     path = tmp_path / source
     write = {
         "csv": lambda: rows.to_csv(path, index=False), "tsv": lambda: rows.to_csv(path, index=False, sep="\t"),
@@ -139,3 +139,16 @@ def test_a_failure_in_a_later_chunk_leaves_no_file(model, rows, tmp_path):
     with pytest.raises(UsageError, match="line 11: not JSON"):
         predict_file(model, tmp_path / "new.jsonl", tmp_path / "out.csv", chunk=4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new.jsonl"]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_several_labels_are_written_as_lists_that_are_read_again(tmp_path, ending):
+    bert = save_tiny_bert(tmp_path / "bert")
+    frame = toy(16)[["text"]].assign(label=[["food"], ["food", "price"], [], ["price"]] * 4)
+    model = fit(frame, model=bert, output=tmp_path / "out", steps=2, batch_size=4, max_length=8, validation_share=0,
+                progress=False, save_steps=0).model  # fmt: skip
+    frame[["text"]].to_csv(tmp_path / "new.csv", index=False)
+    predict_file(model, tmp_path / "new.csv", tmp_path / f"p{ending}", chunk=5)
+    back = read_rows(tmp_path / f"p{ending}")[0]["prediction"]
+    given = [_parts(cell) for cell in back]
+    assert given == [list(row) for row in model.predict(frame["text"].tolist())]

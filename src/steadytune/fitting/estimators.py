@@ -68,7 +68,27 @@ class _Steady(BaseEstimator):
         self.progress = progress
         self.options = options
 
-    def _fit(self, X: Any, labels: Sequence[Any]) -> None:
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Parameters by name; deep: each entry of ``options`` too, as ``options__NAME``, which grids may name."""
+        params = super().get_params(deep)
+        if deep:
+            params |= {f"options__{name}": value for name, value in (self.options or {}).items()}
+        return params
+
+    def set_params(self, **params: Any) -> _Steady:
+        """Set parameters; ``options__NAME`` sets one entry of ``options`` and keeps the others."""
+        nested = {name: params.pop(name) for name in list(params) if name.startswith("options__")}
+        super().set_params(**params)
+        if nested:  # a copy: clones share the mapping
+            self.options = {**(self.options or {}), **{k.removeprefix("options__"): v for k, v in nested.items()}}
+        return self
+
+    def _fit(self, X: Any, labels: Sequence[Any], sample_weight: Any = None, *, kind: Kind | None = None) -> None:
+        if sample_weight is not None:
+            raise UsageError(
+                "sample_weight is not supported: leave it out, repeat rows, or weigh the classes with "
+                "options={'class_weights': 'balanced'}."
+            )
         table = _frame(X)
         if len(table) != len(labels):
             raise UsageError(f"X has {len(table)} rows, y has {len(labels)}: give one label per row.")
@@ -81,7 +101,7 @@ class _Steady(BaseEstimator):
                 table.assign(**{label: pd.Series(list(labels), dtype=object)}),
                 text=text,
                 label=label,
-                kind=self._kind,
+                kind=kind or self._kind,
                 output=Path(scratch, "model") if self.output is None else self.output,
                 overwrite=self.output is not None,
                 save_steps=0,
@@ -148,30 +168,66 @@ class SteadyClassifier(ClassifierMixin, _Steady):
 
     _kind = "classification"
 
-    def fit(self, X: Any, y: Any) -> SteadyClassifier:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> SteadyClassifier:
         """Fine-tune on texts (rows,) or (rows, 1 or 2) and labels (rows,).
 
+        Several labels a row are lists (rows,), or an indicator matrix (rows, classes) of 0 and 1.
+
+        Args:
+            X: texts.
+            y: labels.
+            sample_weight: not supported; here so that giving it is one clear error.
+
         Raises:
-            UsageError: what `steadytune.fit` refuses.
+            UsageError: what `steadytune.fit` refuses, and weights of rows.
         """
+        self._indicator = False
+        if (several := _label_lists(y)) is not None:
+            lists, self.classes_, self._indicator = several
+            self._fit(X, [[_name(label) for label in row] for row in lists], sample_weight, kind="multilabel")
+            self._columns()
+            return self
         labels = _labels(y)
         try:
             self.classes_ = np.unique(labels)
         except TypeError:
             kinds = ", ".join(sorted({type(label).__name__ for label in labels}))
             raise UsageError(f"y holds labels of several types ({kinds}): give them one type.") from None
-        self._fit(X, [_name(label) for label in labels])
+        self._fit(X, [_name(label) for label in labels], sample_weight)
+        self._columns()
+        return self
+
+    def _columns(self) -> None:
+        """Where each of ``classes_`` stands among the model's outputs."""
         columns = {name: i for i, name in enumerate(self.model_.problem.names)}
         self._order = [columns[_name(label)] for label in self.classes_]
-        return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities (rows, classes), columns as `classes_`."""
         return self.model_.predict_proba(self._rows(X))[:, self._order]
 
     def predict(self, X: Any) -> np.ndarray:
-        """Labels (rows,), of the type given to `fit`."""
-        return self.classes_[self.predict_proba(X).argmax(axis=1)]
+        """Labels in the form given to `fit`: (rows,), lists (rows,), or an indicator matrix (rows, classes)."""
+        if not self.model_.problem.several:
+            return self.classes_[self.predict_proba(X).argmax(axis=1)]
+        decided = self.model_.predict(self._rows(X))
+        member = self.model_.problem.membership(decided)[:, self._order]
+        if self._indicator:
+            return member.astype(int)
+        return np.fromiter((self.classes_[row].tolist() for row in member), dtype=object, count=len(member))
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Accuracy; of several labels a row, the share of rows whose labels are all right."""
+        several = _label_lists(y)
+        if several is None:
+            return super().score(X, y, sample_weight)
+        lists, _, indicator = several
+        if indicator and self._indicator:
+            return super().score(X, np.asarray(y), sample_weight)
+        right = [
+            {*map(_name, gold)} == {*map(_name, found)} for gold, found in zip(lists, self.predict(X), strict=True)
+        ]
+        return float(np.average(right, weights=sample_weight))
 
 
 class SteadyRegressor(RegressorMixin, _Steady):
@@ -179,13 +235,13 @@ class SteadyRegressor(RegressorMixin, _Steady):
 
     _kind = "regression"
 
-    def fit(self, X: Any, y: Any) -> SteadyRegressor:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> SteadyRegressor:
         """Fine-tune on texts (rows,) or (rows, 1 or 2) and numbers (rows,).
 
         Raises:
             UsageError: what `steadytune.fit` refuses.
         """
-        self._fit(X, _labels(y).tolist())
+        self._fit(X, _labels(y).tolist(), sample_weight)
         return self
 
     def predict(self, X: Any) -> np.ndarray:
@@ -203,6 +259,43 @@ def _frame(X: Any) -> pd.DataFrame:
 def _name(label: Any) -> str:
     """The name under which a label is learnt."""
     return str(whole_characters(label_name(label)))
+
+
+def _label_lists(y: Any) -> tuple[list[list[Any]], np.ndarray, bool] | None:
+    """Lists of labels (rows,), the classes, and whether `y` is an indicator matrix; None for one label a row.
+
+    Raises:
+        UsageError: One-hot rows, which may be meant as one label a row, a class without a row, or empty entries.
+    """
+    if y is None:
+        return None
+    names = y.columns.to_numpy() if isinstance(y, pd.DataFrame) else None
+    if hasattr(y, "toarray"):  # a sparse matrix
+        y = y.toarray()
+    values = y.to_numpy() if isinstance(y, (pd.DataFrame, pd.Series)) else _array(y)
+    listed = isinstance(y, (list, tuple, pd.Series)) or values.dtype == object
+    if values.ndim == 2 and values.shape[1] > 1 and np.isin(values, [0, 1]).all():
+        member = values.astype(bool)
+        if (member.sum(axis=1) == 1).all():
+            raise UsageError(
+                "y has one-hot rows: give one label per row, as of y.argmax(axis=1); for several labels a row, give "
+                "lists of labels."
+            )
+        classes = np.arange(member.shape[1]) if names is None else names
+        if not member.any(axis=0).all():
+            missing = classes[member.any(axis=0).argmin()]
+            raise UsageError(f"y has no row of class {missing}: leave its column out.")
+        return [classes[row].tolist() for row in member], classes, True
+    rows = list(y) if listed and names is None else []
+    if not rows or not all(isinstance(row, (list, tuple, set, frozenset, np.ndarray)) for row in rows):
+        return None
+    if all(len(row) == 1 for row in rows) or all(isinstance(v, (int, float, np.number)) for row in rows for v in row):
+        return None  # a column (rows, 1), or numbers of another shape than an indicator matrix
+    lists = [list(row) for row in rows]
+    refuse(pd.Series([any(v is None or v != v or v == "" for v in row) for row in lists]), "y", "a list with an empty "
+           "entry", "the training rows")  # fmt: skip
+    known = sorted({label for row in lists for label in row}, key=str)
+    return lists, np.fromiter(known, dtype=object, count=len(known)), False
 
 
 def _labels(y: Any) -> np.ndarray:

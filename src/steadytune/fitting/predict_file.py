@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -125,6 +126,8 @@ def predict_file(
                 kept = frame if keep is None else frame[list(keep)]
                 found = _predict(model, Table(frame, str(source), columns, None), on_empty, done)
                 _check_names(kept, found, str(source))
+                if model.problem.several:
+                    found["prediction"] = _lists(found["prediction"], output.suffix.lower() in (".csv", ".tsv"))
                 writer.write(pd.concat([kept, found], axis=1))
                 done.rows += len(frame)
                 if bar is not None:
@@ -179,6 +182,12 @@ def _predict(model: FittedModel, table: Table, on_empty: str, done: Predicted) -
     found, tokens = model.predict_rows(texts(dataclasses.replace(table, frame=rows)))
     done.cut.extend(rows.index[tokens > model.max_length].tolist())
     return found.set_axis(rows.index).reindex(frame.index)
+
+
+def _lists(predictions: pd.Series, as_text: bool) -> pd.Series:
+    """Several labels a row as lists; in files whose cells are text as JSON, which `fit` reads as lists again."""
+    form = (lambda row: json.dumps(list(row), ensure_ascii=False)) if as_text else list
+    return predictions.map(lambda row: form(row) if isinstance(row, tuple) else None).astype(object)
 
 
 def _check_names(kept: pd.DataFrame, found: pd.DataFrame, source: str) -> None:
