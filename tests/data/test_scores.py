@@ -237,6 +237,14 @@ def test_a_constant_model_and_one_below_its_baseline_are_warned_of():
     assert said(["no", "no"], ["no", "no"]) == []  # nothing else would be right
 
 
+def test_numbers_worse_than_their_mean_are_warned_of_by_their_error():
+    """Naive: Pearson's correlation of the mean is undefined, so that nothing is compared."""
+    problem, gold = Regression(), np.array([1.0, 2.0, 3.0])
+    scores = full_scores(problem, gold, gold + 9, (gold + 9)[:, None], np.array([[2.0]]))
+    said = warnings(problem, "test", "pearson", scores, pd.DataFrame({"label": gold, "prediction": gold + 9}))
+    assert said == ["test: rmse 9.0000 is not better than the 0.8165 of one answer for all rows"]
+
+
 def test_probabilities_of_classes_taken_together_add_up():
     names = {"b": "rest", "c": "rest"}
     scores = THREE.coarser_scores(np.array([[0.4, 0.35, 0.25]]), names)

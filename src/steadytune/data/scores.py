@@ -121,7 +121,10 @@ def warnings(
     answers = predictions["prediction"]
     if answers.nunique() == 1 < predictions["label"].nunique():
         found.append(f"{name}: the model answers {answers.iloc[0]!r} for all {len(answers)} rows")
-    value, trivial = scores[metric], (scores.get("baseline") or {}).get(metric)
+    trivials = scores.get("baseline") or {}
+    if trivials.get(metric) is None:  # one answer for all rows has no correlation, but an error
+        metric = next((name for name, trivial in trivials.items() if trivial is not None), metric)
+    value, trivial = scores[metric], trivials.get(metric)
     chosen = problem.metric(metric)
     perfect = chosen.limits[1] if chosen.larger_is_better else 0.0
     if value is not None and trivial not in (None, perfect) and chosen.goodness(value) <= chosen.goodness(trivial):
