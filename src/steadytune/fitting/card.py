@@ -1,42 +1,94 @@
-"""The model card: what was trained on what, how steadily, and what it is not."""
+"""The model card: what the model does, how to use it, how good it is, and what it was trained on. No torch here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
-from ..pages.words import call_words, score_interval, score_names, score_words
+from ..data.problem import MultiLabel
+from ..pages.words import (
+    NONE,
+    bounds_words,
+    call_words,
+    counted,
+    metric_words,
+    number,
+    score_interval,
+    score_names,
+    score_words,
+    spread_words,
+)
+from .report_page import source
+
+TASK = "text-classification"  # as the hub calls it, for numbers too
+SHOWN_CLASSES = 30  # in the table of classes
 
 
 def model_card(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], metric: str) -> str:
     """Markdown with the hub's YAML head.
 
     Args:
-        record: as written to steadytune.json.
-        metrics: set -> metric -> value (and ``runs``: mean and spread).
-        metric: the one to show first.
+        record: As written to steadytune.json.
+        metrics: Set -> metric -> value, and beside the metrics what `FitResult.metrics` has; what is missing there is
+            missing in the card.
+        metric: Metric to show first.
     """
-    recipe = record["recipe"]
-    head = {
-        "library_name": _library(recipe),
-        "pipeline_tag": "text-classification",
-        "tags": ["steadytune", *(m["name"] for m in recipe["methods"])],
-        "metrics": [metric],
-    }
-    if not Path(recipe["model"]).exists():  # a name on the hub
-        head["base_model"] = recipe["model"]
     parts = [
-        "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True) + "---\n",
-        f"# {Path(recipe['model']).name}, fine-tuned for {recipe['kind']}\n",
+        f"---\n{_head(record, metrics, metric).to_yaml()}\n---\n",
+        f"# {_title(record['recipe'])}\n",
+        *_warnings(record),
+        *_usage(record),
+        *_results(record, metrics, metric),
         *_data(record),
         *_training(record),
-        *_results(record, metrics, metric),
         *_limits(record),
     ]
     return "\n".join(parts)
+
+
+def _title(recipe: Mapping[str, Any]) -> str:
+    return f"{_base(recipe)}, fine-tuned for {recipe['kind']}"
+
+
+def _on_disk(recipe: Mapping[str, Any]) -> bool:
+    """Whether the base model was read from a folder, which has no name on the hub."""
+    return Path(recipe["model"]).exists()
+
+
+def _base(recipe: Mapping[str, Any]) -> str:
+    """The base model: its name on the hub, or its folder without the folders above it."""
+    return Path(recipe["model"]).name if _on_disk(recipe) else recipe["model"]
+
+
+def _head(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], metric: str) -> ModelCardData:
+    """What the hub reads. Scores on rows that selected the model flatter, so the hub is not given them."""
+    recipe = record["recipe"]
+    results = [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=source(record["data"].get(name, {})) or name,
+            dataset_name=name,
+            metric_type=key,
+            metric_name=metric_words(key, recipe["labels"]),
+            metric_value=scores[key],
+        )
+        for name, scores in metrics.items()
+        if not scores.get("selected")
+        for key in score_names([scores], metric)
+        if scores.get(key) is not None
+    ]
+    return ModelCardData(
+        base_model=None if _on_disk(recipe) else recipe["model"],
+        library_name=_library(recipe),
+        pipeline_tag=TASK,
+        tags=["steadytune", *(m["name"] for m in recipe["methods"])],
+        metrics=[metric],
+        model_name=_title(recipe) if results else None,
+        eval_results=results or None,
+    )
 
 
 def _library(recipe: Mapping[str, Any]) -> str:
@@ -51,21 +103,84 @@ def _is_ensemble(recipe: Mapping[str, Any]) -> bool:
     return recipe["runs"] > 1 and recipe["combine"] == "ensemble" and not recipe.get("distil")
 
 
+def _warnings(record: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the model as far as its scores tell, before anything else."""
+    yield from (f"> **Warning:** {_cell(text)}.\n" for text in record.get("warnings", ()))
+
+
+# ---- how to use it ----------------------------------------------------------------------------------------------
+
+
+def _usage(record: Mapping[str, Any]) -> Iterator[str]:
+    yield "## Usage\n"
+    yield "For a table with the same text columns, on the command line, in the folder of the model:\n"
+    yield "```bash\nsteadytune predict . table.csv\n```\n"
+    yield "In Python:\n"
+    yield "\n".join(["```python", *_snippet(record), "```\n"])
+
+
+def _snippet(record: Mapping[str, Any]) -> Iterator[str]:
+    """Python that runs in the folder of the model: with transformers alone where they can load it."""
+    recipe, columns = record["recipe"], record["columns"]["text"]
+    texts = ", ".join(f'["A text to put in column {column}."]' for column in columns)
+    if _library(recipe) != "transformers":
+        pair = ", ".join(f'"A text to put in column {column}."' for column in columns)
+        yield "from steadytune.fitting.fitted_model import FittedModel\n"
+        yield 'model = FittedModel.load(".")  # this folder'
+        yield f"print(model.predict([{f'({pair})' if len(columns) > 1 else pair}]))"
+        return
+    yield "import torch"
+    yield "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
+    yield 'name = "."  # this folder, or the name of the model on the hub'
+    yield "tokenizer = AutoTokenizer.from_pretrained(name)"
+    yield "model = AutoModelForSequenceClassification.from_pretrained(name)"
+    yield (
+        f"batch = tokenizer({texts}, padding=True, truncation=True, max_length={recipe['max_length']}, "
+        'return_tensors="pt")'
+    )
+    yield "with torch.inference_mode():"
+    yield "    outputs = model(**batch).logits"
+    yield from _decision(record["recipe"]["kind"], record["recipe"]["labels"], record.get("threshold"))
+
+
+def _decision(kind: str, labels: Sequence[str], threshold: float | None) -> Iterator[str]:
+    """The last lines of the snippet: labels of outputs, as `Problem.decide` has them."""
+    if not labels:
+        yield "print(outputs.squeeze(-1).tolist())"
+    elif kind == MultiLabel.kind:
+        yield f"above = outputs.sigmoid() > {0.5 if threshold is None else threshold}"
+        yield "print([[model.config.id2label[i] for i, given in enumerate(row) if given] for row in above.tolist()])"
+    else:
+        chosen = "outputs.argmax(-1)" if threshold is None else f"(outputs.softmax(-1)[:, 1] > {threshold}).long()"
+        yield f"print([model.config.id2label[i] for i in {chosen}.tolist()])"
+
+
+# ---- what it was made of ----------------------------------------------------------------------------------------
+
+
 def _data(record: Mapping[str, Any]) -> Iterator[str]:
     yield "## Data\n"
-    yield "| set | rows | source | rows also in training |\n|---|---|---|---|"
+    yield "| set | rows | file | rows by class | rows also in training |\n|---|---|---|---|---|"
     for name, about in record["data"].items():
-        yield f"| {name} | {about['rows']} | {Path(about['source']).name} | {about.get('also_in_train', '')} |"
+        counts = ", ".join(f"{label} {count}" for label, count in (about.get("labels") or {}).items())
+        cells = [name, about["rows"], source(about), counts or NONE, about.get("also_in_train", "")]
+        yield f"| {' | '.join(map(_cell, cells))} |"
     columns = record["columns"]
-    labels = ", ".join(record["recipe"]["labels"]) or "a number"
+    labels = _cell(", ".join(record["recipe"]["labels"])) or "a number"
     yield f"\nText: {', '.join(columns['text'])}. Label: {columns['label']} ({labels}).\n"
+
+
+def _cell(value: Any) -> str:
+    """A value as text that ends no cell and no row of a table, and is no HTML."""
+    text = " ".join(str(value).split())
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def _training(record: Mapping[str, Any]) -> Iterator[str]:
     recipe = record["recipe"]
     methods = "; ".join(map(call_words, recipe["methods"]))
     yield "## Training\n"
-    yield f"- base model: {recipe['model']}"
+    yield f"- base model: {_base(recipe)}"
     yield f"- methods: {methods or 'none (plain fine-tuning)'}"
     if recipe.get("peft"):
         yield f"- adapters of PEFT: {recipe['peft']}"
@@ -98,33 +213,60 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
     yield f"- made with steadytune {record['versions']['steadytune']}, every option in steadytune.json\n"
 
 
+# ---- how good it is ---------------------------------------------------------------------------------------------
+
+
 def _results(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], metric: str) -> Iterator[str]:
-    if not metrics:
-        return
-    recipe = record["recipe"]
-    names = score_names(metrics.values(), metric)
+    """In words the first metric of each set, in tables all of them."""
     yield "## Results\n"
-    yield "| set | rows | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 2)
+    if not metrics:
+        yield "How good the model is is not known: no rows were held out, and no test set was given.\n"
+        return
+    labels = record["recipe"]["labels"]
+    for name, scores in metrics.items():
+        about = record["data"].get(name, {})
+        yield f"- {' '.join(_in_words(name, scores, source(about), metric_words(metric, labels), metric))}"
+        yield from (f"- {_cell(name)}: {_cell(note)}" for note in scores.get("notes", ()))
+    if all(scores.get("selected") for scores in metrics.values()):
+        yield "- No other rows were scored: a test set would tell more."
+    yield ""
+    titles = ["set", "rows", "metric", "score", "95 % interval", "constant answer", "runs: mean ± SD"]
+    columns = titles if any("runs" in scores for scores in metrics.values()) else titles[:-1]
+    yield f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
     for name, scores in metrics.items():
         mark = " (selected on)" if scores.get("selected") else ""
-        yield f"| {name}{mark} | {scores['rows']} | " + " | ".join(score_words(scores, key) for key in names) + " |"
+        for key in score_names([scores], metric):
+            constant, runs = (spread_words(scores.get(part) or {}, key) for part in ("baseline", "runs"))
+            shown = metric_words(key, labels)
+            cells = [name + mark, scores["rows"], shown, spread_words(scores, key), bounds_words(scores, key)]
+            yield f"| {' | '.join(map(_cell, [*cells, constant, runs][: len(columns)]))} |"
+    yield "\nThe interval is for other rows of the same kind. A constant answer reads no text.\n"
+    yield from _classes(metrics)
+
+
+def _in_words(name: str, scores: Mapping[str, Any], file: str, words: str, metric: str) -> Iterator[str]:
+    """As in "test (later.csv, 300 rows): accuracy 0.8000 (95 % interval 0.7 to 0.9) against 0.5 of a constant"."""
+    rows = ", ".join(filter(None, [_cell(file), counted(scores["rows"], "row")]))
+    yield f"{_cell(name)} ({rows}): {_cell(words)} {score_words(scores, metric)}"
+    if score_interval(scores, metric):
+        yield f"(95 % interval {bounds_words(scores, metric)})"
+    if (constant := (scores.get("baseline") or {}).get(metric)) is not None:
+        yield f"against {number(constant, 4)} of a constant answer"
+    if scores.get("selected"):
+        yield "– these rows selected the model, so new rows may score lower"
+
+
+def _classes(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The classes one by one, of the set that says most: the first that did not select the model."""
+    known = sorted((n for n in metrics if metrics[n].get("per_class")), key=lambda n: bool(metrics[n].get("selected")))
+    if not known or len(metrics[known[0]]["per_class"]) > SHOWN_CLASSES:
+        return
+    yield f"Classes of {known[0]}:\n"
+    yield "| class | rows | precision | recall | F1 |\n|---|---|---|---|---|"
+    for label, about in metrics[known[0]]["per_class"].items():
+        shares = [number(about[key], 3) for key in ("precision", "recall", "f1")]
+        yield f"| {' | '.join(map(_cell, [label, about['support'], *shares]))} |"
     yield ""
-    for name, scores in metrics.items():
-        yield f"- {name}: {metric} {' '.join(_surely(scores, metric))}"
-        yield from (f"- {name}: {note}" for note in scores.get("notes", ()))
-    yield from (f"- **warning** {text}" for text in record.get("warnings", ()))
-    if any("runs" in scores for scores in metrics.values()):
-        yield f"\nIn brackets: mean and standard deviation over the {recipe['runs']} runs.\n"
-    yield "\nTest sets of another domain than the training rows show how far the model carries.\n"
-
-
-def _surely(scores: Mapping[str, Any], metric: str) -> Iterator[str]:
-    """A score with its interval, and that of a model that reads no text."""
-    yield score_words(scores, metric)
-    if bounds := score_interval(scores, metric):
-        yield f"(95 % interval for other rows of the same kind: {bounds[0]:.4f} to {bounds[1]:.4f})"
-    if (trivial := (scores.get("baseline") or {}).get(metric)) is not None:
-        yield f"against {trivial:.4f} of one answer for all rows"
 
 
 def _limits(record: Mapping[str, Any]) -> Iterator[str]:

@@ -41,6 +41,10 @@ SHOWN_CONFUSIONS = 20
 TEXT = 400  # characters of a text on the page
 BINS = 10  # of a calibration curve, of equal width
 DIGITS = 4
+SCORE_NOTE = (
+    "Bold: the metric to look at first. The interval is for other rows of the same kind. A constant answer reads "
+    "no text: it is the most frequent class, or the mean, of the training rows."
+)
 
 
 class Fitted:
@@ -251,53 +255,40 @@ def _scores(fitted: Fitted) -> Iterator[Block]:
         )
         return
     yield from _warnings(fitted)
-    names = score_names(fitted.sets.values(), fitted.metric)
-    rows: list[list[str | Cell]] = [
-        [_set(fitted, name), f"{scores['rows']:,}", *(_score(fitted, name, metric) for metric in names)]
+    titles = ["metric", "score", "95 % interval", "constant answer", f"{fitted.recipe['runs']} runs: mean ± SD"]
+    columns = titles if any("runs" in scores for scores in fitted.sets.values()) else titles[:-1]
+    groups = [
+        (
+            _set(fitted, name),
+            [_score(fitted, name, metric)[: len(columns)] for metric in score_names([scores], fitted.metric)],
+        )
         for name, scores in fitted.sets.items()
     ]
-    yield Grid("Scores of each set", ["set", "rows", *map(fitted.words, names)], [("", rows)], _score_note(fitted))
+    yield Grid("Scores of each set", columns, groups, SCORE_NOTE)
 
 
-def _set(fitted: Fitted, name: str) -> Cell:
-    return Cell(name, ("chose the model",) if _flatters(fitted, name) else ())
+def _set(fitted: Fitted, name: str) -> str:
+    """As in "validation, 100 rows (chose the model)"."""
+    return f"{name}, {counted(fitted.sets[name]['rows'], 'row')}" + " (chose the model)" * _flatters(fitted, name)
 
 
-def _score(fitted: Fitted, name: str, metric: str) -> Cell:
-    """A score, with its interval, the score of a constant answer, and the spread over runs below it."""
+def _score(fitted: Fitted, name: str, metric: str) -> list[str | Cell]:
+    """A score, its interval, the score of a constant answer, and the spread over runs."""
     scores = fitted.sets[name]
-    if scores.get(metric) is None:
-        return Cell(NONE, ("undefined",) if metric in scores else ())
-    bounds, baseline = score_interval(scores, metric), baseline_score(fitted, name, metric)
+    bounds, value = score_interval(scores, metric), scores.get(metric)
     runs = (scores.get("runs") or {}).get(metric)
-    notes = [
-        interval(*bounds, DIGITS) if bounds else "",
-        f"constant {number(baseline, DIGITS)}" if baseline is not None else "",
-        f"runs {number(runs['mean'], DIGITS)} ± {number(runs['sd'], DIGITS)}" if runs else "",
+    return [
+        fitted.words(metric),
+        Cell(number(value, DIGITS), ("undefined",) * (value is None), strong=metric == fitted.metric),
+        interval(*bounds, DIGITS) if bounds else NONE,
+        number(baseline_score(fitted, name, metric), DIGITS),
+        f"{number(runs['mean'], DIGITS)} ± {number(runs['sd'], DIGITS)}" if runs else NONE,
     ]
-    return Cell(number(scores[metric], DIGITS), tuple(filter(None, notes)), strong=metric == fitted.metric)
-
-
-def _score_note(fitted: Fitted) -> str:
-    notes = ["Bold: the metric to look at first."]
-    if any(score_interval(scores, fitted.metric) for scores in fitted.sets.values()):
-        notes.append("In brackets: the 95 % interval for other rows of the same kind.")
-    if any(baseline_score(fitted, name, fitted.metric) is not None for name in fitted.sets):
-        notes.append("Constant: the score of always giving the same answer.")
-    if any("runs" in scores for scores in fitted.sets.values()):
-        notes.append(f"Runs: mean and standard deviation over the {fitted.recipe['runs']} runs.")
-    return " ".join(notes)
 
 
 def _warnings(fitted: Fitted) -> Iterator[Warning]:
-    for name in fitted.sets:
-        rows = fitted.rows(name)
-        if len(rows) > 1 and rows["prediction"].map(_label).nunique() == 1 < rows["label"].map(_label).nunique():
-            answer = _label(rows["prediction"].iloc[0])
-            yield Warning(f"The model gives the same answer ({answer}) for all {len(rows):,} rows of {name}.")
-    if any(run.get("failing") for run in fitted.record["runs"]):
-        yield Warning("The training loss hardly fell. Try --restarts 2, another learning rate, or more steps.")
-    if set(fitted.sets) == {"validation"} and fitted.selected:
+    yield from (Warning(f"{text}.") for text in fitted.record.get("warnings", ()))
+    if all(_flatters(fitted, name) for name in fitted.sets):
         yield Warning("All scores are of rows that also chose the model. Give a test set to know more.")
 
 
@@ -394,18 +385,18 @@ def _text(row: pd.Series) -> str:
 
 
 def _training(fitted: Fitted) -> Iterator[Block]:
-    history = fitted.history
+    history, score = fitted.history, f"eval_{fitted.metric}"
     if history.empty:
         history = pd.DataFrame(
-            [(i, step, fitted.metric, value) for i, run in enumerate(fitted.record["runs"])
+            [(i, step, score, value) for i, run in enumerate(fitted.record["runs"])
              for step, value in run.get("curve", ())],
             columns=["run", "step", "name", "value"],
         )  # fmt: skip
-    titles = {"loss": "Training loss", fitted.metric: "Score on the validation rows"}
+    titles = {"loss": "Training loss", score: "Score on the validation rows"}
     panels = [
-        figures.curves(points, title, fitted.words(name))
+        figures.curves(points, title, fitted.words(name.removeprefix("eval_")))
         for name, title in titles.items()
-        if len(points := history[history["name"].str.removeprefix("eval_") == name])
+        if len(points := history[history["name"] == name])
     ]
     if panels:
         yield Figures("Curves of training" + (", one line a run" if fitted.recipe["runs"] > 1 else ""), panels)
