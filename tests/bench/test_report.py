@@ -18,7 +18,7 @@ from bench_records import record, synthetic, write_bench
 from steadytune import cli
 from steadytune.bench.records import read_records
 from steadytune.bench.report import figures, tables
-from steadytune.bench.report.write import write_report
+from steadytune.bench.report.write import _limits, write_report
 from steadytune.errors import UsageError
 from steadytune.pages.drawing import looks
 
@@ -568,3 +568,54 @@ def test_a_report_loads_no_torch_and_no_pyplot(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert done.stderr == ""
+
+
+def lead(folder):
+    """The first sentence of a page."""
+    return html.unescape(re.search(r'<p class="lead">(.*?)</p>', write_report(folder).read_text(), re.S)[1]).strip()
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [
+        ([0.02, 0.03, 0.025, 0.02, 0.03, 0.04], "rival beat plain"),
+        ([-0.02, -0.03, -0.025, -0.02, -0.03, -0.04], "No recipe beat plain, and rival did worse"),
+        ([0.03, -0.03, 0.02, -0.02, 0.01, -0.01], "No recipe beat plain; gains above"),
+        ([0.02, 0.03, 0.025, 0.02, 0.03], "Nothing can be shown: with 1 comparison, each needs at least 6 pairs"),
+    ],
+)
+def test_a_report_begins_with_what_was_shown(tmp_path, gains, said):
+    """Of n sign flips the smallest p is 2^(1 - n): 1/32 for six pairs, 1/16 for five."""
+    runs = [record("plain", seed, 0.7 + 0.01 * seed) for seed in range(len(gains))]
+    runs += [record("rival", seed, 0.7 + 0.01 * seed + gain) for seed, gain in enumerate(gains)]
+    assert lead(write_bench(tmp_path / "b", runs)).startswith(said)
+
+
+def test_a_recipe_alone_is_compared_with_nothing(tmp_path):
+    folder = write_bench(tmp_path / "b", [record("plain", seed, 0.8 + 0.01 * seed) for seed in range(3)])
+    assert lead(folder) == "Nothing is compared: no other recipe has a seed in common with plain."
+
+
+def test_one_outlier_does_not_squash_a_forest():
+    """Nine intervals within 5 points and one from 10 to 90: the axis keeps to the nine, and the page says so."""
+    ends = np.array([[1.0, -1.0, 3.0]] * 9 + [[50.0, 10.0, 90.0]])
+    limits = _limits(ends)
+    assert limits.clipped
+    assert limits[0] <= -1
+    assert 3 <= limits[1] < 50
+    assert not _limits(ends[:9]).clipped
+
+
+def test_a_gain_beyond_the_forest_is_written_at_its_edge():
+    drawn = looks(["plain", "a"])
+    rows = [("sst2", "a", drawn["a"], 1.0, 0.0, 2.0), ("rte", "a", drawn["a"], 50.0, 10.0, 90.0)]
+    gains = pd.DataFrame(rows, columns=["group", "label", "look", "gain", "low", "high"])
+    text = figures.forest(gains, "title", "gain", (-1, 3))
+    assert "+50.0" in text
+    assert "+1.0" not in text
+
+
+def test_no_table_has_two_columns_of_one_name(tmp_path):
+    found = page(write_bench(tmp_path / "b", synthetic(seeds=3)))
+    for caption, rows in found.tables.items():
+        assert len(set(rows[0])) == len(rows[0]), (caption, rows[0])

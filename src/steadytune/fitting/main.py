@@ -284,7 +284,7 @@ def _finish(
 
     from .memory import peak_memory
 
-    troubles = [trouble for t in trained for trouble in _troubles(t)]
+    troubles = list(dict.fromkeys(trouble for t in trained for trouble in _troubles(t)))  # runs may share them
     temperatures = [_calibrate(t, plan, pretrained) for t in trained] if plan.options.calibrate else []
     single = [fitted_model(plan, pretrained, [t.model]) for t in trained] if len(trained) > 1 else []
     for model in single:

@@ -47,8 +47,8 @@ def _sentences(gains: pd.DataFrame, overall: pd.DataFrame, domains: Sequence[str
         needed = math.ceil(1 + math.log2(len(tested) / ALPHA))  # the least p of n sign flips is 2^(1 - n)
         if tested["n"].max() < needed:
             yield (
-                f"Nothing can be shown{place}: {counted(len(tested), 'comparison')} need at least {needed} pairs of "
-                f"seeds each, and there are at most {tested['n'].max()}."
+                f"Nothing can be shown{place}: with {counted(len(tested), 'comparison')}, each needs at least {needed} "
+                f"pairs of seeds, and there are at most {tested['n'].max()}."
             )
             continue
         won = tested.loc[(tested["holm"] <= ALPHA) & (tested["gain"] > 0), "recipe"]
