@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..data.problem import MultiLabel
+from ..data.problem import Problem
 from ..pages.words import (
     NONE,
     bounds_words,
@@ -140,14 +140,14 @@ def _snippet(record: Mapping[str, Any]) -> Iterator[str]:
     )
     yield "with torch.inference_mode():"
     yield "    outputs = model(**batch).logits"
-    yield from _decision(record["recipe"]["kind"], record["recipe"]["labels"], record.get("threshold"))
+    yield from _decision(Problem.of(recipe["kind"], recipe["labels"]), record.get("threshold"))
 
 
-def _decision(kind: str, labels: Sequence[str], threshold: float | None) -> Iterator[str]:
+def _decision(problem: Problem, threshold: float | None) -> Iterator[str]:
     """The last lines of the snippet: labels of outputs, as `Problem.decide` has them."""
-    if not labels:
+    if problem.ordered:
         yield "print(outputs.squeeze(-1).tolist())"
-    elif kind == MultiLabel.kind:
+    elif problem.several:
         yield f"above = outputs.sigmoid() > {0.5 if threshold is None else threshold}"
         yield "print([[model.config.id2label[i] for i, given in enumerate(row) if given] for row in above.tolist()])"
     else:
