@@ -5,7 +5,7 @@ PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test lint types check clean
+.PHONY: install demo test coverage lint types docs dist check clean
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt requirements-demo.txt
@@ -21,13 +21,24 @@ demo: install  ## a real model, plain and with DPS, in and out of domain, in a f
 test: install  ## the whole suite: two processes, one thread each (two threads each would fight for the cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+coverage: install  ## the same with line and branch coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov=steadytune --cov-branch --cov-report=term-missing:skip-covered
+
 lint: install  ## style, and the layers that imports keep to
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
 types: install
 	$(BIN)/mypy
 
-check: lint types test
+docs: install  ## the site: the same Markdown and an API reference; every warning is an error
+	$(BIN)/properdocs build --quiet
+
+dist: install  ## wheel and sdist, and what the package index would say to them
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
+check: lint types docs test
 
 clean:
-	rm -rf .venv demo-out
+	rm -rf .venv demo-out site dist

@@ -6,10 +6,8 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 import typer
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from fit_helpers import save_tiny_bert, toy
 from steadytune import cli, config
@@ -63,26 +61,11 @@ def desk(bert, tmp_path, monkeypatch):
         state._shared_state.clear()
 
 
-def scene():
-    """What the README's fragments take for granted: a model, its data and an optimizer."""
-    model = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased", num_labels=2)
-    rows = [{"input_ids": torch.tensor([2, 5 + i, 3]), "labels": torch.tensor(i % 2)} for i in range(8)]
-    return {
-        "model": model,
-        "args": TrainingArguments("out", max_steps=2, report_to=[], dataloader_pin_memory=False),
-        "rows": rows,
-        "loader": torch.utils.data.DataLoader(rows, batch_size=2),
-        "epochs": 1,
-        "optimizer": torch.optim.AdamW(model.parameters(), 1e-3),
-    }
-
-
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_blocks_run(desk, code, request):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # stages of one step, no pinned memory: matters of the tiny size
-        given = scene() if "README" in request.node.callspec.id else {}
-        exec(compile(code, request.node.callspec.id, "exec"), {"__name__": "__main__", **given})
+        exec(compile(code, request.node.callspec.id, "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))
