@@ -127,7 +127,7 @@ def test_no_run_is_scored_twice(tmp_path, bert, monkeypatch):
     passes = []
     logits = fitted.logits
     monkeypatch.setattr(fitted, "logits", lambda *args, **more: passes.append(1) or logits(*args, **more))
-    monkeypatch.setattr("steadytune.fitting.rehearsal.rehearse", lambda *args: None)
+    monkeypatch.setattr("steadytune.fitting.rehearsal.rehearse", lambda *args: {})
     for how, count in (("best", 4), ("ensemble", 4), ("soup", 6)):  # two runs, two sets; a soup is another model
         passes.clear()
         own = {**QUICK, "steps": 4}
