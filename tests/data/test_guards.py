@@ -216,3 +216,19 @@ def test_a_handful_of_validation_rows_is_said():
     said = [f.message for f in inspect(prepare(Table(frame, "t"), {}, train_size=16))]
     assert any("2 validation rows are too few" in message for message in said)
     assert not any("validation rows" in f.message for f in inspect(prepare(Table(frame, "t"), {})))
+
+
+@pytest.mark.parametrize("separator", ["|", ",", ";", ", "])
+def test_labels_joined_by_a_separator_are_said(separator):
+    labels = ["food", f"food{separator}price", "price"] * 20
+    said = [f for f in inspect(prepare(Table(frame(labels, [f"row {i}" for i in range(60)]), "t"), {}))
+            if "several labels" in f.message]  # fmt: skip
+    assert len(said) == 1
+    assert f"'food{separator}price'" in said[0].message
+    assert f"split({separator.strip()!r})" in said[0].message
+
+
+def test_a_comma_in_a_class_of_its_own_is_no_separator():
+    labels = ["yes, it is", "no, it is not"] * 30
+    found = inspect(prepare(Table(frame(labels, [f"row {i}" for i in range(60)]), "t"), {}))
+    assert not any("several labels" in f.message for f in found)

@@ -57,6 +57,7 @@ def inspect(data: Data, *, standardize: bool = False) -> list[Finding]:
         *_contradicting(data),
         *_twins(data),
         *_placeholders(data),
+        *_joined_labels(data),
         *_small_classes(data),
         *_ordinal(data),
         *(() if standardize else _scale(data)),
@@ -224,6 +225,22 @@ def _placeholders(data: Data) -> Iterator[Finding]:
             bad = data.problem.membership(data.train["label"])[:, names.index(name)]
             before = f"{_source(data, 'train')}: the class {name!r} often means that there is no label, in"
             yield _finding("warning", before, bad, "", "take these rows out if it does", data.train.index)
+
+
+def _joined_labels(data: Data) -> Iterator[Finding]:
+    """Classes such as 'food|price' beside a class 'food': several labels that were read as one."""
+    if not data.problem.classes:
+        return
+    for separator in "|;,":
+        parts = {name: [part.strip() for part in name.split(separator)] for name in data.problem.names}
+        alone = {name for name, split in parts.items() if len(split) == 1}
+        joined = [name for name, split in parts.items() if len(split) > 1 and alone.intersection(split)]
+        if joined:
+            bad = data.train["label"].isin(joined).to_numpy(dtype=bool)
+            before = f"{_source(data, 'train')}: classes such as {joined[0]!r} look like several labels in one, in"
+            remedy = f"if they are, give lists, as of frame[LABEL].str.split({separator!r})"
+            yield _finding("warning", before, bad, "", remedy, data.train.index)
+            return
 
 
 def _small_classes(data: Data) -> Iterator[Finding]:
