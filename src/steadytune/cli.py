@@ -26,7 +26,7 @@ app = typer.Typer(
 
 
 class _OneName(typer.core.TyperCommand):
-    """A command whose options may have two names, of which a call gives one, and once unless it is repeatable."""
+    """A command whose options may have two names, of which a call gives one; --label is given once."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         words = [word.partition("=")[0] for word in args]
@@ -35,9 +35,8 @@ class _OneName(typer.core.TyperCommand):
             names = [name for name in parameter.opts if name in given and name.startswith("--")]
             if len(names) > 1:
                 raise typer.BadParameter(f"{' and '.join(names)} are two names of one option: give one of them.")
-            if names and words.count(names[0]) > 1 and not getattr(parameter, "multiple", False):
-                several = " Several labels a row stand in one column, as lists." if names[0] == "--label" else ""
-                raise typer.BadParameter(f"{names[0]} is given {words.count(names[0])} times: give it once.{several}")
+        if words.count("--label") > 1:
+            raise typer.BadParameter("--label is given twice: several labels a row stand in one column, as lists.")
         return super().parse_args(ctx, args)
 
 
