@@ -39,6 +39,7 @@ CALLED = {
     "create_optimizer": "methods would never see a step",
     "create_scheduler": "DPS would not know the number of steps",
     "get_batch_samples": "accumulated gradients would be scaled wrongly",
+    "training_step": "methods would not see the loss of a trainer that computes its own",
     "compute_loss": "penalties (R-Drop) would not be added",
     "log": "the gradient norm in the log would be another one",
     "save_model": "checkpoints would lose the methods' state",

@@ -113,7 +113,7 @@ FILES = {
     "ids as labels": (lambda: table("r.jsonl", label=range(40)), [], ["40 different values"]),
     "NaN targets": (
         lambda: write("r.csv", "text,label\n" + "".join(f"w{i},{v}\n" for i, v in enumerate(["0.5", "nan", "0.7"]))),
-        ["--kind", "regression"], ["not a finite number in 1 of 3"],
+        ["--kind", "regression"], ["not a finite number ('nan') in 1 of 3"],
     ),
     "constant target": (lambda: table("r.jsonl", label=0.5), ["--kind", "regression"], ["one value only"]),
     "class too small": (lambda: table("r.jsonl", label=labels("odd", *["down"] * 19)), [], ["odd"]),

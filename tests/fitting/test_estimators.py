@@ -84,7 +84,6 @@ def test_missing_labels_are_counted_before_training(bert, y):
 
 SHAPES = {
     "one-hot": (np.array([[1, 0], [0, 1]] * 12), "argmax"),
-    "lists": ([["a"], ["a", "b"]] * 12, "y has lists"),
     "none": (None, "y is missing"),
     "several types": (np.array([1] * 12 + ["a"] * 12, dtype=object), r"several types \(int, str\)"),
     "too few": (Y[:-1], "y has 23"),

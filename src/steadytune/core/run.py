@@ -446,9 +446,12 @@ class Run:
 
     def _noticed(self, loss: Tensor) -> Tensor:
         """The loss; that its backward pass took place will be known."""
+        here = weakref.ref(self)  # graphs that somebody keeps must not keep the Run and its model
 
         def hook(_: Tensor) -> None:
-            self._backward = True
+            run = here()
+            if run is not None:
+                run._backward = True
 
         if loss.requires_grad:
             loss.register_hook(hook)

@@ -204,10 +204,12 @@ class SteadyClassifier(ClassifierMixin, _Steady):
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities (rows, classes), columns as `classes_`."""
-        return self.model_.predict_proba(self._rows(X))[:, self._order]
+        rows = self._rows(X)
+        return self.model_.predict_proba(rows)[:, self._order]
 
     def predict(self, X: Any) -> np.ndarray:
         """Labels in the form given to `fit`: (rows,), lists (rows,), or an indicator matrix (rows, classes)."""
+        check_is_fitted(self, "model_")
         if not self.model_.problem.several:
             return self.classes_[self.predict_proba(X).argmax(axis=1)]
         decided = self.model_.predict(self._rows(X))
@@ -246,7 +248,8 @@ class SteadyRegressor(RegressorMixin, _Steady):
 
     def predict(self, X: Any) -> np.ndarray:
         """Numbers (rows,)."""
-        return self.model_.predict(self._rows(X)).astype(float)
+        rows = self._rows(X)
+        return self.model_.predict(rows).astype(float)
 
 
 def _frame(X: Any) -> pd.DataFrame:

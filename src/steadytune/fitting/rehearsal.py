@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -123,7 +123,7 @@ def _end(plan: Plan, pretrained: Pretrained, model: Any, record: Mapping[str, An
     fitted = fitted_model(plan, pretrained, [model])
     data = dataclasses.replace(plan.data, tests=chosen)
     predictions, metrics = evaluate(fitted, data)
-    storable(predictions).to_parquet(io.BytesIO())
+    pa.Table.from_pandas(storable(predictions))
     columns = {"text": list(fitted.text), "label": fitted.label}
     card = model_card({**record, "columns": columns, "runs": [], "chosen": None}, metrics, plan.metric)
     (card + pretrained.config.to_json_string()).encode("utf-8")

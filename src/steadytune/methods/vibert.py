@@ -87,7 +87,7 @@ class VIBERT(BesideHead[GaussianBottleneck]):
     cost: ClassVar = Cost()
     paper: ClassVar = Paper(
         authors=("Rabeeh Karimi Mahabadi", "Yonatan Belinkov", "James Henderson"),
-        title="Variational Information GaussianBottleneck for Effective Low-Resource Fine-Tuning",
+        title="Variational Information Bottleneck for Effective Low-Resource Fine-Tuning",
         booktitle="International Conference on Learning Representations",
         venue="ICLR",
         year=2021,
