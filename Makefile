@@ -31,7 +31,7 @@ types: install
 	$(BIN)/mypy
 
 docs: install  ## the site: the same Markdown and an API reference; every warning is an error
-	$(BIN)/properdocs build --quiet
+	$(BIN)/properdocs build
 
 dist: install  ## wheel and sdist, and what the package index would say to them
 	rm -rf dist
