@@ -33,12 +33,12 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
     run(sys.executable, "-m", "twine", "check", "--strict", *folder.iterdir(), cwd=folder)
-    (found,) = folder.glob("*.whl")
-    return found
+    (built,) = folder.glob("*.whl")
+    return built
 
 
 @pytest.fixture(scope="module")
-def place(wheel, tmp_path_factory):
+def desk(wheel, tmp_path_factory):
     """A desk with tables and a model, and the binaries of an environment that holds the wheel.
 
     The environment sees the packages of the running one through a path file. Path files there are not read in turn, so
@@ -73,8 +73,8 @@ def test_the_wheel_holds_what_is_read_at_run_time(wheel):
     assert not [name for name in names if name.startswith("tests")]
 
 
-def test_the_wheel_works_outside_the_checkout(place):
-    folder, python = place
+def test_the_wheel_works_outside_the_checkout(desk):
+    folder, python = desk
     home = run(python, "-c", "import steadytune; print(steadytune.__file__)", cwd=folder).strip()
     assert Path(home).is_relative_to(folder)
     command = [python, "-m", "steadytune.cli"]
@@ -95,8 +95,8 @@ def test_the_wheel_works_outside_the_checkout(place):
     assert not (folder / "out").exists()
 
 
-def test_the_block_of_the_readme_runs_as_it_stands(place):
-    folder, python = place
+def test_the_block_of_the_readme_runs_as_it_stands(desk):
+    folder, python = desk
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     block = next(b for b in re.findall(r"^```python\n(.*?)^```", text, re.S | re.M) if "steadytune.fit(" in b)
     (folder / "block.py").write_text(block.replace('output="out-python"', 'output="out-python", steps=2'))

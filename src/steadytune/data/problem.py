@@ -239,13 +239,13 @@ class _Classes(Problem):
             )
         return pd.Series([self._label(row, known) for row in named], index=rows.index, dtype=object)
 
+    @abstractmethod
     def _raw(self, rows: pd.DataFrame, table: Table) -> list[list[str]]:
         """Class names of each row as they stand in the table."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _label(self, row: list[str], known: Sequence[str]) -> Any:
         """The label of a row's class names."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from transformers.utils import logging as hub_logging
 from ..core.anatomy import anatomy
 from ..data.problem import Problem, Regression
 from ..errors import UsageError, one_line
+from ..heads.features import last_linear
 from .scale import output_layer, rescale
 
 logger = logging.getLogger("steadytune")
@@ -124,9 +125,9 @@ class Pretrained:
         self._check_body(model, info["missing_keys"], mismatched, info["unexpected_keys"])
         if new:
             self._say(f"new weights, drawn with seed {seed}: {', '.join(new)}")
-        layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
-        if layers and not any(model.get_parameter(name) is layers[-1].weight for name in new):
-            self._take_over(model, layers[-1], seed)
+        layer = last_linear(model)
+        if layer is not None and not any(model.get_parameter(name) is layer.weight for name in new):
+            self._take_over(model, layer, seed)
             if isinstance(problem, Regression) and problem.scaled:
                 rescale(model, 1 / problem.spread, -problem.mean / problem.spread, "standardize")
         return model

@@ -11,18 +11,19 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
+from ..heads.features import last_linear
 
 
 def output_layer(model: Any, what: str) -> nn.Linear:
-    """The last linear layer with one output per label.
+    """The last linear layer with one output per label, for an option that needs it.
 
     Raises:
-        UsageError: there is none.
+        UsageError: The model has none; the message names the option.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
-    if not layers:
+    layer = last_linear(model)
+    if layer is None:
         raise UsageError(f"{what}: a {model.config.model_type} model has no linear output layer: switch it off.")
-    return layers[-1]
+    return layer
 
 
 def rescale(model: Any, spread: float, mean: float, what: str) -> None:

@@ -17,19 +17,25 @@ from torch import Tensor, nn
 TOLERANCE = 1e-3  # between logits and features times weights, as a share of the largest logit
 
 
+def last_linear(model: Any) -> nn.Linear | None:
+    """The last linear layer with one output per label, or None without one."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
+    return layers[-1] if layers else None
+
+
 def output_layer(model: Any) -> nn.Linear:
     """The last linear layer with one output per label.
 
     Raises:
         ValueError: The model has none.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
-    if not layers:
+    layer = last_linear(model)
+    if layer is None:
         raise ValueError(
             f"a {type(model).__name__} has no linear layer with {model.config.num_labels} outputs at its end: use a "
             "model for sequence classification"
         )
-    return layers[-1]
+    return layer
 
 
 @torch.no_grad()
