@@ -116,7 +116,7 @@ def _few_validation_rows(data: Data) -> Iterator[Finding]:
     if rows is not None and len(rows) < LEAST_ROWS:
         yield Finding(
             "warning",
-            f"{_source(data, 'validation')}: {len(rows)} validation rows are too few to tell good from bad: raise "
+            f"{_origin(data, 'validation')}: {len(rows)} validation rows are too few to tell good from bad: raise "
             f"--validation-share, or give a validation set of {LEAST_ROWS} rows or more.",
         )
 
@@ -127,7 +127,7 @@ def _shared_texts(data: Data, name: str) -> Iterator[Finding]:
     if bad.any():
         remedy = "scores on them tell memory, take them out of one side"
         after = f"of {name} are also training texts"
-        yield _finding(_level(bad), f"{_source(data, name)}: texts of", bad, after, remedy, rows.index)
+        yield _finding(_level(bad), f"{_origin(data, name)}: texts of", bad, after, remedy, rows.index)
 
 
 def _shared_groups(data: Data, name: str) -> Iterator[Finding]:
@@ -137,7 +137,7 @@ def _shared_groups(data: Data, name: str) -> Iterator[Finding]:
         if bad.any():
             remedy = "related rows on both sides flatter the score, keep a group on one side"
             after = f"of {name} are also in the training rows"
-            yield _finding("warning", f"{_source(data, name)}: groups of", bad, after, remedy, rows.index)
+            yield _finding("warning", f"{_origin(data, name)}: groups of", bad, after, remedy, rows.index)
 
 
 def _repeated(data: Data) -> Iterator[Finding]:
@@ -145,7 +145,7 @@ def _repeated(data: Data) -> Iterator[Finding]:
     if bad.any():
         after = "occur earlier in the training rows"
         remedy = "they count more than once, take them out if that is not meant"
-        yield _finding("warning", f"{_source(data, 'train')}: texts of", bad, after, remedy, data.train.index)
+        yield _finding("warning", f"{_origin(data, 'train')}: texts of", bad, after, remedy, data.train.index)
 
 
 def _contradicting(data: Data) -> Iterator[Finding]:
@@ -162,7 +162,7 @@ def _contradicting(data: Data) -> Iterator[Finding]:
     shown = "; ".join(_clash(key, at, rows) for key, at in list(clashes.items())[:2])
     after = f"have a text that occurs with another label too, such as {shown}"
     remedy = "decide for one label or take them out"
-    yield _finding(_level(bad), f"{_source(data, 'train')}:", bad, after, remedy, rows.index)
+    yield _finding(_level(bad), f"{_origin(data, 'train')}:", bad, after, remedy, rows.index)
 
 
 def _clash(key: tuple[str, ...], at: Sequence[int], rows: pd.DataFrame) -> str:
@@ -184,7 +184,7 @@ def _ids(data: Data) -> Iterator[Finding]:
         rows = tuple(int(row) for row in data.train.index[:SHOWN])
         yield Finding(
             "error",
-            f"{_source(data, 'train')}: the label has {count} different values in {total} rows, which looks like an "
+            f"{_origin(data, 'train')}: the label has {count} different values in {total} rows, which looks like an "
             f"id (first labels: {', '.join(_shown(label) for label in data.train['label'][:SHOWN])}): choose another "
             "column with --label NAME.",
             rows,
@@ -201,7 +201,7 @@ def _twins(data: Data) -> Iterator[Finding]:
         counts = [int(member[:, data.problem.names.index(name)].sum()) for name in names]
         shown = ", ".join(f"{name!r} ({count} rows)" for name, count in zip(names, counts, strict=True))
         bad = np.asarray(member[:, [data.problem.names.index(name) for name in names]].any(axis=1))
-        before = f"{_source(data, 'train')}: the labels {shown} look the same and differ by spaces, case or form, in"
+        before = f"{_origin(data, 'train')}: the labels {shown} look the same and differ by spaces, case or form, in"
         yield _finding("warning", before, bad, "", "write them alike if they are one class", data.train.index)
 
 
@@ -223,7 +223,7 @@ def _placeholders(data: Data) -> Iterator[Finding]:
     for name in names:
         if name.strip().casefold() in PLACEHOLDERS or (numbers and name == "-1"):
             bad = data.problem.membership(data.train["label"])[:, names.index(name)]
-            before = f"{_source(data, 'train')}: the class {name!r} often means that there is no label, in"
+            before = f"{_origin(data, 'train')}: the class {name!r} often means that there is no label, in"
             yield _finding("warning", before, bad, "", "take these rows out if it does", data.train.index)
 
 
@@ -237,7 +237,7 @@ def _joined_labels(data: Data) -> Iterator[Finding]:
         joined = [name for name, split in parts.items() if len(split) > 1 and alone.intersection(split)]
         if joined:
             bad = data.train["label"].isin(joined).to_numpy(dtype=bool)
-            before = f"{_source(data, 'train')}: classes such as {joined[0]!r} look like several labels in one, in"
+            before = f"{_origin(data, 'train')}: classes such as {joined[0]!r} look like several labels in one, in"
             remedy = f"if they are, give lists, as of frame[LABEL].str.split({separator!r})"
             yield _finding("warning", before, bad, "", remedy, data.train.index)
             return
@@ -251,7 +251,7 @@ def _small_classes(data: Data) -> Iterator[Finding]:
         shown = ", ".join(f"{data.problem.names[i]!r} ({counts[i]})" for i in small[:SHOWN])
         more = ", ..." if len(small) > SHOWN else ""
         before = (
-            f"{_source(data, 'train')}: {len(small)} of {len(counts)} classes have fewer than {FEW_ROWS} training rows,"
+            f"{_origin(data, 'train')}: {len(small)} of {len(counts)} classes have fewer than {FEW_ROWS} training rows,"
         )
         remedy = "they are hardly learnt, add rows or merge classes"
         bad = np.asarray(member[:, small].any(axis=1))
@@ -264,7 +264,7 @@ def _ordinal(data: Data) -> Iterator[Finding]:
     chosen = data.table is not None and data.table.kind != "auto"
     if data.problem.classes and not chosen and _consecutive(data.problem):
         before = (
-            f"{_source(data, 'train')}: the {len(names)} classes are the whole numbers {names[0]} to {names[-1]}, in"
+            f"{_origin(data, 'train')}: the {len(names)} classes are the whole numbers {names[0]} to {names[-1]}, in"
         )
         remedy = "if they are a scale say --kind regression, if not --kind classification"
         yield _finding("warning", before, np.ones(len(data.train), dtype=bool), "", remedy, data.train.index)
@@ -289,7 +289,7 @@ def _scale(data: Data) -> Iterator[Finding]:
         after = f"have mean {mean:.3g} and spread {spread:.3g}"
         remedy = "models learn best near 0 and 1, leave out --no-standardize or rescale them"
         every = np.ones(len(labels), dtype=bool)
-        yield _finding("warning", f"{_source(data, 'train')}: the targets of", every, after, remedy, data.train.index)
+        yield _finding("warning", f"{_origin(data, 'train')}: the targets of", every, after, remedy, data.train.index)
 
 
 def _garbled(data: Data, name: str) -> Iterator[Finding]:
@@ -299,8 +299,8 @@ def _garbled(data: Data, name: str) -> Iterator[Finding]:
     if bad.any():
         after = "hold signs of a wrong encoding such as 'Ã©'"
         remedy = "save the file as UTF-8 from its source"
-        yield _finding("warning", f"{_source(data, name)}: texts of", bad, after, remedy, rows.index)
+        yield _finding("warning", f"{_origin(data, name)}: texts of", bad, after, remedy, rows.index)
 
 
-def _source(data: Data, name: str) -> str:
-    return data.sources.get(name, name)
+def _origin(data: Data, name: str) -> str:
+    return data.origins.get(name, name)

@@ -29,7 +29,7 @@ def find_problem(rows: pd.DataFrame, table: Table) -> Problem:
     Raises:
         UsageError: the labels do not fit the kind, are doubtful, or leave nothing to learn.
     """
-    labels, where = rows["label"], f"{table.source}: label column {table.label!r}"
+    labels, where = rows["label"], f"{table.origin}: label column {table.label!r}"
     if table.kind not in get_args(Kind):
         raise UsageError(f"kind must be one of {', '.join(get_args(Kind))}, got {table.kind!r}.")
     if table.kind == "multilabel" or (table.kind == "auto" and _hold_lists(labels)):

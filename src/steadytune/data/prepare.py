@@ -25,18 +25,6 @@ from .tables import Table, _follow, examples, keys, resolve
 logger = logging.getLogger("steadytune")
 
 
-# ---- columns ----------------------------------------------------------------------------------------------------
-
-
-# ---- labels -----------------------------------------------------------------------------------------------------
-
-
-# ---- splits -----------------------------------------------------------------------------------------------------
-
-
-# ---- all of it --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class Data:
     """Checked splits: frames with `text` (`text_pair`), `label` (and `group`); the index is the row in the file.
@@ -47,15 +35,15 @@ class Data:
     train: pd.DataFrame
     tests: Mapping[str, pd.DataFrame]  # "validation" first, where there is one
     problem: Problem
-    sources: Mapping[str, str]
+    origins: Mapping[str, str]
     coarser: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     table: Table | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Sizes, sources and fingerprints, ready for JSON."""
+        """Sizes, origins and fingerprints, ready for JSON."""
         out = {}
         for name, rows in {"train": self.train, **self.tests}.items():
-            out[name] = {"source": self.sources[name], "rows": len(rows), "sha256": fingerprint(rows)}
+            out[name] = {"source": self.origins[name], "rows": len(rows), "sha256": fingerprint(rows)}
             if self.problem.names:
                 out[name]["labels"] = self.problem.counts(rows["label"])
             if name != "train":
@@ -110,18 +98,18 @@ def prepare(
     parts = {"train": raw} if validation_column is None else cut(raw, train, validation_column)
     for name in parts.keys() & {*given}:
         raise UsageError(
-            f"{train.source}: column {validation_column!r} marks {name} rows, and a {name} set is given too: drop one."
+            f"{train.origin}: column {validation_column!r} marks {name} rows, and a {name} set is given too: drop one."
         )
     problem = find_problem(parts["train"], train)
     cuts = {name: _encoded(problem, rows, train) for name, rows in parts.items()}
-    sources = {name: f"{train.source}, {name} in {validation_column!r}" for name in cuts} | {"train": train.source}
+    origins = {name: f"{train.origin}, {name} in {validation_column!r}" for name in cuts} | {"train": train.origin}
     rows = cuts.pop("train")
     if train_size is not None:
         rows = subset(rows, problem, train_size, seed)
     if validation is not None:
         validation = _follow(validation, train)
         cuts["validation"] = _encoded(problem, examples(validation), validation)
-        sources["validation"] = validation.source
+        origins["validation"] = validation.origin
     elif validation_share and "validation" not in cuts:
         try:
             rows, cuts["validation"] = split(rows, problem, validation_share, seed)
@@ -129,14 +117,14 @@ def prepare(
             if train_size is None:
                 raise
             raise UsageError(f"of the {train_size} rows drawn by --train-size: {error}") from error
-        sources["validation"] = f"{validation_share} of {train.source}"
+        origins["validation"] = f"{validation_share} of {train.origin}"
     tables = {name: _follow(table, train) for name, table in tests.items()}
     cuts |= {name: _encoded(problem, examples(table), table) for name, table in tables.items()}
     return Data(
         train=rows,
         tests={name: cuts[name] for name in sorted(cuts, key=lambda name: name != "validation")},
         problem=problem,
-        sources={**sources, **{name: table.source for name, table in tables.items()}},
+        origins={**origins, **{name: table.origin for name, table in tables.items()}},
         coarser={name: table.coarser for name, table in tables.items()},
         table=train,
     )

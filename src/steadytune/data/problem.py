@@ -234,7 +234,7 @@ class _Classes(Problem):
         if strangers:
             count = sum(not set(row) <= set(known) for row in named)
             raise UsageError(
-                f"{table.source}: label {strangers[0]!r} (in {count} of {len(rows)} rows) does not occur in the "
+                f"{table.origin}: label {strangers[0]!r} (in {count} of {len(rows)} rows) does not occur in the "
                 f"training data.{suggest(strangers[0], known)}"
             )
         return pd.Series([self._label(row, known) for row in named], index=rows.index, dtype=object)
@@ -383,7 +383,7 @@ class Regression(Problem):
             remedy = "Write numbers without the per cent sign."
         shown = ", ".join(repr(value) for value in dict.fromkeys(values.head(100)) if len(value) <= 40)[:80]
         how = f"not a finite number ({shown})" if shown else "not a finite number"
-        refuse(bad, f"label column {table.label!r}", how, table.source, remedy)
+        refuse(bad, f"label column {table.label!r}", how, table.origin, remedy)
         return numbers
 
     def array(self, labels: Sequence[Any] | pd.Series) -> np.ndarray:
@@ -449,7 +449,7 @@ def label_sets(rows: pd.DataFrame, table: Table) -> list[list[str]]:
     wrong = parts.isna()
     shown = repr(rows["label"][wrong].iloc[0])[:60] if wrong.any() else ""
     remedy = "Write lists, as in ['a', 'b']."
-    refuse(wrong, what, f"not a list ({shown})", table.source, remedy)
+    refuse(wrong, what, f"not a list ({shown})", table.origin, remedy)
     empty = parts.map(lambda row: any(value is None or value != value for value in row)).astype(bool)
-    refuse(empty, what, "a list with an empty entry", table.source)
+    refuse(empty, what, "a list with an empty entry", table.origin)
     return [[label_name(value) for value in row] for row in parts]

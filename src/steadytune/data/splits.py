@@ -215,10 +215,10 @@ def cut(rows: pd.DataFrame, table: Table, column: str) -> dict[str, pd.DataFrame
     strange = pd.isna(marks)
     if strange.any():
         raise UsageError(
-            f"{table.source}: validation column {column!r} must say train, validation or test (or be true or false), "
+            f"{table.origin}: validation column {column!r} must say train, validation or test (or be true or false), "
             f"got {values[strange].iloc[0]!r} in {int(strange.sum())} of {len(rows)} rows."
         )
     parts = {mark: rows[marks == mark] for mark in ("train", "validation", "test") if (marks == mark).any()}
     if "train" not in parts:
-        raise UsageError(f"{table.source}: validation column {column!r} leaves no row for training.")
+        raise UsageError(f"{table.origin}: validation column {column!r} leaves no row for training.")
     return parts

@@ -48,7 +48,7 @@ class Table:
 
     Attributes:
         frame: the rows.
-        source: what messages call it, usually the file.
+        origin: what messages call it, usually the file.
         text: one text column, or two for sentence pairs; None: `resolve` finds them.
         label: the label column; None: `resolve` finds it.
         kind: classification, multi-label, regression, or decided from the labels.
@@ -59,7 +59,7 @@ class Table:
     """
 
     frame: pd.DataFrame
-    source: str
+    origin: str
     text: tuple[str, ...] | None = ("text",)
     label: str | None = "label"
     kind: Kind = "auto"
@@ -72,7 +72,7 @@ class Table:
         """Text columns and label column of a resolved table."""
         if self.text is None or self.label is None:
             missing = "label" if self.text else "text"
-            raise UsageError(f"{self.source}: the {missing} column is not known{_choose(missing, self.frame.columns)}")
+            raise UsageError(f"{self.origin}: the {missing} column is not known{_choose(missing, self.frame.columns)}")
         return self.text, self.label
 
     @classmethod
@@ -88,9 +88,9 @@ class Table:
         """A Table from any source that `read_rows` takes; a Table stays as it is."""
         if isinstance(data, Table):
             return data
-        frame, source = read_rows(data, f"the {name} table")
+        frame, origin = read_rows(data, f"the {name} table")
         named = None if text is None else tuple(map(str, text))
-        return cls(frame, source, named, _string(label), kind, group=_string(group))
+        return cls(frame, origin, named, _string(label), kind, group=_string(group))
 
 
 def _string(name: Any) -> str | None:
@@ -112,7 +112,7 @@ def resolve(table: Table, other: Sequence[str] = ()) -> Table:
         UsageError: there is no such column, or more than one; the message lists them.
     """
     if table.frame.empty:
-        raise UsageError(f"{table.source}: the table has no rows.")
+        raise UsageError(f"{table.origin}: the table has no rows.")
     if table.text is not None and table.label is not None:
         return table
     taken = {*other, table.group, *(table.text or ()), table.label}
@@ -124,8 +124,8 @@ def resolve(table: Table, other: Sequence[str] = ()) -> Table:
     text = table.text or _find_text(free, table, spare=label is None)
     label = label or _label_by_shape([column for column in free if column not in text], table)
     if label is None:
-        raise UsageError(f"{table.source}: no column looks like a label{_choose('label', free)}")
-    logger.info("%s: text from %s, label from %r", table.source, " and ".join(map(repr, text)), label)
+        raise UsageError(f"{table.origin}: no column looks like a label{_choose('label', free)}")
+    logger.info("%s: text from %s, label from %r", table.origin, " and ".join(map(repr, text)), label)
     return dataclasses.replace(table, text=text, label=label)
 
 
@@ -161,7 +161,7 @@ def _by_name(columns: Sequence[str], known: Sequence[Sequence[str]]) -> list[str
 
 def _only(what: str, found: Sequence[str], table: Table) -> str | None:
     if len(found) > 1:
-        raise UsageError(f"{table.source}: more than one column may be the {what}{_choose(what, found)}")
+        raise UsageError(f"{table.origin}: more than one column may be the {what}{_choose(what, found)}")
     return found[0] if found else None
 
 
@@ -181,7 +181,7 @@ def _find_text(columns: Sequence[str], table: Table, spare: int) -> tuple[str, .
     pairs = [tuple(lower[name] for name in pair) for pair in PAIRS if set(pair) <= set(lower)]
     if len(pairs) > 1:
         found = list(dict.fromkeys(column for pair in pairs for column in pair))
-        raise UsageError(f"{table.source}: more than one pair of columns may be the text{_choose('text', found)}")
+        raise UsageError(f"{table.origin}: more than one pair of columns may be the text{_choose('text', found)}")
     if pairs:
         return pairs[0]
     some = [column for column in columns if table.frame[column].map(lambda value: isinstance(value, str)).any()]
@@ -192,7 +192,7 @@ def _find_text(columns: Sequence[str], table: Table, spare: int) -> tuple[str, .
         return tuple(prose)
     text = _only("text", named or prose or (strings if len(strings) == 1 else []), table)
     if text is None:
-        raise UsageError(f"{table.source}: no column looks like text{_choose('text', columns)}")
+        raise UsageError(f"{table.origin}: no column looks like text{_choose('text', columns)}")
     return (text,)
 
 
@@ -230,16 +230,16 @@ def texts(table: Table) -> pd.DataFrame:
     Raises:
         UsageError: no rows, an unknown column, or a cell that is empty or no string.
     """
-    frame, source, columns = table.frame, table.source, table.text
+    frame, origin, columns = table.frame, table.origin, table.text
     if frame.empty:
-        raise UsageError(f"{source}: the table has no rows.")
+        raise UsageError(f"{origin}: the table has no rows.")
     if columns is None:
-        raise UsageError(f"{source}: the text column is not known{_choose('text', frame.columns)}")
+        raise UsageError(f"{origin}: the text column is not known{_choose('text', frame.columns)}")
     if not 1 <= len(columns) <= 2:
         raise UsageError(f"one or two text columns are read, got {len(columns)}: {', '.join(columns)}.")
     for column in columns:
         _check_column(table, column, "text")
-        _check_texts(frame[column], column, source)
+        _check_texts(frame[column], column, origin)
     names = ("text", "text_pair")[: len(columns)]
     return pd.DataFrame({name: frame[column].astype(str).tolist() for name, column in zip(names, columns, strict=True)})
 
@@ -256,15 +256,15 @@ def examples(table: Table) -> pd.DataFrame:
         raise UsageError(f"text and label must be different columns, got {', '.join([*text, label])}.")
     _check_column(table, label, "label")
     labels = table.frame[label]
-    refuse(is_empty(labels), f"label column {label!r}", "empty", table.source)
-    _check_header(labels, text, label, table.source)
+    refuse(is_empty(labels), f"label column {label!r}", "empty", table.origin)
+    _check_header(labels, text, label, table.origin)
     rows["label"] = labels.astype(object).to_numpy()
     if table.group is not None:
         if table.group == label:
             raise UsageError(f"group and label must be different columns, got {label!r} for both.")
         _check_column(table, table.group, "group")
         groups = table.frame[table.group]
-        refuse(is_empty(groups), f"group column {table.group!r}", "empty", table.source)
+        refuse(is_empty(groups), f"group column {table.group!r}", "empty", table.origin)
         rows["group"] = [label_name(value) for value in groups]
     return rows
 
@@ -275,17 +275,17 @@ def keys(rows: pd.DataFrame) -> list[tuple[str, ...]]:
     return list(rows[columns].itertuples(index=False, name=None))
 
 
-def _check_header(labels: pd.Series, text: Sequence[str], label: str, source: str) -> None:
+def _check_header(labels: pd.Series, text: Sequence[str], label: str, origin: str) -> None:
     """Raise where the column names are a row: a label for the label column, and prose for the text column."""
     objects = labels.map(lambda value: isinstance(value, Mapping)).astype(bool)
     refuse(
-        objects, f"label column {label!r}", f"an object ({_shown(labels[objects])})", source, "Give a name or a number."
+        objects, f"label column {label!r}", f"an object ({_shown(labels[objects])})", origin, "Give a name or a number."
     )
     names = set(map(str, labels))
     prose = all(len(name.split()) >= 3 for name in text)
     if (label in names and len(names) > 1) or (prose and _number(label) and labels.map(_number).all()):
         raise UsageError(
-            f"{source}: the label column is called {label!r} like one of its labels, so that the first row seems to be "
+            f"{origin}: the label column is called {label!r} like one of its labels, so that the first row seems to be "
             "data: add a header line such as text,label, or rename the column."
         )
 
@@ -306,33 +306,33 @@ def _shown(values: pd.Series) -> str:
 def _check_column(table: Table, column: str, what: str) -> None:
     if column not in table.frame.columns:
         known = suggest(column, table.frame.columns)
-        raise UsageError(f"{table.source}: no column {column!r}.{known} {_option(what)}")
+        raise UsageError(f"{table.origin}: no column {column!r}.{known} {_option(what)}")
     if (count := int((table.frame.columns == column).sum())) > 1:
-        raise UsageError(f"{table.source}: {count} columns are called {column!r}: rename them.")
+        raise UsageError(f"{table.origin}: {count} columns are called {column!r}: rename them.")
 
 
 def is_empty(values: pd.Series) -> pd.Series:
     return values.isna() | values.map(lambda value: not str(value).strip()).astype(bool)
 
 
-def _check_texts(texts: pd.Series, column: str, source: str) -> None:
+def _check_texts(texts: pd.Series, column: str, origin: str) -> None:
     strings = texts.map(lambda value: isinstance(value, str)).astype(bool)
     missing = texts.isna()
     if not (strings | missing).all():
         value = texts[~(strings | missing)].iloc[0]
         raise UsageError(
-            f"{source}: text column {column!r} must hold strings, got {value} ({type(value).__name__}). "
+            f"{origin}: text column {column!r} must hold strings, got {value} ({type(value).__name__}). "
             "Choose another column with --text NAME."
         )
-    refuse(is_empty(texts), f"text column {column!r}", "empty", source)
+    refuse(is_empty(texts), f"text column {column!r}", "empty", origin)
 
 
-def refuse(bad: pd.Series, what: str, how: str, source: str, remedy: str = "Fill them in or take them out.") -> None:
+def refuse(bad: pd.Series, what: str, how: str, origin: str, remedy: str = "Fill them in or take them out.") -> None:
     """Raise when any row is bad, with the count and the first rows."""
     if bad.any():
         rows = np.flatnonzero(bad.to_numpy(dtype=bool))
         raise UsageError(
-            f"{source}: {what} is {how} in {len(rows)} of {len(bad)} rows (rows counted from 0: {first_rows(rows)}). "
+            f"{origin}: {what} is {how} in {len(rows)} of {len(bad)} rows (rows counted from 0: {first_rows(rows)}). "
             f"{remedy}"
         )
 

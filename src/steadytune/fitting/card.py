@@ -21,7 +21,7 @@ from ..pages.words import (
     score_words,
     spread_words,
 )
-from .report_page import source
+from .report_page import file_name
 
 TASK = "text-classification"  # as the hub calls it, for numbers too
 SHOWN_CLASSES = 30  # in the table of classes
@@ -69,7 +69,7 @@ def _head(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], m
     results = [
         EvalResult(
             task_type=TASK,
-            dataset_type=source(record["data"].get(name, {})) or name,
+            dataset_type=file_name(record["data"].get(name, {})) or name,
             dataset_name=name,
             metric_type=key,
             metric_name=metric_words(key, recipe["labels"]),
@@ -163,7 +163,7 @@ def _data(record: Mapping[str, Any]) -> Iterator[str]:
     yield "| set | rows | file | rows by class | rows also in training |\n|---|---|---|---|---|"
     for name, about in record["data"].items():
         counts = ", ".join(f"{label} {count}" for label, count in (about.get("labels") or {}).items())
-        cells = [name, about["rows"], source(about), counts or NONE, about.get("also_in_train", "")]
+        cells = [name, about["rows"], file_name(about), counts or NONE, about.get("also_in_train", "")]
         yield f"| {' | '.join(map(_cell, cells))} |"
     columns = record["columns"]
     labels = _cell(", ".join(record["recipe"]["labels"])) or "a number"
@@ -225,7 +225,7 @@ def _results(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]
     labels = record["recipe"]["labels"]
     for name, scores in metrics.items():
         about = record["data"].get(name, {})
-        yield f"- {' '.join(_in_words(name, scores, source(about), metric_words(metric, labels), metric))}"
+        yield f"- {' '.join(_in_words(name, scores, file_name(about), metric_words(metric, labels), metric))}"
         yield from (f"- {_cell(name)}: {_cell(note)}" for note in scores.get("notes", ()))
     if all(scores.get("selected") for scores in metrics.values()):
         yield "- No other rows were scored: a test set would tell more."

@@ -411,7 +411,7 @@ def _data(fitted: Fitted) -> Iterator[Block]:
         labels = "; ".join(f"{label} {count:,}" for label, count in (about.get("labels") or {}).items())
         also = "" if "also_in_train" not in about else f"{about['also_in_train']:,}"
         cut_rows = f"{cut[name]:,}" if name in cut else NONE
-        rows.append([name, source(about), f"{about['rows']:,}", also, cut_rows, labels or "numbers"])
+        rows.append([name, file_name(about), f"{about['rows']:,}", also, cut_rows, labels or "numbers"])
     yield Grid(
         "Where the rows come from",
         ["set", "file", "rows", "also in training", "cut", "labels"],
@@ -422,9 +422,9 @@ def _data(fitted: Fitted) -> Iterator[Block]:
     )
 
 
-def source(about: Mapping[str, Any]) -> str:
-    """What the rows of a recorded set were read from, without the folders above it."""
-    return Path(str(about.get("source", about.get("origin", "")))).name
+def file_name(about: Mapping[str, Any]) -> str:
+    """Name of the file that the rows of a recorded set were read from, without its folders."""
+    return Path(str(about.get("source", ""))).name
 
 
 def _cost(fitted: Fitted) -> Iterator[Block]:
