@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
 
-from steadytune import EMA, L2SP, ClipNorm, DPSDense, DPSMix, Method, Mixout, RDrop, Run, Trainer, only
+from steadytune import EMA, L2SP, LLRD, ClipNorm, DPSDense, DPSMix, Method, Mixout, RDrop, Run, Trainer, only
 from steadytune.errors import UsageError
 from steadytune.files import state
 from steadytune.trainer import SIDE_FILE, halves
@@ -1077,6 +1077,12 @@ def test_side_file_is_needed(checkpoints):
     (checkpoints / "checkpoint-3" / SIDE_FILE).unlink()
     with pytest.raises(ValueError, match=f"holds no {SIDE_FILE}"):
         resumed(checkpoints)
+
+
+def test_a_checkpoint_of_other_methods_is_refused_before_its_optimizer_is_read(checkpoints):
+    # naive: torch says that the numbers of parameter groups differ, which LLRD has made so
+    with pytest.raises(ValueError, match=r"the state was saved by the methods .*, this run has \['LLRD'\]"):
+        resumed(checkpoints, [LLRD(0.5)])
 
 
 def test_files_of_two_checkpoints_do_not_mix(checkpoints):

@@ -370,10 +370,11 @@ class Trainer(transformers.Trainer):
             state.save({**run.state_dict(), **own}, self._side_file(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.run is not None:
+            self._load_state(self.run, checkpoint)  # first: other methods may have split the optimizer's groups
         super()._load_optimizer_and_scheduler(checkpoint)
-        run = self.run
-        if checkpoint is None or run is None:
-            return
+
+    def _load_state(self, run: Run, checkpoint: str) -> None:
         path = self._side_file(checkpoint)
         if not path.exists():
             if not run.methods:

@@ -146,6 +146,18 @@ def test_methods_make_a_recipe_each_and_recipes_win(root):
     assert study.parts("mixout:keep=0.8")[0]["options"]["keep"] == 0.8
 
 
+def test_studies_that_were_published_still_mean_what_their_records_say():
+    """What a method is gains an option, or another default: the files name it, and the ids of old records stay."""
+    results = Path(__file__).parents[2] / "docs" / "results"
+    published = [file for file in results.glob("*.yaml") if (results / file.stem / "records").is_dir()]
+    assert len(published) >= 8
+    for file in published:
+        study = Study.read(file)
+        for record in (results / file.stem / "records").glob("*.json"):
+            spec = json.loads(record.read_text())["spec"]
+            assert study.parts(spec["recipe"]) == spec["methods"], (file.name, spec["recipe"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -52,7 +52,9 @@ def test_only_what_is_trained_is_stored(tmp_path):
     everything = sum(t.numel() for t in base.values())
     sizes = {}
     for frozen in (True, False):
-        file = save_delta(tmp_path / f"{frozen}.safetensors", base, tuned_by(SIFT(keep=0.01, frozen=frozen)))
+        file = save_delta(
+            tmp_path / f"{frozen}.safetensors", base, tuned_by(SIFT(keep=0.01, frozen=frozen, decay=True))
+        )
         with open(file, "rb") as stream:
             header = int.from_bytes(stream.read(8), "little")
         sizes[frozen] = os.path.getsize(file) - header

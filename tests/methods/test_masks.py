@@ -16,6 +16,7 @@ from helpers import Net, assert_same, batches, bert, collate, copied, differs, h
 from steadytune import (
     EMA,
     L2SP,
+    LLRD,
     METHODS,
     SIFT,
     SWA,
@@ -236,6 +237,65 @@ def test_sift_trains_its_support_and_the_whole_head():
             assert moved.all()
         else:
             assert not moved[~run[SIFT].masks[name]].any()
+
+
+def test_sift_decays_what_it_does_not_mask_and_its_trained_entries_only_when_asked():
+    """One step of SGD by hand: w - lr * g without decay, w - lr * (g + 0.5 * w) with it; the head always decays."""
+    for decay in (False, True):
+        model = bert(dropout=0.0, dtype=torch.float64)
+        before = copied(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+        run = run_of(SIFT(keep=0.2, decay=decay), model, optimizer=optimizer)
+        run.loss(batches(1)[0]).backward()
+        gradient = {n: p.grad.clone() for n, p in model.named_parameters()}
+        optimizer.step()
+        for name, p in model.named_parameters():
+            mask = run[SIFT].masks.get(name, torch.ones_like(p, dtype=torch.bool))
+            rate = 0.5 if decay or name.startswith("classifier") else 0.0
+            step = 0.1 * (gradient[name] + rate * before[name])
+            assert torch.allclose(p.detach()[mask], (before[name] - step)[mask], atol=1e-12, rtol=0), (decay, name)
+            assert torch.equal(p.detach()[~mask], before[name][~mask])
+
+
+def test_sift_splits_groups_that_decay_and_keeps_their_options():
+    """What is not in its scope stays where it was; a group without decay is left whole; LLRD's rates stay."""
+    model = bert()
+    named = dict(model.named_parameters())
+    biases = [p for n, p in named.items() if n.endswith("bias")]
+    others = [p for n, p in named.items() if not n.endswith("bias")]
+    optimizer = torch.optim.AdamW(
+        [{"params": others, "lr": 2e-3}, {"params": biases, "weight_decay": 0.0}], lr=1e-3, weight_decay=0.1
+    )
+    run_of(SIFT(scope="linear"), model, optimizer=optimizer)
+    first, second, third = optimizer.param_groups
+    linear = {id(named[n]) for n in named if n.endswith("weight") and "LayerNorm" not in n and "embeddings" not in n}
+    linear -= {id(named["classifier.weight"])}
+    assert (first["weight_decay"], second["weight_decay"], first["lr"], second["lr"]) == (0.1, 0.0, 2e-3, 2e-3)
+    assert {id(p) for p in second["params"]} == linear
+    assert {id(p) for p in first["params"]} == {id(p) for p in others} - linear
+    assert third["params"] == biases
+    rates = []
+    for order in ([LLRD(decay=0.5), SIFT()], [SIFT(), LLRD(decay=0.5)]):
+        run = run_of(order, model := bert())
+        rates.append({w.name: (w.group["lr"], w.group["weight_decay"]) for w in run.weights()})
+        assert sum(len(g["params"]) for g in run.optimizer.param_groups) == len(list(model.parameters()))
+    assert rates[0] == rates[1]
+    assert len({lr for lr, _ in rates[0].values()}) == 4
+
+
+def test_a_state_from_before_sift_had_an_option_for_decay_resumes_with_decay_or_says_so():
+    run = train(run_of(SIFT(keep=0.1, decay=True)), batches(2))
+    saved = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict()))
+    del saved[1]["steadytune"]["recipe"][0]["decay"]
+    with pytest.raises(ValueError, match=r"SIFT\.decay was True when the state was saved and is False here"):
+        run_of(SIFT(keep=0.1)).optimizer.load_state_dict(saved[1])
+    again = run_of(SIFT(keep=0.1, decay=True))
+    again.model.load_state_dict(saved[0])
+    again.optimizer.load_state_dict(saved[1])
+    for both in (run, again):
+        torch.manual_seed(3)
+        train(both, batches(2, seed=5))
+    assert_same(copied(again.model), copied(run.model))
 
 
 # ---------------------------------------------------------------- two draws

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import UsageError
+from .method import entry
 
 if TYPE_CHECKING:
     from .method import Method, Weight
@@ -166,12 +167,14 @@ def check_optimizer(optimizer: Any, changing: Sequence[str]) -> None:
         )
 
 
-def check_methods(here: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
+def check_methods(methods: Sequence[Method], saved: Sequence[Mapping[str, Any]]) -> None:
     """Raise, naming the difference, unless a state was saved by these methods (see `steadytune.core.method.entry`)."""
+    here = [entry(m) for m in methods]
     names, theirs = [r["name"] for r in here], [r["name"] for r in saved]
     if names != theirs:
         raise ValueError(f"the state was saved by the methods {theirs}, this run has {names}: resume with the same")
-    for mine, other in zip(here, saved, strict=True):
+    for method, mine, other in zip(methods, here, saved, strict=True):
+        other = {**method.implied, **other}
         for field in sorted({*mine, *other}):
             if mine.get(field) != other.get(field):
                 raise ValueError(

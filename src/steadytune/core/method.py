@@ -77,6 +77,7 @@ class Method:
     copies: ClassVar[int] = 1  # copies of the batch in the one forward (R-Drop: 2)
     hidden_states: ClassVar[bool] = False  # whether the task's outputs must hold those of all blocks
     null: ClassVar[dict[str, Any] | None] = None  # the setting at which it is plain fine-tuning, bit for bit
+    implied: ClassVar[dict[str, Any]] = {}  # fields added later: the value that records and states without them mean
     exclusive: ClassVar[str | None] = None  # at most one method of this name acts on a weight ("anchor", "average")
     structure: ClassVar[bool] = False  # changes the model or what of it is trained: before all that look at weights
     draws_weights: ClassVar[bool] = False  # its weights depend on the methods' seed from the start: no soup over seeds

@@ -908,7 +908,7 @@ class Run:
             raise ValueError(
                 f"this state has format {state['format']}, this version of steadytune reads up to {FORMAT}: update it"
             )
-        check_methods([entry(m) for m in self.methods], state["recipe"])
+        check_methods(self.methods, state["recipe"])
         if state["seed"] != self.seed:
             raise ValueError(f"the methods' seed was {state['seed']} when the state was saved, it is {self.seed} here")
         self._loaded_total = state["total_steps"]

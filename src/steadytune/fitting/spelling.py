@@ -15,13 +15,18 @@ if TYPE_CHECKING:
 
 
 def method_record(method: Method) -> dict[str, Any]:
-    """Name and every option of a method, ready for JSON, which has no infinity: that becomes text."""
+    """Name and options of a method, ready for JSON, which has no infinity: that becomes text.
+
+    Options that were added later (`Method.implied`) are left out where they mean what older records mean, so that the
+    ids of old studies stay valid.
+    """
     from ..core.method import entry
     from ..methods import METHODS
 
     options = entry(method)
     kind = options.pop("name")
     names = {cls: name for name, cls in METHODS.items()}
+    options = {key: v for key, v in options.items() if key not in method.implied or v != method.implied[key]}
     infinite = {name: repr(value) for name, value in options.items() if value in (inf, -inf)}
     return {"name": names.get(type(method), kind), "options": options | infinite}
 

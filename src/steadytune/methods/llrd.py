@@ -9,15 +9,13 @@ With L blocks, l = 0 at the input:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from ..core import Method, Run, Within
 from ..core.anatomy import blocks, depths
 from ..core.facts import Paper
-
-PER_PARAMETER = ("params", "param_names")  # lists in an optimizer's group with one entry for each parameter
+from .bases.groups import split
 
 
 @dataclass
@@ -65,18 +63,4 @@ class LLRD(Method):
             id(run.model.get_parameter(name)): self.decay ** (top - depth) for name, depth in depths(run.model).items()
         }
         groups = run.optimizer.param_groups
-        groups[:] = [part for group in groups for part in split(group, factors)]
-
-
-def split(group: Mapping[str, Any], factors: Mapping[int, float]) -> list[dict[str, Any]]:
-    """One group for each factor, the largest first: what is logged as the learning rate is that of the first group."""
-    of_each = [factors.get(id(p), 1.0) for p in group["params"]]
-    parts = []
-    for factor in sorted(set(of_each), reverse=True):
-        held = {
-            key: [entry for entry, own in zip(group[key], of_each, strict=True) if own == factor]
-            for key in PER_PARAMETER
-            if key in group
-        }
-        parts.append({**group, **held, "lr": group["lr"] * factor})
-    return parts
+        groups[:] = [part for group in groups for part in split(group, "lr", factors)]

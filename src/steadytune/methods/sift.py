@@ -1,7 +1,7 @@
 """SIFT: train the few entries whose gradient is largest at the start, and nothing else.
 
 M = [|g| among the largest keep of its tensor], g = gradient of the first batches at the pre-trained weights
-W <- W + M * update
+W <- W + M * update                                    of the optimizer, without weight decay
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from ..core import Run, Scope, Weight, Within, select
 from ..core.facts import Cost, Paper
 from ..core.step import Inputs
+from .bases.groups import split
 from .bases.static_mask import Batch, StaticMask, Tensors, top_masks
 
 
@@ -22,28 +23,38 @@ class SIFT(StaticMask):
     """Train a fixed, sparse part of each weight, chosen by the first gradients; a new head is trained whole.
 
     Args:
-        keep: share of entries of each tensor that is trained; the authors' 0.008. Up to 1/16, an index of 8
-            bytes for each of them is held beside the mask. So few want a larger learning rate than all.
-        batches: batches of an optimizer step whose mean gradient chooses.
-        scope: which weights are trained sparsely. All others train as usual: freeze those that shall not.
-        frozen: the other entries stay bit for bit, so that `steadytune.delta` stores the run in little space. Costs 4
-            bytes per weight during a step. False leaves them to momentum and decay: the same without weight decay.
+        keep: Share of the entries of each tensor that is trained; 0.008 in the authors' scripts. So few entries want a
+            larger learning rate than full fine-tuning. Up to a share of 1/16, the method holds an index of 8 bytes for
+            each trained entry beside the mask.
+        batches: Number of batches whose mean gradient chooses the entries, each as large as an optimizer step's.
+        scope: Weights that are trained sparsely. All others train as usual: freeze those that are not to be trained.
+        frozen: Whether the other entries stay bit for bit, so that `steadytune.delta` stores the run in little space.
+            This costs 4 bytes per weight during a step. With False, momentum may move them, and so may weight decay if
+            ``decay`` is on.
+        decay: Whether the optimizer's weight decay acts on the weights of ``scope``. The authors' code decays a vector
+            of increments, which is 0 before each step, so that their sparse weights never decay. False sets the decay
+            of these weights to 0 in the optimizer, whose groups are split for it. List SIFT before methods that take
+            over the decay of the optimizer (`L2SP`, `RecAdam`).
 
-    Gradients and optimizer state are as large as in plain fine-tuning; what is small is the difference to the
-    pre-trained model.
+    The gradient and the optimizer's state are as large as in full fine-tuning. What is small is the difference between
+    the trained and the pre-trained model. Checkpoints written before ``decay`` existed hold runs whose trained entries
+    decay: they resume with ``decay=True``, and with the default there is an error that says so.
 
     Departures:
-        Several batches choose, not one; the batch that chooses is no training step; an update acts at once, where the
-        authors' code applies it in the next backward pass and loses the last; ``ceil(n * keep)`` entries where the
-        authors keep ``int(n * keep) + 1``; their scripts train four matrices of each block and the head only.
+        Several batches choose the entries, where the authors take one. The batch that chooses is no training step. An
+        update acts at once; the authors' code applies it in the next backward pass and loses the last one. ``ceil(n *
+        keep)`` entries are trained, ``int(n * keep) + 1`` there. The authors' scripts train four matrices of each block
+        and the head, and freeze the rest.
     """
 
     keep: Annotated[float, Within("(0, 1]")] = 0.008
     batches: Annotated[int, Within("[1, inf)")] = 8
     scope: Scope = "all"
     frozen: bool = True
+    decay: bool = False
 
-    null: ClassVar = {"keep": 1.0}
+    null: ClassVar = {"keep": 1.0, "decay": True}
+    implied: ClassVar = {"decay": True}
     cost: ClassVar = Cost(held={"": 1})
     paper: ClassVar = Paper(
         authors=("Weixi Song", "Zuchao Li", "Lefei Zhang", "Hai Zhao", "Bo Du"),
@@ -62,6 +73,13 @@ class SIFT(StaticMask):
                 "scope, or leave SIFT out"
             )
 
+    def attach(self, run: Run) -> None:
+        assert run.optimizer is not None
+        if not self.decay:
+            still = {id(w.parameter): 0.0 for w in run.weights(self, self.scope) if not w.head}
+            groups = run.optimizer.param_groups
+            groups[:] = [part for group in groups for part in undecayed(group, still)]
+
     def choose(self, run: Run, weights: Sequence[Weight], batches: Iterable[Batch]) -> Tensors:
         first: list[Inputs] = []
         for batch in islice(batches, self.batches):
@@ -71,3 +89,8 @@ class SIFT(StaticMask):
         gradient = run.gradient(first, dropout_seed=run.draw_seed("sift", rank=True))
         scope = {w.name for w in select(weights, self.scope) if not w.head}
         return top_masks(run, {n: g.abs() for n, g in gradient.items() if n in scope}, self.keep, "tensor")
+
+
+def undecayed(group: dict[str, Any], factors: Mapping[int, float]) -> list[dict[str, Any]]:
+    """The parts of a group after its weight decay was multiplied; the group itself where nothing decays."""
+    return split(group, "weight_decay", factors) if group.get("weight_decay") else [group]

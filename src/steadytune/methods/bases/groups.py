@@ -1,0 +1,30 @@
+"""Parameter groups of an optimizer, split where a method sets an option for some of a group's weights only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+PER_PARAMETER = ("params", "param_names")  # lists in an optimizer's group with one entry for each parameter
+
+
+def split(group: Mapping[str, Any], option: str, factors: Mapping[int, float]) -> list[dict[str, Any]]:
+    """The parts of a group, one for each factor of ``option``, the largest first.
+
+    What is logged as the learning rate of a training is that of the first group.
+
+    Args:
+        group: A parameter group of an optimizer.
+        option: A number that the group holds, such as ``"lr"``.
+        factors: What to multiply ``option`` by, by the `id` of a parameter; 1 for all others.
+    """
+    of_each = [factors.get(id(p), 1.0) for p in group["params"]]
+    parts = []
+    for factor in sorted(set(of_each), reverse=True):
+        held = {
+            key: [entry for entry, own in zip(group[key], of_each, strict=True) if own == factor]
+            for key in PER_PARAMETER
+            if key in group
+        }
+        parts.append({**group, **held, option: group[option] * factor})
+    return parts
