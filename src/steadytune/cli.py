@@ -139,6 +139,12 @@ def fit(
     max_length: Annotated[
         int | None, _option(TRAINING, "Tokens per row. [dim]\\[default: 128, or the model's limit][/]")
     ] = None,
+    prompt: Annotated[
+        str | None,
+        _option(
+            TRAINING, "Text before each row's first text, as in 'query: '; name:query takes it from the model's folder."
+        ),
+    ] = None,
     dropout: Annotated[
         float | None, _option(TRAINING, "One probability for all dropout. [dim]\\[default: the model's own][/]")
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..data.problem import Problem
+from ..heads.sentence_folder import prompts_words
 from ..pages.words import (
     NONE,
     bounds_words,
@@ -122,7 +124,11 @@ def _usage(record: Mapping[str, Any]) -> Iterator[str]:
 def _snippet(record: Mapping[str, Any]) -> Iterator[str]:
     """Python that runs in the folder of the model: with transformers alone where they can load it."""
     recipe, columns = record["recipe"], record["columns"]["text"]
-    texts = ", ".join(f'["A text to put in column {column}."]' for column in columns)
+    prompts = [recipe.get("prompt", ""), *[""] * (len(columns) - 1)]
+    texts = ", ".join(
+        f"[{json.dumps(f'{prompt}A text to put in column {column}.', ensure_ascii=False)}]"
+        for prompt, column in zip(prompts, columns, strict=True)
+    )
     if _library(recipe) != "transformers":
         pair = ", ".join(f'"A text to put in column {column}."' for column in columns)
         yield "from steadytune.fitting.fitted_model import FittedModel\n"
@@ -192,6 +198,7 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
         f"- {recipe['optimizer']}; learning rate {recipe['lr']}, {recipe['batch_size'] * recipe['accumulation']} "
         f"rows a step, {recipe['steps']} steps planned, weight decay {recipe['weight_decay']}"
     )
+    yield from _prompt(record)
     yield "- dropout: " + (", ".join(f"{name} {value:g}" for name, value in recipe["dropout"].items()) or "none")
     for i, run in enumerate(record["runs"]):
         seeds = ", ".join(f"{name} {value}" for name, value in run["seeds"].items())
@@ -211,6 +218,17 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
     if record.get("threshold") is not None:
         yield f"- threshold: {record['threshold']:.4f}, above which `steadytune predict` gives a class; others use 0.5"
     yield f"- made with steadytune {record['versions']['steadytune']}, every option in steadytune.json\n"
+
+
+def _prompt(record: Mapping[str, Any]) -> Iterator[str]:
+    """What stands before the texts, or what might."""
+    prompt, known = record["recipe"].get("prompt"), record.get("prompts")
+    if prompt:
+        shown = _cell(json.dumps(prompt, ensure_ascii=False))
+        yield f"- prompt: {shown} before each row's first text; `steadytune predict` puts it there, other code has to"
+    elif known:
+        shown = _cell(prompts_words(known))
+        yield f"- the base model was trained with a prompt before each text ({shown}); here is none"
 
 
 # ---- how good it is ---------------------------------------------------------------------------------------------

@@ -12,22 +12,32 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import UsageError
 
 
-def tokenise(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> list[dict[str, Any]]:
-    """One feature dictionary per row, unpadded, cut to ``max_length`` tokens (None: whole)."""
+def tokenise(
+    rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int | None, prompt: str = ""
+) -> list[dict[str, Any]]:
+    """One feature dictionary per row, unpadded, cut to ``max_length`` tokens (None: whole).
+
+    The prompt stands before the first text of each row.
+    """
+    texts = [f"{prompt}{text}" for text in rows["text"]]
     pairs = rows["text_pair"].tolist() if "text_pair" in rows else None
     cut: dict[str, Any] = {"truncation": True, "max_length": max_length} if max_length is not None else {}
-    encoded = tokenizer(rows["text"].tolist(), pairs, verbose=False, **cut)
+    encoded = tokenizer(texts, pairs, verbose=False, **cut)
     return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 
 
 def token_counts(
-    rows: pd.DataFrame, features: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, limit: int
+    rows: pd.DataFrame,
+    features: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    prompt: str = "",
 ) -> list[int]:
     """Tokens of every row before anything is cut at ``limit``; only rows of that length are tokenised again."""
     counts = np.array([len(feature["input_ids"]) for feature in features])
     full = np.flatnonzero(counts == limit)
     if len(full):
-        counts[full] = [len(f["input_ids"]) for f in tokenise(rows.iloc[full], tokenizer, None)]
+        counts[full] = [len(f["input_ids"]) for f in tokenise(rows.iloc[full], tokenizer, None, prompt)]
     return counts.tolist()
 
 

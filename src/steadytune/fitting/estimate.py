@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from .encoding import tokenise
 from .fit_trainer import ByLength
 from .memory import peak_memory
 from .training import Job, Setup
@@ -81,11 +80,7 @@ def estimate(make_setup: Callable[[Path], Setup], jobs: Sequence[Job], plan: Pla
     padded = per_step(lengths[list(ByLength(lengths, size, trainer.args.data_seed or 0))], size, steps)
     timed = np.resize(padded, len(clock.seconds))[1:]
     per_token = float(np.sum(clock.seconds[1:]) / np.sum(timed))
-    tests = sum(
-        len(f["input_ids"])
-        for rows in plan.data.tests.values()
-        for f in tokenise(rows, setup.pretrained.tokenizer, setup.pretrained.max_length)
-    )
+    tests = sum(len(f["input_ids"]) for rows in plan.data.tests.values() for f in setup.pretrained.tokenise(rows))
     trainings = plan.num_seeds + (plan.folds if plan.refit else 0) + plan.distil
     evaluated = trainings + (trainings * plan.options.evaluations)
     seconds = trainings * plan.steps * padded.mean() * per_token + evaluated * tests * per_token * FORWARD

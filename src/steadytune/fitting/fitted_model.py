@@ -40,6 +40,7 @@ class FittedModel:
         text: the text columns of tables: one, or two for pairs.
         label: the label column.
         max_length: tokens per row.
+        prompt: what stands before the first text of every row.
         bf16: bfloat16 autocast, as in training.
         constant: What a model answers that reads no text, as `Problem.constant` gives it for the training rows; it is
             the baseline of scores.
@@ -54,12 +55,13 @@ class FittedModel:
         text: Sequence[str] = ("text",),
         label: str = "label",
         max_length: int = 128,
+        prompt: str = "",
         bf16: bool = False,
         constant: np.ndarray | None = None,
     ) -> None:
         self.models, self.tokenizer, self.problem = list(models), tokenizer, problem
         self.text, self.label, self.max_length, self.bf16 = tuple(text), label, max_length, bf16
-        self.constant = constant
+        self.prompt, self.constant = prompt, constant
 
     @classmethod
     @as_found()
@@ -92,6 +94,7 @@ class FittedModel:
             text=columns["text"],
             label=columns["label"],
             max_length=recipe["max_length"],
+            prompt=recipe.get("prompt", ""),
             bf16=recipe["bf16"],
             constant=constant_of(record),
         )
@@ -113,7 +116,7 @@ class FittedModel:
         return self._scores(frame, progress)
 
     def _scores(self, frame: pd.DataFrame, progress: bool) -> np.ndarray:
-        features = tokenise(frame, self.tokenizer, self.max_length)
+        features = tokenise(frame, self.tokenizer, self.max_length, self.prompt)
         found = [self.problem.activate(logits(m, self.tokenizer, features, self.bf16, progress)) for m in self.models]
         return np.mean(found, axis=0)
 
@@ -125,9 +128,9 @@ class FittedModel:
 
     def _tokens(self, frame: pd.DataFrame) -> list[int]:
         """Tokens of every row before it is cut, all of which the model must have."""
-        features = tokenise(frame, self.tokenizer, self.max_length)
+        features = tokenise(frame, self.tokenizer, self.max_length, self.prompt)
         check_vocabulary(features, self.models[0], "given", frame.index)
-        return token_counts(frame, features, self.tokenizer, self.max_length)
+        return token_counts(frame, features, self.tokenizer, self.max_length, self.prompt)
 
     def scores_of(self, predictions: pd.DataFrame) -> np.ndarray:
         """The scores behind a table of predictions that this model gave."""

@@ -355,12 +355,11 @@ def _mean_scores(model: FittedModel, tables: Sequence[pd.DataFrame], plan: Plan)
 
 def _calibrate(trained: Trained, plan: Plan, pretrained: Pretrained) -> float:
     """Fit a temperature on the validation rows and take it into the model."""
-    from .encoding import tokenise
     from .outputs import logits
     from .scale import rescale, temperature
 
     assert plan.select is not None
-    features = tokenise(plan.select, pretrained.tokenizer, pretrained.max_length)
+    features = pretrained.tokenise(plan.select)
     outputs = logits(trained.model, pretrained.tokenizer, features, plan.options.bf16)
     labels = plan.data.problem.ids(plan.select["label"].tolist())
     found = temperature(outputs, labels)

@@ -160,7 +160,8 @@ class _Judge:
         found_text, found_label = self.tables[0].columns
         self.fitted = FittedModel(
             [model.to(device()).eval()], pretrained.tokenizer, self.problem,
-            text=found_text, label=found_label, max_length=pretrained.max_length, constant=constant_of(record),
+            text=found_text, label=found_label, max_length=pretrained.max_length,
+            prompt=record.get("recipe", {}).get("prompt", ""), constant=constant_of(record),
         )  # fmt: skip
 
     def goodness(self, state: dict[str, Any]) -> float:

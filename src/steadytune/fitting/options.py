@@ -37,7 +37,10 @@ class Options:
         accumulation: forwards per optimizer step.
         steps: optimizer steps; by default 20 epochs, at least 400 and at most 2,000 steps.
         epochs: instead of steps.
-        max_length: tokens per row, longer ones are cut; by default 128 or the model's limit.
+        max_length: tokens per row, longer ones are cut; by default 128, or less where the model has fewer positions or
+            its sentence-transformers folder says fewer.
+        prompt: Text that stands before the first text of every row, in training and in `predict`, as in ``"query: "``;
+            ``"name:query"`` takes the prompt of that name from a sentence-transformers folder.
         dropout: one probability for every dropout of the model; by default as its config says.
         bf16: bfloat16 autocast; the weights themselves stay float32.
         lora: train low-rank adapters instead of all weights and merge them at the end; by default for models of more
@@ -75,6 +78,7 @@ class Options:
     steps: int | None = None
     epochs: float | None = None
     max_length: int | None = None
+    prompt: str | None = None
     dropout: float | None = None
     bf16: bool = False
     lora: bool | None = None
@@ -172,6 +176,8 @@ def python_value(name: str, value: Any, hint: Any) -> Any:
         return _of_type(name, value, whole, int, "a whole number")
     if hint is float:
         return _of_type(name, value, number, int if isinstance(value, Integral) else float, "a number")
+    if hint is str:
+        return _of_type(name, value, isinstance(value, str), str, "text")
     if typing.get_origin(hint) is Literal:
         return _of_type(name, value, isinstance(value, str), str, f"one of {', '.join(typing.get_args(hint))}")
     return value

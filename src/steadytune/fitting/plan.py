@@ -193,9 +193,13 @@ def open_model(plan: Plan) -> Pretrained:
     """Config and tokenizer of the model, before its weights."""
     from .pretrained import Pretrained
 
-    return Pretrained.open(
-        plan.model, plan.data.problem, dropout=plan.options.dropout, max_length=plan.options.max_length
+    options = plan.options
+    pretrained = Pretrained.open(
+        plan.model, plan.data.problem, dropout=options.dropout, max_length=options.max_length, prompt=options.prompt
     )
+    for note in pretrained.notes(options):
+        logger.info("%s", note)
+    return pretrained
 
 
 def make_setup(plan: Plan, pretrained: Pretrained, checkpoints: Path) -> Setup:
@@ -248,6 +252,7 @@ def fitted_model(plan: Plan, pretrained: Pretrained, models: Sequence[Any]) -> F
         text=table.text or (),
         label=table.label or "",  # found, if they were not given
         max_length=pretrained.max_length,
+        prompt=pretrained.prompt,
         bf16=plan.options.bf16,
         constant=plan.data.problem.constant(plan.data.train["label"]),
     )

@@ -7,11 +7,12 @@ import copy
 import functools
 import logging
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from torch import nn
 from transformers import (
@@ -28,11 +29,17 @@ from ..core.anatomy import anatomy
 from ..data.problem import Problem, Regression
 from ..errors import UsageError, one_line
 from ..heads.features import last_linear
+from ..heads.sentence_folder import SentenceFolder, prompts_words, sentence_folder
+from .encoding import tokenise
 from .scale import output_layer, rescale
+
+if TYPE_CHECKING:
+    from .options import Options
 
 logger = logging.getLogger("steadytune")
 
 MAX_LENGTH = 128
+NAMED = "name:"  # how a prompt begins that stands in the folder of a sentence encoder
 SHOWN = 4  # names of weights in a message
 
 
@@ -62,6 +69,8 @@ class Pretrained:
         max_length: tokens per row.
         dropout: the settings in force.
         classes: class names of the head in the checkpoint, in its order.
+        prompt: what stands before the first text of every row.
+        sentence: what a sentence-transformers folder says; None where the model is no such folder.
     """
 
     name: str
@@ -70,13 +79,21 @@ class Pretrained:
     max_length: int
     dropout: dict[str, float]
     classes: tuple[str, ...] = ()
+    prompt: str = ""
+    sentence: SentenceFolder | None = None
     _said: set[str] = field(default_factory=set)
 
     @classmethod
     def open(
-        cls, name: str, problem: Problem, *, dropout: float | None = None, max_length: int | None = None
+        cls,
+        name: str,
+        problem: Problem,
+        *,
+        dropout: float | None = None,
+        max_length: int | None = None,
+        prompt: str | None = None,
     ) -> Pretrained:
-        """Read config and tokenizer.
+        """Read config and tokenizer, and what a sentence-transformers folder says beside them.
 
         Raises:
             UsageError: no such model, no model, or one that cannot do what was asked for.
@@ -92,9 +109,27 @@ class Pretrained:
             in_force = set_dropout(config, dropout)
             skeleton = _skeleton(config)
         agree(config, tokenizer, skeleton, name)
-        length = token_limit(max_length, config, tokenizer, skeleton)
+        sentence = sentence_folder(name)
+        length = token_limit(max_length, config, tokenizer, skeleton, sentence)
         classes = tuple(str(before.id2label[i]) for i in range(before.num_labels))
-        return cls(name, config, tokenizer, length, in_force, classes)
+        return cls(name, config, tokenizer, length, in_force, classes, chosen_prompt(prompt, sentence, name), sentence)
+
+    def tokenise(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
+        """One feature dictionary per row, with the prompt, cut to the length."""
+        return tokenise(rows, self.tokenizer, self.max_length, self.prompt)
+
+    def notes(self, options: Options) -> Iterator[str]:
+        """What a sentence-transformers folder decides here, and what it says that was not asked for."""
+        if self.sentence is None:
+            return
+        trained, prompts = self.sentence.max_length, self.sentence.prompts
+        if options.max_length is None and trained == self.max_length < MAX_LENGTH:
+            yield f"max_length {trained}, as the sentence encoder was trained: --max-length changes it"
+        if options.prompt is None and prompts:
+            yield (
+                f"this sentence encoder was trained with a prompt before each text ({prompts_words(prompts)}), none is "
+                f"put there: try one with --prompt {NAMED}{next(iter(prompts))}"
+            )
 
     @functools.cached_property
     def bias(self) -> bool:
@@ -315,14 +350,38 @@ def _padded_positions(model: nn.Module) -> nn.Embedding | None:
     return next((table for table in tables if table.padding_idx is not None), None)
 
 
+def chosen_prompt(wanted: str | None, sentence: SentenceFolder | None, name: str) -> str:
+    """What stands before the first text of every row: what was asked for, else nothing.
+
+    Raises:
+        UsageError: a name that the folder has no prompt for.
+    """
+    if wanted is None or not wanted.startswith(NAMED):
+        return wanted or ""
+    key = wanted.removeprefix(NAMED)
+    known: Mapping[str, str] = {} if sentence is None else sentence.prompts
+    if key not in known:
+        held = f"its folder has {prompts_words(known) or 'none'}"
+        raise UsageError(f"model {name!r} has no prompt {key!r}: {held}. Write out the text itself as the prompt.")
+    return known[key]
+
+
 def token_limit(
-    wanted: int | None, config: Any, tokenizer: PreTrainedTokenizerBase, model: nn.Module | None = None
+    wanted: int | None,
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    model: nn.Module | None = None,
+    sentence: SentenceFolder | None = None,
 ) -> int:
-    """Tokens per row: what was asked for, else 128, never more than the model has positions for."""
+    """Tokens per row: what was asked for, else 128 or fewer if a sentence encoder was trained with fewer.
+
+    There are never more than the model has positions for.
+    """
     limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf)
     table = None if model is None else _padded_positions(model)
     if table is not None and table.padding_idx is not None:  # the first position is the one after the padding number
         limit = min(limit, table.num_embeddings - table.padding_idx - 1)
     if wanted is not None and wanted > limit:
         raise UsageError(f"max_length must be at most {int(limit)}, the model's limit, got {wanted}.")
-    return int(min(wanted or MAX_LENGTH, limit))
+    trained = MAX_LENGTH if sentence is None else sentence.max_length or MAX_LENGTH
+    return int(min(wanted or min(MAX_LENGTH, trained), limit))

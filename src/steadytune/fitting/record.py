@@ -87,6 +87,8 @@ def _record(plan: Plan, pretrained: Pretrained) -> dict[str, Any]:
     import transformers
 
     own = {key: value for key, value in dataclasses.asdict(plan.options).items() if not key.endswith("seed")}
+    del own["prompt"]  # below, as it stands before the texts
+    prompts = {} if pretrained.sentence is None else dict(pretrained.sentence.prompts)
     return {
         "format": 1,
         "status": "training",
@@ -100,6 +102,7 @@ def _record(plan: Plan, pretrained: Pretrained) -> dict[str, Any]:
             **own,
             "steps": plan.steps,
             "max_length": pretrained.max_length,
+            **({"prompt": pretrained.prompt} if pretrained.prompt else {}),
             "dropout": pretrained.dropout,
             "seeds": plan.options.seeds,
             "runs": plan.num_seeds,
@@ -108,6 +111,7 @@ def _record(plan: Plan, pretrained: Pretrained) -> dict[str, Any]:
             "refit": plan.folds if plan.refit else False,
             "metric": plan.metric,
         },
+        **({"prompts": prompts} if prompts else {}),
         "data": plan.data.describe(),
         "versions": {
             "steadytune": __version__,

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.guards import truncated
 from ..errors import UsageError, one_line
 from .card import model_card
-from .encoding import check_vocabulary, token_counts, tokenise
+from .encoding import check_vocabulary, token_counts
 from .peft_models import LORA_ABOVE, merged, unfit
 from .plan import evaluate, fitted_model
 from .record import storable
@@ -52,9 +52,9 @@ def rehearse(plan: Plan, pretrained: Pretrained, model: Any, record: Mapping[str
     chosen: dict[str, pd.DataFrame] = {}
     ends, cut = [], {}
     for name, rows in {"train": plan.data.train, **plan.data.tests}.items():
-        features = tokenise(rows, pretrained.tokenizer, pretrained.max_length)
+        features = pretrained.tokenise(rows)
         check_vocabulary(features, model, name, rows.index)
-        counts = token_counts(rows, features, pretrained.tokenizer, pretrained.max_length)
+        counts = token_counts(rows, features, pretrained.tokenizer, pretrained.max_length, pretrained.prompt)
         cut[name] = sum(count > pretrained.max_length for count in counts)
         finding = truncated(counts, pretrained.max_length, f"the {name} rows", list(rows.index))
         if finding:

@@ -29,7 +29,6 @@ from ..files import state
 from ..files.atomic import write_json
 from ..methods.bases.bilevel import BiLevel
 from .callbacks import Interrupt, KeepBest, KeepOutputs, Patience, Progress, StopAt, StopFailing
-from .encoding import tokenise
 from .fit_trainer import SOFT, FitTrainer, Trained, arguments, only_logits, weighted_loss
 from .folder import last_checkpoint
 from .options import Options
@@ -153,7 +152,7 @@ class Setup:
         rows = pd.concat(
             [part.iloc[np.linspace(0, len(part) - 1, min(len(part), TRIED)).astype(int)] for part in parts]
         )
-        features = tokenise(rows, self.pretrained.tokenizer, self.pretrained.max_length)
+        features = self.pretrained.tokenise(rows)
         answers = logits(found.model, self.pretrained.tokenizer, features, self.options.bf16)
         if self.problem.ordered:
             same = bool(np.std(answers) < CONSTANT * np.std(self.problem.ids(rows["label"].tolist())))
@@ -251,7 +250,7 @@ class Setup:
 
     def features(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
         """Tokens and labels, one dictionary per row."""
-        features = tokenise(rows, self.pretrained.tokenizer, self.pretrained.max_length)
+        features = self.pretrained.tokenise(rows)
         labels = rows[SOFT].tolist() if SOFT in rows else self.problem.ids(rows["label"].tolist())
         return [{**feature, "labels": label} for feature, label in zip(features, labels, strict=True)]
 

@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import UsageError
 
 MODULES = "modules.json"
+SHOWN = 4  # prompts in a message
 _FLAG = "pooling_mode_"  # versions up to 5.3 keep one truth value per mode, later ones the name of the mode
 _SHORT = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "weightedmean_tokens": "weightedmean"}
 
@@ -74,6 +75,12 @@ def sentence_folder(model: str | Path) -> SentenceFolder | None:
         default_prompt=whole.get("default_prompt_name"),
         parts=tuple(paths),
     )
+
+
+def prompts_words(prompts: Mapping[str, str]) -> str:
+    """Prompts with their names, as in ``query "query: ", passage "passage: "``."""
+    words = [f"{name} {json.dumps(prompt, ensure_ascii=False)}" for name, prompt in prompts.items()]
+    return ", ".join(words[:SHOWN]) + (", ..." if len(words) > SHOWN else "")
 
 
 def _mode(config: Mapping[str, Any]) -> str | None:
