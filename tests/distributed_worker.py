@@ -31,48 +31,8 @@ from transformers import (
 )
 from transformers import Trainer as StockTrainer
 
+import steadytune as st
 from helpers import LENGTH, VOCABULARY, arguments, collate, hash_dropout, hash_noise, llama, rows
-from steadytune import (
-    EMA,
-    FGM,
-    L2SP,
-    LLRD,
-    LNSR,
-    PGD,
-    R3F,
-    R4F,
-    SIFT,
-    SMART,
-    SWA,
-    VIBERT,
-    Adapters,
-    BiDrop,
-    BitFit,
-    BregmanProximal,
-    ChildTuningD,
-    ChildTuningF,
-    ClipNorm,
-    DPSDense,
-    DPSMix,
-    EasyAdapt,
-    Extrapolation,
-    HypergradientLR,
-    ImplicitTune,
-    MetaWeightNet,
-    Method,
-    Mixout,
-    RDrop,
-    RecAdam,
-    ReInit,
-    ROSEEnsemble,
-    ROSEFirst,
-    ROSESecond,
-    Run,
-    TopLayers,
-    Trainer,
-    Weight,
-    WeightMixup,
-)
 
 STEPS = 8  # stages of two: squares, masks, squares, masks
 ROWS = 8  # of one optimizer step, over all ranks and micro-batches
@@ -194,7 +154,7 @@ def optimizer_of(model: nn.Module, kind: str = "adamw") -> torch.optim.Optimizer
     return torch.optim.AdamW(model.parameters(), 3e-3, eps=1e-4, weight_decay=0.1)
 
 
-def take_step(run: Run, whole_batch: dict, *, micro: int = 2, before=None, sync: bool = False) -> None:
+def take_step(run: st.Run, whole_batch: dict, *, micro: int = 2, before=None, sync: bool = False) -> None:
     """One optimizer step of a plain loop; ``before(i)`` is called before micro-batch i and before the step.
 
     ``sync`` communicates after every micro-batch.
@@ -222,7 +182,7 @@ def plain(tree):
     return tree
 
 
-def train(run: Run, *, micro: int = 2, steps: int = STEPS, before=None, sync: bool = False) -> dict:
+def train(run: st.Run, *, micro: int = 2, steps: int = STEPS, before=None, sync: bool = False) -> dict:
     """Train; returns final weights (E), the raw ones of this rank (R), and states on the way."""
     model, states = run.model, []
     for t in range(run.index, steps):
@@ -242,32 +202,32 @@ def by_length(inputs: dict) -> torch.Tensor:
 
 
 DDP_RECIPES = {
-    "mix_ema": lambda: [DPSMix(**STAGES), EMA(0.8)],
-    "dense": lambda: [DPSDense(**STAGES), ClipNorm(0.5)],
-    "mixout_l2sp": lambda: [Mixout(keep=0.6), L2SP(0.3)],
-    "rdrop": lambda: [RDrop(2.0)],
-    "child_f": lambda: [ChildTuningF(0.5), SWA(0.25, every=2)],
-    "child_d": lambda: [ChildTuningD(0.3, scope="linear"), RecAdam(gamma=30.0)],
-    "child_d_example": lambda: [ChildTuningD(0.3, scope="linear", per="example", clip=1.0)],
-    "rose_first": lambda: [ROSEFirst(0.5)],
-    "rose_second": lambda: [ROSESecond(0.5)],
-    "rose_ensemble": lambda: [ROSEEnsemble(0.5)],
-    "bi_drop": lambda: [BiDrop(0.5, scope="linear")],
-    "sift": lambda: [SIFT(0.1, batches=2, scope="linear")],
-    "smart": lambda: [SMART(0.05, 0.05, noise=0.01, proximal=BregmanProximal(decay=0.5))],
-    "r3f": lambda: [R3F(scale=0.1)],
-    "r4f": lambda: [R4F(scale=0.1, detach_embedding=True)],
-    "lnsr": lambda: [LNSR(scale=0.2)],
-    "adversarial": lambda: [FGM(0.5), PGD(0.5, steps=2)],
-    "mixup": lambda: [WeightMixup(outer=outer_parts, lr=0.05)],
-    "mixup_difference": lambda: [WeightMixup(outer=outer_parts, lr=0.05, order="difference")],
-    "meta_weight_net": lambda: [MetaWeightNet(outer=outer_parts, lr=0.05)],
-    "implicit_tune": lambda: [ImplicitTune(outer=outer_parts, per="block", start=0.5, terms=2)],
-    "penalties": lambda: [RDrop(), R3F(scale=0.1), LNSR(scale=0.2)],
-    "beside": lambda: [VIBERT(beta=0.1), EasyAdapt(domain=by_length, drop=0.0), Extrapolation(0.5)],
-    "structure": lambda: [ReInit(), TopLayers(1), LLRD(0.5), EMA(0.8)],
-    "adapters": lambda: [Adapters(size=4)],
-    "bitfit": lambda: [BitFit()],
+    "mix_ema": lambda: [st.DPSMix(**STAGES), st.EMA(0.8)],
+    "dense": lambda: [st.DPSDense(**STAGES), st.ClipNorm(0.5)],
+    "mixout_l2sp": lambda: [st.Mixout(keep=0.6), st.L2SP(0.3)],
+    "rdrop": lambda: [st.RDrop(2.0)],
+    "child_f": lambda: [st.ChildTuningF(0.5), st.SWA(0.25, every=2)],
+    "child_d": lambda: [st.ChildTuningD(0.3, scope="linear"), st.RecAdam(gamma=30.0)],
+    "child_d_example": lambda: [st.ChildTuningD(0.3, scope="linear", per="example", clip=1.0)],
+    "rose_first": lambda: [st.ROSEFirst(0.5)],
+    "rose_second": lambda: [st.ROSESecond(0.5)],
+    "rose_ensemble": lambda: [st.ROSEEnsemble(0.5)],
+    "bi_drop": lambda: [st.BiDrop(0.5, scope="linear")],
+    "sift": lambda: [st.SIFT(0.1, batches=2, scope="linear")],
+    "smart": lambda: [st.SMART(0.05, 0.05, noise=0.01, proximal=st.BregmanProximal(decay=0.5))],
+    "r3f": lambda: [st.R3F(scale=0.1)],
+    "r4f": lambda: [st.R4F(scale=0.1, detach_embedding=True)],
+    "lnsr": lambda: [st.LNSR(scale=0.2)],
+    "adversarial": lambda: [st.FGM(0.5), st.PGD(0.5, steps=2)],
+    "mixup": lambda: [st.WeightMixup(outer=outer_parts, lr=0.05)],
+    "mixup_difference": lambda: [st.WeightMixup(outer=outer_parts, lr=0.05, order="difference")],
+    "meta_weight_net": lambda: [st.MetaWeightNet(outer=outer_parts, lr=0.05)],
+    "implicit_tune": lambda: [st.ImplicitTune(outer=outer_parts, per="block", start=0.5, terms=2)],
+    "penalties": lambda: [st.RDrop(), st.R3F(scale=0.1), st.LNSR(scale=0.2)],
+    "beside": lambda: [st.VIBERT(beta=0.1), st.EasyAdapt(domain=by_length, drop=0.0), st.Extrapolation(0.5)],
+    "structure": lambda: [st.ReInit(), st.TopLayers(1), st.LLRD(0.5), st.EMA(0.8)],
+    "adapters": lambda: [st.Adapters(size=4)],
+    "bitfit": lambda: [st.BitFit()],
 }
 TWO_DRAWS = ("rdrop", "rose_first", "rose_ensemble", "bi_drop", "penalties")
 
@@ -287,7 +247,7 @@ def ddp_recipe(name: str, kind: str = "adamw", *, micro: int = 2) -> dict:
     recipe = DDP_RECIPES[name]()
     # what changes the model or adds weights comes before the wrapper
     changing = name == "beside" or any(method.structure for method in recipe)
-    run = Run(model if changing else ddp(model), recipe, total_steps=STEPS, data=lambda: first_look(model))
+    run = st.Run(model if changing else ddp(model), recipe, total_steps=STEPS, data=lambda: first_look(model))
     run.attach(optimizer_of(model, kind))
     run.wrapper = ddp(model) if changing else run.wrapper  # as run.loss(batch, model=wrapper) does
     with hash_noise():
@@ -299,7 +259,7 @@ def unused(name: str) -> dict:
     model = bert()
     model.spare = nn.Linear(3, 3).double()
     wrapper = ddp(model, find_unused_parameters=True)
-    run = Run(wrapper, DDP_RECIPES[name](), total_steps=STEPS).attach(optimizer_of(model))
+    run = st.Run(wrapper, DDP_RECIPES[name](), total_steps=STEPS).attach(optimizer_of(model))
     with hash_noise():
         return train(run, steps=2)
 
@@ -310,7 +270,7 @@ def checkpointed(name: str, kind: str) -> dict:
     if kind != "none":
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": kind == "reentrant"})
-    run = Run(ddp(model), DDP_RECIPES[name](), total_steps=STEPS).attach(optimizer_of(model))
+    run = st.Run(ddp(model), DDP_RECIPES[name](), total_steps=STEPS).attach(optimizer_of(model))
     torch.manual_seed(100 + place()[0])
     try:
         return train(run, steps=2)
@@ -318,14 +278,14 @@ def checkpointed(name: str, kind: str) -> dict:
         return {"error": str(error)}
 
 
-class GlobalDraw(Mixout):
+class GlobalDraw(st.Mixout):
     """T2, naive: columns from torch's global generator, which dropout and data have moved differently per rank."""
 
     def columns(self, run, weight):
         return (torch.rand(1, weight.data.shape[1]) < self.keep).double()
 
 
-class Noisy(Mixout):
+class Noisy(st.Mixout):
     """Draws of the local batch's shape beside columns that all ranks must share: right with `Run.rng`."""
 
     def penalty(self, step):
@@ -351,9 +311,9 @@ class SharedDraw(Noisy):
 def draws() -> dict:
     """Final weights under each way to draw, ranks with unequal global state and unequal lengths of their batches."""
     found = {}
-    for method in (Mixout(0.6), Noisy(0.6), GlobalDraw(0.6), SharedDraw(0.6)):
+    for method in (st.Mixout(0.6), Noisy(0.6), GlobalDraw(0.6), SharedDraw(0.6)):
         model = bert()
-        run = Run(ddp(model), [method], total_steps=STEPS).attach(optimizer_of(model))
+        run = st.Run(ddp(model), [method], total_steps=STEPS).attach(optimizer_of(model))
         rank, world = place()
         torch.manual_seed(rank)
         for t in range(3):
@@ -372,7 +332,7 @@ def other(model: nn.Module) -> list[dict]:
 
 
 @dataclass
-class Extra(Method):
+class Extra(st.Method):
     """One more gradient in the middle of a step; T19: parking references to ``.grad`` only, when ``naive``."""
 
     naive: bool = False
@@ -418,7 +378,7 @@ DDP_OPTIONS: dict[str, dict] = {
 
 def gradient(options: str = "plain", *, naive: bool = False, micro: int = 2) -> dict:
     model = bert()
-    run = Run(ddp(model, **DDP_OPTIONS[options]), [DPSMix(**STAGES), Extra(naive)], total_steps=STEPS)
+    run = st.Run(ddp(model, **DDP_OPTIONS[options]), [st.DPSMix(**STAGES), Extra(naive)], total_steps=STEPS)
     run.attach(optimizer_of(model))
     return {**train(run, steps=5, micro=micro), "seen": run[Extra].seen}
 
@@ -429,7 +389,7 @@ def static_graph() -> dict:
     for name in ("torch", "ours"):
         model = bert()
         wrapper = DistributedDataParallel(model, static_graph=True)
-        run = Run(wrapper, [DPSDense(**STAGES)], total_steps=STEPS).attach(optimizer_of(model))
+        run = st.Run(wrapper, [st.DPSDense(**STAGES)], total_steps=STEPS).attach(optimizer_of(model))
         mine, at = parts(batch(0, model), *place(), 2)[0], "forward"
         try:
             with wrapper.no_sync():
@@ -440,7 +400,7 @@ def static_graph() -> dict:
             found[name] = f"{at}: {error}"
     for name, sync in (("one micro-batch", False), ("synced", True)):
         model = bert()
-        run = Run(DistributedDataParallel(model, static_graph=True), DDP_RECIPES["dense"](), total_steps=STEPS)
+        run = st.Run(DistributedDataParallel(model, static_graph=True), DDP_RECIPES["dense"](), total_steps=STEPS)
         run.attach(optimizer_of(model))
         found[name] = train(run, micro=1 + sync, sync=sync)
     return {**found, "gradient": gradient("static", micro=1)}
@@ -452,7 +412,7 @@ def checkpointing(kind: str) -> dict:
     if kind != "none":
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": kind == "reentrant"})
-    run = Run(ddp(model), [RDrop(1.0), DPSMix(**STAGES)], total_steps=STEPS).attach(optimizer_of(model))
+    run = st.Run(ddp(model), [st.RDrop(1.0), st.DPSMix(**STAGES)], total_steps=STEPS).attach(optimizer_of(model))
     torch.manual_seed(100 + place()[0])
     return train(run)
 
@@ -460,26 +420,26 @@ def checkpointing(kind: str) -> dict:
 # ---------------------------------------------------------------------- FSDP2
 
 
-def has_gradient(weight: Weight) -> bool:
+def has_gradient(weight: st.Weight) -> bool:
     """All but the biases of keys, whose gradient is round-off: attention does not change with them."""
     return not weight.name.endswith("c_attn.bias")
 
 
 SHARDED_RECIPES = {
-    "dense_tensor": (bert, lambda: [DPSDense(**STAGES)]),
-    "dense_global": (bert, lambda: [DPSDense(**STAGES, threshold="global", frozen=True), ClipNorm(0.5)]),
-    "one_output": (lambda: bert(labels=1), lambda: [DPSMix(**STAGES, frozen=True), EMA(0.8)]),
-    "mixout_l2sp_ema": (bert, lambda: [Mixout(keep=0.6), L2SP(0.3), EMA(0.8), ClipNorm(0.5)]),
-    "child_f": (bert, lambda: [ChildTuningF(0.5), SWA(0.25, every=2)]),
-    "child_d": (bert, lambda: [ChildTuningD(0.3, scope="linear", frozen=True), RecAdam(gamma=30.0)]),
-    "rose_first": (lambda: hash_dropout(bert()), lambda: [ROSEFirst(0.5), EMA(0.8)]),
-    "rose_second": (bert, lambda: [ROSESecond(0.5), EMA(0.8)]),
-    "bi_drop": (lambda: hash_dropout(bert()), lambda: [BiDrop(0.5, scope="linear"), EMA(0.8)]),
-    "sift": (bert, lambda: [SIFT(0.05, batches=2, scope="linear")]),
-    "conv1d": (gpt2, lambda: [Mixout(keep=0.6), DPSMix(**STAGES), EMA(0.8)]),
-    "rates": (bert, lambda: [Extrapolation(0.5), HypergradientLR(0.3), EMA(0.8)]),
-    "random_penalties": (bert, lambda: [R3F(scale=0.1), R4F(scale=0.1), EMA(0.8)]),
-    "everywhere": (gpt2, lambda: [DPSMix(**STAGES, scope=has_gradient, threshold="global"), L2SP(0.3)]),
+    "dense_tensor": (bert, lambda: [st.DPSDense(**STAGES)]),
+    "dense_global": (bert, lambda: [st.DPSDense(**STAGES, threshold="global", frozen=True), st.ClipNorm(0.5)]),
+    "one_output": (lambda: bert(labels=1), lambda: [st.DPSMix(**STAGES, frozen=True), st.EMA(0.8)]),
+    "mixout_l2sp_ema": (bert, lambda: [st.Mixout(keep=0.6), st.L2SP(0.3), st.EMA(0.8), st.ClipNorm(0.5)]),
+    "child_f": (bert, lambda: [st.ChildTuningF(0.5), st.SWA(0.25, every=2)]),
+    "child_d": (bert, lambda: [st.ChildTuningD(0.3, scope="linear", frozen=True), st.RecAdam(gamma=30.0)]),
+    "rose_first": (lambda: hash_dropout(bert()), lambda: [st.ROSEFirst(0.5), st.EMA(0.8)]),
+    "rose_second": (bert, lambda: [st.ROSESecond(0.5), st.EMA(0.8)]),
+    "bi_drop": (lambda: hash_dropout(bert()), lambda: [st.BiDrop(0.5, scope="linear"), st.EMA(0.8)]),
+    "sift": (bert, lambda: [st.SIFT(0.05, batches=2, scope="linear")]),
+    "conv1d": (gpt2, lambda: [st.Mixout(keep=0.6), st.DPSMix(**STAGES), st.EMA(0.8)]),
+    "rates": (bert, lambda: [st.Extrapolation(0.5), st.HypergradientLR(0.3), st.EMA(0.8)]),
+    "random_penalties": (bert, lambda: [st.R3F(scale=0.1), st.R4F(scale=0.1), st.EMA(0.8)]),
+    "everywhere": (gpt2, lambda: [st.DPSMix(**STAGES, scope=has_gradient, threshold="global"), st.L2SP(0.3)]),
 }
 
 
@@ -491,7 +451,7 @@ LOOKS = [
 ]
 
 
-def looking(run: Run, when: str, seen: list):
+def looking(run: st.Run, when: str, seen: list):
     """An evaluation in the middle of training: between steps, between micro-batches, before the optimizer's step."""
 
     def before(t: int, i: int) -> None:
@@ -510,10 +470,10 @@ def sharded(name: str, *, run_first: bool = True, look: str = "never", kind: str
     make, recipe = SHARDED_RECIPES[name]
     model = make()
     if run_first:
-        run = Run(model, recipe(), total_steps=STEPS, data=lambda: first_look(model))
+        run = st.Run(model, recipe(), total_steps=STEPS, data=lambda: first_look(model))
         shard(model)
     else:
-        run = Run(shard(model), recipe(), total_steps=STEPS)
+        run = st.Run(shard(model), recipe(), total_steps=STEPS)
     run.attach(optimizer_of(model, kind))
     seen: list = []
     with hash_noise():
@@ -523,9 +483,9 @@ def sharded(name: str, *, run_first: bool = True, look: str = "never", kind: str
 def refusals() -> dict:
     """What the penalties that need a gradient at the embeddings, or whole weights, say to shards."""
     found = {}
-    for method in (SMART(), SMART(weight=0.0, proximal=BregmanProximal()), FGM()):
+    for method in (st.SMART(), st.SMART(weight=0.0, proximal=st.BregmanProximal()), st.FGM()):
         model = bert()
-        run = Run(model, [method], total_steps=STEPS).attach(optimizer_of(shard(model)))
+        run = st.Run(model, [method], total_steps=STEPS).attach(optimizer_of(shard(model)))
         try:
             run.loss(parts(batch(0, model), *place(), 1)[0])
         except RuntimeError as error:
@@ -536,7 +496,7 @@ def refusals() -> dict:
 def frozen_entries() -> dict:
     """Weights and optimizer state of unselected entries on this rank, before and after a step of stage II."""
     model = bert()
-    run = Run(model, [DPSDense(**STAGES, frozen=True)], total_steps=STEPS)
+    run = st.Run(model, [st.DPSDense(**STAGES, frozen=True)], total_steps=STEPS)
     run.attach(optimizer_of(shard(model)))
 
     def pieces(masks: dict) -> dict:
@@ -550,7 +510,7 @@ def frozen_entries() -> dict:
 
     for t in range(3):
         take_step(run, batch(t, model))
-    masks = plain(run[DPSDense].masks)
+    masks = plain(run[st.DPSDense].masks)
     before = pieces(masks)
     take_step(run, batch(3, model))
     return {"before": before, "after": pieces(masks), "masks": masks}
@@ -558,7 +518,7 @@ def frozen_entries() -> dict:
 
 def sharded_gradient() -> dict:
     model = bert()
-    run = Run(model, [DPSMix(**STAGES), Extra()], total_steps=STEPS)
+    run = st.Run(model, [st.DPSMix(**STAGES), Extra()], total_steps=STEPS)
     run.attach(optimizer_of(shard(model)))
     return {**train(run, steps=5), "seen": run[Extra].seen}
 
@@ -566,7 +526,7 @@ def sharded_gradient() -> dict:
 def statistics() -> dict:
     """Thresholds and norms over pieces, uneven and empty ones among them."""
     model = bert()
-    run = Run(model, [DPSDense(**STAGES)], total_steps=STEPS)
+    run = st.Run(model, [st.DPSDense(**STAGES)], total_steps=STEPS)
     run.attach(optimizer_of(shard(model)))
     pieces = {w.name: w.data for w in run.weights()}
     return {
@@ -580,7 +540,7 @@ def statistics() -> dict:
 def state_after_evaluation() -> dict:
     """The state of a run, before and after an evaluation leaves the root's parameters gathered."""
     model = bert()
-    run = Run(model, SHARDED_RECIPES["one_output"][1](), total_steps=STEPS)
+    run = st.Run(model, SHARDED_RECIPES["one_output"][1](), total_steps=STEPS)
     run.attach(optimizer_of(shard(model)))
     for t in range(3):
         take_step(run, batch(t, model))
@@ -604,13 +564,13 @@ def sharded_resume(way: str) -> dict:
         set_optimizer_state_dict,
     )
 
-    recipe = lambda: [DPSMix(**STAGES), L2SP(0.3), EMA(0.8)]  # noqa: E731
+    recipe = lambda: [st.DPSMix(**STAGES), st.L2SP(0.3), st.EMA(0.8)]  # noqa: E731
 
-    def build(shift: float) -> Run:
+    def build(shift: float) -> st.Run:
         model = bert()
         with torch.no_grad():
             model.classifier.weight.add_(shift)  # a new head is drawn anew in every process: its first values are saved
-        run = Run(model, recipe(), total_steps=STEPS)
+        run = st.Run(model, recipe(), total_steps=STEPS)
         return run.attach(optimizer_of(shard(model)))
 
     first = build(0.0)
@@ -676,23 +636,23 @@ def counted(outputs, labels, num_items_in_batch=None):
 
 
 TRAINER_RECIPES = {
-    "full": (bert, lambda: [DPSMix(**STAGES), L2SP(0.3), EMA(0.8)]),
-    "rdrop": (lambda: hash_dropout(bert()), lambda: [RDrop(2.0), DPSDense(**STAGES)]),
-    "counted": (lambda: hash_dropout(bert()), lambda: [RDrop(2.0), L2SP(0.3)]),
-    "child_d": (bert, lambda: [ChildTuningD(0.3, scope="linear"), SWA(0.25)]),
-    "tokens_sift": (lambda: llama(dtype=torch.float64), lambda: [SIFT(0.1, batches=2, scope="linear")]),
-    "tokens": (lambda: hash_dropout(llama(dtype=torch.float64)), lambda: [Mixout(keep=0.6), EMA(0.8)]),
+    "full": (bert, lambda: [st.DPSMix(**STAGES), st.L2SP(0.3), st.EMA(0.8)]),
+    "rdrop": (lambda: hash_dropout(bert()), lambda: [st.RDrop(2.0), st.DPSDense(**STAGES)]),
+    "counted": (lambda: hash_dropout(bert()), lambda: [st.RDrop(2.0), st.L2SP(0.3)]),
+    "child_d": (bert, lambda: [st.ChildTuningD(0.3, scope="linear"), st.SWA(0.25)]),
+    "tokens_sift": (lambda: llama(dtype=torch.float64), lambda: [st.SIFT(0.1, batches=2, scope="linear")]),
+    "tokens": (lambda: hash_dropout(llama(dtype=torch.float64)), lambda: [st.Mixout(keep=0.6), st.EMA(0.8)]),
     "tokens_smart": (
         lambda: hash_dropout(llama(dtype=torch.float64)),
-        lambda: [SMART(0.05, 0.05, noise=0.01), FGM(0.5)],
+        lambda: [st.SMART(0.05, 0.05, noise=0.01), st.FGM(0.5)],
     ),
-    "tokens_rdrop": (lambda: hash_dropout(llama(dtype=torch.float64)), lambda: [RDrop(2.0), DPSMix(**STAGES)]),
+    "tokens_rdrop": (lambda: hash_dropout(llama(dtype=torch.float64)), lambda: [st.RDrop(2.0), st.DPSMix(**STAGES)]),
 }
 
 
 def trainer_recipe(name: str, folder: Path, **changes) -> dict:
     make, recipe = TRAINER_RECIPES[name]
-    trainer = Trainer(
+    trainer = st.Trainer(
         model=make(),
         args=steps_of_sixteen(folder, **changes),
         train_dataset=rows(96, tokens="tokens" in name),
@@ -710,10 +670,10 @@ def trainer_recipe(name: str, folder: Path, **changes) -> dict:
 def trainer_resume(folder: Path) -> dict:
     """Uninterrupted, and from the checkpoint at step 3, in the middle of stage II."""
 
-    def make() -> Trainer:
-        recipe = [DPSMix(**STAGES), L2SP(0.3), EMA(0.8)]
+    def make() -> st.Trainer:
+        recipe = [st.DPSMix(**STAGES), st.L2SP(0.3), st.EMA(0.8)]
         args = steps_of_sixteen(folder, save_strategy="steps", save_steps=3)
-        return Trainer(model=bert(), args=args, train_dataset=rows(96), data_collator=collate, methods=recipe)
+        return st.Trainer(model=bert(), args=args, train_dataset=rows(96), data_collator=collate, methods=recipe)
 
     one = make()
     one.train()
@@ -734,7 +694,7 @@ def first_norms(folder: Path) -> dict:
     """Norm of the first gradient of a BERT classifier and of a language model: the stock Trainer and ours."""
     found = {}
     for name, make in (("bert", bert), ("llama", lambda: llama(dtype=torch.float64))):
-        for kind in (StockTrainer, Trainer):
+        for kind in (StockTrainer, st.Trainer):
             trainer = kind(
                 model=make(),
                 args=steps_of_sixteen(folder, max_steps=1, max_grad_norm=0.0),

@@ -76,6 +76,8 @@ BARE: dict[Any, Any] = {
     Path: Annotated[str, Rule("text")],
 }
 SHAPES = {
+    "string_type": "text",
+    "int_type": "a whole number",
     "tuple_type": "a list",
     "list_type": "a list",
     "dict_type": "names with values, as in `lr: 1.0e-4`",
