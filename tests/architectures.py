@@ -47,10 +47,21 @@ CONFIGS: dict[str, dict] = {
     "XLM": {"vocab_size": 30, "emb_dim": 8, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 20},
     "XLNet": {"vocab_size": 30, "d_model": 8, "n_layer": 2, "n_head": 2, "d_inner": 16},
 }
+OTHERS: dict[str, dict] = {  # for the tests of heads alone: their bodies are like those above
+    "BigBird": {**SIZES, "attention_type": "original_full"},
+    "Camembert": {**SIZES, **TOKENS},
+    "ConvBert": {**SIZES, "embedding_size": 8},
+    "Ernie": SIZES,
+    "Mistral": DECODER,
+    "OPT": {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 16}
+    | {"max_position_embeddings": 20, "word_embed_proj_dim": 8, **TOKENS},
+    "XLMRoberta": {**SIZES, **TOKENS},
+}
 
 
 def tiny(architecture: str, task: str = "SequenceClassification", **changes: object) -> PreTrainedModel:
-    config: PreTrainedConfig = getattr(transformers, architecture + "Config")(**CONFIGS[architecture] | changes)
+    sizes = {**CONFIGS, **OTHERS}[architecture]
+    config: PreTrainedConfig = getattr(transformers, architecture + "Config")(**sizes | changes)
     torch.manual_seed(0)
     model: PreTrainedModel = getattr(transformers, f"AutoModelFor{task}" if task else "AutoModel").from_config(config)
     return model.eval()
