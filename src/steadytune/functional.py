@@ -101,6 +101,18 @@ def jeffreys_to_constants(a: Tensor, b: Tensor) -> Tensor:
     return kl(a.detach(), b) + kl(b.detach(), a)
 
 
+def to_midpoint(a: Tensor, b: Tensor) -> Tensor:
+    """``KL(m || p_a) + KL(m || p_b)`` with the constant ``m = (p_a + p_b) / 2``, (..., classes) -> (...)."""
+    log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
+    log_m = torch.logaddexp(log_a, log_b).detach() - math.log(2)
+    return (log_m.exp() * (2 * log_m - log_a - log_b)).sum(-1)
+
+
+def mean_square(a: Tensor, b: Tensor) -> Tensor:
+    """Mean over classes of the squared difference of logits, (..., classes) -> (...)."""
+    return (a - b).square().mean(-1)
+
+
 def gaussian_kl(mean: Tensor, spread: Tensor, prior_mean: Tensor, prior_spread: Tensor) -> Tensor:
     """``KL(N(mean, spread^2) || N(prior_mean, prior_spread^2))`` of independent features, (..., width) -> (...)."""
     gap = (spread.square() + (mean - prior_mean).square()) / (2 * prior_spread.square())

@@ -464,6 +464,26 @@ def test_recadam_pulls_home_at_first_and_lets_go_in_the_end():
         assert_same(copied(model), {n: s + share for n, s in start.items()}, atol=1e-12)
 
 
+def test_recadam_with_the_authors_anneal_w_is_a_group_with_a_smaller_rate():
+    """anneal_w = 0.5 by hand: the task's update and the pull are halved, weight decay is not."""
+    lr, half, gamma, decay = 0.02, 0.5, 3.0, 0.25
+    model, references = Net(), copied(Net())
+    group = {"params": list(model.parameters()), "lr": half * lr, "weight_decay": decay / half}
+    method = RecAdam(gamma=gamma, t0=2.0, k=1.0, unit="steps")
+    run = run_of(method, model, optimizer=torch.optim.SGD([group], lr))
+    for t, batch in enumerate(points(4), start=1):
+        before = copied(model)
+        run.loss(batch).backward()
+        gradient = {n: p.grad.clone() for n, p in model.named_parameters()}
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        share = half / (1 + math.exp(-(t - 2.0)))
+        for n, p in model.named_parameters():
+            expected = before[n] - lr * share * gradient[n]
+            expected = expected - lr * (half - share) * gamma * (expected - references[n])
+            assert torch.allclose(p.detach(), expected - lr * decay * expected, atol=1e-14, rtol=0)
+
+
 @pytest.mark.parametrize(("total", "rate"), [(40, 0.25), (4, 1.0)])
 def test_ema_looks_back_over_a_tenth_of_the_training(total, rate):
     model = Net()

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers import batches, bert, collate, copied, hash_dropout, hash_noise, llama, rows
 from steadytune import FGM, LNSR, PGD, R3F, SMART, BregmanProximal, Method, RDrop, Run, Step, Trainer
 from steadytune.core.anatomy import input_embedding
-from steadytune.functional import jeffreys, jeffreys_to_constants, kl, odds_gap
+from steadytune.functional import jeffreys, jeffreys_to_constants, kl, odds_gap, to_midpoint
+from steadytune.methods.smart import DIVERGENCES
 
 ATOL = 1e-10
 
@@ -115,35 +116,29 @@ def test_the_projected_ascent_equals_the_equations(golden, case, monkeypatch):
     assert torch.allclose(loss, golden[f"{case}/proj_loss"], atol=ATOL, rtol=0)
 
 
-@dataclass
-class Summed(Watched):
-    """With the losses of smart-pytorch: sums over the batch, or the mean of one KL."""
-
-    inner: str = "kl"
-
-    def total(self, step, outputs, clean, divergence):
-        if self.inner == "kl":
-            return kl(clean, outputs["logits"]).mean()
-        return jeffreys_to_constants(outputs["logits"], clean).sum()
+NAMES = {"kl": "kl", "sym": "symmetric_kl", "js": "js", "mse": "l2"}  # smart-pytorch's -> ours
 
 
 @pytest.mark.parametrize("case", [0, 1])
 def test_the_published_variant_equals_smart_pytorch(golden, case, monkeypatch):
+    """Their symmetric KL is a sum over the batch; their KL is a mean, so that the step of its ascent is that of B."""
     golden = golden("smart_pytorch")
     meta, case = golden.meta["cases"][case], f"case{case}"
-    method = Summed(
+    mean = meta["batch"] if meta["inner_loss"] == "kl" else 1
+    method = Watched(
         meta["epsilon"],
-        meta["step_size"],
+        meta["step_size"] / mean,
         meta["num_steps"],
-        meta["batch"],  # a sum is so many times the mean
+        meta["batch"],
         projection=False,
         noise=meta["noise_var"],
-        inner=meta["inner_loss"],
+        divergence=NAMES[meta["last_loss"]],
+        ascent=NAMES[meta["inner_loss"]],
     )
     loss, ran, model = replay(golden, case, method, monkeypatch, golden[f"{case}/standard_normal"])
     assert len(ran.noises) == meta["num_steps"] + 1
     assert torch.allclose(torch.stack(ran.noises), golden[f"{case}/noise_ref"], atol=ATOL, rtol=0)
-    assert torch.allclose(torch.stack(ran.gradients), golden[f"{case}/noise_grad_ref"], atol=ATOL, rtol=0)
+    assert torch.allclose(torch.stack(ran.gradients) / mean, golden[f"{case}/noise_grad_ref"], atol=ATOL, rtol=0)
     assert torch.allclose(loss, golden[f"{case}/final_loss_ref"], atol=ATOL, rtol=0)
     check_gradients(golden, case, model)
 
@@ -155,6 +150,7 @@ LOSSES = {  # of (input, target), as mt-dnn names them
     "NsSymKl": lambda a, b: (odds_gap(a, b.detach()) + odds_gap(b, a.detach())).mean(),
     "Kl": lambda a, b: kl(b, a).mean(),
     "SymKl": lambda a, b: jeffreys_to_constants(a, b).mean(),
+    "Js": lambda a, b: to_midpoint(a, b).mean(),
 }
 
 
@@ -167,9 +163,83 @@ def test_losses_equal_mt_dnn(golden, name, case):
     assert torch.allclose(loss.detach(), golden[f"case{case}/{name}_ref64"], atol=ATOL, rtol=0)
     gradient = torch.autograd.grad(loss, a, retain_graph=True)[0]
     assert torch.allclose(gradient, golden[f"case{case}/{name}_grad_input_ref64"], atol=ATOL, rtol=0)
-    if name in ("NsSymKl", "SymKl"):
+    if name in ("NsSymKl", "Kl", "SymKl", "Js"):
         gradient = torch.autograd.grad(loss, b)[0]
         assert torch.allclose(gradient, golden[f"case{case}/{name}_grad_target_ref64"], atol=ATOL, rtol=0)
+
+
+# ---------------------------------------------------------------- which divergence
+
+
+def test_divergences_by_hand():
+    """p = (1/4, 3/4), q = (1/2, 1/2): the midpoint is (3/8, 5/8)."""
+    p, q = torch.tensor([0.25, 0.75]).double(), torch.tensor([0.5, 0.5]).double()
+    noisy, clean = p.log().requires_grad_(), q.log() + 3  # a shift of all logits changes l2 only
+    m = (p + q) / 2
+    expected = {
+        "kl": (q * (q / p).log()).sum(),
+        "symmetric_kl": ((p - q) * (p / q).log()).sum(),
+        "js": (m * (m / p).log()).sum() + (m * (m / q).log()).sum(),
+        "l2": (p.log() - q.log() - 3).square().mean(),
+    }
+    gradients = {"kl": p - q, "js": p - m}  # of the perturbed logits; the midpoint is a constant
+    for name, value in expected.items():
+        found = DIVERGENCES[name](noisy, clean)
+        assert torch.allclose(found.detach(), value, atol=1e-14, rtol=0), name
+        if name in gradients:
+            assert torch.allclose(torch.autograd.grad(found, noisy)[0], gradients[name], atol=1e-14, rtol=0), name
+
+
+@pytest.mark.parametrize("name", ["symmetric_kl", "kl", "js", "l2"])
+@pytest.mark.parametrize("projection", [True, False])
+def test_the_penalty_is_the_divergence_chosen_and_the_ascent_raises_it(name, projection):
+    """Of the perturbed and the clean logits, in this order, as a mean over examples."""
+    seen = {}
+
+    @dataclass
+    class Kept(Watched):
+        def penalty(self, step):
+            seen["value"] = super().penalty(step)
+            noisy = step.forward(dropout="same", add={self.embedding: self.noises[-1]})["logits"]
+            seen["logits"] = noisy.detach(), step.outputs["logits"].detach()
+            return seen["value"]
+
+    gaps = []
+    for steps in (0, 4):
+        method = Kept(0.05, 0.02, steps, projection=projection, noise=1e-2, divergence=name)
+        run_of(bert(dtype=torch.float64), method).loss(batches(1)[0])
+        gaps.append(float(seen["value"].detach()))
+        expected = DIVERGENCES[name](*seen["logits"]).mean()
+        assert torch.allclose(seen["value"].detach(), expected, atol=1e-12, rtol=0)
+    assert gaps[1] > 1.01 * gaps[0] > 0
+
+
+@pytest.mark.parametrize("ascent", ["symmetric_kl", "kl", "js", "l2", "log_odds"])
+def test_the_ascent_may_raise_another_divergence(ascent):
+    """The direction of the first step is the gradient of what the ascent raises, and of nothing else."""
+    model, inputs = bert(dropout=0.0, dtype=torch.float64), batches(1)[0]
+    run = run_of(model, Watched(0.1, 0.05, noise=0.02, ascent=ascent))
+    run.loss(inputs)
+    method = run[Watched]
+    noise = method.noises[0].clone().requires_grad_()
+    table = model.get_input_embeddings()
+    handle = table.register_forward_hook(lambda module, args, output: output + noise)
+    noisy = model(**inputs).logits
+    handle.remove()
+    value = DIVERGENCES[ascent](noisy, model(**inputs).logits.detach()).sum()
+    expected = torch.autograd.grad(value, noise)[0] * inputs["attention_mask"].unsqueeze(-1)
+    assert torch.allclose(method.gradients[0] * inputs["attention_mask"].unsqueeze(-1), expected, atol=1e-10, rtol=0)
+
+
+def test_a_state_from_before_divergences_could_be_chosen_resumes():
+    run = run_of(bert(), SMART())
+    step_of(run, batches(1)[0])
+    saved = run.optimizer.state_dict()
+    for field in ("divergence", "ascent"):
+        del saved["steadytune"]["recipe"][0][field]
+    run_of(bert(), SMART()).optimizer.load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"SMART\.divergence was 'symmetric_kl' .* is 'js' here"):
+        run_of(bert(), SMART(divergence="js")).optimizer.load_state_dict(saved)
 
 
 # ---------------------------------------------------------------- S1: the ball, its square, and zero noise

@@ -1,4 +1,4 @@
-"""RecAdam: begin at the pre-trained weights' leash and let it out as training goes on.
+"""RecAdam: pull weights to their pre-trained values, strongly at first and less and less as training goes on.
 
 lambda(t) = 1 / (1 + exp(-k (t - t0)))                     t = 1, 2, ... optimizer steps
 W <- W + lambda * update                                   of the optimizer, without decay
@@ -21,25 +21,29 @@ from ..functional import anneal
 
 @dataclass
 class RecAdam(Method):
-    """Weigh the task's update against a pull to the pre-trained weights; over time the task takes all.
+    """Weigh the task's update against a pull to the pre-trained weights; the task's weight grows to 1 over training.
 
     Args:
-        gamma: strength of the pull. ``lr * gamma`` must stay below 1, or a step would overshoot the
+        gamma: Strength of the pull. ``lr * gamma`` must stay below 1, because a larger step would overshoot the
             pre-trained weight.
-        t0: where task and pull weigh the same, in units of the whole training or in steps, see ``unit``.
-        k: steepness there, per unit; the way from 0.1 to 0.9 takes 4.4 / k units.
-        unit: of t0 and k: the whole ``"training"``, or ``"steps"`` as the authors count (their t0 is 100 to 1000, their
-            k 0.05 to 1), which in a short training never lets go.
-        schedule: ``"sigmoid"`` as above; ``"linear"``: min(1, t / t0); ``"constant"``: 1, the pull never acts.
-        scope: which weights are pulled; those without a pre-trained value train as usual.
-        replace_decay: apply the optimizer's weight decay after the pull, for all weights, as above. False leaves it to
-            the optimizer.
+        t0: Moment at which the task and the pull weigh the same; ``unit`` says what it counts.
+        k: Steepness of the change at ``t0``, per unit. The task's weight goes from 0.1 to 0.9 within 4.4 / k units.
+        unit: What ``t0`` and ``k`` count: the whole ``"training"``, or ``"steps"`` as in the authors' code. With their
+            values (t0 from 100 to 1000, k from 0.05 to 1), a short training never ends the pull.
+        schedule: Weight of the task: ``"sigmoid"`` as above, ``"linear"``: min(1, t / t0), or ``"constant"``: 1, so
+            that the pull never acts.
+        scope: Weights that are pulled. Those without a pre-trained value train as usual.
+        replace_decay: Whether the optimizer's weight decay is applied after the pull, to all weights, as above. False
+            leaves it to the optimizer.
 
     Works with any optimizer, which need not be Adam.
 
     Departures:
-        ``t0`` and ``k`` as shares of the training; a learning rate at which the pull diverges (the authors' own
-        default, 1e-3 with gamma = 5000) is an error.
+        ``t0`` and ``k`` are shares of the training by default. A learning rate at which the pull diverges is an error;
+        the authors' own default, 1e-3 with gamma = 5000, is one. There is no ``anneal_w``, with which the authors' code
+        multiplies both the task's update and the pull, and which is 1 by default there: a parameter group for these
+        weights with the learning rate ``anneal_w * lr`` and the weight decay ``weight_decay / anneal_w`` gives the
+        same steps.
 
     Raises:
         ValueError: in attach, for ``lr * gamma >= 1``.
