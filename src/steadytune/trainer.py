@@ -327,7 +327,8 @@ class Trainer(transformers.Trainer):
             finally:
                 self._in_run = False
             loss, out = found if isinstance(found, tuple) else (found, None)
-            outputs.append(out)
+            if return_outputs:  # the Run keeps this function for the length of a step
+                outputs.append(out)
             if items is not None and isinstance(out, MutableMapping) and out.get("loss") is loss:
                 out["loss"] = loss / devices  # stock multiplied it in place: `Step.task_loss` would do so again
             return loss, out

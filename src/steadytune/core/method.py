@@ -123,8 +123,8 @@ class Method:
         Must be a pure function of (state, ``run.index``): it may run again for the same index.
         """
 
-    def before_batch(self, run: Run) -> None:
-        """Before the task's own forward of each micro-batch, in list order."""
+    def before_batch(self, step: Step) -> None:
+        """Before the task's own forward of a micro-batch, in list order. The step has no outputs and no loss yet."""
 
     def penalty(self, step: Step) -> Tensor | None:
         """A scalar added to the loss of one micro-batch."""

@@ -43,7 +43,7 @@ from .checks import (
     has_stepped,
 )
 from .method import WEIGHT_VERBS, M, Method, Scope, Weight, acts_on_weights, entry, overrides, select
-from .step import Compute, Inputs, LossRule, Passes, Step, batch_size, default_compute, repeated, split
+from .step import Compute, Inputs, LossRule, MicroBatch, Passes, Step, default_compute, repeated
 from .views import References, Views
 from .watch import FiniteGradients, RateRatios, Watch, renormalised
 
@@ -101,7 +101,6 @@ class Run:
         self.methods: list[Method] = [copy.deepcopy(m) for m in methods]
         self.seed, self.data = seed, data
         self.index = 0
-        self.batch: list[Inputs] = []  # the micro-batches of the current step
         self.optimizer: Optimizer | None = None
         self.passes = Passes()  # of the last step, per micro-batch
         self.counted = Passes()  # since this process began the run or went on with it, passes before the first step too
@@ -114,12 +113,12 @@ class Run:
         self._views = Views(self.model)
         self._references = References(self.model)
         self._entered = self._ignored = self._stateless = False
-        self._micro = 0
+        self._micro_batches: list[MicroBatch] = []  # of the step under way
+        self._micro = 0  # number of the micro-batch whose loss is being computed, 0 outside
         self._handles: list[Any] = []
         self._guard: RemovableHandle | None = None  # on ``model.state_dict()``, during a step
         self._abandon: weakref.finalize | None = None  # what `leave` does, done too if the Run is collected in a step
         self._watch: Watch | None = None  # of the weights since the last moment at which they may have been written
-        self._backward = False  # whether a loss of this step was sent back
         self._superseded = False  # whether a later Run took these weights over
         self._stepped = False  # whether a step was counted since `attach`, `restart` or a state was loaded
         self._ratios: RateRatios | None = None  # of learning rates, where a method sets them
@@ -191,6 +190,16 @@ class Run:
     def world(self) -> int:
         """Number of processes, 1 when not distributed."""
         return shards.world()
+
+    @property
+    def batch(self) -> list[Inputs]:
+        """The micro-batches of the step under way."""
+        return [micro.inputs for micro in self._micro_batches]
+
+    @property
+    def copies(self) -> int:
+        """How many copies of a batch pass the model in the task's own forward."""
+        return max((m.copies for m in self.methods), default=1)
 
     def weights(self, method: Method | None = None, scope: Scope = "all") -> list[Weight]:
         """Trainable weights, in the model's order, that ``method`` may act on (see `only`) and ``scope`` admits.
@@ -414,47 +423,40 @@ class Run:
             UsageError: labels that are NaN.
         """
         self.wrapper = self.wrapper if model is None else model
-        self._rule = rule = LossRule(compute or default_compute, items, penalty_scale)
+        rule = self._rule = LossRule(compute or default_compute, items, penalty_scale)
         self.enter()
         check_wrapper(self.wrapper)
         check_targets(inputs)
-        self.batch.append(inputs)
-        for method in self.methods:
-            method.before_batch(self)
-        copies = max((m.copies for m in self.methods), default=1)
-        penalties = [m for m in self.methods if overrides(m, "penalty")]
-        random_state = randomness.RandomState(self._device)
-        if any(m.hidden_states for m in self.methods):
-            inputs = {**inputs, "output_hidden_states": True}
-        loss, outputs = self.task(inputs, copies=copies)
-        if not penalties:
-            return self._noticed(loss)
-        if outputs is None:
-            raise UsageError(
-                f"{type(penalties[0]).__name__} looks at the model's outputs, and the loss came without them: return "
-                "(loss, outputs), in a Trainer's compute_loss whenever return_outputs is true"
-            )
-        self._micro = len(self.batch)
-        parts = split(outputs, copies, batch_size(inputs)) if copies > 1 else [outputs]
-        step = Step(self, inputs, parts, loss, rule, random_state)
-        for method in penalties:
-            penalty = method.penalty(step)
-            if penalty is not None:
-                loss = loss + penalty * penalty_scale
-        self._micro = 0
-        return self._noticed(loss)
-
-    def _noticed(self, loss: Tensor) -> Tensor:
-        """The loss; that its backward pass took place will be known."""
-        here = weakref.ref(self)  # graphs that somebody keeps must not keep the Run and its model
-
-        def hook(_: Tensor) -> None:
-            run = here()
-            if run is not None:
-                run._backward = True
-
+        number = len(self._micro_batches) + 1
+        micro = MicroBatch(inputs, rule, number, randomness.RandomState(self._device))
+        self._micro_batches.append(micro)
+        loss = self._look(micro)
         if loss.requires_grad:
-            loss.register_hook(hook)
+            _notice(loss, micro)
+        return loss
+
+    def _look(self, micro: MicroBatch) -> Tensor:
+        """The loss of a micro-batch with all penalties, at the live weights."""
+        step = Step(self, micro)
+        penalties = [m for m in self.methods if overrides(m, "penalty")]
+        self._rule, self._micro = micro.rule, micro.number
+        try:
+            for method in self.methods:
+                method.before_batch(step)
+            loss, outputs = self.task(step.inputs, copies=step.copies)
+            if penalties and outputs is None:
+                raise UsageError(
+                    f"{type(penalties[0]).__name__} looks at the model's outputs, and the loss came without them: "
+                    "return (loss, outputs), in a Trainer's compute_loss whenever return_outputs is true"
+                )
+            if penalties:
+                step.arrive(loss, outputs)
+            for method in penalties:
+                penalty = method.penalty(step)
+                if penalty is not None:
+                    loss = loss + penalty * micro.rule.penalty_scale
+        finally:
+            self._micro = 0
         return loss
 
     def task(self, inputs: Inputs, model: nn.Module | None = None, *, copies: int = 1) -> tuple[Tensor, Any]:
@@ -507,7 +509,7 @@ class Run:
         self._guard = self.model.register_state_dict_pre_hook(_refuse_saving)
         self._abandon = weakref.finalize(self, _abandon, self._views, self._guard)
         self._abandon.atexit = False
-        self._entered, self._backward = True, False
+        self._entered = True
         self._counted = copy.copy(self.counted)
         weights = self.weights()
         for method in self.methods:
@@ -534,6 +536,11 @@ class Run:
                 "another optimizer (a copy, a wrapper that calls no hooks) took the step, or weights were loaded. "
                 "Attach the optimizer that steps; before weights are loaded call run.leave()"
             )
+
+    @property
+    def _backward(self) -> bool:
+        """Whether a loss of this step was sent back."""
+        return any(micro.sent for micro in self._micro_batches)
 
     def _used_up(self) -> bool:
         """Whether a loss of this step was sent back, and its gradients are gone.
@@ -648,7 +655,7 @@ class Run:
     def _check_loss(self) -> None:
         """A loop that computed its loss without `loss` would train without penalties, and nobody would notice."""
         lost = [type(m).__name__ for m in self.methods if overrides(m, "penalty") or m.copies > 1]
-        if lost and not self.batch:
+        if lost and not self._micro_batches:
             raise RuntimeError(
                 f"{', '.join(lost)} changed nothing in this step, as its loss was not computed by run.loss(batch): use "
                 "that, not run.enter() and a call of the model"
@@ -671,9 +678,9 @@ class Run:
         self._watch = Watch(weights) if self._views.averages else None
         self.index += 1
         self._stepped = True
-        self.batches += len(self.batch)
-        self.passes = self.counted.since(self._counted, batches=max(1, len(self.batch)))
-        self.batch = []
+        self.batches += len(self._micro_batches)
+        self.passes = self.counted.since(self._counted, batches=max(1, len(self._micro_batches)))
+        self._micro_batches = []
 
     def _unscale(self, optimizer: Any) -> None:
         """A fused optimizer under GradScaler unscales inside its kernel: too late for statistics and masks."""
@@ -695,7 +702,7 @@ class Run:
         if self._abandon is not None:
             self._abandon()
         self._close()
-        self.batch, self._micro = [], 0  # a penalty may have failed (out of memory): draws count micro-batches
+        self._micro_batches = []
 
     def _close(self) -> None:
         """The end of a step: the model holds evaluated weights, which may be saved."""
@@ -960,9 +967,8 @@ class Run:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         if trained < size:
             rows.append(f"{trained:,} of {size:,} weights are trained")
-        copies = max((m.copies for m in self.methods), default=1)
-        if copies > 1:
-            rows.append(f"each batch passes the model as {copies} copies in one forward")
+        if self.copies > 1:
+            rows.append(f"each batch passes the model as {self.copies} copies in one forward")
         if self.methods and self.passes.forwards:
             rows.append(f"each batch of the last step: {self.passes}")
         return "\n".join(rows) or "plain fine-tuning: no methods"
@@ -977,6 +983,18 @@ def hand_over(name: str, parameter: nn.Parameter, take: Callable[[str, Tensor], 
         parameter.grad = None
 
     return parameter.register_post_accumulate_grad_hook(hook)
+
+
+def _notice(loss: Tensor, micro: MicroBatch) -> None:
+    """Let the micro-batch know when its loss is sent back."""
+    here = weakref.ref(micro)  # graphs that somebody keeps must not keep the batch, the Run and its model
+
+    def hook(_: Tensor) -> None:
+        micro = here()
+        if micro is not None:
+            micro.sent = True
+
+    loss.register_hook(hook)
 
 
 def _abandon(views: Views, guard: RemovableHandle) -> None:

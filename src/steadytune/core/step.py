@@ -80,6 +80,25 @@ class LossRule:
     penalty_scale: float = 1.0
 
 
+@dataclass(eq=False)
+class MicroBatch:
+    """What the loss of a micro-batch depends on beside the weights, so that it can be computed once more.
+
+    Attributes:
+        inputs: the batch, one copy.
+        rule: how the trainer computes its loss.
+        number: its place in the optimizer step, counted from 1.
+        random_state: torch's random state before the task's own forward.
+        sent: whether its loss was sent back.
+    """
+
+    inputs: Inputs
+    rule: LossRule
+    number: int
+    random_state: RandomState
+    sent: bool = False
+
+
 class Step:
     """One micro-batch on its way through the model.
 
@@ -90,23 +109,27 @@ class Step:
         outputs: of the task's own forward (with several copies: of the first), graph alive.
         loss: the task loss, mean over copies, graph alive.
         index: optimizer steps taken before this one.
+        number: place of the micro-batch in the optimizer step, counted from 1.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        inputs: Inputs,
-        outputs: Sequence[Any],
-        loss: Tensor,
-        rule: LossRule,
-        random_state: RandomState,
-    ) -> None:
-        self.run, self.model, self.inputs, self.loss = run, run.wrapper, inputs, loss
-        self.outputs = outputs[0]
-        self.index = run.index
-        self._copies, self._rule, self._random_state = outputs, rule, random_state
+    outputs: Any
+    loss: Tensor
+
+    def __init__(self, run: Run, micro: MicroBatch) -> None:
+        self.run, self.model, self.inputs = run, run.wrapper, micro.inputs
+        if any(m.hidden_states for m in run.methods):
+            self.inputs = {**micro.inputs, "output_hidden_states": True}
+        self.index, self.number, self.copies = run.index, micro.number, run.copies
+        self._rule, self._random_state = micro.rule, micro.random_state
+        self._outputs: Sequence[Any] = ()  # of each copy
         self._second: Any = None
         self._forwards = 0
+
+    def arrive(self, loss: Tensor, outputs: Any) -> None:
+        """Take what the task's own forward gave."""
+        self.loss = loss
+        self._outputs = split(outputs, self.copies, batch_size(self.inputs)) if self.copies > 1 else [outputs]
+        self.outputs = self._outputs[0]
 
     def task_loss(self, outputs: Any) -> Tensor:
         """The loss as the trainer computes it (class weights, label smoothing ...), of other outputs of this batch."""
@@ -114,8 +137,8 @@ class Step:
 
     def second(self) -> Any:
         """Outputs under another dropout draw: the second copy of the batch, or one extra forward, made once."""
-        if len(self._copies) > 1:
-            return self._copies[1]
+        if self.copies > 1:
+            return self._outputs[1]
         if self._second is None:
             self._second = self.forward()
         return self._second
@@ -175,7 +198,7 @@ class Step:
 
     def _same(self, dropout: Dropout) -> int:
         """Copies of the batch that a forward needs: the same draw takes the same shape."""
-        return len(self._copies) if dropout == "same" else 1
+        return self.copies if dropout == "same" else 1
 
     def _forward(
         self,
@@ -196,7 +219,7 @@ class Step:
             if dropout == "same":
                 self._random_state.restore()
             else:
-                torch.manual_seed(run.draw_seed("forward", self._forwards, len(run.batch), rank=True))
+                torch.manual_seed(run.draw_seed("forward", self._forwards, self.number, rank=True))
             for module, tensor in add.items():
                 stack.enter_context(_added(module, torch.cat([tensor] * copies), detach))
             outputs = self._call(repeated(inputs, copies) if copies > 1 else inputs, copies, bool(add), weights)

@@ -87,7 +87,7 @@ class MetaWeightNet(BiLevel):
 
     def penalty(self, step: Step) -> Tensor:
         losses = row_losses(step.outputs["logits"], step.inputs["labels"])
-        self.losses[len(step.run.batch) - 1 :] = [losses.detach()]  # a step that was left has begun anew
+        self.losses[step.number - 1 :] = [losses.detach()]  # a step that was left has begun anew
         weighted = (row_weights(flat(self.variables), losses.detach()) * losses).mean()
         return weighted - step.loss
 

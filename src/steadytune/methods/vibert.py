@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
-from ..core import Run, Step, Within
+from ..core import Step, Within
 from ..core.facts import Cost, Paper
 from ..core.step import batch_size, full
 from ..functional import gaussian_kl
@@ -100,7 +100,7 @@ class VIBERT(BesideHead[GaussianBottleneck]):
     def hook(self, head: nn.Module) -> Any:
         return head.register_forward_pre_hook(self.beside)
 
-    def before_batch(self, run: Run) -> None:
+    def before_batch(self, step: Step) -> None:
         self.beside.listening = True
 
     def penalty(self, step: Step) -> Tensor:
