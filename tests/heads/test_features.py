@@ -12,7 +12,7 @@ import architectures
 from architectures import CONFIGS, OTHERS
 from helpers import VOCABULARY, assert_same, batches, bert, copied
 from steadytune import L2SP, METHODS, Run
-from steadytune.heads.features import features, output_layer
+from steadytune.heads.features import features, output_layer, pooled_features
 from steadytune.heads.start import probe_of_batches, set_head
 from steadytune.methods.head_init import HeadInit
 
@@ -63,6 +63,48 @@ def test_modes_and_random_state_stay_as_they_were():
     assert torch.equal(first, second)  # no dropout
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("architecture", sorted({*ARCHITECTURES} - {"ConvBert", "Funnel"}))  # these see padding
+def test_pooled_features_are_the_states_of_tokens_that_are_no_padding(architecture):
+    """Of each row alone, without padding, they are the mean and the first of the states."""
+    model = tiny(architecture).eval()
+    (batch,) = batches(1)
+    mask = batch["attention_mask"].bool()
+    assert not mask.all()
+    mean, first = (pooled_features(model, [batch], how) for how in ("mean", "cls"))
+    for i in range(len(mask)):
+        with torch.no_grad():
+            states = model.base_model(input_ids=batch["input_ids"][i][mask[i]][None]).last_hidden_state[0].double()
+        assert torch.allclose(mean[i], states.mean(0), atol=1e-5)
+        assert torch.allclose(first[i], states[0], atol=1e-5)
+
+
+def test_the_first_token_is_found_behind_padding_on_the_left():
+    model = tiny("Qwen2").eval()
+    ids = torch.tensor([[0, 0, 5, 7], [9, 8, 7, 6]])
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])}
+    with torch.no_grad():
+        alone = model.base_model(input_ids=ids[:1, 2:]).last_hidden_state[0, 0].double()
+    assert torch.allclose(pooled_features(model, [batch], "cls")[0], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(("architecture", "body"), [("Bart", "model"), ("T5", "transformer")])
+def test_of_an_encoder_decoder_the_states_of_the_encoder_are_pooled(architecture, body):
+    model = architectures.tiny(architecture)
+    batch = {"input_ids": torch.tensor([[5, 7, 9, 2], [6, 2, 0, 0]])}
+    batch["attention_mask"] = (batch["input_ids"] > 0).long()
+    with torch.no_grad():
+        states = getattr(model, body).encoder(**batch).last_hidden_state.double()
+    found = pooled_features(model, [batch], "mean")
+    assert torch.allclose(found[1], states[1, :2].mean(0), atol=1e-6)
+
+
+def test_a_model_that_pools_tokens_inside_has_no_state_per_token():
+    with pytest.raises(ValueError, match="has not one state per token"):
+        pooled_features(tiny("Funnel"), batches(1), "mean")
+    with pytest.raises(ValueError, match="at least one batch"):
+        pooled_features(bert(), [], "mean")
 
 
 class Squashed(nn.Module):

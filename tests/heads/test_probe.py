@@ -7,8 +7,8 @@ import pytest
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from steadytune.heads.probe import MISSING, STRENGTHS, logistic, logistic_each, ridge, ridge_classes
-from steadytune.heads.start import even_parts
+from steadytune.heads.probe import MISSING, STRENGTHS, Probe, logistic, logistic_each, ridge, ridge_classes
+from steadytune.heads.start import cross_fitted, even_parts, fit_probe
 
 
 def rows(n: int = 60, width: int = 8, classes: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -62,6 +62,26 @@ def test_out_of_fold_outputs_do_not_know_their_own_labels():
     probe = logistic(phi, labels, 2, even_parts(labels, 0))
     held = (probe.out_of_fold.argmax(1) == labels).mean()
     assert 0.35 < held < 0.65
+
+
+def test_cross_fitted_outputs_of_a_fold_do_not_depend_on_its_labels():
+    """Those of `out_of_fold` do: its penalty is chosen on all labels."""
+    phi, labels = rows(60, 20, classes=2)
+    parts = even_parts(labels, 0)
+
+    def outputs(labels: np.ndarray) -> np.ndarray:
+        def fit(inside: np.ndarray) -> Probe:
+            inner = even_parts(labels[inside], 0)
+            return fit_probe(phi[inside], labels[inside], 2, how="logistic", bias=True, parts=inner)
+
+        return cross_fitted(phi, fit, parts)
+
+    poisoned, (_, outside) = labels.copy(), parts[2]
+    poisoned[outside] = 1 - poisoned[outside]
+    before, after = outputs(labels), outputs(poisoned)
+    assert np.array_equal(before[outside], after[outside])
+    others = np.setdiff1d(np.arange(60), outside)
+    assert (before[others] != after[others]).any()
 
 
 def test_a_class_without_rows_never_wins():

@@ -1,15 +1,15 @@
-"""Features: what enters the last linear layer of a classifier, in evaluation mode.
+"""Features: what enters the last linear layer of a classifier, or its token states as one vector, in evaluation mode.
 
-The layer is made to hand on its input for a while, so that whatever the model does with the layer's outputs (a decoder
-picks those of the last token) it does with the features. One rule serves every architecture; it is checked on the
-first batch that the features, times the layer's weights, are the model's own logits.
+For the first, the layer is made to hand on its input for a while, so that whatever the model does with the layer's
+outputs (a decoder picks those of the last token) it does with the features. One rule serves every architecture; it is
+checked on the first batch that the features, times the layer's weights, are the model's own logits.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,44 @@ def features(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Tenso
                 rows.append(model(**inputs).logits.double())
             if len(rows) == 1:
                 _check(model, layer, model(**inputs).logits, rows[0])
+    if not rows:
+        raise ValueError("features need at least one batch of rows")
+    return torch.cat(rows).cpu()
+
+
+@torch.no_grad()
+def pooled_features(model: Any, batches: Iterable[Mapping[str, Tensor]], how: Literal["mean", "cls"]) -> Tensor:
+    """Token states after the last block as one vector a row, whatever the model's own head reads.
+
+    Of an encoder-decoder they are those of the encoder. The model is left in the mode in which it was, dropout is off,
+    and no random number is drawn.
+
+    Args:
+        model: A classifier, on any device.
+        batches: Inputs of the model; ``labels`` are left out.
+        how: ``"mean"`` over the tokens that are not padding, or ``"cls"``, the first of them.
+
+    Returns:
+        (rows, width), float64 on the CPU.
+
+    Raises:
+        ValueError: The model has not one state per token, or there is no batch.
+    """
+    body = model.base_model
+    if model.config.is_encoder_decoder:
+        body = body.get_encoder()
+    rows: list[Tensor] = []
+    with evaluating(model):
+        for batch in batches:
+            inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+            states = body(**inputs).last_hidden_state.double()
+            mask = inputs.get("attention_mask", torch.ones(inputs["input_ids"].shape, device=model.device))
+            if states.shape[:2] != mask.shape:
+                raise ValueError(f"a {type(model).__name__} has not one state per token: it cannot be pooled by {how}")
+            if how == "cls":
+                rows.append(states[torch.arange(len(states)), mask.argmax(dim=1)])
+            else:
+                rows.append((states * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True))
     if not rows:
         raise ValueError("features need at least one batch of rows")
     return torch.cat(rows).cpu()

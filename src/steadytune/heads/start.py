@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +38,21 @@ def fit_probe(phi: np.ndarray, labels: np.ndarray, outputs: int, *, how: How, bi
     if how == "ridge":
         return ridge_classes(phi, labels.astype(int), outputs, bias=bias)
     return logistic(phi, labels.astype(int), outputs, parts, bias=bias)
+
+
+def cross_fitted(phi: np.ndarray, fit: Callable[[np.ndarray], Probe], parts: Parts) -> np.ndarray:
+    """Outputs (rows, outputs) of probes that saw the row nowhere: neither for their weights nor for their penalty.
+
+    `Probe.out_of_fold` is cheaper, but its penalty was chosen on the same rows, which makes its score too good.
+
+    Args:
+        phi: Features (rows, width).
+        fit: Makes a probe of the rows at these positions, and chooses its penalty on them alone.
+        parts: Folds, as pairs of positions to fit on and positions to judge; each row is judged once.
+    """
+    judged = [(outside, fit(inside).outputs(phi[outside])) for inside, outside in parts]
+    order = np.argsort(np.concatenate([outside for outside, _ in judged]))
+    return np.concatenate([outputs for _, outputs in judged])[order]
 
 
 def even_parts(labels: np.ndarray, seed: int, folds: int = FOLDS) -> Parts:
