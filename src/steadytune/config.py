@@ -45,8 +45,8 @@ class Rule:
     """What a value must be, as part of the annotation of its type: ``Annotated[int, Rule("a whole number")]``.
 
     Args:
-        text: completes the sentence "NAME must be ..."; the error of every value that breaks the rule says it.
-        **limits: of pydantic's core schema of the type, as ``ge=0``.
+        text: Completes the sentence "NAME must be ..."; the error of every value that breaks the rule says it.
+        **limits: Of pydantic's core schema of the type, as ``ge=0``.
     """
 
     def __init__(self, text: str, **limits: Any) -> None:
@@ -94,12 +94,12 @@ def checked(hint: Any, given: Any, where: Callable[[tuple[Any, ...]], str]) -> A
     a dataclass, and nothing else is converted.
 
     Args:
-        hint: any type that pydantic knows; `Rule` gives it words.
-        given: the plain value.
-        where: path in `given` (keys, and positions in lists) -> how the error's sentence begins.
+        hint: Any type that pydantic knows; `Rule` gives it words.
+        given: The plain value.
+        where: Path in `given` (keys, and positions in lists) -> how the error's sentence begins.
 
     Raises:
-        UsageError: for the first thing that is wrong; an unknown key is named with the nearest known one.
+        UsageError: For the first thing that is wrong; an unknown key is named with the nearest known one.
     """
     from pydantic import ValidationError
 
@@ -168,9 +168,9 @@ class Document:
     """A YAML file that holds a mapping.
 
     Attributes:
-        file: its name.
-        values: what it holds.
-        lines: path of keys -> line, counted from 1.
+        file: Its name.
+        values: What it holds.
+        lines: Path of keys -> line, counted from 1.
     """
 
     file: str
@@ -197,7 +197,7 @@ def read(path: Path) -> Document:
     """Read a YAML file.
 
     Raises:
-        UsageError: no such file, not YAML, not a mapping, or a key that occurs twice; with the line where there is one.
+        UsageError: No such file, not YAML, not a mapping, or a key that occurs twice; with the line where there is one.
     """
     import yaml
 
@@ -255,11 +255,11 @@ def defaults(path: Path, command: Callable[..., Any]) -> dict[str, Any]:
     """The options that a file gives to a command, by parameter name, ready to be the command's defaults.
 
     Args:
-        path: a YAML file that holds a mapping; null means "not given".
-        command: the function behind the command; its annotations say what each option takes.
+        path: A YAML file that holds a mapping; null means "not given".
+        command: The function behind the command; its annotations say what each option takes.
 
     Raises:
-        UsageError: as `read`, and for an unknown key or a value of the wrong type.
+        UsageError: As `read`, and for an unknown key or a value of the wrong type.
     """
     hints = options(command)
     document = read(path)
@@ -287,7 +287,7 @@ def value(what: str, name: str, hint: Any, given: Any) -> Any:
     """What a YAML value means for an option of this type.
 
     Raises:
-        UsageError: the value is not of the type; ``what`` starts the sentence.
+        UsageError: The value is not of the type; ``what`` starts the sentence.
     """
     if typing.get_origin(hint) is list:
         return [text for item in (given if isinstance(given, list) else [given]) for text in _texts(what, name, item)]

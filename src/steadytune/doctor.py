@@ -62,10 +62,10 @@ class Check:
     """One thing that was tried.
 
     Attributes:
-        name: of the thing.
-        ok: whether it is as it should be.
-        found: what was found.
-        consequence: what does not work otherwise.
+        name: Name of the thing.
+        ok: Whether it is as it should be.
+        found: What was found.
+        consequence: What does not work otherwise.
     """
 
     name: str

@@ -16,11 +16,11 @@ def mix(anchor: Tensor, value: Tensor, mask: Tensor, keep: float, *, out: Tensor
     """``anchor + mask * (value - anchor) / keep``: equal to ``value`` in expectation when ``mask`` is Bernoulli(keep).
 
     Args:
-        anchor: any shape.
-        value: like ``anchor``.
+        anchor: Any shape.
+        value: Like ``anchor``.
         mask: 0/1, boolean or floating point, broadcastable to ``anchor``.
-        keep: in [0, 1]; 0 gives ``anchor``.
-        out: written in place when given; may be ``value`` itself.
+        keep: In [0, 1]; 0 gives ``anchor``.
+        out: Written in place when given; may be ``value`` itself.
     """
     weight = rescaled(mask, keep, value.dtype).expand_as(value)
     return torch.lerp(anchor, value, weight, out=out)
@@ -35,10 +35,10 @@ def mixture(factors: Sequence[Tensor], value: Tensor, reference: Tensor, *, conv
     """``a * value + (1 - a) * reference``; not ``convex``: ``a * value + (1 - a1)(1 - a2)... * reference``.
 
     Args:
-        factors: a1, a2 ..., whose product is a; each broadcasts to the weight.
-        value: any shape.
-        reference: of the same shape.
-        convex: which of the two.
+        factors: A1, a2 ..., whose product is a; each broadcasts to the weight.
+        value: Any shape.
+        reference: Tensor of the same shape.
+        convex: Which of the two.
     """
     if convex:
         return torch.lerp(reference, value, product(factors))
@@ -73,8 +73,8 @@ def warmed_cosine(done: float, warmup: float) -> float:
     """A rate that rises from 0 to 1 over the share ``warmup`` of a training and falls back along half a cosine.
 
     Args:
-        done: share of the training that is over, in [0, 1].
-        warmup: in [0, 1).
+        done: Share of the training that is over, in [0, 1].
+        warmup: In [0, 1).
     """
     return done / warmup if done < warmup else (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
 
@@ -153,10 +153,10 @@ def frequency_score(squares: Tensor, frequency: Tensor, stage: int, *, penalty: 
     """DPS Mix's score: mean squared gradient over the draws, optionally damped by ``exp(-frequency / stage)``.
 
     Args:
-        squares: accumulated squared gradients.
-        frequency: how often each entry was drawn, broadcastable to ``squares``; 0 counts as 1.
-        stage: steps of the stage.
-        penalty: whether to multiply by the frequency penalty.
+        squares: Accumulated squared gradients.
+        frequency: How often each entry was drawn, broadcastable to ``squares``; 0 counts as 1.
+        stage: Steps of the stage.
+        penalty: Whether to multiply by the frequency penalty.
     """
     frequency = frequency.clamp(min=1).to(squares.dtype)
     factor = (-frequency / stage).exp() / frequency if penalty else 1 / frequency

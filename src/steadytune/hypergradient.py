@@ -41,10 +41,10 @@ def difference(gradient: Callable[[Tensor], Tensors], direction: Tensors, *, rad
     """Derivative of a gradient along a direction: ``(g(t) - g(-t)) / 2t`` with ``t = radius / ||direction||``.
 
     Args:
-        gradient: what some gradient is at the weights plus its argument (0-d) times the direction; the same function
+        gradient: What some gradient is at the weights plus its argument (0-d) times the direction; the same function
             both times, so under one dropout draw, or its noise is divided by t. See `moved`.
-        direction: tensors of the weights' shapes; its length is that of all of them together.
-        radius: length of either move, above 0; the error grows with its square.
+        direction: Tensors of the weights' shapes; its length is that of all of them together.
+        radius: Length of either move, above 0; the error grows with its square.
     """
     t = radius / length(direction).clamp(min=TINY)
     return list(torch._foreach_div(torch._foreach_sub(list(gradient(t)), list(gradient(-t))), 2 * t))
@@ -55,7 +55,7 @@ def moved(weights: Tensors, direction: Tensors, by: Tensor | float) -> Iterator[
     """``weights + by * direction`` inside, in place; afterwards they are bit for bit what they were.
 
     Raises:
-        ValueError: weights below float32.
+        ValueError: Weights below float32.
     """
     check_masters(weights)
     before = [w.clone() for w in weights]
@@ -70,7 +70,7 @@ def check_masters(weights: Tensors) -> None:
     """Raise for weights below float32: moves along a direction are smaller than their last digit.
 
     Raises:
-        ValueError: such weights.
+        ValueError: Such weights.
     """
     for w in weights:
         if w.dtype not in (torch.float32, torch.float64):
@@ -88,9 +88,9 @@ def neumann(product: Callable[[Tensors], Tensors], vector: Tensors, *, step: flo
 
     Args:
         product: ``H p`` for any p.
-        vector: v, a list of tensors.
-        step: above 0, and below 2 divided by the largest eigenvalue of H, or the sum diverges.
-        terms: at least 1.
+        vector: V, a list of tensors.
+        step: Above 0, and below 2 divided by the largest eigenvalue of H, or the sum diverges.
+        terms: At least 1.
     """
     term = list(torch._foreach_mul(list(vector), step))
     total = list(term)
@@ -109,9 +109,9 @@ def conjugate_gradient(
 
     Args:
         product: ``H p`` for any p; H symmetric.
-        vector: a list of tensors.
-        iterations: at most; each takes one product.
-        damping: at least 0.
+        vector: A list of tensors.
+        iterations: At most; each takes one product.
+        damping: At least 0.
     """
     solution = [torch.zeros_like(v) for v in vector]
     residual, direction = list(vector), list(vector)
@@ -160,10 +160,10 @@ def slope(
     Entries that never had a gradient get 0: Adam's slope there, lr / eps, tells of its eps only.
 
     Args:
-        group: of the optimizer, one that `check_slope` admits.
-        state: of the parameter, after the step.
-        gradient: of that step.
-        out: where a tensor is to lie; ``gradient`` itself will do.
+        group: Group of the optimizer, one that `check_slope` admits.
+        state: State of the parameter, after the step.
+        gradient: Gradient of that step.
+        out: Where a tensor is to lie; ``gradient`` itself will do.
     """
     if "betas" not in group:
         return group["lr"] * (1 + group["momentum"] if group["nesterov"] else 1)
@@ -195,8 +195,8 @@ def preconditioner(group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor
     gradient get 0.
 
     Args:
-        group: of the optimizer, one that `check_slope` admits.
-        state: of the parameter, after a step.
+        group: Group of the optimizer, one that `check_slope` admits.
+        state: State of the parameter, after a step.
     """
     if "betas" not in group:
         return 1 / (1 - group["momentum"])
@@ -213,7 +213,7 @@ def check_slope(optimizer: torch.optim.Optimizer) -> None:
     """Raise for an optimizer whose `slope` is not known.
 
     Raises:
-        ValueError: none of SGD, Adam, AdamW, or a setting of them that has another slope.
+        ValueError: None of SGD, Adam, AdamW, or a setting of them that has another slope.
     """
     name, groups = type(optimizer).__name__, optimizer.param_groups
     if not isinstance(optimizer, (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)):
@@ -305,13 +305,13 @@ def unroll(
         inner: L1(weights, alphas), a scalar.
         outer: L2(weights, alphas).
         weights: W at the start.
-        alphas: the outer variables.
+        alphas: The outer variables.
         update: `SGD` or `AdamW`.
         steps: K, at least 1.
-        state: of the update at the start; by default its own.
+        state: State of the update at the start; by default its own.
 
     Returns:
-        dL2(W_K(alphas), alphas)/dalphas, and W_K.
+        DL2(W_K(alphas), alphas)/dalphas, and W_K.
     """
     alphas = [a.detach().requires_grad_() for a in alphas]
     weights = [w.detach().requires_grad_() for w in weights]

@@ -28,10 +28,10 @@ def uniform(states: Sequence[State]) -> dict[str, Tensor]:
     """The mean of each floating-point tensor, summed in float64; other tensors must agree.
 
     Args:
-        states: state dicts with the same names and shapes, of models that grew from one initialisation.
+        states: State dicts with the same names and shapes, of models that grew from one initialisation.
 
     Raises:
-        ValueError: names or shapes that differ, or integer buffers that do.
+        ValueError: Names or shapes that differ, or integer buffers that do.
     """
     _check_alike(states)
     return {name: _mean(name, [state[name] for state in states]) for name in states[0]}
@@ -43,10 +43,10 @@ def greedy(
     """The greedy soup: from the best model on, each next one is added if the mean with it scores no less.
 
     Args:
-        states: as for `uniform`.
-        score: of a state dict on held-out rows, larger is better. Those rows can no longer tell how good the soup is:
-            keep others for the test; on a hundred rows the choice is mostly noise, and `uniform` the better soup.
-        strict: a model must raise the score, as in the authors' code; their paper accepts ties, as the default does.
+        states: As for `uniform`.
+        score: Function from a state dict to its score on held-out rows; larger is better. Test the soup on other rows.
+            With about a hundred rows the choice is mostly noise, and `uniform` is the better soup.
+        strict: A model must raise the score, as in the authors' code; their paper accepts ties, as the default does.
 
     Returns:
         The soup, and which models are in it, in the order of their addition. Models of equal score are tried in the
@@ -70,15 +70,15 @@ def interpolate(
     """WiSE-FT: ``(1 - alpha) * start + alpha * end``; what ``start`` lacks (a new head) is taken from ``end``.
 
     Args:
-        start: the pre-trained model, which must do the task by itself for ``alpha = 0`` to mean anything.
-        end: the fine-tuned one.
-        alpha: in [0, 1]; 0.5 where nothing is known.
+        start: The pre-trained model, which must do the task by itself for ``alpha = 0`` to mean anything.
+        end: The fine-tuned one.
+        alpha: In [0, 1]; 0.5 where nothing is known.
         fisher: Fisher information of each, by name: weights become ``(1 - alpha) * F_start`` and ``alpha * F_end``,
             divided by their sum. Names without one count 1.
-        floor: of the Fisher information, above 0.
+        floor: Floor of the Fisher information, above 0.
 
     Raises:
-        ValueError: names that ``end`` lacks, other shapes, alpha or floor out of range.
+        ValueError: Names that ``end`` lacks, other shapes, alpha or floor out of range.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
@@ -101,10 +101,11 @@ def paint(
     """PAINT: `interpolate` with the alpha that scores best on held-out rows; the smallest of several.
 
     Args:
-        start: the pre-trained model.
-        end: the fine-tuned one.
-        score: of a state dict, larger is better: on the new task plus on those that must not be lost.
-        alphas: those tried; the authors' 0, 0.1, ... 1.
+        start: The pre-trained model.
+        end: The fine-tuned one.
+        score: Function from a state dict to its score; larger is better. It should cover the new task and those that
+            must not be lost.
+        alphas: Those tried; the authors' 0, 0.1, ... 1.
 
     Returns:
         The model, and its alpha.
@@ -118,7 +119,7 @@ def task_vector(base: State, tuned: State) -> dict[str, Tensor]:
     """``tuned - base`` of each floating-point tensor of both, in float64.
 
     Raises:
-        ValueError: names of ``base`` that ``tuned`` lacks, or other shapes.
+        ValueError: Names of ``base`` that ``tuned`` lacks, or other shapes.
     """
     _check_alike([base, {name: tuned[name] for name in base if name in tuned}])
     return {name: tuned[name].double() - old.double() for name, old in base.items() if old.is_floating_point()}
@@ -128,12 +129,12 @@ def add_vectors(base: State, vectors: Sequence[State], scale: float = 1.0) -> di
     """Task arithmetic: ``base + scale * sum of task vectors``; a negative scale forgets the tasks.
 
     Args:
-        base: the model that the vectors were taken from.
-        vectors: of `task_vector`; each must have the names of all.
+        base: The model that the vectors were taken from.
+        vectors: Vectors of `task_vector`; each must have the names of all.
         scale: 0.3 to 0.5 where several tasks are added.
 
     Raises:
-        ValueError: vectors of different models, or of another than ``base``.
+        ValueError: Vectors of different models, or of another than ``base``.
     """
     check_same(vectors)
     check_same([{name: base[name] for name in vectors[0] if name in base}, vectors[0]])

@@ -17,7 +17,7 @@ def as_methods(given: Any, registry: Mapping[str, type[Any]]) -> list[Any]:
     """A list of methods from one or several, each an instance or its name with options.
 
     Raises:
-        UsageError: an unknown name or option, or a value that the option does not take.
+        UsageError: An unknown name or option, or a value that the option does not take.
     """
     listed = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     return [parse_method(method, registry) if isinstance(method, str) else method for method in listed]

@@ -169,7 +169,7 @@ def find(name: str) -> Task:
     """The task of that name.
 
     Raises:
-        UsageError: there is none; the message has the nearest name.
+        UsageError: There is none; the message has the nearest name.
     """
     if name not in TASKS:
         raise UsageError(f"unknown task {name!r}.{suggest(name, TASKS)}")
@@ -221,7 +221,7 @@ def read_set(root: Path, name: str, trained: Sequence[str] | None = None) -> Tab
         trained: Labels of the model that is scored on it, if it is a test set.
 
     Raises:
-        UsageError: there is no such file, or it cannot be read.
+        UsageError: There is no such file, or it cannot be read.
     """
     file = set_file(name)
     path = root / file.path
@@ -245,7 +245,7 @@ def load(name: str, root: str | Path, beyond: bool = False) -> tuple[Table, dict
         beyond: Whether to read the out-of-domain test sets too.
 
     Raises:
-        UsageError: there is no such task, or a file is missing or cannot be read.
+        UsageError: There is no such task, or a file is missing or cannot be read.
     """
     task, root = find(name), Path(root)
     if not (root / task.name).is_dir():

@@ -31,14 +31,14 @@ class Trainer(transformers.Trainer):
     """`transformers.Trainer` that trains with a list of methods.
 
     Args:
-        *args: as of `transformers.Trainer`.
-        methods: in order of action, each an instance or its name with options, as in ``"dps_dense:keep=0.5"``.
+        *args: As of `transformers.Trainer`.
+        methods: In order of action, each an instance or its name with options, as in ``"dps_dense:keep=0.5"``.
             Deep-copied: ``trainer.run[DPSDense]`` is the copy that ran.
         clip: ``"list"`` moves ``args.max_grad_norm`` to the end of the list as `ClipNorm` while training, if a method
             edits gradients or forward weights (mask, then clip; `Run.describe` shows it); ``"trainer"`` keeps
             Hugging Face's order (clip, then mask).
-        method_seed: seed of the methods' own draws; by default ``args.seed``.
-        **kwargs: as of `transformers.Trainer`.
+        method_seed: Seed of the methods' own draws; by default ``args.seed``.
+        **kwargs: As of `transformers.Trainer`.
 
     Checkpoints gain one file, ``steadytune.safetensors``; their model files are plain and hold the evaluated weights
     (with `Adapters` no plain model exists: ``adapters.safetensors`` is for `load_adapters`, and there is no
@@ -57,10 +57,10 @@ class Trainer(transformers.Trainer):
     as ``skipped_steps``; several in a row are an error.
 
     Attributes:
-        run: the `Run` of the model that is trained.
+        run: The `Run` of the model that is trained.
 
     Raises:
-        ValueError: a set-up in which methods cannot act on weights (DataParallel, DeepSpeed, FSDP1).
+        ValueError: A set-up in which methods cannot act on weights (DataParallel, DeepSpeed, FSDP1).
     """
 
     def __init__(

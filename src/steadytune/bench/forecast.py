@@ -33,8 +33,8 @@ class Pace:
         """Seconds of a run.
 
         Args:
-            options: of its recipe.
-            passes: forward and backward passes of a step in those of a plain one.
+            options: Options of its recipe.
+            passes: Forward and backward passes of a step in those of a plain one.
         """
         at_once = min(options.batch_size, self.rows) * options.accumulation
         return self.fixed + options.total_steps(self.rows) * at_once * passes * self.per_row
@@ -72,11 +72,11 @@ def forecast(runs: Sequence[Trial], store: Store) -> Forecast:
     A procedure, which is several trainings, is only told by records.
 
     Args:
-        runs: to be done.
-        store: folder of the records; nothing is written.
+        runs: To be done.
+        store: Folder of the records; nothing is written.
 
     Raises:
-        UsageError: a run cannot be made.
+        UsageError: A run cannot be made.
     """
     done = read_records(store.folder)[0] if (store.folder / FOLDER).is_dir() else []
     done = [record for record in done if record["status"] == "done"]

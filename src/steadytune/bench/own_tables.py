@@ -92,7 +92,7 @@ class OwnTables:
         """Training table and test tables, with the columns that are given.
 
         Raises:
-            UsageError: a file cannot be read.
+            UsageError: A file cannot be read.
         """
         train = Table.of(expanded(self.train), self.text, self.label, "train", self.kind, self.group)
         tests = {name: Table.of(expanded(file), self.text, self.label, name) for name, file in self.tests.items()}
@@ -102,7 +102,7 @@ class OwnTables:
         """All rows, checked as `fit` checks them before it trains; what may be a mistake is logged.
 
         Raises:
-            UsageError: anything that is wrong with the tables, and too few rows for the folds.
+            UsageError: Anything that is wrong with the tables, and too few rows for the folds.
         """
         train, tests = self.read()
         data = prepare(train, tests, validation_share=0.0)
@@ -128,7 +128,7 @@ class OwnTables:
         """The training table with a column that marks the rows of one fold as test rows, and the column's name.
 
         Args:
-            number: of the run: fold ``number % folds`` of the cut ``number // folds``.
+            number: Number of the run: fold ``number % folds`` of the cut ``number // folds``.
         """
         table, _ = self.read()
         data = prepare(table, {}, validation_share=0.0)

@@ -17,7 +17,7 @@ def expanded(path: str | Path) -> str:
     """A path with every ``$NAME`` taken from the environment.
 
     Raises:
-        UsageError: one is not set.
+        UsageError: One is not set.
     """
     found = os.path.expandvars(path)
     if unset := re.search(r"\$\{?(\w+)", found):
@@ -31,11 +31,11 @@ def fingerprint_files(files: Iterable[Path], remedy: str = "check its path in th
     """Hash of the contents, 16 hexadecimal digits.
 
     Args:
-        files: whose contents count, in this order.
-        remedy: what the error says to do about a missing file.
+        files: Whose contents count, in this order.
+        remedy: What the error says to do about a missing file.
 
     Raises:
-        UsageError: a file is not there.
+        UsageError: A file is not there.
     """
     total = hashlib.sha256()
     for file in files:
@@ -50,7 +50,7 @@ def fingerprint_model(path: str) -> str:
     """Hash of a model's config and weights, or the commit of a hub model; 16 hexadecimal digits.
 
     Raises:
-        UsageError: neither a model directory nor a model of the hub.
+        UsageError: Neither a model directory nor a model of the hub.
     """
     folder = Path(path)
     if folder.is_dir():

@@ -48,8 +48,8 @@ class Engine(Protocol):
         """One outcome per task, in the order in which they end.
 
         Args:
-            tasks: what is to be done.
-            begun: is called with each task when its work begins, and again when it begins anew.
+            tasks: What is to be done.
+            begun: Is called with each task when its work begins, and again when it begins anew.
         """
         ...
 

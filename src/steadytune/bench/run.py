@@ -44,7 +44,7 @@ def perform(given: tuple[str, Trial]) -> str:
     """Do a run and record it, unless it is done or another process is at work on it.
 
     Args:
-        given: folder of the study, and the run.
+        given: Folder of the study, and the run.
 
     Returns:
         "done" or "failed"; "before" if it was done; "elsewhere" if another process does it.
@@ -139,7 +139,7 @@ def tables(run: Trial) -> tuple[Table, dict[str, Table], str | None]:
     """Training table, test tables, and the column that marks the rows of the fold that is held out, if there is one.
 
     Raises:
-        UsageError: a file is not there, or is not what it was when the study began.
+        UsageError: A file is not there, or is not what it was when the study began.
     """
     task, number = run.spec["task"], run.spec["seeds"]["subset"]
     if run.own is None:
@@ -162,8 +162,8 @@ def corrupted(rows: pd.DataFrame, problem: Problem, spec: Mapping[str, Any]) -> 
     """Training rows with labels replaced, and classes thinned out, drawn with the seed of the subset.
 
     Args:
-        rows: column `label` holds class names.
-        problem: the classes.
+        rows: Column `label` holds class names.
+        problem: The classes.
         spec: ``corruption`` with ``label_noise`` (share of the rows that get another class, uniform over the others)
             and ``imbalance`` (share that stays of every class but the first of the largest), ``seeds.subset``.
     """

@@ -17,11 +17,11 @@ def spread(given: Mapping[str, Any], document: Document) -> dict[str, Any]:
     a list of things with names; ``methods: all`` for a recipe with each method.
 
     Args:
-        given: what the file says.
-        document: the file, for errors.
+        given: What the file says.
+        document: The file, for errors.
 
     Raises:
-        UsageError: a short form has no full form.
+        UsageError: A short form has no full form.
     """
     plain = {key: v for key, v in given.items() if key != "methods"}
     for key in ("train_sizes", "factorial"):

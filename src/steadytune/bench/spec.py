@@ -103,10 +103,10 @@ class Study:
         Args:
             file: YAML; ``preset: NAME`` in it takes that preset's settings where the file has none. Paths of own tables
                 are relative to the file.
-            **changes: settings that win over the file's, None for not given.
+            **changes: Settings that win over the file's, None for not given.
 
         Raises:
-            UsageError: no such file or preset, not YAML, an unknown key, or a value that is not what its key takes;
+            UsageError: No such file or preset, not YAML, an unknown key, or a value that is not what its key takes;
                 with the line of the file.
         """
         document = Document(str(file), preset(str(file)), {}) if str(file) in presets() else _settings(Path(file))
@@ -122,11 +122,11 @@ class Study:
         """A study from plain values, checked.
 
         Args:
-            given: what a study file may hold.
-            document: the file that it stands in.
+            given: What a study file may hold.
+            document: The file that it stands in.
 
         Raises:
-            UsageError: as `read`.
+            UsageError: As `read`.
         """
         document = document or Document("the study", {}, {})
         for key in given:
@@ -248,10 +248,10 @@ class Study:
         """Every run, seeds outermost: whatever is interrupted has whole rounds of all recipes.
 
         Args:
-            data_root: folder of the benchmark tasks, instead of the study's own.
+            data_root: Folder of the benchmark tasks, instead of the study's own.
 
         Raises:
-            UsageError: a model or a data file is not there, or an own table is not right.
+            UsageError: A model or a data file is not there, or an own table is not right.
         """
         place = data_root or self.data_root
         if place is None and any(name not in self._own for name in self.tasks):
@@ -357,7 +357,7 @@ def option(where: str, key: str, given: Any) -> Any:
     """The value of an option of `Options`.
 
     Raises:
-        UsageError: there is no such option, or the value is not of its type; ``where`` starts the sentence.
+        UsageError: There is no such option, or the value is not of its type; ``where`` starts the sentence.
     """
     name = ALIASES.get(key, key)
     if name not in OPTIONS:
@@ -369,7 +369,7 @@ def chosen_options(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The values of options by the names of the fields of `Options`.
 
     Raises:
-        UsageError: as `option`, and for an option that is given under two names.
+        UsageError: As `option`, and for an option that is given under two names.
     """
     chosen: dict[str, Any] = {}
     for key, v in given.items():
@@ -429,7 +429,7 @@ class Trial:
         """Whether every filter ``key=value|value`` holds; values are shell patterns.
 
         Raises:
-            UsageError: an unknown key, or no ``=``.
+            UsageError: An unknown key, or no ``=``.
         """
         spec = self.spec
         known = {
@@ -472,7 +472,7 @@ def preset(name: str) -> dict[str, Any]:
     """The settings of a preset.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: There is none of that name.
     """
     import yaml
 

@@ -63,13 +63,13 @@ def summary(
     """Describe the scores of one recipe, one per seed.
 
     Args:
-        scores: shape (n,), n >= 1.
-        threshold: runs that score no more than this have failed, for example majority baseline + 0.01.
-        failed: or, instead, one flag per run.
-        seed: of the bootstrap.
+        scores: Shape (n,), n >= 1.
+        threshold: Runs that score no more than this have failed, for example majority baseline + 0.01.
+        failed: Or, instead, one flag per run.
+        seed: Seed of the bootstrap.
 
     Raises:
-        ValueError: no scores, a score that is not finite, both ``threshold`` and ``failed``, or too few flags.
+        ValueError: No scores, a score that is not finite, both ``threshold`` and ``failed``, or too few flags.
     """
     x = _scores("scores", scores)
     if threshold is not None and failed is not None:
@@ -101,8 +101,8 @@ def mean_interval(values: ArrayLike, *, seed: int = 0) -> Array:
     failures that did not happen: with rare failed runs the mean of few seeds is uncertain beyond what this says.
 
     Args:
-        values: shape (..., n).
-        seed: of the bootstrap, which draws the same indices for all leading axes.
+        values: Shape (..., n).
+        seed: Seed of the bootstrap, which draws the same indices for all leading axes.
 
     Returns:
         Shape (..., 2), NaN where all values are equal or n is 1.
@@ -153,12 +153,12 @@ def compare(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Comparison:
     """Compare two recipes by their scores with the same seeds.
 
     Args:
-        a: scores of A, shape (n,), n >= 2.
-        b: scores of B, the same seeds in the same order.
-        seed: of the bootstrap and of random sign flips.
+        a: Scores of A, shape (n,), n >= 2.
+        b: Scores of B, the same seeds in the same order.
+        seed: Seed of the bootstrap and of random sign flips.
 
     Raises:
-        ValueError: unequal lengths, fewer than two seeds, or a score that is not finite.
+        ValueError: Unequal lengths, fewer than two seeds, or a score that is not finite.
     """
     a, b = _paired(a, b)
     d = a - b
@@ -198,12 +198,12 @@ def stratified(a: Mapping[str, ArrayLike], b: Mapping[str, ArrayLike], *, seed: 
     flips whole seeds.
 
     Args:
-        a: task -> scores of A, shape (n,); tasks may differ in n.
-        b: the same tasks, seeds and order.
-        seed: of the bootstrap and of random sign flips.
+        a: Task -> scores of A, shape (n,); tasks may differ in n.
+        b: The same tasks, seeds and order.
+        seed: Seed of the bootstrap and of random sign flips.
 
     Raises:
-        ValueError: other tasks in ``b``, no task, or what `compare` refuses.
+        ValueError: Other tasks in ``b``, no task, or what `compare` refuses.
     """
     if not a or a.keys() != b.keys():
         raise ValueError(f"stratified needs the same tasks, at least one, in both recipes, got {list(a)} and {list(b)}")
@@ -225,7 +225,7 @@ def stratified_interval(differences: Sequence[ArrayLike]) -> Array:
     """95 % interval of the mean over tasks of mean differences: t with Satterthwaite's degrees of freedom.
 
     Args:
-        differences: per task, shape (..., n) with n >= 2 of its own.
+        differences: Per task, shape (..., n) with n >= 2 of its own.
 
     Returns:
         Shape (..., 2), NaN where all differences of every task are equal.
@@ -244,8 +244,8 @@ def stratified_sign_flip(differences: Sequence[ArrayLike], *, seed: int = 0) -> 
     """Two-sided p of the mean over tasks of mean differences, each pair of each task flipped on its own.
 
     Args:
-        differences: per task, shape (..., n) with n of its own.
-        seed: of random sign flips.
+        differences: Per task, shape (..., n) with n of its own.
+        seed: Seed of random sign flips.
     """
     found = [_finite("differences", d) for d in differences]
     return sign_flip(np.concatenate([d / d.shape[-1] for d in found], -1), seed=seed)  # sum of means, one weight a task
@@ -258,8 +258,8 @@ def sign_flip(differences: ArrayLike, *, seed: int = 0) -> Array:
     never 0 (Phipson and Smyth, Permutation P-values Should Never Be Zero, 2010, arXiv 1603.05766).
 
     Args:
-        differences: shape (..., n).
-        seed: of the random flips, the same for all leading axes.
+        differences: Shape (..., n).
+        seed: Seed of the random flips, the same for all leading axes.
 
     Returns:
         Shape (...), in [2^(1 - n), 1].
@@ -292,10 +292,10 @@ def holm(pvalues: ArrayLike) -> Array:
     Holm, A Simple Sequentially Rejective Multiple Test Procedure, Scandinavian Journal of Statistics 1979.
 
     Args:
-        pvalues: shape (..., m), each in [0, 1].
+        pvalues: Shape (..., m), each in [0, 1].
 
     Raises:
-        ValueError: a p outside [0, 1].
+        ValueError: A p outside [0, 1].
     """
     p = np.asarray(pvalues, float)
     if not ((p >= 0) & (p <= 1)).all():
@@ -330,12 +330,12 @@ def steadiness(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Steadiness:
     """Test whether one recipe varies less from seed to seed than another.
 
     Args:
-        a: scores of A, shape (n,), n >= 3.
-        b: scores of B, the same seeds in the same order.
-        seed: of random sign flips.
+        a: Scores of A, shape (n,), n >= 3.
+        b: Scores of B, the same seeds in the same order.
+        seed: Seed of random sign flips.
 
     Raises:
-        ValueError: unequal lengths, fewer than three seeds, or a score that is not finite.
+        ValueError: Unequal lengths, fewer than three seeds, or a score that is not finite.
     """
     a, b = _paired(a, b, least=3)
     defined = _spreads(a) and _spreads(b)
@@ -356,9 +356,9 @@ def sd_test(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Array:
     more under a normal law but err in 13 to 44 % of studies of 10 or 20 seeds when one run in ten fails.
 
     Args:
-        a: shape (..., n).
-        b: the same shape.
-        seed: of random sign flips.
+        a: Shape (..., n).
+        b: The same shape.
+        seed: Seed of random sign flips.
     """
     a, b = _paired(a, b, stacked=True)
     return sign_flip(_distances(a) - _distances(b), seed=seed)
@@ -372,8 +372,8 @@ def log_sd_interval(a: ArrayLike, b: ArrayLike) -> Array:
     or failing runs it still covers too little: `sd_test` is what to believe there.
 
     Args:
-        a: shape (..., n), n >= 3.
-        b: the same shape.
+        a: Shape (..., n), n >= 3.
+        b: The same shape.
 
     Returns:
         Shape (..., 2), NaN where all values of a sample, or all but one, are equal.
@@ -400,10 +400,10 @@ def power(gain: ArrayLike, sd: ArrayLike, n: ArrayLike, *, alpha: float = 0.05) 
     """Chance that the two-sided paired t test finds a true gain, by the noncentral t distribution.
 
     Args:
-        gain: true mean difference, in the unit of ``sd``.
-        sd: of the paired differences, > 0.
-        n: number of seeds, >= 2.
-        alpha: level of the test.
+        gain: True mean difference, in the unit of ``sd``.
+        sd: Standard deviation of the paired differences, > 0.
+        n: Number of seeds, >= 2.
+        alpha: Level of the test.
     """
     n = np.asarray(n)
     shift = np.abs(gain) / np.asarray(sd) * np.sqrt(n)
@@ -416,13 +416,13 @@ def detectable_gain(n: int, sd: float, *, chance: float = 0.8, alpha: float = 0.
     """Smallest true gain that ``n`` seeds find with the given chance: the root of `power`, in the unit of ``sd``.
 
     Args:
-        n: number of seeds, >= 2.
-        sd: of the paired differences, > 0.
-        chance: power asked for, in (alpha, 1).
-        alpha: level of the two-sided test.
+        n: Number of seeds, >= 2.
+        sd: Standard deviation of the paired differences, > 0.
+        chance: Power asked for, in (alpha, 1).
+        alpha: Level of the two-sided test.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: An argument outside its range.
     """
     if n < 2 or not 0 < sd < math.inf or not 0 < alpha < chance < 1:
         raise ValueError(
@@ -452,13 +452,13 @@ def spread_rowss(scores: ArrayLike) -> tuple[tuple[float, ...], float]:
     level, var_i = max(0, (M_i - M) / (N / L_i)). Interactions belong to the rest.
 
     Args:
-        scores: one axis per factor, at least two of them, each of length >= 2.
+        scores: One axis per factor, at least two of them, each of length >= 2.
 
     Returns:
         Standard deviation due to each factor, and that of the rest.
 
     Raises:
-        ValueError: fewer than two factors or levels, or a score that is not finite.
+        ValueError: Fewer than two factors or levels, or a score that is not finite.
     """
     x = np.asarray(scores, float)
     if x.ndim < 2 or min(x.shape) < 2 or not np.isfinite(x).all():
@@ -500,12 +500,12 @@ def compute_matched(
     """Pair each recipe with the cheapest plain baseline that costs no less, and compare them.
 
     Args:
-        recipes: name -> scores and cost.
-        baselines: plain fine-tuning of several lengths, with the same seeds.
-        seed: as in `compare`.
+        recipes: Name -> scores and cost.
+        baselines: Plain fine-tuning of several lengths, with the same seeds.
+        seed: As in `compare`.
 
     Raises:
-        ValueError: what `compare` refuses.
+        ValueError: What `compare` refuses.
     """
     rows = []
     for name, recipe in recipes.items():

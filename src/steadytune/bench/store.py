@@ -22,7 +22,7 @@ class Store:
     run; the system lets go of it when its process ends, however that ends.
 
     Args:
-        folder: of the study; made when something is written.
+        folder: Folder of the study; made when something is written.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -45,11 +45,11 @@ class Store:
         """Make the folder; keep the study file in it, and the list of all runs that were ever asked for.
 
         Args:
-            study: the text of the file.
-            runs: id -> title.
+            study: The text of the file.
+            runs: Id -> title.
 
         Raises:
-            UsageError: the folder cannot be written.
+            UsageError: The folder cannot be written.
         """
         with writing(self.folder):
             for name in ("records", "predictions", "locks"):
@@ -75,7 +75,7 @@ class Store:
         """Write the results of a run, the record last.
 
         Raises:
-            UsageError: the folder cannot be written.
+            UsageError: The folder cannot be written.
         """
         with writing(self.folder):
             if predictions is not None:
@@ -91,7 +91,7 @@ def checked(folder: str | Path) -> Path:
     """The folder, if it may hold a study: new, empty, or one that does.
 
     Raises:
-        UsageError: it holds something else.
+        UsageError: It holds something else.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():

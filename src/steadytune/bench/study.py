@@ -34,9 +34,9 @@ class Result:
     """What an invocation leaves behind.
 
     Attributes:
-        folder: of the study.
-        done: runs with scores, those of earlier invocations included.
-        failed: runs without.
+        folder: Folder of the study.
+        done: Runs with scores, those of earlier invocations included.
+        failed: Runs without.
     """
 
     folder: Path
@@ -61,18 +61,18 @@ def run_study(
     Several invocations on one folder share the work.
 
     Args:
-        study: what to run.
-        output: folder of the records: new, or one of a study.
-        data_root: folder of the benchmark tasks, instead of the study's own.
-        workers: processes, each with its share of the cores; they share the GPUs. 0: this process does it all.
-        filters: as in ``task=sst2``; only runs that match all of them.
-        timeout: seconds for a run; one that takes longer is recorded as failed.
-        retry_failed: do failed runs again.
-        engine: instead of processes on this machine; its work is `WORK`.
+        study: What to run.
+        output: Folder of the records: new, or one of a study.
+        data_root: Folder of the benchmark tasks, instead of the study's own.
+        workers: Processes, each with its share of the cores; they share the GPUs. 0: this process does it all.
+        filters: As in ``task=sst2``; only runs that match all of them.
+        timeout: Seconds for a run; one that takes longer is recorded as failed.
+        retry_failed: Do failed runs again.
+        engine: Instead of processes on this machine; its work is `WORK`.
         progress: Whether to show progress: a bar on a terminal, else a line per run.
 
     Raises:
-        UsageError: a model, a data file, a filter or the folder is not right.
+        UsageError: A model, a data file, a filter or the folder is not right.
     """
     store = Store(checked(output))
     planned = study.runs(data_root)
@@ -129,7 +129,7 @@ def chosen(runs: Sequence[Trial], filters: Sequence[str]) -> list[Trial]:
     """The runs that match every filter.
 
     Raises:
-        UsageError: none does, or a filter is none.
+        UsageError: None does, or a filter is none.
     """
     found = [run for run in runs if run.matches(filters)]
     if not found:

@@ -97,7 +97,7 @@ def check_exclusive(claims: Iterable[tuple[Method, Sequence[Weight], bool]]) -> 
     """Raise when two methods want to be the only one of their kind on a weight.
 
     Args:
-        claims: methods, the weights each acts on, and whether `only` can restrict the method.
+        claims: Methods, the weights each acts on, and whether `only` can restrict the method.
     """
     owners: dict[tuple[str, str], Method] = {}
     for method, weights, restrictable in claims:

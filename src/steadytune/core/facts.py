@@ -12,11 +12,11 @@ class Paper:
 
     Attributes:
         authors: "Given Family", or "Family, Given" where the family name has several words; in the paper's order.
-        title: as printed.
-        booktitle: the proceedings, written out.
-        venue: their short name, as in "NeurIPS".
-        year: of the proceedings.
-        arxiv: the arXiv identifier, as in "2211.01642".
+        title: As printed.
+        booktitle: The proceedings, written out.
+        venue: Their short name, as in "NeurIPS".
+        year: Year of the proceedings.
+        arxiv: The arXiv identifier, as in "2211.01642".
     """
 
     authors: tuple[str, ...]
@@ -71,9 +71,9 @@ class Cost:
     """What a method costs beside plain fine-tuning.
 
     Attributes:
-        passes: forward and backward passes of one step, in those of a plain step.
-        held: bytes per float32 weight acted on that stay between steps, by stage of the run; one stage is "".
-        during: more bytes per weight acted on while a step is under way.
+        passes: Forward and backward passes of one step, in those of a plain step.
+        held: Bytes per float32 weight acted on that stay between steps, by stage of the run; one stage is "".
+        during: More bytes per weight acted on while a step is under way.
     """
 
     passes: float = 1.0

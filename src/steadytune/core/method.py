@@ -31,15 +31,15 @@ class Weight:
     """What a method sees of a parameter: plain local tensors, also on a shard. Write in place only.
 
     Attributes:
-        name: the parameter's name in the unwrapped model.
-        parameter: the parameter itself. Methods use ``data``: its live values, detached (on a shard: this rank's
+        name: The parameter's name in the unwrapped model.
+        parameter: The parameter itself. Methods use ``data``: its live values, detached (on a shard: this rank's
             piece).
-        grad: gradient of the same shape, or None before the backward pass.
-        group: the optimizer's parameter group (current ``lr``, ``weight_decay``); empty before `Run.attach`.
-        kind: what the parameter is, see `steadytune.anatomy`.
-        block: index of its transformer block, or None.
-        head: whether it belongs to a new task head.
-        input_dim: the axis of a linear weight that runs over input features (0 for transformers' Conv1D).
+        grad: Gradient of the same shape, or None before the backward pass.
+        group: The optimizer's parameter group (current ``lr``, ``weight_decay``); empty before `Run.attach`.
+        kind: What the parameter is, see `steadytune.anatomy`.
+        block: Index of its transformer block, or None.
+        head: Whether it belongs to a new task head.
+        input_dim: The axis of a linear weight that runs over input features (0 for transformers' Conv1D).
     """
 
     name: str
@@ -173,7 +173,7 @@ def only(method: M, where: Callable[[Weight], bool]) -> M:
     """A copy of ``method`` that acts on the weights for which ``where(weight)`` holds, and on no other.
 
     Raises:
-        ValueError: the method is a pure penalty, which acts on no weights.
+        ValueError: The method is a pure penalty, which acts on no weights.
     """
     if not acts_on_weights(method):
         raise ValueError(

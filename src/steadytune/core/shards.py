@@ -60,7 +60,7 @@ def shard_group(parameters: Sequence[Tensor]) -> dist.ProcessGroup | None:
     """The group of ranks that hold the pieces of sharded parameters; None when nothing is sharded.
 
     Raises:
-        ValueError: parameters sharded over more than one axis of a device mesh.
+        ValueError: Parameters sharded over more than one axis of a device mesh.
     """
     for p in parameters:
         if isinstance(p, DTensor):

@@ -67,9 +67,9 @@ def put_back(live: Tensor, before: Tensor, mask: Tensor) -> None:
     """``live`` becomes ``before`` where ``mask`` is False, bit for bit, in place; ``before`` may be overwritten.
 
     Args:
-        live: any shape and dtype; contiguous for a mask of indices.
-        before: like ``live``.
-        mask: boolean, broadcastable to ``live``, or flat indices (int64) of the entries that stay.
+        live: Any shape and dtype; contiguous for a mask of indices.
+        before: Like ``live``.
+        mask: Boolean, broadcastable to ``live``, or flat indices (int64) of the entries that stay.
     """
     if mask.dtype != torch.bool:
         before.view(-1).index_copy_(0, mask, live.view(-1).index_select(0, mask))

@@ -23,7 +23,7 @@ class Views:
     """Keeps R while something else is live, averages while they are not, and entries that an update must not touch.
 
     Attributes:
-        averages: tensors of the averaging method by weight name: R between steps, E during one.
+        averages: Tensors of the averaging method by weight name: R between steps, E during one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -145,7 +145,7 @@ class Views:
         Whole, as gathering the entries alone takes ten times as long.
 
         Raises:
-            ValueError: packed or factored optimizer state.
+            ValueError: Packed or factored optimizer state.
         """
         for w in weights:
             if w.name in self._frozen:

@@ -67,8 +67,8 @@ class RateRatios:
     """The ratios of the groups' learning rates that methods set, which a scheduler must keep.
 
     Args:
-        optimizer: after `Method.attach`.
-        method: name of the method that set the rates.
+        optimizer: After `Method.attach`.
+        method: Name of the method that set the rates.
     """
 
     def __init__(self, optimizer: Optimizer, method: str) -> None:
@@ -87,7 +87,7 @@ class RateRatios:
         """Compare; later than at the ``first`` step, when somebody may have wanted the change, warn once.
 
         Raises:
-            UsageError: other ratios at the first step.
+            UsageError: Other ratios at the first step.
         """
         now, before = self._measure(), self._ratios
         if self._said or now is None or before is None:
@@ -112,7 +112,7 @@ class FiniteGradients:
     wait for the device at each step; it looks one step later, when the step cannot be taken back, and raises.
 
     Attributes:
-        skipped: optimizer steps skipped so far.
+        skipped: Optimizer steps skipped so far.
     """
 
     def __init__(self) -> None:
@@ -124,7 +124,7 @@ class FiniteGradients:
         """Whether step ``index``, whose gradient has this norm, must not be taken.
 
         Raises:
-            UsageError: too many such steps in a row; or, off the CPU, the step before was one.
+            UsageError: Too many such steps in a row; or, off the CPU, the step before was one.
         """
         if norm.is_cuda:
             self.settle()
@@ -159,7 +159,7 @@ class FiniteGradients:
         """Look at what was left for later.
 
         Raises:
-            UsageError: a step that was taken had a gradient that is not finite.
+            UsageError: A step that was taken had a gradient that is not finite.
         """
         if self._late is None:
             return

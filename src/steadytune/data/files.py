@@ -125,7 +125,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     missing. Rows are numbered from 0 in file order, header not counted.
 
     Raises:
-        UsageError: the ending is unknown, there is no such file, or it is not what its ending says.
+        UsageError: The ending is unknown, there is no such file, or it is not what its ending says.
     """
     path = Path(path)
     with readable(path):
@@ -451,7 +451,7 @@ def read_hub(source: str) -> pd.DataFrame:
     """The rows of `hub:owner/name?config=NAME&split=NAME`.
 
     Raises:
-        UsageError: an option is unknown, the package `datasets` is not installed, or the hub has no such data set,
+        UsageError: An option is unknown, the package `datasets` is not installed, or the hub has no such data set,
             config or split, or cannot be reached.
     """
     name, _, query = source.removeprefix(HUB).partition("?")

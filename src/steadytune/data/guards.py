@@ -35,9 +35,9 @@ class Finding:
     """One thing that is wrong or doubtful.
 
     Attributes:
-        level: an error endangers the result, a warning may be meant.
-        message: one sentence: the set, the count of how many, the first rows, the remedy.
-        rows: the first rows, as counted in the file (from 0, header not counted).
+        level: An error endangers the result, a warning may be meant.
+        message: One sentence: the set, the count of how many, the first rows, the remedy.
+        rows: The first rows, as counted in the file (from 0, header not counted).
     """
 
     level: Literal["error", "warning"]
@@ -80,10 +80,10 @@ def truncated(lengths: Sequence[int], limit: int, where: str, rows: Sequence[int
     """A warning when rows are longer than the model reads, None when none is.
 
     Args:
-        lengths: tokens of every row before anything is cut.
-        limit: tokens that are read.
-        where: what the message calls the set.
-        rows: the row numbers in the file; positions by default.
+        lengths: Tokens of every row before anything is cut.
+        limit: Tokens that are read.
+        where: What the message calls the set.
+        rows: The row numbers in the file; positions by default.
     """
     over = np.asarray(lengths) > limit
     if not over.any():

@@ -23,11 +23,11 @@ def find_problem(rows: pd.DataFrame, table: Table) -> Problem:
     the order of `rename`, of an ordered categorical column, of their numbers, or of the alphabet.
 
     Args:
-        rows: of `examples`.
-        table: the resolved table they come from.
+        rows: Rows as `examples` returns them.
+        table: The resolved table they come from.
 
     Raises:
-        UsageError: the labels do not fit the kind, are doubtful, or leave nothing to learn.
+        UsageError: The labels do not fit the kind, are doubtful, or leave nothing to learn.
     """
     labels, where = rows["label"], f"{table.origin}: label column {table.label!r}"
     if table.kind not in get_args(Kind):

@@ -77,18 +77,18 @@ def prepare(
     """Check every table and draw the splits.
 
     Args:
-        train: the training table; its columns hold for the other tables where they name none.
-        tests: name -> table.
-        validation: a table of its own; then no row is held out.
-        train_size: rows drawn from those for training; they are all the labelled data there is, a validation share
+        train: The training table; its columns hold for the other tables where they name none.
+        tests: Name -> table.
+        validation: A table of its own; then no row is held out.
+        train_size: Rows drawn from those for training; they are all the labelled data there is, a validation share
             is carved out of them.
-        validation_share: of the training rows, held out where nothing else gives validation rows; 0: none.
-        validation_column: the column of the training table that says where a row belongs (see `cut`); rows marked
+        validation_share: Share of the training rows to hold out where nothing else gives validation rows; 0 for none.
+        validation_column: The column of the training table that says where a row belongs (see `cut`); rows marked
             test become the test set `test`.
-        seed: of the draws.
+        seed: Seed of the draws.
 
     Raises:
-        UsageError: anything wrong with the tables or the splits.
+        UsageError: Anything wrong with the tables or the splits.
     """
     given = [*tests, *(["validation"] if validation is not None else [])]
     if "validation" in tests or "train" in tests:

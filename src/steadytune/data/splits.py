@@ -48,7 +48,7 @@ def split(rows: pd.DataFrame, problem: Problem, share: float, seed: int) -> tupl
     Rows of equal text, and rows of one `group`, stay together; share and strata are then met as well as that allows.
 
     Raises:
-        UsageError: a class has one row only, the share leaves a class without training rows, or every group is too
+        UsageError: A class has one row only, the share leaves a class without training rows, or every group is too
             large to be held out.
     """
     counts = problem.membership(rows["label"]).sum(axis=0)
@@ -150,7 +150,7 @@ def folds(rows: pd.DataFrame, problem: Problem, k: int, seed: int) -> list[tuple
     Every row is held out once; folds have like sizes and strata, and rows of equal text or one `group` share a fold.
 
     Raises:
-        UsageError: there are fewer rows (or groups) than folds, or a class would be missing from a training part.
+        UsageError: There are fewer rows (or groups) than folds, or a class would be missing from a training part.
     """
     texts = _texts(rows)
     if "group" in rows:
@@ -207,7 +207,7 @@ def cut(rows: pd.DataFrame, table: Table, column: str) -> dict[str, pd.DataFrame
     Known are the words of `MARKS` in any case, and truth values: true means validation.
 
     Raises:
-        UsageError: there is no such column, another value in it, or no training row.
+        UsageError: There is no such column, another value in it, or no training row.
     """
     _check_column(table, column, "validation-column")
     values = table.frame[column].map(label_name)

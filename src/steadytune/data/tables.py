@@ -47,15 +47,15 @@ class Table:
     """A table and how to read it.
 
     Attributes:
-        frame: the rows.
-        origin: what messages call it, usually the file.
-        text: one text column, or two for sentence pairs; None: `resolve` finds them.
-        label: the label column; None: `resolve` finds it.
-        kind: classification, multi-label, regression, or decided from the labels.
-        rename: raw label to class name, in class order; empty keeps the labels as they are.
+        frame: The rows.
+        origin: What messages call it, usually the file.
+        text: One text column, or two for sentence pairs; None: `resolve` finds them.
+        label: The label column; None: `resolve` finds it.
+        kind: Classification, multi-label, regression, or decided from the labels.
+        rename: Raw label to class name, in class order; empty keeps the labels as they are.
         coarser: Class name to the coarser (or other) name it is scored under, for gold labels and predictions alike;
             only for test sets whose label scheme differs from the training set's.
-        group: the column whose equal values keep rows on one side of a split.
+        group: The column whose equal values keep rows on one side of a split.
     """
 
     frame: pd.DataFrame
@@ -105,11 +105,11 @@ def resolve(table: Table, other: Sequence[str] = ()) -> Table:
     table has nothing else; the label is the one column with few values, fractions or lists.
 
     Args:
-        table: with None for what is to be found.
-        other: columns that are neither (the group is left out anyway).
+        table: With None for what is to be found.
+        other: Columns that are neither (the group is left out anyway).
 
     Raises:
-        UsageError: there is no such column, or more than one; the message lists them.
+        UsageError: There is no such column, or more than one; the message lists them.
     """
     if table.frame.empty:
         raise UsageError(f"{table.origin}: the table has no rows.")
@@ -228,7 +228,7 @@ def texts(table: Table) -> pd.DataFrame:
     """The checked texts alone: `text`, and `text_pair` for two columns; the labels are not looked at.
 
     Raises:
-        UsageError: no rows, an unknown column, or a cell that is empty or no string.
+        UsageError: No rows, an unknown column, or a cell that is empty or no string.
     """
     frame, origin, columns = table.frame, table.origin, table.text
     if frame.empty:
@@ -248,7 +248,7 @@ def examples(table: Table) -> pd.DataFrame:
     """The checked rows: `text`, `text_pair` for two columns, `label` as it stands in the file, `group` if there is one.
 
     Raises:
-        UsageError: what `texts` raises, and the same for labels and groups.
+        UsageError: What `texts` raises, and the same for labels and groups.
     """
     table = resolve(table)
     rows, (text, label) = texts(table), table.columns

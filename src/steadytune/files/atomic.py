@@ -23,7 +23,7 @@ def writing(path: Path) -> Iterator[None]:
     """A full disk or a missing permission, in one sentence.
 
     Raises:
-        UsageError: instead of what the libraries raise.
+        UsageError: Instead of what the libraries raise.
     """
     try:
         yield
@@ -49,8 +49,8 @@ def write_whole(path: Path, writer: Callable[[Path], Any]) -> None:
     """Let ``writer`` make a file or a folder under a name beside ``path``, then rename it to ``path``.
 
     Args:
-        path: the final place: a file, which is replaced, or a folder, which must be new or empty.
-        writer: is given the name to write under; what it has written is removed if it fails.
+        path: The final place: a file, which is replaced, or a folder, which must be new or empty.
+        writer: Is given the name to write under; what it has written is removed if it fails.
     """
     part = part_of(path)
     try:
@@ -67,9 +67,9 @@ def write_into(folder: Path, writer: Callable[[Path], Any], last: str) -> list[s
     """Let ``writer`` fill a new folder inside ``folder``, then move its files up into ``folder``, one by one.
 
     Args:
-        folder: the final place of the files; what it holds beside them stays.
-        writer: is given the new folder.
-        last: name of the file that is moved last, so that its presence says that the others are complete.
+        folder: The final place of the files; what it holds beside them stays.
+        writer: Is given the new folder.
+        last: Name of the file that is moved last, so that its presence says that the others are complete.
 
     Returns:
         The names of the files, in the order in which they were moved.

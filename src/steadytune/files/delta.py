@@ -28,9 +28,9 @@ def save_delta(path: str | os.PathLike, base: Mapping[str, Tensor], tuned: Mappi
     or type (a new head) are stored whole.
 
     Args:
-        path: a file, or a directory, in which it is called `delta.safetensors`.
-        base: state dict of the pre-trained model.
-        tuned: state dict of the fine-tuned one.
+        path: A file, or a directory, in which it is called `delta.safetensors`.
+        base: State dict of the pre-trained model.
+        tuned: State dict of the fine-tuned one.
 
     Returns:
         The file.
@@ -52,11 +52,11 @@ def apply_delta(path: str | os.PathLike, base: Mapping[str, Tensor]) -> dict[str
     """The fine-tuned state dict, bit for bit, on the devices of ``base``, which stays as it is.
 
     Args:
-        path: what `save_delta` wrote, or the directory of it.
-        base: state dict of the same pre-trained model.
+        path: What `save_delta` wrote, or the directory of it.
+        base: State dict of the same pre-trained model.
 
     Raises:
-        ValueError: another base, a newer format, or a damaged file.
+        ValueError: Another base, a newer format, or a damaged file.
     """
     file = Path(path, FILE) if os.path.isdir(path) else Path(path)
     tree = state.load(file)

@@ -29,7 +29,7 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     """Read what `save` wrote, tensors on the CPU.
 
     Raises:
-        ValueError: the file is damaged or another program's.
+        ValueError: The file is damaged or another program's.
     """
     try:
         with safe_open(path, "pt") as file:

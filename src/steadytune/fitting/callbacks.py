@@ -85,7 +85,7 @@ def best_moment(log: Sequence[Mapping[str, Any]], metric: str) -> int:
 
     Args:
         log: `TrainerState.log_history`; it travels in checkpoints.
-        metric: that selects; there is at least one evaluation with it.
+        metric: That selects; there is at least one evaluation with it.
     """
     sign = -1 if smaller_is_better(metric) else 1
 

@@ -45,7 +45,7 @@ def check_vocabulary(features: Sequence[dict[str, Any]], model: Any, what: str, 
     """Every token must have a row in the model's table of embeddings.
 
     Raises:
-        UsageError: a token has none; the message names the first row with it.
+        UsageError: A token has none; the message names the first row with it.
     """
     rows = model.get_input_embeddings().num_embeddings
     largest = [max(feature["input_ids"], default=0) for feature in features]

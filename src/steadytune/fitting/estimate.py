@@ -30,12 +30,12 @@ class Estimate:
     """What a `fit` would take.
 
     Attributes:
-        trainings: folds and runs together.
-        steps: optimizer steps of one training, at most.
-        seconds_per_step: on this machine, for batches of mean length.
-        minutes: of all trainings and evaluations.
-        memory: peak in bytes; of the accelerator, if there is one, else of this process.
-        files: what will be written -> bytes.
+        trainings: Folds and runs together.
+        steps: Optimizer steps of one training, at most.
+        seconds_per_step: On this machine, for batches of mean length.
+        minutes: Minutes for all trainings and evaluations.
+        memory: Peak in bytes; of the accelerator, if there is one, else of this process.
+        files: What will be written -> bytes.
     """
 
     trainings: int
@@ -58,7 +58,7 @@ def estimate(make_setup: Callable[[Path], Setup], jobs: Sequence[Job], plan: Pla
     """Measure the first steps of the first job in a temporary folder; nothing else is written.
 
     Raises:
-        UsageError: as in training.
+        UsageError: As in training.
     """
     with tempfile.TemporaryDirectory() as folder:
         setup = make_setup(Path(folder))

@@ -139,28 +139,28 @@ class SteadyClassifier(ClassifierMixin, _Steady):
 
     Args:
         model: Hugging Face model directory or hub name.
-        methods: see `steadytune.fit`.
-        lr: peak learning rate.
-        batch_size: rows per step.
-        steps: optimizer steps; by default 20 epochs, at least 400 and at most 2,000.
-        epochs: instead of steps.
-        max_length: tokens per row; by default 128.
-        dropout: by default as the model's config says.
+        methods: See `steadytune.fit`.
+        lr: Peak learning rate.
+        batch_size: Rows per step.
+        steps: Optimizer steps; by default 20 epochs, at least 400 and at most 2,000.
+        epochs: Instead of steps.
+        max_length: Tokens per row; by default 128.
+        dropout: By default as the model's config says.
         bf16: bfloat16 autocast.
-        validation_share: of the rows given to `fit`, for selection; 0: train on all of them.
-        evaluations: how often to score that share; the best weights are kept.
-        patience: evaluations without a new best before stopping.
-        num_seeds: number of runs that are combined.
+        validation_share: Share of the rows given to `fit` that is held out for selection; 0 trains on all of them.
+        evaluations: How often to score that share; the best weights are kept.
+        patience: Evaluations without a new best before stopping.
+        num_seeds: Number of runs that are combined.
         combine: ``"soup"``, ``"ensemble"`` or ``"best"`` (needs a validation share).
-        random_state: the seed, a generator that draws it, or None for another seed each time.
-        output: folder of the model and its records, replaced at each `fit`; by default nothing stays on disk.
-        progress: show bars.
-        options: further arguments of `steadytune.fit`, for example ``{"class_weights": "balanced"}``.
+        random_state: The seed, a generator that draws it, or None for another seed each time.
+        output: Folder of the model and its records, replaced at each `fit`; by default nothing stays on disk.
+        progress: Show bars.
+        options: Further arguments of `steadytune.fit`, for example ``{"class_weights": "balanced"}``.
 
     Attributes:
-        classes_: the labels, sorted; columns of `predict_proba`.
-        model_: the `FittedModel`.
-        result_: the `FitResult`.
+        classes_: The labels, sorted; columns of `predict_proba`.
+        model_: The `FittedModel`.
+        result_: The `FitResult`.
 
     ``X`` is a sequence of texts, of pairs of texts, or a data frame with one or two text columns; ``y`` labels of any
     one type.
@@ -174,12 +174,12 @@ class SteadyClassifier(ClassifierMixin, _Steady):
         Several labels a row are lists (rows,), or an indicator matrix (rows, classes) of 0 and 1.
 
         Args:
-            X: texts.
-            y: labels.
-            sample_weight: not supported; here so that giving it is one clear error.
+            X: Texts.
+            y: Labels.
+            sample_weight: Not supported; here so that giving it is one clear error.
 
         Raises:
-            UsageError: what `steadytune.fit` refuses, and weights of rows.
+            UsageError: What `steadytune.fit` refuses, and weights of rows.
         """
         self._indicator = False
         if (several := _label_lists(y)) is not None:
@@ -241,7 +241,7 @@ class SteadyRegressor(RegressorMixin, _Steady):
         """Fine-tune on texts (rows,) or (rows, 1 or 2) and numbers (rows,).
 
         Raises:
-            UsageError: what `steadytune.fit` refuses.
+            UsageError: What `steadytune.fit` refuses.
         """
         self._fit(X, _labels(y).tolist(), sample_weight)
         return self

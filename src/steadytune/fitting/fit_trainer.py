@@ -42,20 +42,20 @@ class Trained:
     """A finished job.
 
     Attributes:
-        model: in evaluation mode; plain, unless it has adapters that cannot be merged.
-        steps: optimizer steps behind the model.
+        model: In evaluation mode; plain, unless it has adapters that cannot be merged.
+        steps: Optimizer steps behind the model.
         seconds: Seconds of training, over all legs of a resumed one.
         curve: (step, score on the select split).
-        seeds: those in force after restarts.
-        failures: runs that were stopped because their loss did not fall.
-        failing: whether the loss of this one did not fall either.
-        loss: the last training loss logged, a mean over 2 % of the steps, penalties included.
+        seeds: Those in force after restarts.
+        failures: Runs that were stopped because their loss did not fall.
+        failing: Whether the loss of this one did not fall either.
+        loss: The last training loss logged, a mean over 2 % of the steps, penalties included.
         skipped: Optimizer steps that were skipped because their gradient was not finite.
-        passes: forward and backward passes of a step in those of a plain one, counted since the last resume.
-        hopeless: why the model is worth nothing (it gives every row the same answer, or scores below a constant one);
+        passes: Forward and backward passes of a step in those of a plain one, counted since the last resume.
+        hopeless: Why the model is worth nothing (it gives every row the same answer, or scores below a constant one);
             None if it is not.
         history: (step, name, value) of loss, lr, grad_norm, forwards, backwards, and scores on the select split.
-        state: of core and methods at the end, as `Run.state_dict` gives it; empty unless the setup keeps it.
+        state: State of core and methods at the end, as `Run.state_dict` gives it; empty unless the setup keeps it.
     """
 
     model: PreTrainedModel
@@ -156,9 +156,9 @@ class ByLength(Sampler):
     (seed, epoch) alone: nothing to save, and neighbouring seeds share no order.
 
     Args:
-        lengths: of the rows, in tokens.
-        batch_size: rows per batch; an incomplete batch comes last.
-        seed: of the order.
+        lengths: Lengths of the rows, in tokens.
+        batch_size: Rows per batch; an incomplete batch comes last.
+        seed: Seed of the order.
     """
 
     def __init__(self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int) -> None:
@@ -201,8 +201,8 @@ class FitTrainer(Trainer):
         """Train from a checkpoint, or from the start; returns the seconds of training, those before it included.
 
         Raises:
-            Interrupted: a signal came; the last step is in a checkpoint.
-            UsageError: the checkpoint cannot be read.
+            Interrupted: A signal came; the last step is in a checkpoint.
+            UsageError: The checkpoint cannot be read.
         """
         if checkpoint is not None:
             logger.info("resuming from %s", checkpoint)

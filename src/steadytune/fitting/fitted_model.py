@@ -35,12 +35,12 @@ class FittedModel:
 
     Attributes:
         models: transformers models, plain unless they have adapters that cannot be merged.
-        tokenizer: theirs.
-        problem: what is predicted; ``problem.names`` are the columns of probabilities.
-        text: the text columns of tables: one, or two for pairs.
-        label: the label column.
-        max_length: tokens per row.
-        prompt: what stands before the first text of every row.
+        tokenizer: Theirs.
+        problem: What is predicted; ``problem.names`` are the columns of probabilities.
+        text: The text columns of tables: one, or two for pairs.
+        label: The label column.
+        max_length: Tokens per row.
+        prompt: What stands before the first text of every row.
         bf16: bfloat16 autocast, as in training.
         constant: What a model answers that reads no text, as `Problem.constant` gives it for the training rows; it is
             the baseline of scores.
@@ -69,7 +69,7 @@ class FittedModel:
         """Read what `fit` wrote.
 
         Raises:
-            UsageError: no finished run there.
+            UsageError: No finished run there.
         """
         record = read_record(folder)
         recipe, columns = record["recipe"], record["columns"]
@@ -105,11 +105,11 @@ class FittedModel:
         """Probabilities (rows, classes), or numbers (rows, 1) for regression; several models averaged.
 
         Args:
-            rows: texts, pairs of texts, or a table with the text columns of the training table.
-            progress: show a bar.
+            rows: Texts, pairs of texts, or a table with the text columns of the training table.
+            progress: Show a bar.
 
         Raises:
-            UsageError: a table without those columns, empty texts, or outputs that are no numbers.
+            UsageError: A table without those columns, empty texts, or outputs that are no numbers.
         """
         frame = self._texts(rows)
         self._look_at(frame)
@@ -141,7 +141,7 @@ class FittedModel:
         """Probabilities (rows, classes), columns in the order of ``problem.names``.
 
         Raises:
-            UsageError: a regression model has none.
+            UsageError: A regression model has none.
         """
         if not self.problem.names:
             raise UsageError("predict_proba: a regression model predicts numbers: use predict.")
@@ -157,9 +157,9 @@ class FittedModel:
         """Columns ``prediction`` and, for classes, ``probability_<class>``; one row per row.
 
         Args:
-            rows: as for `scores`.
+            rows: As for `scores`.
             coarser: Class name to the coarser name it is reported under.
-            progress: show a bar.
+            progress: Show a bar.
         """
         frame = self._texts(rows)
         self._look_at(frame)
@@ -169,7 +169,7 @@ class FittedModel:
         """Predictions of checked rows, and the tokens (rows,) of each before it is cut.
 
         Args:
-            rows: as `data.tables.texts` gives them.
+            rows: As `data.tables.texts` gives them.
         """
         return self._report(self._scores(rows, progress=False), {}), np.array(self._tokens(rows))
 
@@ -186,7 +186,7 @@ class FittedModel:
         Beside the metrics stand ``rows``, ``intervals``, ``baseline``, ``per_class`` ..., see `full_scores`.
 
         Raises:
-            UsageError: unreadable tables, unknown labels.
+            UsageError: Unreadable tables, unknown labels.
         """
         table = Table.of(rows, self.text, self.label, "given")
         rows = examples(table)
@@ -251,7 +251,7 @@ class FittedModel:
         """Write the model and its tokenizer: plain, or the adapters that cannot be merged.
 
         Raises:
-            UsageError: it is an ensemble, which is no single model.
+            UsageError: It is an ensemble, which is no single model.
         """
         if len(self.models) > 1:
             raise UsageError(

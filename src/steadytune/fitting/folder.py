@@ -81,7 +81,7 @@ class Output:
         """Keep other runs out of the folder while this one writes, also after a crash of this one.
 
         Raises:
-            UsageError: another run holds it, or it cannot be written.
+            UsageError: Another run holds it, or it cannot be written.
         """
         fresh = not self.path.exists()
         with writing(self.path):
@@ -136,7 +136,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """The record of a finished run.
 
     Raises:
-        UsageError: there is none.
+        UsageError: There is none.
     """
     file = Path(folder, RECORD)
     try:

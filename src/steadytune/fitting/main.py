@@ -63,40 +63,40 @@ def fit(
     model card.
 
     Args:
-        train: a CSV, TSV, JSON-lines or Parquet file, a data frame, a `datasets.Dataset`, a data set of the hub
+        train: A CSV, TSV, JSON-lines or Parquet file, a data frame, a `datasets.Dataset`, a data set of the hub
             (``"hub:owner/name"``), or a `Table`, which brings its own columns (see `tasks.load`).
-        model: a Hugging Face model directory or hub name.
-        output: a new or empty directory.
-        text: one text column, or two for sentence pairs; found by name or content if not given.
-        label: the label column; found likewise.
-        group: a column whose equal values keep rows on one side of every split.
-        methods: methods, or their names with options (``"dps_dense:keep=0.7"``), in order of action.
-        procedure: several trainings in place of one: ``"mixup-blo:folds=5"``, see `steadytune.procedures`.
-        tests: name -> table; columns as in `train`.
-        validation: a table; without one ``validation_share`` of the training rows is held out.
-        validation_column: instead, a column of `train` that names each row's split.
-        kind: classification, multilabel or regression; decided from the labels by default.
-        metric: the metric that selects and is reported first; by default the first of the kind.
-        num_seeds: number of runs; they share the head and differ in row order, dropout and draws of the methods.
-        combine: what several runs become: a ``"soup"`` (the mean of their weights; Wortsman et al., ICML 2022, arXiv
+        model: A Hugging Face model directory or hub name.
+        output: A new or empty directory.
+        text: One text column, or two for sentence pairs; found by name or content if not given.
+        label: The label column; found likewise.
+        group: A column whose equal values keep rows on one side of every split.
+        methods: Methods, or their names with options (``"dps_dense:keep=0.7"``), in order of action.
+        procedure: Several trainings in place of one: ``"mixup-blo:folds=5"``, see `steadytune.procedures`.
+        tests: Name -> table; columns as in `train`.
+        validation: A table; without one ``validation_share`` of the training rows is held out.
+        validation_column: Instead, a column of `train` that names each row's split.
+        kind: Classification, multilabel or regression; decided from the labels by default.
+        metric: The metric that selects and is reported first; by default the first of the kind.
+        num_seeds: Number of runs; they share the head and differ in row order, dropout and draws of the methods.
+        combine: What several runs become: a ``"soup"`` (the mean of their weights; Wortsman et al., ICML 2022, arXiv
             2203.05482), the ``"best"`` on the validation rows, or an ``"ensemble"`` (the mean of their probabilities).
-        distil: train one model on the answers of the ensemble to the training rows, and keep that.
-        refit: choose the number of steps by cross-validation, then train on all rows; the score of each row by the fold
+        distil: Train one model on the answers of the ensemble to the training rows, and keep that.
+        refit: Choose the number of steps by cross-validation, then train on all rows; the score of each row by the fold
             that left it out is the result.
-        folds: of the cross-validation.
-        resume: go on from the last checkpoint in `output`.
-        overwrite: replace the run in `output`.
-        save_steps: steps between checkpoints; with evaluations there is one at each of them instead. 0 writes none, and
+        folds: Number of folds of the cross-validation.
+        resume: Go on from the last checkpoint in `output`.
+        overwrite: Replace the run in `output`.
+        save_steps: Steps between checkpoints; with evaluations there is one at each of them instead. 0 writes none, and
             the best weights are kept in memory.
-        progress: show bars.
-        push_to_hub: a repository to upload the finished folder to.
-        **wanted: further fields of `Options`, under their own names or those of transformers (lr or learning_rate):
+        progress: Show bars.
+        push_to_hub: A repository to upload the finished folder to.
+        **wanted: Further fields of `Options`, under their own names or those of transformers (lr or learning_rate):
             lr, batch_size, steps, epochs, max_length, dropout, bf16, lora, peft, class_weights, evaluations, patience,
             calibrate, restarts, train_size, validation_share, seed ...
 
     Raises:
-        UsageError: what was asked for cannot be done; raised before training starts.
-        KeyboardInterrupt: after a checkpoint, on Ctrl-C or SIGTERM.
+        UsageError: What was asked for cannot be done; raised before training starts.
+        KeyboardInterrupt: After a checkpoint, on Ctrl-C or SIGTERM.
 
     Example:
         >>> fit("train.csv", text="review", label="stars", model="bert-base-uncased",
@@ -125,7 +125,7 @@ def dry_run(
     """What `fit` with the same arguments would take: steps, minutes (from three measured steps), memory, files.
 
     Raises:
-        UsageError: as `fit`.
+        UsageError: As `fit`.
     """
     from .estimate import estimate
 
@@ -147,7 +147,7 @@ def _refusals() -> Iterator[None]:
     """What a method refuses (this model, or another method beside it) is the user's mistake, not ours.
 
     Raises:
-        UsageError: in place of a ValueError.
+        UsageError: In place of a ValueError.
     """
     try:
         yield

@@ -35,25 +35,25 @@ def merge_folders(
     model, the folder is one that `steadytune predict` reads: it has a record, a model card and `metrics.json`.
 
     Args:
-        models: directories of fine-tuned models of one architecture.
-        output: directory to make; new or empty.
+        models: Directories of fine-tuned models of one architecture.
+        output: Directory to make; new or empty.
         how: ``"uniform"``: their mean; ``"greedy"``: the mean of those that do not lower the score; ``"interpolate"``:
             ``(1 - alpha) * base + alpha * model``, for one model; ``"paint"``: the same with the alpha of 0, 0.1, ... 1
             that scores best; ``"add"``: ``base + alpha * sum of (model - base)``.
-        base: directory of the pre-trained model, for the last three.
-        alpha: share of the fine-tuned model, or factor of the task vectors.
-        validation: tables of labelled text as `fit` takes them; the merged model is scored on them, and ``"greedy"``
+        base: Directory of the pre-trained model, for the last three.
+        alpha: Share of the fine-tuned model, or factor of the task vectors.
+        validation: Tables of labelled text as `fit` takes them; the merged model is scored on them, and ``"greedy"``
             and ``"paint"`` choose by the mean score. The rows that choose cannot tell how good the choice is: keep
             others for the test.
-        text: their text columns; by default those of the fit behind the first model, else found.
-        label: their label column; likewise.
-        metric: the score; by default the first of the model's kind.
+        text: Their text columns; by default those of the fit behind the first model, else found.
+        label: Their label column; likewise.
+        metric: The score; by default the first of the model's kind.
 
     Returns:
         What was chosen, in a sentence; empty where nothing was.
 
     Raises:
-        UsageError: what was asked for cannot be done; nothing is written.
+        UsageError: What was asked for cannot be done; nothing is written.
     """
     from .. import merge
 
@@ -126,11 +126,11 @@ class _Judge:
     """Scores a text classifier on tables.
 
     Args:
-        model: whose weights are scored; state dicts are loaded into it.
-        folder: of that model.
-        validation: the tables.
-        text, label: their columns; by default those of the fit behind the folder, else found.
-        metric: by default the first of the model's kind.
+        model: Whose weights are scored; state dicts are loaded into it.
+        folder: Folder of that model.
+        validation: The tables.
+        text, label: Their columns; by default those of the fit behind the folder, else found.
+        metric: By default the first of the model's kind.
     """
 
     def __init__(
@@ -232,12 +232,12 @@ def _write(
     """Model, tokenizer and what is known of them, beside the final place first.
 
     Args:
-        model: the merged one.
-        source: folder of the first model, whose tokenizer and record it has.
-        output: the final place.
-        about: how it was merged.
-        metric: to be shown first.
-        sets: its scores.
+        model: The merged one.
+        source: Folder of the first model, whose tokenizer and record it has.
+        output: The final place.
+        about: How it was merged.
+        metric: To be shown first.
+        sets: Its scores.
     """
     from transformers import AutoTokenizer
 

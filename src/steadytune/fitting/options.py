@@ -29,44 +29,44 @@ class Options:
     NumPy and other libraries become Python's.
 
     Attributes:
-        lr: peak learning rate.
-        weight_decay: decoupled, on weight matrices only.
-        warmup: share of the steps, in [0, 1).
-        max_grad_norm: clipping of the gradient's norm; 0 switches it off.
-        batch_size: rows per forward.
-        accumulation: forwards per optimizer step.
-        steps: optimizer steps; by default 20 epochs, at least 400 and at most 2,000 steps.
-        epochs: instead of steps.
-        max_length: tokens per row, longer ones are cut; by default 128, or less where the model has fewer positions or
+        lr: Peak learning rate.
+        weight_decay: Decoupled, on weight matrices only.
+        warmup: Share of the steps, in [0, 1).
+        max_grad_norm: Clipping of the gradient's norm; 0 switches it off.
+        batch_size: Rows per forward.
+        accumulation: Forwards per optimizer step.
+        steps: Optimizer steps; by default 20 epochs, at least 400 and at most 2,000 steps.
+        epochs: Instead of steps.
+        max_length: Tokens per row, longer ones are cut; by default 128, or less where the model has fewer positions or
             its sentence-transformers folder says fewer.
         prompt: Text that stands before the first text of every row, in training and in `predict`, as in ``"query: "``;
             ``"name:query"`` takes the prompt of that name from a sentence-transformers folder.
-        dropout: one probability for every dropout of the model; by default as its config says.
+        dropout: One probability for every dropout of the model; by default as its config says.
         bf16: bfloat16 autocast; the weights themselves stay float32.
-        lora: train low-rank adapters instead of all weights and merge them at the end; by default for models of more
+        lora: Train low-rank adapters instead of all weights and merge them at the end; by default for models of more
             than a billion weights. Needs the extra ``peft``.
-        peft: train adapters of this kind: ``"lora"``, ``"ia3"`` (both merged at the end), ``"prefix"`` or ``"prompt"``
+        peft: Train adapters of this kind: ``"lora"``, ``"ia3"`` (both merged at the end), ``"prefix"`` or ``"prompt"``
             (never merged: the output holds them alone, in PEFT's format, and `predict` puts them into the base model).
         class_weights: ``"balanced"`` weighs classes by inverse frequency.
-        standardize: train on numbers less their mean, in units of their standard deviation, and take both back into
+        standardize: Train on numbers less their mean, in units of their standard deviation, and take both back into
             the output layer at the end, after the last checkpoint; for regression.
-        evaluations: how often the validation rows are scored while training; the best weights of those moments are
+        evaluations: How often the validation rows are scored while training; the best weights of those moments are
             kept. 0: the last weights are kept, nothing is selected.
-        patience: stop after this many evaluations without a new best.
-        calibrate: fit a temperature on the validation rows and divide the output layer by it.
+        patience: Stop after this many evaluations without a new best.
+        calibrate: Fit a temperature on the validation rows and divide the output layer by it.
         threshold: Probability above which a class is given (for two classes the second one), 0.5 by default; or
             ``"tune"``, which takes the one that is best on the validation rows by the metric that selects. For two
             classes and for several labels a row.
-        restarts: how often a run whose training loss (penalties included) stays above 0.9 log K after 20 % of its
+        restarts: How often a run whose training loss (penalties included) stays above 0.9 log K after 20 % of its
             steps is stopped and begun anew with other seeds; for classification.
-        train_size: draw this many rows, stratified, and forget the others.
-        validation_share: carved out of the training rows where no validation table is given.
-        seed: of everything below that is not set.
-        init_seed: new weights (the head).
-        subset_seed: subset and validation split; by default the data seed.
-        data_seed: order of rows.
-        dropout_seed: dropout.
-        method_seed: draws of the methods (masks, noise).
+        train_size: Draw this many rows, stratified, and forget the others.
+        validation_share: Carved out of the training rows where no validation table is given.
+        seed: Seed of everything below that is not set.
+        init_seed: New weights (the head).
+        subset_seed: Subset and validation split; by default the data seed.
+        data_seed: Order of rows.
+        dropout_seed: Dropout.
+        method_seed: Draws of the methods (masks, noise).
     """
 
     lr: float = 2e-5
@@ -128,7 +128,7 @@ class Options:
         """Options from keyword arguments, also under the names that transformers has for them (`ALIASES`).
 
         Raises:
-            UsageError: an unknown name (the message has the nearest one), or an option under both of its names.
+            UsageError: An unknown name (the message has the nearest one), or an option under both of its names.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         named: dict[str, Any] = {}
@@ -164,7 +164,7 @@ def python_value(name: str, value: Any, hint: Any) -> Any:
     """An option as a plain Python value of the type ``hint``; NumPy's numbers, for example, become Python's.
 
     Raises:
-        UsageError: the value is of another type.
+        UsageError: The value is of another type.
     """
     if hasattr(value, "item") and getattr(value, "shape", None) == ():  # NumPy scalars, tensors of one number
         value = value.item()

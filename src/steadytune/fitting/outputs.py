@@ -30,7 +30,7 @@ def logits(
     """Outputs (rows, outputs) in the order of the rows; rows of like length go together, which spares padding.
 
     Raises:
-        UsageError: outputs that are not finite.
+        UsageError: Outputs that are not finite.
     """
     order = np.argsort([-len(feature["input_ids"]) for feature in features], kind="stable")
     starts = range(0, len(order), batch_size)

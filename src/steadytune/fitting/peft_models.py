@@ -28,8 +28,8 @@ def adapted(model: PreTrainedModel, lora: bool | None, kind: str | None = None) 
     """The model with adapters and a trainable head, if wanted or too large to train whole; needs the extra ``peft``.
 
     Args:
-        model: changed in place.
-        lora: the same as the kind ``"lora"``; None: for models of more than a billion weights.
+        model: Changed in place.
+        lora: The same as the kind ``"lora"``; None: for models of more than a billion weights.
         kind: ``"lora"``, of rank 16, alpha 32 and dropout 0.05 on all linear layers (Hu et al., ICLR 2022, arXiv
             2106.09685; on all layers as Dettmers et al., NeurIPS 2023, arXiv 2305.14314); ``"ia3"``, factors of keys,
             values and feed-forward (Liu et al., NeurIPS 2022, arXiv 2205.05638); ``"prefix"``, 20 keys and values of

@@ -96,7 +96,7 @@ def make_plan(
     """Check options and data; arguments as of `fit`.
 
     Raises:
-        UsageError: what was asked for cannot be done.
+        UsageError: What was asked for cannot be done.
     """
     checked = Options.of(options)
     if refit and not checked.evaluations:
@@ -278,10 +278,10 @@ def evaluate(
     """Predictions of all sets, one under the other, and the scores of each.
 
     Args:
-        model: predicts, and says how its outputs are read.
-        data: with the sets.
-        progress: show bars.
-        known: by set, what `FittedModel.scores` would give; then nothing is predicted again.
+        model: Predicts, and says how its outputs are read.
+        data: With the sets.
+        progress: Show bars.
+        known: By set, what `FittedModel.scores` would give; then nothing is predicted again.
     """
     tables, scores = [], {}
     for name, rows in data.tests.items():

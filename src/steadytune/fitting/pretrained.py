@@ -63,14 +63,14 @@ class Pretrained:
     """A pre-trained model, opened: every `load` is the same model with a head drawn anew.
 
     Attributes:
-        name: directory or hub name.
-        config: with a head for the problem and the dropout wanted.
-        tokenizer: with a padding token; it agrees with the config (see `agree`).
-        max_length: tokens per row.
-        dropout: the settings in force.
-        classes: class names of the head in the checkpoint, in its order.
-        prompt: what stands before the first text of every row.
-        sentence: what a sentence-transformers folder says; None where the model is no such folder.
+        name: Directory or hub name.
+        config: With a head for the problem and the dropout wanted.
+        tokenizer: With a padding token; it agrees with the config (see `agree`).
+        max_length: Tokens per row.
+        dropout: The settings in force.
+        classes: Class names of the head in the checkpoint, in its order.
+        prompt: What stands before the first text of every row.
+        sentence: What a sentence-transformers folder says; None where the model is no such folder.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Pretrained:
         """Read config and tokenizer, and what a sentence-transformers folder says beside them.
 
         Raises:
-            UsageError: no such model, no model, or one that cannot do what was asked for.
+            UsageError: No such model, no model, or one that cannot do what was asked for.
         """
         if name.startswith((".", "/", "~")) and not Path(name).is_dir():
             raise UsageError(f"model {name!r}: no such directory.")
@@ -144,7 +144,7 @@ class Pretrained:
         in the order of the new classes), and drawn anew where they have others; either is logged.
 
         Raises:
-            UsageError: weights of the body are not in the checkpoint: they would be drawn at random.
+            UsageError: Weights of the body are not in the checkpoint: they would be drawn at random.
         """
         with quiet(), _loading(self.name):
             set_seed(seed)
@@ -173,7 +173,7 @@ class Pretrained:
         """Only a head may be new, or a pooler that the checkpoint has under no name; only a head may change its size.
 
         Raises:
-            UsageError: another weight is new.
+            UsageError: Another weight is new.
         """
         heads = {name for name, part in anatomy(model).items() if part.head}
 
@@ -266,7 +266,7 @@ def _loading(name: str) -> Iterator[None]:
     """Whatever the library says when a directory or hub model cannot be read, in one sentence.
 
     Raises:
-        UsageError: instead.
+        UsageError: Instead.
     """
     try:
         yield
@@ -304,13 +304,13 @@ def agree(config: Any, tokenizer: PreTrainedTokenizerBase, model: nn.Module, nam
     text is read as text.
 
     Args:
-        config: of the model; its padding number is set.
-        tokenizer: its padding token is set.
-        model: with embeddings of the right sizes; its weights are not read.
-        name: what messages call the model.
+        config: Configuration of the model; its padding number is set.
+        tokenizer: Its padding token is set.
+        model: With embeddings of the right sizes; its weights are not read.
+        name: What messages call the model.
 
     Raises:
-        UsageError: there is no padding token, or none that both know.
+        UsageError: There is no padding token, or none that both know.
     """
     wanted, rows = getattr(config, "pad_token_id", None), _vocabulary(model)
     if wanted is not None and not 0 <= wanted < rows:
@@ -354,7 +354,7 @@ def chosen_prompt(wanted: str | None, sentence: SentenceFolder | None, name: str
     """What stands before the first text of every row: what was asked for, else nothing.
 
     Raises:
-        UsageError: a name that the folder has no prompt for.
+        UsageError: A name that the folder has no prompt for.
     """
     if wanted is None or not wanted.startswith(NAMED):
         return wanted or ""

@@ -44,12 +44,12 @@ class MixupBLO:
     rows, for as many steps as any other recipe.
 
     Args:
-        folds: searches; the authors' 5. The mean of several is a model soup besides.
-        search_epochs: passes of each over its rows; the authors' 3.
-        outer_share: of the rows, for the shares.
-        order: of the shares' gradient, see `WeightMixup`; the authors' is ``"difference"``.
-        convex: see `WeightMixup`.
-        lr: of the shares.
+        folds: Searches; the authors' 5. The mean of several is a model soup besides.
+        search_epochs: Passes of each over its rows; the authors' 3.
+        outer_share: Share of the rows that the mixing shares learn on.
+        order: Order of the shares' gradient, see `WeightMixup`; the authors' is ``"difference"``.
+        convex: See `WeightMixup`.
+        lr: Learning rate of the shares.
 
     Departures:
         One search of one epoch by default: the published recipe costs about 20 times a plain training. The splits are
@@ -75,9 +75,9 @@ class MixupBLO:
         """Do the job.
 
         Args:
-            setup: what its trainings share.
-            job: a training of `fit`; the searches never see the rows that select.
-            made: the Trainer of the first search, if there is one already; it is taken out of the list.
+            setup: What its trainings share.
+            job: A training of `fit`; the searches never see the rows that select.
+            made: The Trainer of the first search, if there is one already; it is taken out of the list.
         """
         found = self.search(setup, job, made)
         last = dataclasses.replace(setup, methods=[*setup.methods, self.mixup(found.shares)])

@@ -39,16 +39,16 @@ class FitResult:
             `predictions.parquet`, `history.parquet`, `steadytune.json`, and `report.html`, a page to read, which shows
             the texts of `mistakes.parquet`. Adapters that cannot be merged are there alone, and of an ensemble each
             model is in a folder of ``members``.
-        model: the fitted model; `predict`, `evaluate` and `save_pretrained` are its own.
-        metrics: set -> metric -> value, of the model; beside the metrics of a set stand ``intervals`` (95 %, low and
+        model: The fitted model; `predict`, `evaluate` and `save_pretrained` are its own.
+        metrics: Set -> metric -> value, of the model; beside the metrics of a set stand ``intervals`` (95 %, low and
             high) and ``baseline`` by metric, ``classes``, ``per_class``, ``confusion``, ``selected`` and ``notes``, see
             `steadytune.data.scores.full_scores`, and with several runs ``runs``, each metric's mean and spread.
-        metric: the one to look at first.
-        predictions: a row for every row of the sets: set, row, label, prediction, probabilities.
-        runs: one record per training: seeds, steps, seconds, failures, scores.
-        steps: optimizer steps behind the model.
-        seconds: of training alone, all runs, all legs of resumed ones.
-        history: run, step, name and value of what was logged while training: loss, lr, grad_norm, scores on the select
+        metric: The one to look at first.
+        predictions: A row for every row of the sets: set, row, label, prediction, probabilities.
+        runs: One record per training: seeds, steps, seconds, failures, scores.
+        steps: Optimizer steps behind the model.
+        seconds: Seconds of training alone, all runs, all legs of resumed ones.
+        history: Run, step, name and value of what was logged while training: loss, lr, grad_norm, scores on the select
             split (``eval_...``), passes.
         warnings: What is wrong with the model as far as its scores tell, in sentences.
     """
@@ -175,7 +175,7 @@ def upload(folder: Path, repository: str) -> None:
     """Upload a finished folder to the hub, without the files that show texts of the data.
 
     Raises:
-        UsageError: it cannot; the folder stays as it is.
+        UsageError: It cannot; the folder stays as it is.
     """
     from huggingface_hub import HfApi
 

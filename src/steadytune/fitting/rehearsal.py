@@ -38,16 +38,16 @@ def rehearse(plan: Plan, pretrained: Pretrained, model: Any, record: Mapping[str
     The model is left as it was; no random number of the caller is drawn.
 
     Args:
-        plan: of the fit.
-        pretrained: its model, opened.
-        model: as it will be trained, with its adapters.
-        record: as it is written before training.
+        plan: Plan of the fit.
+        pretrained: Its model, opened.
+        model: As it will be trained, with its adapters.
+        record: As it is written before training.
 
     Returns:
         Number of rows of each set that are longer than the model reads.
 
     Raises:
-        UsageError: something fails that training would only have delayed.
+        UsageError: Something fails that training would only have delayed.
     """
     chosen: dict[str, pd.DataFrame] = {}
     ends, cut = [], {}
@@ -83,13 +83,13 @@ def check_padding(
     """Try a model on its longest row, and on its shortest alone and padded.
 
     Args:
-        model: as it will be trained; left in the mode in which it was.
-        features: tokenised rows.
-        tokenizer: theirs.
-        peft: kind of its adapters.
+        model: As it will be trained; left in the mode in which it was.
+        features: Tokenised rows.
+        tokenizer: Theirs.
+        peft: Kind of its adapters.
 
     Raises:
-        UsageError: the model fails (a prompt that exceeds its positions, no past keys for a prefix), or has adapters
+        UsageError: The model fails (a prompt that exceeds its positions, no past keys for a prefix), or has adapters
             and its outputs change with padding: decoders find their last token by the token numbers, which a prompt
             hides from them. Without adapters that is a warning.
     """

@@ -30,7 +30,7 @@ def rescale(model: Any, spread: float, mean: float, what: str) -> None:
     """Outputs become ``spread * outputs + mean`` for good, in the output layer: any user of the model sees it.
 
     Raises:
-        UsageError: the model's outputs do not come from one linear layer.
+        UsageError: The model's outputs do not come from one linear layer.
     """
     layer = output_layer(model, what)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def temperature(logits: np.ndarray, labels: Sequence[int]) -> float:
 
     Args:
         logits: (rows, classes).
-        labels: class numbers.
+        labels: Class numbers.
     """
     from scipy.optimize import minimize_scalar
     from scipy.special import log_softmax
@@ -62,12 +62,12 @@ def check_scale(model: Any, feature: dict[str, Any], what: str) -> None:
     """Try on one row that `rescale` does what it says to this model, and put its weights back.
 
     Args:
-        model: as it will be trained; with adapters it is not tried.
-        feature: a tokenised row.
-        what: is asked for.
+        model: As it will be trained; with adapters it is not tried.
+        feature: A tokenised row.
+        what: Is asked for.
 
     Raises:
-        UsageError: the logits are computed otherwise.
+        UsageError: The logits are computed otherwise.
     """
     if hasattr(model, "peft_config"):
         return

@@ -52,12 +52,12 @@ class Job:
     """One training.
 
     Attributes:
-        name: of its folder among the checkpoints.
-        rows: to train on.
-        select: to score while training, never trained on; None for no selection.
-        seeds: of head, data order, dropout and methods.
-        stop_at: end after this step of the schedule; None for its end.
-        start: weights to begin with; methods have taken the pre-trained ones for their references.
+        name: Name of its folder among the checkpoints.
+        rows: To train on.
+        select: To score while training, never trained on; None for no selection.
+        seeds: Seeds of head, data order, dropout and methods.
+        stop_at: End after this step of the schedule; None for its end.
+        start: Weights to begin with; methods have taken the pre-trained ones for their references.
     """
 
     name: str
@@ -73,18 +73,18 @@ class Setup:
     """What all trainings of one `fit` share.
 
     Attributes:
-        pretrained: the pre-trained model.
-        methods: the recipe's methods.
-        options: those of the fit.
-        problem: what is predicted; in the scale of the training, which `in_units` takes back.
-        steps: of the schedule.
-        metric: that selects.
-        folder: of the checkpoints.
-        save_steps: between checkpoints, 0 for none.
-        progress: whether to show a bar.
-        keep: whether finished jobs stay on disk, because others follow.
-        states: whether the state of the methods is kept too.
-        moments: whether the outputs of every evaluation are kept, for `outputs_at`.
+        pretrained: The pre-trained model.
+        methods: The recipe's methods.
+        options: Those of the fit.
+        problem: What is predicted; in the scale of the training, which `in_units` takes back.
+        steps: Steps of the schedule.
+        metric: That selects.
+        folder: Folder of the checkpoints.
+        save_steps: Between checkpoints, 0 for none.
+        progress: Whether to show a bar.
+        keep: Whether finished jobs stay on disk, because others follow.
+        states: Whether the state of the methods is kept too.
+        moments: Whether the outputs of every evaluation are kept, for `outputs_at`.
     """
 
     pretrained: Pretrained
@@ -104,11 +104,11 @@ class Setup:
         """Train, restarting with other seeds while a run fails, from the last checkpoint there is.
 
         Args:
-            job: what to train.
-            trainer: of the job, if it was made already.
+            job: What to train.
+            trainer: Trainer of the job, if it was made already.
 
         Raises:
-            Interrupted: after a checkpoint.
+            Interrupted: After a checkpoint.
         """
         done = self.folder / job.name
         if (done / RESULT).is_file():
@@ -183,7 +183,7 @@ class Setup:
         """The Trainer of one attempt.
 
         Raises:
-            ValueError: a method that cannot act on this model, or two that exclude each other.
+            ValueError: A method that cannot act on this model, or two that exclude each other.
         """
         model = adapted(self.pretrained.load(seeds["init"], self.problem), self.options.lora, self.options.peft)
         callbacks: list[TrainerCallback] = [Interrupt()]

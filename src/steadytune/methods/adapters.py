@@ -39,7 +39,7 @@ class Adapters(Method):
     """Put two bottlenecks into every block; train them, the normalisation layers and the head, freeze the rest.
 
     Args:
-        size: features of a bottleneck; the authors try 8 to 256.
+        size: Features of a bottleneck; the authors try 8 to 256.
 
     Until they are trained the bottlenecks are the identity. They are not linear, so that no plain model has the same
     outputs: `steadytune.save_adapters` stores what was trained and `steadytune.load_adapters` puts it into the
@@ -53,7 +53,7 @@ class Adapters(Method):
         branch, not after it.
 
     Raises:
-        ValueError: in setup, for a PEFT model, one that has adapters, or one whose blocks are not known (XLNet).
+        ValueError: In setup, for a PEFT model, one that has adapters, or one whose blocks are not known (XLNet).
     """
 
     size: Annotated[int, Within("[1, inf)")] = 64
@@ -91,9 +91,9 @@ class AdapterBottleneck(nn.Module):
     """``h + up(gelu(down(h)))``, the identity until it is trained.
 
     Args:
-        width: of h.
-        size: of the bottleneck.
-        like: whose device and type the weights take.
+        width: Width of h.
+        size: Size of the bottleneck.
+        like: Whose device and type the weights take.
     """
 
     def __init__(self, width: int, size: int, like: Tensor) -> None:
@@ -114,7 +114,7 @@ def insert(model: nn.Module, size: int) -> list[str]:
     Names that the model had stay; a bottleneck is called ``adapter`` and belongs to the matrix whose output it takes.
 
     Raises:
-        ValueError: adapters are there already, or a block without a known attention and feed-forward output.
+        ValueError: Adapters are there already, or a block without a known attention and feed-forward output.
     """
     name, found = type(model).__name__, blocks(model)
     layers = [outputs(block) for block in found]
@@ -173,14 +173,14 @@ def save_adapters(path: str | os.PathLike, model: nn.Module) -> Path:
     """Write what `steadytune.Adapters` trained (bottlenecks, normalisation layers, head), whole or not at all.
 
     Args:
-        path: a file, or a directory, in which it is called `adapters.safetensors`.
-        model: with adapters.
+        path: A file, or a directory, in which it is called `adapters.safetensors`.
+        model: With adapters.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: a model without adapters.
+        ValueError: A model without adapters.
     """
     file, size = _file(path), adapter_size(model)
     if size is None:
@@ -201,14 +201,14 @@ def load_adapters(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     """Put adapters into the model that they were trained in: outputs are those of the training, bit for bit.
 
     Args:
-        path: what `save_adapters` wrote, or the directory of it.
-        model: the pre-trained model, with a head of the same shape; it is changed in place.
+        path: What `save_adapters` wrote, or the directory of it.
+        model: The pre-trained model, with a head of the same shape; it is changed in place.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: another base, a head of another shape, a newer format, or a damaged file.
+        ValueError: Another base, a head of another shape, a newer format, or a damaged file.
     """
     file = _file(path)
     tree = state.load(file)

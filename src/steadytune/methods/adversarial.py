@@ -28,7 +28,7 @@ class FGM(Method):
     Args:
         epsilon: L2 norm of an example's perturbation, in standard deviations of the embedding table's
             entries before training; the paper's 5 is 0.28 for all-MiniLM-L6-v2.
-        weight: of the adversarial loss.
+        weight: Weight of the adversarial loss.
 
     Every forward has its own dropout draw. Padding is never perturbed, no ``.grad`` or weight is touched on the way.
 
@@ -39,8 +39,8 @@ class FGM(Method):
         (500 rows of SST-2, one seed).
 
     Raises:
-        ValueError: in setup, for a model without a token embedding.
-        RuntimeError: at the first step, for weights in pieces (FSDP2).
+        ValueError: In setup, for a model without a token embedding.
+        RuntimeError: At the first step, for weights in pieces (FSDP2).
     """
 
     epsilon: Annotated[float, Within("[0, inf)")] = 5.0
@@ -91,9 +91,9 @@ class PGD(FGM):
     """Add the task loss at embeddings moved several steps along its gradient, within a ball.
 
     Args:
-        epsilon: radius of the ball: L2 norm of an example's perturbation, in the unit of `FGM`.
+        epsilon: Radius of the ball: L2 norm of an example's perturbation, in the unit of `FGM`.
         step_size: L2 norm of one step, in the same unit.
-        steps: of ascent.
+        steps: Steps of ascent.
 
     Every forward has its own dropout draw. Padding is never perturbed, no ``.grad`` or weight is touched on the way.
 
@@ -102,8 +102,8 @@ class PGD(FGM):
         in the pixels, with a random start. The paper trains on the perturbed examples alone.
 
     Raises:
-        ValueError: in setup, for a model without a token embedding.
-        RuntimeError: at the first step, for weights in pieces (FSDP2).
+        ValueError: In setup, for a model without a token embedding.
+        RuntimeError: At the first step, for weights in pieces (FSDP2).
     """
 
     step_size: Annotated[float, Within("[0, inf)")] = 1.5

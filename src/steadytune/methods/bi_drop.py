@@ -29,10 +29,10 @@ class BiDrop(Method):
     """Take each gradient twice, under two dropout draws; use their mean where they agree.
 
     Args:
-        keep: share of entries of each tensor that is updated.
-        score: what ranks them: ``"stability"`` over draws, ``"scale"`` relative to the weight, or their product,
+        keep: Share of entries of each tensor that is updated.
+        score: What ranks them: ``"stability"`` over draws, ``"scale"`` relative to the weight, or their product,
             ``"both"``.
-        scope: which weights are masked. All others take the mean gradient whole.
+        scope: Which weights are masked. All others take the mean gradient whole.
 
     Penalties of other methods enter the first gradient only, so they count half. Masked entries are not frozen:
     momentum and decay go on moving them. ``keep = 1`` is the mean over two draws, not plain fine-tuning.
@@ -42,7 +42,7 @@ class BiDrop(Method):
         factors, and over which unit they rank, is our choice, as is two as the number of draws.
 
     Raises:
-        ValueError: in setup, for a model without active dropout: both gradients would be equal.
+        ValueError: In setup, for a model without active dropout: both gradients would be equal.
     """
 
     keep: Annotated[float, Within("(0, 1]")] = 0.5

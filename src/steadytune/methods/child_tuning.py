@@ -38,9 +38,9 @@ class ChildTuningF(Method):
     """Give a random share of the gradient's entries to the optimizer at each step, enlarged so that the mean stays.
 
     Args:
-        keep: share of entries that get their gradient; the authors' p_F, 0.2 to 0.4. Rounded to a multiple
+        keep: Share of entries that get their gradient; the authors' p_F, 0.2 to 0.4. Rounded to a multiple
             of 1/256, at least one: each entry costs one random byte.
-        scope: which weights are masked.
+        scope: Which weights are masked.
 
     Masked entries are not frozen: momentum and decay go on moving them. Under Adam the factor cancels almost, which
     leaves smaller steps: the second moment grows by 1 / keep, the first does not.
@@ -81,16 +81,16 @@ class ChildTuningD(StaticMask):
     """Before training, rank weights by their Fisher information on the training rows; update the largest only.
 
     Args:
-        keep: share of entries that stays trainable; the authors' p_D, 0.1 to 0.3.
-        scope: which weights are ranked and masked, all together. Others train as usual.
-        per: whose gradients are squared: those of a ``"batch"`` of an optimizer step (as the authors' code), or of each
+        keep: Share of entries that stays trainable; the authors' p_D, 0.1 to 0.3.
+        scope: Which weights are ranked and masked, all together. Others train as usual.
+        per: Whose gradients are squared: those of a ``"batch"`` of an optimizer step (as the authors' code), or of each
             ``"example"`` (as the paper defines; one backward pass per row).
-        labels: the ``"true"`` ones (both paper and code), or ``"sampled"`` from the model's own prediction, which is
+        labels: The ``"true"`` ones (both paper and code), or ``"sampled"`` from the model's own prediction, which is
             what Fisher information means. For tasks with one class label per row.
-        clip: largest norm of one tensor's gradient before it is squared; inf does not clip, the authors'
+        clip: Largest norm of one tensor's gradient before it is squared; inf does not clip, the authors'
             code has 1.
-        batches: batches to look at; 0 is one pass over all rows, as the authors'.
-        frozen: keep masked entries bit for bit. False, as in the authors' code: their gradient is zero, but decay (and
+        batches: Batches to look at; 0 is one pass over all rows, as the authors'.
+        frozen: Keep masked entries bit for bit. False, as in the authors' code: their gradient is zero, but decay (and
             momentum that others bring) still moves them.
 
     The look at the data costs one epoch without updates. Dropout is as in training.
@@ -182,7 +182,7 @@ def sampled(logits: Tensor, labels: Tensor) -> Tensor:
     """Class labels (batch,) drawn from the prediction.
 
     Raises:
-        ValueError: logits that are not (batch, classes), or labels that are not (batch,).
+        ValueError: Logits that are not (batch, classes), or labels that are not (batch,).
     """
     if logits.dim() != 2 or logits.size(-1) == 1 or labels.dim() != 1:
         raise ValueError(

@@ -21,10 +21,10 @@ class ClipNorm(Method):
     An item of the list: what comes before it is clipped, what comes after it is not. DPS's authors mask, then clip.
 
     Args:
-        max_norm: largest norm that is left alone; ``inf`` never clips.
+        max_norm: Largest norm that is left alone; ``inf`` never clips.
 
     Attributes:
-        norm: of the last step before clipping, a 0-d tensor.
+        norm: Norm of the last step before clipping, a 0-d tensor.
     """
 
     max_norm: Annotated[float, Within("(0, inf]")] = 1.0

@@ -33,11 +33,11 @@ class DPSDense(Method):
     """Train everything and add up squared gradients, then train only the entries with the largest sums.
 
     Args:
-        keep: share of entries that stays trainable in stage II. The authors' 1 - p; their p = 0.3.
-        update_ratio: length of a stage as a share of all optimizer steps. The authors' 0.05.
-        scope: which weights are masked; ``"linear"`` includes pooler and head.
-        threshold: largest ``keep`` of each ``"tensor"`` (the authors), or of all weights in scope (``"global"``).
-        frozen: keep unselected weights and their optimizer state bit for bit in stage II. False, as in the authors'
+        keep: Share of entries that stays trainable in stage II. The authors' 1 - p; their p = 0.3.
+        update_ratio: Length of a stage as a share of all optimizer steps. The authors' 0.05.
+        scope: Which weights are masked; ``"linear"`` includes pooler and head.
+        threshold: Largest ``keep`` of each ``"tensor"`` (the authors), or of all weights in scope (``"global"``).
+        frozen: Keep unselected weights and their optimizer state bit for bit in stage II. False, as in the authors'
             code: their gradient is zero, but momentum and decay still move them. Costs up to 12 more bytes per weight
             during a step of AdamW.
 
@@ -127,10 +127,10 @@ class DPSMix(DPSDense):
     `DPSDense`.
 
     Args:
-        keep: share of columns drawn in stage I and of entries selected in stage II; the authors' 1 - p.
-        frequency_penalty: multiply scores by ``exp(-times drawn / us)``: ``"auto"`` from ``us >= 50`` on, as the
+        keep: Share of columns drawn in stage I and of entries selected in stage II; the authors' 1 - p.
+        frequency_penalty: Multiply scores by ``exp(-times drawn / us)``: ``"auto"`` from ``us >= 50`` on, as the
             authors' code does, ``"on"`` or ``"off"``.
-        rescale_gradient: the exact chain rule ``dL/dW = B / keep * dL/dW_fwd``. False leaves out ``1 / keep``, as the
+        rescale_gradient: The exact chain rule ``dL/dW = B / keep * dL/dW_fwd``. False leaves out ``1 / keep``, as the
             authors' backward does; Adam hides the difference, SGD and clipping do not.
 
     Departures:

@@ -83,10 +83,10 @@ class EasyAdapt(BesideHead[Domains]):
     """Train a head for all domains and a correction of it for each domain; evaluate and save the head for all.
 
     Args:
-        domains: how many there are in the training rows.
-        domain: the column of the batch that holds each row's domain, a number from 0, or -1 where it is not known; it
+        domains: How many there are in the training rows.
+        domain: The column of the batch that holds each row's domain, a number from 0, or -1 where it is not known; it
             never reaches the model. Or a function of the inputs that gives these numbers.
-        drop: share of the rows that train without the correction of their domain, so that the head serves
+        drop: Share of the rows that train without the correction of their domain, so that the head serves
             rows of a new domain by itself.
 
     What the domains have in common goes into the head, the more so the stronger the weight decay, which holds the
@@ -97,9 +97,9 @@ class EasyAdapt(BesideHead[Domains]):
         the rows is treated as of no known domain.
 
     Raises:
-        ValueError: in setup, for a model without a trainable classification head, or already inside
+        ValueError: In setup, for a model without a trainable classification head, or already inside
             DistributedDataParallel.
-        RuntimeError: at the first step, for weights in pieces (FSDP2), or a batch without the column.
+        RuntimeError: At the first step, for weights in pieces (FSDP2), or a batch without the column.
     """
 
     domains: Annotated[int, Within("[2, inf)")] = 2
@@ -143,7 +143,7 @@ class EasyAdapt(BesideHead[Domains]):
         """The head of one domain, for ``head.load_state_dict`` in a copy of the model: weight and bias.
 
         Args:
-            domain: its number.
+            domain: Its number.
         """
         found = {name: p + getattr(self.beside, name)[domain] for name, p in self.head.named_parameters(recurse=False)}
         return {name: p.detach() for name, p in found.items()}

@@ -23,9 +23,9 @@ class EMA(Method):
     """Evaluate, save and select the average of the weights; train the weights themselves.
 
     Args:
-        decay: share of the old average that stays; 1 - 1/n looks back about n steps, and 0 is plain
+        decay: Share of the old average that stays; 1 - 1/n looks back about n steps, and 0 is plain
             fine-tuning. None looks back over a tenth of the training.
-        scope: which weights are averaged.
+        scope: Which weights are averaged.
 
     Buffers (BatchNorm statistics) are not averaged. The Trainer's checkpoints hold the average as the model and the
     raw weights in the side file.
@@ -71,9 +71,9 @@ class SWA(Method):
     """Evaluate and save the plain mean of the weights of late steps; until the first of them, the weights themselves.
 
     Args:
-        start: share of the training before the first weights that count; the authors' 0.75.
-        every: steps from one addition to the next; the authors' one epoch.
-        scope: which weights are averaged.
+        start: Share of the training before the first weights that count; the authors' 0.75.
+        every: Steps from one addition to the next; the authors' one epoch.
+        scope: Which weights are averaged.
 
     The average gains most where the weights still move: with a learning rate that stays high to the end. Buffers
     (BatchNorm statistics) are not averaged.

@@ -22,9 +22,9 @@ class Extrapolation(Method):
     """Show each weight moved on by a share of its last update; the gradient found there moves the weight itself.
 
     Args:
-        ahead: how far, in units of the last update. With SGD it is the paper's extrapolation step divided
+        ahead: How far, in units of the last update. With SGD it is the paper's extrapolation step divided
             by its learning rate.
-        scope: which weights are moved on.
+        scope: Which weights are moved on.
 
     Made for large batches. The gradient comes with no extra pass; the first step shows the weights as they are.
 

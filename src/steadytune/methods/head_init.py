@@ -22,7 +22,7 @@ class HeadInit(Method):
 
     Args:
         how: Probe for classes. Numbers take ridge, several labels logistic regressions.
-        scale: factor on the probe's weights. A large head slows the change of features (arXiv 2405.16747).
+        scale: Factor on the probe's weights. A large head slows the change of features (arXiv 2405.16747).
 
     The probe is fitted in setup, on one pass over the training data, which `Run` must be given as ``data``; the Trainer
     gives it. The penalty is chosen by cross-validation. Two runs on the same data begin with the same head, whatever
@@ -33,7 +33,7 @@ class HeadInit(Method):
         the size of the head matters to the training that follows. `steadytune.heads.probe` says what else differs.
 
     Raises:
-        ValueError: in setup, for a model whose logits are not those of a last linear layer, no data, batches without
+        ValueError: In setup, for a model whose logits are not those of a last linear layer, no data, batches without
             labels, or weights that are sharded already.
     """
 

@@ -27,7 +27,7 @@ class HypergradientLR(Method):
     """Multiply all updates of the optimizer by one factor that learns, step by step, from how well they pointed.
 
     Args:
-        beta: rate at which the factor learns. Additive: the authors' beta, in units of the learning rate per
+        beta: Rate at which the factor learns. Additive: the authors' beta, in units of the learning rate per
             squared gradient (1e-4 and far below).
         rule: ``"multiplicative"``: by the cosine between gradient and last update, so that beta has no unit.
             ``"additive"``: by their inner product.
@@ -42,7 +42,7 @@ class HypergradientLR(Method):
         rule is the default: one beta serves all models, where the additive one depends on the scale of the gradient.
 
     Raises:
-        ValueError: in attach, for a learning rate of 0.
+        ValueError: In attach, for a learning rate of 0.
     """
 
     beta: Annotated[float, Within("[0, 1)")] = 0.02

@@ -42,24 +42,24 @@ class ImplicitTune(BiLevel):
     """Learn the strength of a pull toward the pre-trained weights, or of weight decay, on rows held out for it.
 
     Args:
-        outer: the rows that the strengths learn on: in `steadytune.fit` a share of the training rows, which
+        outer: The rows that the strengths learn on: in `steadytune.fit` a share of the training rows, which
             the weights are then not trained on; elsewhere a function that gives batches each time it is called (on
             several processes, each its own).
         toward: ``"pretrained"`` values, as `L2SP`, which a new head does not have; or ``"zero"``, as weight decay.
-        per: one strength for all weights in scope (``"model"``), one for each transformer block and one for the rest
+        per: One strength for all weights in scope (``"model"``), one for each transformer block and one for the rest
             (``"block"``), or one for each weight matrix and vector (``"tensor"``).
-        start: strength to begin with, in units of AdamW's decay (times the learning rate). 0 switches
+        start: Strength to begin with, in units of AdamW's decay (times the learning rate). 0 switches
             everything off.
-        least: no strength goes below.
-        most: nor above.
+        least: No strength goes below.
+        most: Nor above.
         terms: 1 learns from what the last step did. More look further back: terms of a Neumann series, or
             iterations of CG, each two more passes of the step's batch (CG: from the first on).
         inverse: ``"neumann"``, or ``"cg"`` for the strength that is best at the end of an endless training, which few
             epochs are not.
-        precondition: beyond the last step, the curvature acts through the optimizer's own scale of each weight. False
+        precondition: Beyond the last step, the curvature acts through the optimizer's own scale of each weight. False
             takes plain descent, for optimizers whose scale is not known.
-        lr: of the strengths' own AdamW, which moves their logarithms: 0.05 is 5 % a step.
-        scope: which weights are pulled. With ``toward="zero"``, ``"linear"`` leaves biases and norms alone.
+        lr: Learning rate of the strengths' own AdamW, which moves their logarithms: 0.05 is 5 % a step.
+        scope: Which weights are pulled. With ``toward="zero"``, ``"linear"`` leaves biases and norms alone.
 
     The optimizer's own decay is switched off for weights that are pulled, and applied by this method to all others. The
     pull is a proximal step: stable at any strength, apart from the optimizer's moments, and AdamW's decay up to
@@ -73,7 +73,7 @@ class ImplicitTune(BiLevel):
         tensor at the finest; theirs go down to one per entry.
 
     Raises:
-        ValueError: in setup, for a share of rows outside `fit`, weights below float32 with several terms, or no weight
+        ValueError: In setup, for a share of rows outside `fit`, weights below float32 with several terms, or no weight
             to pull; in attach for sharded weights, or an optimizer that cannot be preconditioned.
     """
 

@@ -21,11 +21,11 @@ class L2SP(Method):
     """Pull weights toward their pre-trained values; a new head keeps ordinary decay.
 
     Args:
-        alpha: strength; 0.01 to 0.1 decoupled (times the learning rate), as a weight decay.
-        scope: which weights are pulled; those without a pre-trained value are left out.
-        decoupled: before the optimizer's update and apart from its moments, as AdamW decays. False adds the gradient
+        alpha: Strength; 0.01 to 0.1 decoupled (times the learning rate), as a weight decay.
+        scope: Which weights are pulled; those without a pre-trained value are left out.
+        decoupled: Before the optimizer's update and apart from its moments, as AdamW decays. False adds the gradient
             of the penalty, as the paper does.
-        replace_decay: the optimizer's own decay toward zero is switched off for weights that are pulled, and
+        replace_decay: The optimizer's own decay toward zero is switched off for weights that are pulled, and
             applied by this method to all others (as decoupled or coupled as the pull).
 
     Departures:

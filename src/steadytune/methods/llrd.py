@@ -23,7 +23,7 @@ class LLRD(Method):
     """Give each block the learning rate of the block above times a factor; the head has the optimizer's own.
 
     Args:
-        decay: factor from one block to the next below.
+        decay: Factor from one block to the next below.
 
     The optimizer's groups are split, whatever they were, and a scheduler built after `Run.attach` goes on with the rate
     of each. One that has rates of its own (OneCycleLR, CyclicLR) wants a list of them:
@@ -37,7 +37,7 @@ class LLRD(Method):
         decay stays.
 
     Raises:
-        ValueError: in setup, for a model without blocks.
+        ValueError: In setup, for a model without blocks.
     """
 
     decay: Annotated[float, Within("(0, 1]")] = 0.95

@@ -26,11 +26,11 @@ class LNSR(Method):
     """Add noise to the output of one block and penalise how far the outputs of the blocks above move.
 
     Args:
-        weight: of the squared movement, the same for all blocks above.
-        scale: length of a token's noise as a share of its vector; in-manifold, of the way to another
+        weight: Weight of the squared movement, the same for all blocks above.
+        scale: Length of a token's noise as a share of its vector; in-manifold, of the way to another
             example's.
-        block: which block, counted from 0 at the input; by default a quarter of the way up.
-        in_manifold: the noise points toward the same position in the next example of the batch, where both have a
+        block: Which block, counted from 0 at the input; by default a quarter of the way up.
+        in_manifold: The noise points toward the same position in the next example of the batch, where both have a
             token.
 
     Both passes have the same dropout draw. Padding gets no noise and does not count. The last block's output is taken
@@ -41,7 +41,7 @@ class LNSR(Method):
         second pass begins at the input, not at the block.
 
     Raises:
-        ValueError: in setup, for a model whose blocks cannot be told, an encoder-decoder, PEFT's prompt tuning, or no
+        ValueError: In setup, for a model whose blocks cannot be told, an encoder-decoder, PEFT's prompt tuning, or no
             block above.
     """
 

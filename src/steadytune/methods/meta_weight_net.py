@@ -30,12 +30,12 @@ class MetaWeightNet(BiLevel):
     """Weigh training rows by a function of their loss that makes the loss on trusted rows fall.
 
     Args:
-        outer: the trusted rows: a function that gives batches of them each time it is called (on several
+        outer: The trusted rows: a function that gives batches of them each time it is called (on several
             processes, each its own); in `steadytune.fit` also a share of the training rows, which then must be good.
-        hidden: width of the network.
-        lr: of the network's own AdamW.
-        decay: of the network's weights.
-        precondition: the step that is differentiated is the optimizer's own, not one of plain descent.
+        hidden: Width of the network.
+        lr: Learning rate of the network's own AdamW.
+        decay: Weight decay of the network.
+        precondition: The step that is differentiated is the optimizer's own, not one of plain descent.
 
     It takes the place of the task's loss: cross entropy of one label per row, squared error of one number, or the mean
     binary cross entropy of several labels; class weights or label smoothing of the trainer act on the outer rows only.
@@ -46,7 +46,7 @@ class MetaWeightNet(BiLevel):
         trial step first. That step is the optimizer's, theirs plain descent whatever the optimizer.
 
     Raises:
-        ValueError: in setup, for a share of rows outside `fit`, or weights below float32; in attach for sharded
+        ValueError: In setup, for a share of rows outside `fit`, or weights below float32; in attach for sharded
             weights, or an optimizer that cannot be preconditioned; at the first batch for labels of tokens.
     """
 
@@ -125,7 +125,7 @@ def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """The task's loss of each row: (rows, outputs) -> (rows,).
 
     Raises:
-        ValueError: labels that are neither one per row nor one per output.
+        ValueError: Labels that are neither one per row nor one per output.
     """
     logits = full(logits)
     if logits.dim() == 2 and logits.size(-1) == 1 and labels.dim() == 1:

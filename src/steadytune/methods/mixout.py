@@ -22,10 +22,10 @@ class Mixout(Method):
     """Show random input columns of each weight as their pre-trained values, once per optimizer step.
 
     Args:
-        keep: share of columns shown as they are; the paper's 1 - p. The paper uses p = 0.7 to 0.9 with
+        keep: Share of columns shown as they are; the paper's 1 - p. The paper uses p = 0.7 to 0.9 with
             three epochs; with the longer baseline recipe used here p = 0.1 is the usual value, hence 0.9.
-        scope: which weights are mixed. A new head has no pre-trained value and is left alone.
-        rescale_gradient: the exact chain rule. False leaves out ``1 / keep``, as the authors' backward does.
+        scope: Which weights are mixed. A new head has no pre-trained value and is left alone.
+        rescale_gradient: The exact chain rule. False leaves out ``1 / keep``, as the authors' backward does.
 
     Departures:
         One draw per optimizer step (the authors' code: per forward), so that accumulation and activation checkpointing

@@ -21,7 +21,7 @@ class TopLayers(Method):
     """Train the top blocks and what lies above them, freeze the embeddings and the blocks below.
 
     Args:
-        blocks: how many, from the top; 0 trains the head, the pooler and the last norm.
+        blocks: How many, from the top; 0 trains the head, the pooler and the last norm.
 
     Gradients and optimizer state exist for what is trained only, and the backward pass ends there. With activation
     checkpointing, use ``use_reentrant=False``: torch's re-entrant kind gives no gradients above frozen embeddings.
@@ -30,7 +30,7 @@ class TopLayers(Method):
         Three blocks by default, a quarter of a base-sized model; the authors try every number.
 
     Raises:
-        ValueError: in setup, for a PEFT model, or one with fewer blocks.
+        ValueError: In setup, for a PEFT model, or one with fewer blocks.
     """
 
     blocks: Annotated[int, Within("[0, inf)")] = 3
@@ -60,13 +60,13 @@ class BitFit(Method):
     """Train the biases and the head, freeze everything else.
 
     Args:
-        norms: the biases of normalisation layers too, as the authors do.
+        norms: The biases of normalisation layers too, as the authors do.
 
     The authors' learning rates are 10 to 100 times those of full fine-tuning (1e-4 to 1e-3). As to activation
     checkpointing see `TopLayers`.
 
     Raises:
-        ValueError: in setup, for a PEFT model, or one whose body has no biases (Llama, T5).
+        ValueError: In setup, for a PEFT model, or one whose body has no biases (Llama, T5).
     """
 
     norms: bool = True

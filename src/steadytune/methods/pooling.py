@@ -39,7 +39,7 @@ class Pooling(Method):
         a LayerNorm that stands for their normalisation.
 
     Raises:
-        ValueError: in setup, for a model in which the block does not pool (ALBERT, MPNet, decoders), or without data.
+        ValueError: In setup, for a model in which the block does not pool (ALBERT, MPNet, decoders), or without data.
     """
 
     how: How = "mean"

@@ -37,11 +37,11 @@ class R3F(Method):
     """Pass the batch once more with random noise on the embeddings and add the symmetric KL divergence.
 
     Args:
-        weight: of the divergence; the paper's lambda.
-        scale: half the width of the uniform noise, standard deviation of the normal noise.
-        noise: its distribution.
-        detach_embedding: the noisy pass sends no gradient into the embeddings, as in the authors' code.
-        dropout: of the noisy pass: a fresh draw, or the draw of the task's own forward.
+        weight: Weight of the divergence; the paper's lambda.
+        scale: Half the width of the uniform noise, standard deviation of the normal noise.
+        noise: Its distribution.
+        detach_embedding: The noisy pass sends no gradient into the embeddings, as in the authors' code.
+        dropout: Dropout of the noisy pass: a fresh draw, or the draw of the task's own forward.
 
     At the authors' scale of 1e-5 the noise itself moves predictions very little: with dropout, most of the divergence
     is that of two dropout draws. Raise ``scale`` for smoothness in the embeddings, ``dropout="same"`` to measure
@@ -99,14 +99,14 @@ class R4F(R3F):
     """R3F with a last layer of spectral norm 1, so that the head cannot amplify what the encoder lets through.
 
     Args:
-        weight: of the divergence; the head is normalised at 0 too.
+        weight: Weight of the divergence; the head is normalised at 0 too.
 
     Departures:
         As R3F; and the last layer is projected after every step, so that the weights themselves have spectral norm 1
         and a checkpoint is plain, where the authors train an unnormalised weight that each forward divides.
 
     Raises:
-        ValueError: in setup, for a model without a trainable classification head.
+        ValueError: In setup, for a model without a trainable classification head.
     """
 
     null: ClassVar[dict[str, Any] | None] = None  # the head is normalised whatever the weight is

@@ -20,7 +20,7 @@ class RDrop(Method):
     """Pass each batch as two copies through one forward and add their symmetric KL divergence to the mean loss.
 
     Args:
-        alpha: weight of the divergence; the paper's grid for language understanding is 0.1, 0.5, 1.
+        alpha: Weight of the divergence; the paper's grid for language understanding is 0.1, 0.5, 1.
 
     Regression (one output) uses the mean squared difference instead. Token-level outputs average over the tokens
     that have a label. ``alpha = 0`` is not plain fine-tuning: the loss is the mean over two dropout draws.
@@ -30,7 +30,7 @@ class RDrop(Method):
         alpha is the batch size times ours), and the two losses are averaged, not added.
 
     Raises:
-        ValueError: in setup, for a model without active dropout: the divergence would be exactly zero.
+        ValueError: In setup, for a model without active dropout: the divergence would be exactly zero.
     """
 
     alpha: Annotated[float, Within("[0, inf)")] = 1.0

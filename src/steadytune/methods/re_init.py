@@ -25,8 +25,8 @@ class ReInit(Method):
     """Draw the top blocks and the pooler anew, as before pre-training: the most specialised layers start afresh.
 
     Args:
-        blocks: how many, from the top; the authors try 1 to 6, one block must stay.
-        pooler: the pooler too, where the body has one (BERT, ALBERT).
+        blocks: How many, from the top; the authors try 1 to 6, one block must stay.
+        pooler: The pooler too, where the body has one (BERT, ALBERT).
 
     Each weight is drawn as the model's own initialiser does, by the methods' seed. From then on these weights have no
     pre-trained value: anchors leave them out as they do a new head. Run the method on the pre-trained model, also when
@@ -37,7 +37,7 @@ class ReInit(Method):
         matrices from N(0, initializer_range^2), with biases zero and norms one.
 
     Raises:
-        ValueError: in setup, for a model that is not transformers', has too few blocks (ALBERT's share their weights
+        ValueError: In setup, for a model that is not transformers', has too few blocks (ALBERT's share their weights
             and are one), or whose top blocks are frozen (PEFT); in attach, if a method after it froze them.
     """
 

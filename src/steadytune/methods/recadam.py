@@ -46,7 +46,7 @@ class RecAdam(Method):
         same steps.
 
     Raises:
-        ValueError: in attach, for ``lr * gamma >= 1``.
+        ValueError: In attach, for ``lr * gamma >= 1``.
     """
 
     gamma: Annotated[float, Within("[0, inf)")] = 5000.0

@@ -137,10 +137,10 @@ class ROSEFirst(ROSE):
     The loss is the mean over two dropout draws of each batch; a second pass finds the risks.
 
     Args:
-        keep: share of tensors (or entries) that take the step; the authors' upper quantile, 0.5 to 0.8.
+        keep: Share of tensors (or entries) that take the step; the authors' upper quantile, 0.5 to 0.8.
         granularity: ``"tensor"`` masks whole tensors by the norm of their risks, as the authors' code; ``"element"``
             masks entries, of each tensor the riskiest, as the paper speaks of parameters.
-        scope: which weights are masked; biases never are.
+        scope: Which weights are masked; biases never are.
         update: ``"frozen"``: of what is masked, weight and optimizer state stay bit for bit. ``"authors"``: the second
             moment moves on by the squared first one, and decay comes after the update, as in their optimizer.
 
@@ -149,7 +149,7 @@ class ROSEFirst(ROSE):
         lower end of the authors' window, 0 in all their scripts, and their warm-up without masks are left out.
 
     Raises:
-        ValueError: in setup, for a model without active dropout: all risks would be zero.
+        ValueError: In setup, for a model without active dropout: all risks would be zero.
     """
 
     keep: Annotated[float, Within("(0, 1]")] = 0.7
@@ -178,10 +178,10 @@ class ROSESecond(ROSE):
     """Freeze, for one step, the weights whose momentum the new gradient would change most.
 
     Args:
-        keep: as in `ROSEFirst`; the authors' 0.3 to 0.6.
-        granularity: as in `ROSEFirst`.
-        scope: which weights are masked.
-        update: as in `ROSEFirst`.
+        keep: As in `ROSEFirst`; the authors' 0.3 to 0.6.
+        granularity: As in `ROSEFirst`.
+        scope: Which weights are masked.
+        update: As in `ROSEFirst`.
         score: ``"change"``: the relative change of the momentum. ``"authors"``: their code's abs(0.1 norm(g) / norm(m)
             - 1), which ignores directions and, while gradients are noisy, keeps the weights that change most.
 
@@ -189,7 +189,7 @@ class ROSESecond(ROSE):
         Those of `ROSEFirst`, and the score.
 
     Raises:
-        ValueError: in attach, for an optimizer without Adam's first moment.
+        ValueError: In attach, for an optimizer without Adam's first moment.
     """
 
     keep: Annotated[float, Within("(0, 1]")] = 0.6
@@ -215,18 +215,18 @@ class ROSEEnsemble(ROSE):
     """Mix the masks of `ROSEFirst` and `ROSESecond`: what only one of them would freeze takes a part of the step.
 
     Args:
-        keep: as in `ROSEFirst`; the authors' 0.3 to 0.9.
-        gamma: weight of the first mask; the authors' 0.5.
-        granularity: as in `ROSEFirst`.
-        scope: which weights are masked.
-        update: as in `ROSEFirst`.
-        score: as in `ROSESecond`.
+        keep: As in `ROSEFirst`; the authors' 0.3 to 0.9.
+        gamma: Weight of the first mask; the authors' 0.5.
+        granularity: As in `ROSEFirst`.
+        scope: Which weights are masked.
+        update: As in `ROSEFirst`.
+        score: As in `ROSESecond`.
 
     Departures:
         Those of `ROSEFirst` and `ROSESecond`.
 
     Raises:
-        ValueError: in setup without active dropout; in attach without Adam's first moment.
+        ValueError: In setup without active dropout; in attach without Adam's first moment.
     """
 
     keep: Annotated[float, Within("(0, 1]")] = 0.7
@@ -286,7 +286,7 @@ def momentum(run: Run, weight: Weight) -> Tensor:
     """Adam's first moment of a weight (on a shard: of this rank's piece); zeros before its first step, and for SGD.
 
     Raises:
-        ValueError: an optimizer that keeps it in another form.
+        ValueError: An optimizer that keeps it in another form.
     """
     assert run.optimizer is not None
     held = run.optimizer.state.get(weight.parameter, {})

@@ -95,8 +95,8 @@ class SMART(Method):
         penalties: they are differences of log-odds that may be negative.
 
     Raises:
-        ValueError: in setup, for a model without a token embedding.
-        RuntimeError: at the first step, for weights in pieces (FSDP2).
+        ValueError: In setup, for a model without a token embedding.
+        RuntimeError: At the first step, for weights in pieces (FSDP2).
     """
 
     epsilon: Annotated[float, Within("[0, inf)")] = 1e-3

@@ -27,7 +27,7 @@ class GaussianBottleneck(Beside):
     """Makes the input of a layer in training mode a draw around it; a forward pre-hook.
 
     Attributes:
-        listening: whether the next draw leaves its ``divergence`` (rows,) or (rows, length) from the prior.
+        listening: Whether the next draw leaves its ``divergence`` (rows,) or (rows, length) from the prior.
     """
 
     def __init__(self, width: int) -> None:
@@ -57,7 +57,7 @@ class VIBERT(BesideHead[GaussianBottleneck]):
     """Train the classifier on noisy sentence representations and penalise what they tell beyond a learnt prior.
 
     Args:
-        beta: weight of the divergence at the end of the training; it rises linearly from 0. The authors add
+        beta: Weight of the divergence at the end of the training; it rises linearly from 0. The authors add
             1e-5 per epoch for 25 epochs.
 
     The size of the noise is learnt for each representation and begins at softplus(0) = 0.69, like the prior's. A head
@@ -73,9 +73,9 @@ class VIBERT(BesideHead[GaussianBottleneck]):
         the divergence rises with each step, theirs with each epoch.
 
     Raises:
-        ValueError: in setup, for a model without a trainable classification head, or already inside
+        ValueError: In setup, for a model without a trainable classification head, or already inside
             DistributedDataParallel.
-        RuntimeError: at the first step, for weights in pieces (FSDP2).
+        RuntimeError: At the first step, for weights in pieces (FSDP2).
     """
 
     beta: Annotated[float, Within("[0, 1]")] = 2.5e-4

@@ -33,22 +33,23 @@ class WeightMixup(BiLevel):
     """Show each weight as a mixture with its pre-trained value, in shares that are learned on rows held out for it.
 
     Args:
-        outer: the rows that the shares learn on: in `steadytune.fit` a share of the training rows, which the
+        outer: The rows that the shares learn on: in `steadytune.fit` a share of the training rows, which the
             weights are then not trained on (where rows are few they are missed: the procedure `mixup-blo` trains on all
             of them afterwards); elsewhere a function that gives batches each time it is called (on several processes,
             each its own). None: the shares learn on the training rows, together with the weights.
         alpha: None learns the shares. A number, or the ``alphas`` of an earlier run, are kept as they are.
         rank: 1 for a share a1 a2 with one number per row and one per column, None for one per entry (12 more bytes per
             weight), ``"tensor"`` for one per weight matrix.
-        convex: the shares of both weights add up to 1. False is the authors' (1 - a1)(1 - a2) for the pre-trained one.
-        order: of the gradient of the shares. ``"difference"`` adds what they do to the outer loss through the last
-            step of the weights: two more passes of its batch, and while they last one more gradient of all weights.
-        precondition: in a difference, that step is the optimizer's own, not one of plain descent.
-        lr: of the shares' own AdamW, its peak.
-        decay: of the shares, toward the pre-trained weights.
-        schedule: of ``lr``: ``"cosine"`` after a warm-up, or ``"constant"``.
-        warmup: share of the steps.
-        scope: which weights are mixed. A new head has no pre-trained value and is left alone.
+        convex: The shares of both weights add up to 1. False is the authors' (1 - a1)(1 - a2) for the pre-trained one.
+        order: ``"first"`` is the gradient of the outer loss at the mixture. ``"difference"`` adds the effect of the
+            shares through the last step of the weights; it costs two more passes of its batch, and memory for one more
+            gradient of all weights during them.
+        precondition: In a difference, that step is the optimizer's own, not one of plain descent.
+        lr: Peak learning rate of the shares' own AdamW.
+        decay: Decay of the shares, toward the pre-trained weights.
+        schedule: Schedule of ``lr``: ``"cosine"`` after a warm-up, or ``"constant"``.
+        warmup: Share of the steps.
+        scope: Which weights are mixed. A new head has no pre-trained value and is left alone.
 
     All weights that the model shows between steps, and every checkpoint, are the mixtures. The shares start at 1, are
     clamped to [0, 1] and take no part in clipping. With `Mixout` or `DPSMix` in the list, the shares' gradient is taken
@@ -62,7 +63,7 @@ class WeightMixup(BiLevel):
         those are the procedure `mixup-blo`.
 
     Raises:
-        ValueError: in setup, for a share of rows outside `fit`, or weights below float32 with differences; in attach
+        ValueError: In setup, for a share of rows outside `fit`, or weights below float32 with differences; in attach
             for sharded weights, or an optimizer that cannot be preconditioned.
     """
 

@@ -21,10 +21,10 @@ def strips(scores: pd.DataFrame, recipes: Sequence[str], title: str, xlabel: str
     """One dot a seed and a tick at the mean, one line a recipe.
 
     Args:
-        scores: columns recipe, score; one row a run, in the order of the seeds.
-        recipes: from top to bottom; all of them have a line, also those without a score.
-        title: of the panel.
-        xlabel: what a score is.
+        scores: Columns recipe, score; one row a run, in the order of the seeds.
+        recipes: From top to bottom; all of them have a line, also those without a score.
+        title: Title of the panel.
+        xlabel: What a score is.
     """
     with panel(WIDTH, 0.75 + 0.27 * len(recipes), title, beside(recipes)) as (figure, axes):
         for line, (recipe, look) in enumerate(looks(recipes).items()):
@@ -42,11 +42,11 @@ def forest(gains: pd.DataFrame, title: str, xlabel: str, limits: tuple[float, fl
     """Differences with their intervals around a line at zero.
 
     Args:
-        gains: columns group, label, look, gain, low, high; one row a difference, low and high may be NaN.
-        title: of the panel.
-        xlabel: what a gain is.
-        limits: of the horizontal axis, so that panels can be compared; what lies beyond them ends in an arrow, and a
-            gain beyond them is written beside it.
+        gains: Columns group, label, look, gain, low, high; one row a difference, low and high may be NaN.
+        title: Title of the panel.
+        xlabel: What a gain is.
+        limits: Limits of the horizontal axis, equal for panels that are compared. An interval that goes beyond them
+            ends in an arrow; a gain beyond them is written as a number.
     """
     labels: list[str] = []
     places: list[int] = []
@@ -90,10 +90,10 @@ def curves(means: pd.DataFrame, recipes: Sequence[str], title: str, ylabel: str)
     """Mean and standard deviation over the number of training rows, on a logarithmic axis.
 
     Args:
-        means: columns recipe, size, mean, sd.
-        recipes: in the order of their looks.
-        title: of the panel.
-        ylabel: what a score is.
+        means: Columns recipe, size, mean, sd.
+        recipes: In the order of their looks.
+        title: Title of the panel.
+        ylabel: What a score is.
     """
     with panel(WIDTH, 2.5, title) as (figure, axes):
         for place, (recipe, look) in enumerate(looks(recipes).items()):
@@ -117,10 +117,10 @@ def scatter(scores: pd.DataFrame, recipes: Sequence[str], title: str, labels: tu
     """In-domain against out-of-domain score: a faint dot a run, a large one at a recipe's mean.
 
     Args:
-        scores: columns recipe, in, out.
-        recipes: in the order of their looks.
-        title: of the panel.
-        labels: of the two axes.
+        scores: Columns recipe, in, out.
+        recipes: In the order of their looks.
+        title: Title of the panel.
+        labels: Labels of the two axes.
     """
     with panel(WIDTH, 2.7, title) as (figure, axes):
         for recipe, look in looks(recipes).items():
@@ -137,9 +137,9 @@ def cost(gains: pd.DataFrame, title: str, labels: tuple[str, str]) -> str:
     """What a recipe gains against what it costs.
 
     Args:
-        gains: columns look, cost, gain, low, high.
-        title: of the panel.
-        labels: of the two axes.
+        gains: Columns look, cost, gain, low, high.
+        title: Title of the panel.
+        labels: Labels of the two axes.
     """
     with panel(WIDTH, 2.5, title) as (figure, axes):
         axes.axhline(0, color="#555555", linewidth=0.9)

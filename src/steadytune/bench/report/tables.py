@@ -43,15 +43,15 @@ def long_form(records: Sequence[Mapping[str, Any]], metric: str | None = None) -
     """One row a run and set; a run without sets (it failed) has one row, and no set.
 
     Args:
-        records: as `read_records` gives them.
-        metric: the score, where it is not the task's headline metric.
+        records: As `read_records` gives them.
+        metric: The score, where it is not the task's headline metric.
 
     Returns:
         The facts of each run, its cost, and one column a metric. ``score`` is the metric that counts, ``used`` is false
         for runs of settings that were given up, see `superseded`.
 
     Raises:
-        UsageError: no record has that metric.
+        UsageError: No record has that metric.
     """
     frame = pd.DataFrame([row for record in records for row in _rows(record)])
     names = sorted({key for record in records for scores in record["sets"].values() for key in scores} - _NOT_SCORES)
@@ -398,10 +398,10 @@ def matched(scores: pd.DataFrame, recipes: Sequence[str], plain: Sequence[str], 
     """Recipes that cost more than the baseline, against the cheapest plain recipe that costs no less.
 
     Args:
-        scores: see `per_run`; cost is passes a step times steps, in domain.
-        recipes: all recipes.
-        plain: those without methods.
-        baseline: what costs are measured by.
+        scores: See `per_run`; cost is passes a step times steps, in domain.
+        recipes: All recipes.
+        plain: Those without methods.
+        baseline: What costs are measured by.
     """
     rows = []
     scores = scores.assign(passes=scores["passes"] * scores["steps"])

@@ -39,11 +39,11 @@ class Bench:
     """What a folder holds, as frames of `tables`, in the order in which the study names things.
 
     Args:
-        folder: of the bench.
-        metric: the score, where it is not each task's headline metric.
+        folder: Folder of the bench.
+        metric: The score, where it is not each task's headline metric.
 
     Raises:
-        UsageError: no such folder, not that of a bench, no usable record, or no record has the metric.
+        UsageError: No such folder, not that of a bench, no usable record, or no record has the metric.
     """
 
     def __init__(self, folder: Path, metric: str | None = None) -> None:
@@ -111,15 +111,15 @@ def write_report(folder: str | Path, output: str | Path | None = None, metric: s
     """Write report.html, report.md, runs.csv and summary.csv.
 
     Args:
-        folder: of a bench.
-        output: folder for the files; the bench's own where not given.
-        metric: the score to report, where it is not each task's headline metric.
+        folder: Folder of a bench.
+        output: Folder for the files; the bench's own where not given.
+        metric: The score to report, where it is not each task's headline metric.
 
     Returns:
         The HTML file.
 
     Raises:
-        UsageError: as `Bench`, or the files cannot be written.
+        UsageError: As `Bench`, or the files cannot be written.
     """
     bench = Bench(Path(folder), metric)
     title, sections = f"Bench report: {bench.name}", make_sections(bench)

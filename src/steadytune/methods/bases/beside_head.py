@@ -30,7 +30,7 @@ class BesideHead(Method, Generic[B]):
     run; they join the optimizer in `attach`, unless it was built after the run.
 
     Attributes:
-        place: name of the module in the model.
+        place: Name of the module in the model.
     """
 
     place: ClassVar[str]

@@ -59,7 +59,7 @@ class BiLevel(Method):
         """Learn these, in place.
 
         Raises:
-            ValueError: sharded weights.
+            ValueError: Sharded weights.
         """
         if run.sharded:
             raise ValueError(
@@ -82,8 +82,8 @@ class BiLevel(Method):
         They lie in the weights' ``.grad``, which that step is done with: no further copy of the weights is held.
 
         Args:
-            run: in `Method.after_step`.
-            found: gradient of the outer loss.
+            run: In `Method.after_step`.
+            found: Gradient of the outer loss.
         """
         directions = {}
         for w in run.weights():
@@ -140,8 +140,8 @@ class OuterRows:
     """Batches of a source, pass after pass, each pass in an order drawn by a seed of its own.
 
     Args:
-        source: called for each pass; it may shuffle by torch's global generator.
-        seed: of the orders.
+        source: Called for each pass; it may shuffle by torch's global generator.
+        seed: Seed of the orders.
     """
 
     def __init__(self, source: Outer, seed: int) -> None:
@@ -162,7 +162,7 @@ class OuterRows:
         """The next batch; torch's global generator is seeded anew.
 
         Raises:
-            ValueError: the source gives no batch.
+            ValueError: The source gives no batch.
         """
         return next(self._reader)
 

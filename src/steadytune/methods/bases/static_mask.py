@@ -90,9 +90,9 @@ def top_masks(run: Run, scores: Tensors, keep: float, threshold: str) -> Tensors
     """Boolean masks of the largest scores; entries tied with the threshold are all kept.
 
     Args:
-        run: knows how weights are cut into pieces.
-        scores: by weight name.
-        keep: share of entries, of each ``"tensor"`` or of all together (``"global"``).
+        run: Knows how weights are cut into pieces.
+        scores: By weight name.
+        keep: Share of entries, of each ``"tensor"`` or of all together (``"global"``).
         threshold: ``"tensor"`` or ``"global"``.
     """
     if threshold == "global" and scores:
