@@ -25,6 +25,7 @@ from .spelling import as_methods
 
 logger = logging.getLogger(__name__)
 SIDE_FILE = "steadytune.safetensors"
+EDITING = ("before_forward", "after_backward", "pull_back", "before_step")  # verbs that decide what is clipped
 
 
 class Trainer(transformers.Trainer):
@@ -189,7 +190,13 @@ class Trainer(transformers.Trainer):
         """Move ``max_grad_norm`` to the end of the list."""
         assert self.run is not None
         given = [m for m in self.run.methods if isinstance(m, ClipNorm) and m is not self._own_clip]
-        edits = any(overrides(m, v) for m in self.run.methods for v in ("before_forward", "pull_back", "before_step"))
+        edits = any(overrides(m, v) for m in self.run.methods for v in EDITING)
+        looking = [type(m).__name__ for m in self.run.methods if overrides(m, "after_backward")]
+        if looking and self.clip == "trainer" and self.args.max_grad_norm:
+            raise ValueError(
+                f"{looking[0]} replaces the gradient after the Trainer has clipped it, so that clip='trainer' would "
+                f"clip nothing: leave clip='list', or set max_grad_norm=0 (it is {self.args.max_grad_norm})"
+            )
         if self.clip == "trainer" or not edits or self._taken_norm is not None:
             return
         norm = self._taken_norm = self.args.max_grad_norm or 0.0

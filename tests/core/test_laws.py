@@ -52,6 +52,7 @@ from steadytune import (
     PGD,
     R3F,
     R4F,
+    SAM,
     SIFT,
     SMART,
     SWA,
@@ -141,6 +142,7 @@ SINGLE: dict[str, list[Method]] = {
     "lnsr": [LNSR(scale=0.2)],
     "fgm": [FGM()],
     "pgd": [PGD(steps=2)],
+    "sam": [SAM(rho=0.1)],
     "vibert": [VIBERT(beta=0.1)],
     "easy_adapt": [EasyAdapt(domain=by_first_token, drop=0.0)],
     "weight_mixup": [WeightMixup(outer=outer_batches, lr=0.05)],
@@ -186,7 +188,7 @@ MOMENTS = {"rose_second", "rose_second_authors", "rose_second_element", "rose_en
 STEADY = {
     *("dps_dense", "dps_dense_frozen", "dps_dense_global", "rose_second", "rose_second_authors", "rose_second_element"),
     *("rdrop", "l2sp", "l2sp_coupled", "recadam", "recadam_linear", "clip_norm", "ema", "swa"),
-    *("vibert", "easy_adapt", "extrapolation", "hypergradient_lr", "hypergradient_lr_additive"),
+    *("sam", "vibert", "easy_adapt", "extrapolation", "hypergradient_lr", "hypergradient_lr_additive"),
     *("top_layers", "bitfit", "llrd", "head_init", "pooling"),
 }
 DRAWS = set(RECIPES) - STEADY  # have randomness of their own
@@ -205,7 +207,7 @@ PASSING = recipes(lambda m: m.cost.passes > 1 or overrides(m, "penalty"), "sift"
 # One of each way in which the Trainer meets a method: data, moments, penalties, weights added or shown, groups, files.
 IN_TRAINER = [
     *("dps_dense_frozen", "dps_mix", "child_tuning_d", "rose_second", "rdrop", "smart_proximal", "mixout", "ema"),
-    *("vibert", "head_init", "weight_mixup", "meta_weight_net", "adapters", "llrd", "recadam", *COMBINED),
+    *("vibert", "sam", "head_init", "weight_mixup", "meta_weight_net", "adapters", "llrd", "recadam", *COMBINED),
 ]
 
 
@@ -1375,7 +1377,7 @@ def test_overflowed_steps_did_not_happen(fused, unscale, leave):
     assert_same(loop.all(), expected.all())
 
 
-@pytest.mark.parametrize("name", ["mixout", "dps_mix", "ema"])
+@pytest.mark.parametrize("name", ["mixout", "dps_mix", "ema", "sam"])
 def test_one_autocast_context_round_all_steps_sees_new_weights(name):
     """T20: autocast keeps casted weights for the length of its context and does not look at changes."""
     data = batches(3)
@@ -1393,6 +1395,27 @@ def test_one_autocast_context_round_all_steps_sees_new_weights(name):
         loss.backward()
         many.step()
     assert_same(one.all(), many.all())
+
+
+# ---------------------------------------------------------------- a second look at the batch
+
+
+@pytest.mark.filterwarnings("ignore:R.F. noise of scale 1e-05 is below the resolution of torch.bfloat16")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", recipes(lambda m: overrides(m, "penalty") or overrides(m, "before_batch"), "mixout"))
+def test_a_second_look_from_the_same_place_is_the_first_bitwise(name, autocast):
+    """Naive: other dropout, other noise of the penalties, one micro-batch's draws for all, float32 after autocast."""
+    ends = []
+    for recipe in (RECIPES[name], [*RECIPES[name], SAM(rho=1e-30)]):  # a move that rounds to nothing
+        loop = Loop(recipe)
+        for i in (0, 2, 4):
+            for batch in batches(6)[i : i + 2]:
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    loss = loop.run.loss(batch)
+                (loss / 2).backward()
+            loop.step()
+        ends.append({k: loop.all()[k] for k in ("weights", "optimizer")})
+    assert_same(*ends)
 
 
 # ---------------------------------------------------------------- compile, further gradients, activation checkpointing

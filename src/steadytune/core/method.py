@@ -129,6 +129,12 @@ class Method:
     def penalty(self, step: Step) -> Tensor | None:
         """A scalar added to the loss of one micro-batch."""
 
+    def after_backward(self, run: Run, weights: Sequence[Weight]) -> None:
+        """Replace the step's gradient by another through `Run.look_again`, after the last backward pass, in list order.
+
+        Live is the forward view, and ``.grad`` is its gradient (synced, unscaled).
+        """
+
     def pull_back(self, run: Run, weights: Sequence[Weight]) -> None:
         """Turn ``.grad`` of what it showed into ``.grad`` of what it was given, in reverse list order."""
 
@@ -161,7 +167,7 @@ def overrides(method: Method | type[Method], verb: str) -> bool:
     return getattr(kind, verb) is not getattr(Method, verb)
 
 
-WEIGHT_VERBS = ("before_forward", "pull_back", "before_step", "after_step", "evaluated")
+WEIGHT_VERBS = ("before_forward", "after_backward", "pull_back", "before_step", "after_step", "evaluated")
 
 
 def acts_on_weights(method: Method | type[Method]) -> bool:

@@ -5,7 +5,8 @@ R raw (what the optimizer moves), F forward (what the forward sees), E evaluated
 
     enter      first run.loss of a step: live E -> R; before_forward in list order builds F through run.show / run.mix
     backward   one or several micro-batches; penalties are added to the loss
-    pre-hook   pull_back in reverse order (chain rule F -> R); live <- R; before_step in list order (mask, then clip)
+    pre-hook   after_backward in list order (another gradient at F); pull_back in reverse order (chain rule F -> R);
+               live <- R; before_step in list order (mask, then clip)
     optimizer  moves R
     post-hook  after_step on R; frozen entries put back; `evaluated`: live and average exchanged; index += 1
     leave      F live but no step coming (overflow, Ctrl-C): live <- E, nothing counted
@@ -353,11 +354,14 @@ class Run:
                 "the optimizer holds no trainable parameter of this model: build it from model.parameters() "
                 "of the model given to Run, after all changes of its structure"
             )
+        setter = None
         for method in self.methods:
             before = self._rates_by_weight()
             method.attach(self)
-            if self._rates_by_weight() != before:
-                self._ratios = RateRatios(optimizer, type(method).__name__)
+            if before.items() - self._rates_by_weight().items():
+                setter = type(method).__name__
+        if setter is not None:
+            self._ratios = RateRatios(optimizer, setter)
         check_exclusive(
             (m, self.weights(m, getattr(m, "scope", "all")), acts_on_weights(m)) for m in self.methods if m.exclusive
         )
@@ -427,8 +431,8 @@ class Run:
         self.enter()
         check_wrapper(self.wrapper)
         check_targets(inputs)
-        number = len(self._micro_batches) + 1
-        micro = MicroBatch(inputs, rule, number, randomness.RandomState(self._device))
+        number, state = len(self._micro_batches) + 1, randomness.RandomState(self._device)
+        micro = MicroBatch(inputs, rule, number, state, autocast(self._device))
         self._micro_batches.append(micro)
         loss = self._look(micro)
         if loss.requires_grad:
@@ -436,7 +440,7 @@ class Run:
         return loss
 
     def _look(self, micro: MicroBatch) -> Tensor:
-        """The loss of a micro-batch with all penalties, at the live weights."""
+        """The loss of a micro-batch with all penalties at the live weights; the same draws at every look."""
         step = Step(self, micro)
         penalties = [m for m in self.methods if overrides(m, "penalty")]
         self._rule, self._micro = micro.rule, micro.number
@@ -458,6 +462,35 @@ class Run:
         finally:
             self._micro = 0
         return loss
+
+    def look_again(self, moves: Iterable[tuple[Weight, Tensor]]) -> None:
+        """Replace the step's gradient by that of the same loss at moved weights, in `Method.after_backward`.
+
+        Every micro-batch passes the model once more with its penalties, under the draws of its first look. The loop's
+        factors on the losses keep their ratios, and together they weigh 1: the factor of a ``GradScaler`` guards this
+        backward pass too, and is taken out. Afterwards the weights are as before, bit for bit.
+
+        Args:
+            moves: weights, and what is added to the live values of each.
+        """
+        sent = [micro for micro in self._micro_batches if micro.sent is not None]
+        left = iter(sent)
+        try:
+            with self._views.moved(moves):
+                found = self.gradient([micro.inputs for micro in sent], lambda _: self._repeat(next(left)))
+        finally:
+            self._watch = Watch(self.weights())  # weights were written, and are what they were
+        factor = torch.stack([micro.sent for micro in sent if micro.sent is not None]).mean()
+        for w in self.weights():
+            if w.grad is not None:
+                w.grad.copy_(found[w.name] / factor) if w.name in found else w.grad.zero_()
+
+    def _repeat(self, micro: MicroBatch) -> Tensor:
+        """What the loop sent back for a micro-batch, computed once more at the live weights."""
+        assert micro.sent is not None
+        micro.random_state.restore()
+        with micro.autocast:
+            return self._look(micro) * micro.sent
 
     def task(self, inputs: Inputs, model: nn.Module | None = None, *, copies: int = 1) -> tuple[Tensor, Any]:
         """The task's loss and outputs of one batch as the trainer computes them, without penalties; counted as a pass.
@@ -540,7 +573,7 @@ class Run:
     @property
     def _backward(self) -> bool:
         """Whether a loss of this step was sent back."""
-        return any(micro.sent for micro in self._micro_batches)
+        return any(micro.sent is not None for micro in self._micro_batches)
 
     def _used_up(self) -> bool:
         """Whether a loss of this step was sent back, and its gradients are gone.
@@ -623,10 +656,15 @@ class Run:
             self._ignored = True  # a fused optimizer skips the update inside its kernel
             return
         self._unscale(optimizer)
+        if self._not_finite(self.weights(), optimizer):
+            return
+        looking = [m for m in self.methods if overrides(m, "after_backward")]
+        for method in looking:
+            method.after_backward(self, self._restrict(method, [w for w in self.weights() if w.grad is not None]))
+        if looking and self._not_finite(self.weights(), optimizer):
+            return
         weights = self.weights()
         ready = [w for w in weights if w.grad is not None]
-        if self._not_finite(ready, optimizer):
-            return
         for method in reversed(self.methods):
             method.pull_back(self, self._restrict(method, ready))
         self._views.restore()
@@ -654,7 +692,11 @@ class Run:
 
     def _check_loss(self) -> None:
         """A loop that computed its loss without `loss` would train without penalties, and nobody would notice."""
-        lost = [type(m).__name__ for m in self.methods if overrides(m, "penalty") or m.copies > 1]
+        lost = [
+            type(m).__name__
+            for m in self.methods
+            if overrides(m, "penalty") or overrides(m, "after_backward") or m.copies > 1
+        ]
         if lost and not self._micro_batches:
             raise RuntimeError(
                 f"{', '.join(lost)} changed nothing in this step, as its loss was not computed by run.loss(batch): use "
@@ -678,6 +720,7 @@ class Run:
         self._watch = Watch(weights) if self._views.averages else None
         self.index += 1
         self._stepped = True
+        self.finite.taken()
         self.batches += len(self._micro_batches)
         self.passes = self.counted.since(self._counted, batches=max(1, len(self._micro_batches)))
         self._micro_batches = []
@@ -986,15 +1029,21 @@ def hand_over(name: str, parameter: nn.Parameter, take: Callable[[str, Tensor], 
 
 
 def _notice(loss: Tensor, micro: MicroBatch) -> None:
-    """Let the micro-batch know when its loss is sent back."""
+    """Let the micro-batch know what is sent back into its loss."""
     here = weakref.ref(micro)  # graphs that somebody keeps must not keep the batch, the Run and its model
 
-    def hook(_: Tensor) -> None:
+    def hook(gradient: Tensor) -> None:
         micro = here()
         if micro is not None:
-            micro.sent = True
+            micro.sent = gradient if micro.sent is None else micro.sent + gradient
 
     loss.register_hook(hook)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """The autocast context that is on for a device now, or off."""
+    kind = device.type
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
 
 def _abandon(views: Views, guard: RemovableHandle) -> None:

@@ -89,14 +89,17 @@ class MicroBatch:
         rule: how the trainer computes its loss.
         number: its place in the optimizer step, counted from 1.
         random_state: torch's random state before the task's own forward.
-        sent: whether its loss was sent back.
+        autocast: the autocast context of that forward.
+        sent: gradient that the loop sent into the loss, a 0-d tensor: its share of the step's loss, times the factor of
+            a `GradScaler`. None while no backward pass was made.
     """
 
     inputs: Inputs
     rule: LossRule
     number: int
     random_state: RandomState
-    sent: bool = False
+    autocast: torch.autocast
+    sent: Tensor | None = None
 
 
 class Step:

@@ -5,8 +5,9 @@ R raw (what the optimizer moves), F forward (what the forward sees), E evaluated
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -86,6 +87,22 @@ class Views:
             else:
                 exchange(self.live(name), other)
         torch.clear_autocast_cache()
+
+    @contextlib.contextmanager
+    def moved(self, moves: Iterable[tuple[Weight, Tensor]]) -> Iterator[None]:
+        """Add a tensor to each live weight, in place; at the end the weights are as before, bit for bit."""
+        held: list[tuple[Tensor, Tensor]] = []
+        try:
+            for weight, move in moves:
+                live = weight.data
+                held.append((live, live.clone()))
+                live.add_(move)
+            torch.clear_autocast_cache()
+            yield
+        finally:
+            for live, before in reversed(held):  # two weights may share memory: the earliest copy counts
+                live.copy_(before)
+            torch.clear_autocast_cache()
 
     def evaluate(self, found: Mapping[str, Tensor | float]) -> None:
         """Make the evaluated view live: tensors given, or running averages that move by the rates given."""

@@ -118,24 +118,23 @@ class FiniteGradients:
     def __init__(self) -> None:
         self.skipped = 0
         self._in_a_row = 0
-        self._late: tuple[Tensor, torch.cuda.Event, int] | None = None
+        self._late: list[tuple[Tensor, torch.cuda.Event, int]] = []
 
     def skips(self, norm: Tensor, index: int) -> bool:
-        """Whether step ``index``, whose gradient has this norm, must not be taken.
+        """Whether step ``index``, whose gradient has this norm, must not be taken. A step may have several gradients.
 
         Raises:
             UsageError: Too many such steps in a row; or, off the CPU, the step before was one.
         """
         if norm.is_cuda:
-            self.settle()
+            self.settle(before=index)
             flag = torch.empty((), dtype=torch.bool, pin_memory=True)
             flag.copy_(torch.isfinite(norm), non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            self._late = flag, event, index
+            self._late.append((flag, event, index))
             return False
         if torch.isfinite(norm):
-            self._in_a_row = 0
             return False
         self.skipped += 1
         self._in_a_row += 1
@@ -155,17 +154,22 @@ class FiniteGradients:
             )
         return True
 
-    def settle(self) -> None:
-        """Look at what was left for later.
+    def taken(self) -> None:
+        """A step was taken: those that were skipped before it are in a row no longer."""
+        self._in_a_row = 0
+
+    def settle(self, *, before: int | None = None) -> None:
+        """Look at what was left for later, of all steps or of those ``before`` one.
 
         Raises:
             UsageError: A step that was taken had a gradient that is not finite.
         """
-        if self._late is None:
-            return
-        (flag, event, index), self._late = self._late, None
-        event.synchronize()
-        if not flag:
+        while self._late and (before is None or self._late[0][2] < before):
+            flag, event, index = self._late.pop(0)
+            event.synchronize()
+            if flag:
+                continue
+            self._late = []
             self.skipped += 1
             raise UsageError(
                 f"the gradient of optimizer step {index + 1} was not finite, and the step has been taken: go on from a "

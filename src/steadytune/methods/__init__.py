@@ -39,6 +39,7 @@ METHODS = Registry(
         "lnsr": "lnsr:LNSR",
         "fgm": "adversarial:FGM",
         "pgd": "adversarial:PGD",
+        "sam": "sam:SAM",
         "vibert": "vibert:VIBERT",
         "easy_adapt": "easy_adapt:EasyAdapt",
         "weight_mixup": "weight_mixup:WeightMixup",
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     from .rose import ROSEEnsemble as ROSEEnsemble
     from .rose import ROSEFirst as ROSEFirst
     from .rose import ROSESecond as ROSESecond
+    from .sam import SAM as SAM
     from .sift import SIFT as SIFT
     from .smart import SMART as SMART
     from .vibert import VIBERT as VIBERT

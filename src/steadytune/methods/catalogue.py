@@ -18,7 +18,10 @@ from ..core import Method, overrides
 from ..core.facts import Cost, Paper
 from . import METHODS
 
-VERBS = ("before_forward", "before_batch", "penalty", "pull_back", "before_step", "after_step", "evaluated")
+VERBS = (
+    *("before_forward", "before_batch", "penalty", "after_backward"),
+    *("pull_back", "before_step", "after_step", "evaluated"),
+)
 HEADER = """\
 # Methods
 
