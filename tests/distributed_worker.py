@@ -219,6 +219,7 @@ DDP_RECIPES = {
     "r4f": lambda: [st.R4F(scale=0.1, detach_embedding=True)],
     "lnsr": lambda: [st.LNSR(scale=0.2)],
     "adversarial": lambda: [st.FGM(0.5), st.PGD(0.5, steps=2)],
+    "sam": lambda: [st.SAM(0.3), st.R3F(scale=0.1), st.ClipNorm(0.5)],
     "mixup": lambda: [st.WeightMixup(outer=outer_parts, lr=0.05)],
     "mixup_difference": lambda: [st.WeightMixup(outer=outer_parts, lr=0.05, order="difference")],
     "meta_weight_net": lambda: [st.MetaWeightNet(outer=outer_parts, lr=0.05)],
@@ -438,6 +439,7 @@ SHARDED_RECIPES = {
     "sift": (bert, lambda: [st.SIFT(0.05, batches=2, scope="linear")]),
     "conv1d": (gpt2, lambda: [st.Mixout(keep=0.6), st.DPSMix(**STAGES), st.EMA(0.8)]),
     "rates": (bert, lambda: [st.Extrapolation(0.5), st.HypergradientLR(0.3), st.EMA(0.8)]),
+    "sam": (bert, lambda: [st.SAM(0.3), st.Mixout(keep=0.6), st.EMA(0.8), st.ClipNorm(0.5)]),
     "random_penalties": (bert, lambda: [st.R3F(scale=0.1), st.R4F(scale=0.1), st.EMA(0.8)]),
     "everywhere": (gpt2, lambda: [st.DPSMix(**STAGES, scope=has_gradient, threshold="global"), st.L2SP(0.3)]),
 }
