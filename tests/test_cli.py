@@ -197,6 +197,6 @@ def test_version(shell):
 
 
 def test_two_label_columns_are_not_silently_the_last(shell, bert):
-    done = shell("fit", "train.csv", "--model", bert, "--output", "out", "--label", "food", "--label", "label")
+    done = shell("fit", "train.csv", "--model", bert, "--output", "out", "--label", "score", "--label", "label")
     assert done.exit_code == 2
-    assert "--label is given twice" in done.stderr
+    assert "label column 'score' is neither 0 nor 1" in done.stderr

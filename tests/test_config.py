@@ -56,7 +56,7 @@ def test_values_of_every_type(folder):
         "dropout": 0.0,
         "bf16": True,
         "text": ["premise", "hypothesis"],
-        "label": "01",
+        "label": ["01"],
     }
     assert given("text: review") == {"text": ["review"]}
 

@@ -26,17 +26,14 @@ app = typer.Typer(
 
 
 class _OneName(typer.core.TyperCommand):
-    """A command whose options may have two names, of which a call gives one; --label is given once."""
+    """A command whose options may have two names, of which a call gives one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        words = [word.partition("=")[0] for word in args]
-        given = {*words}
+        given = {word.partition("=")[0] for word in args}
         for parameter in self.params:
             names = [name for name in parameter.opts if name in given and name.startswith("--")]
             if len(names) > 1:
                 raise typer.BadParameter(f"{' and '.join(names)} are two names of one option: give one of them.")
-        if words.count("--label") > 1:
-            raise typer.BadParameter("--label is given twice: several labels a row stand in one column, as lists.")
         return super().parse_args(ctx, args)
 
 
@@ -77,7 +74,17 @@ def fit(
     text: Annotated[
         list[str] | None, _option(INPUT, "Text column; give it twice for pairs. [dim]\\[default: found][/]")
     ] = None,
-    label: Annotated[str | None, _option(INPUT, "Label column. [dim]\\[default: found][/]")] = None,
+    label: Annotated[
+        list[str] | None,
+        _option(
+            INPUT,
+            "Label column; for several labels a row give the column of 0 and 1 of each class. "
+            "[dim]\\[default: found][/]",
+        ),
+    ] = None,
+    label_separator: Annotated[
+        str | None, _option(INPUT, "Sign between several labels in one cell, as | in food|price.")
+    ] = None,
     group: Annotated[
         str | None, _option(INPUT, "Column whose equal values keep rows on one side of every split.")
     ] = None,
@@ -235,12 +242,13 @@ def fit(
             raise UsageError("--out-of-domain needs --task: name your own test files with --test NAME=FILE.")
         elif train is None:
             raise UsageError("give a training file, or a benchmark task with --task NAME --data-root DIR.")
-        same = ("model", "output", "label", "group", "kind", "validation", "validation_column", "num_seeds", "combine",
-                "distil", "refit", "folds", "procedure", "resume", "overwrite", "save_steps",
+        same = ("model", "output", "label_separator", "group", "kind", "validation", "validation_column", "num_seeds",
+                "combine", "distil", "refit", "folds", "procedure", "resume", "overwrite", "save_steps",
                 "push_to_hub")  # fmt: skip
         options = {
             **{name: given[name] for name in (*same, *(field.name for field in dataclasses.fields(Options)))},
             "text": text or None,
+            "label": label or None,
             "methods": method or [],
             "tests": tests,
             "metric": metric,
@@ -513,7 +521,11 @@ def merge(
     text: Annotated[
         list[str] | None, _option(INPUT, "Its text column; give it twice for pairs. [dim]\\[default: found][/]")
     ] = None,
-    label: Annotated[str | None, _option(INPUT, "Its label column. [dim]\\[default: found][/]")] = None,
+    label: Annotated[
+        list[str] | None,
+        _option(INPUT, "Its label column, or the column of each class. [dim]\\[default: found][/]"),
+    ] = None,
+    label_separator: Annotated[str | None, _option(INPUT, "Sign between several labels in one cell.")] = None,
     metric: Annotated[str | None, _option(INPUT, "Metric that chooses.")] = None,
 ) -> None:
     """Merge models of one beginning into one Hugging Face model directory.
@@ -525,7 +537,7 @@ def merge(
 
         said = merge_folders(
             models, output, how=how, base=base, alpha=alpha, validation=validation or (), text=text, label=label,
-            metric=metric,
+            label_separator=label_separator, metric=metric,
         )  # fmt: skip
     if said:
         typer.echo(said)

@@ -225,7 +225,7 @@ def test_labels_joined_by_a_separator_are_said(separator):
             if "several labels" in f.message]  # fmt: skip
     assert len(said) == 1
     assert f"'food{separator}price'" in said[0].message
-    assert f"split({separator.strip()!r})" in said[0].message
+    assert f"--label-separator {separator.strip()!r}" in said[0].message
 
 
 def test_a_comma_in_a_class_of_its_own_is_no_separator():

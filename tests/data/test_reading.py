@@ -230,3 +230,11 @@ def test_without_datasets_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # what importing a missing package meets
     with pytest.raises(UsageError, match=r"pip install 'steadytune\[hub\]'"):
         read_rows("hub:owner/name")
+
+
+def test_quoted_cells_of_a_tsv_file_are_read_beside_empty_last_cells(tmp_path):
+    """Naive: an empty last cell is taken for a row cut short, and quotation marks for text."""
+    rows = pd.DataFrame({"text": ['he said "no"', "a b"], "label": ['["a"]', '["b"]'], "note": [None, "x"]})
+    rows.to_csv(tmp_path / "t.tsv", sep="\t", index=False)
+    assert read_table(tmp_path / "t.tsv")["label"].tolist() == ['["a"]', '["b"]']
+    assert read_table(tmp_path / "t.tsv")["text"].tolist() == ['he said "no"', "a b"]

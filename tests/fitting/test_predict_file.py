@@ -7,9 +7,9 @@ import pytest
 
 from fit_helpers import save_tiny_bert, toy
 from steadytune import fit
+from steadytune.data.cells import list_of
 from steadytune.data.chunks import read_chunks
 from steadytune.data.files import read_rows
-from steadytune.data.tables import _parts
 from steadytune.errors import UsageError
 from steadytune.fitting.predict_file import check_output, predict_file
 
@@ -150,5 +150,5 @@ def test_several_labels_are_written_as_lists_that_are_read_again(tmp_path, endin
     frame[["text"]].to_csv(tmp_path / "new.csv", index=False)
     predict_file(model, tmp_path / "new.csv", tmp_path / f"p{ending}", chunk=5)
     back = read_rows(tmp_path / f"p{ending}")[0]["prediction"]
-    given = [_parts(cell) for cell in back]
+    given = [list_of(cell) for cell in back]
     assert given == [list(row) for row in model.predict(frame["text"].tolist())]

@@ -39,7 +39,8 @@ class OwnTables:
             cross-validation.
         out_of_domain: Test files from other sources, by name.
         text: The text column, or two for pairs; found by name or content if not given.
-        label: The label column; found likewise.
+        label: The label column, found likewise; or one column of 0 and 1 for each class.
+        label_separator: What stands between several labels in one cell.
         group: Column whose equal values keep rows in one fold.
         kind: Kind of task; decided from the labels by default.
         metric: Metric of the task; by default the first of its kind.
@@ -54,7 +55,8 @@ class OwnTables:
     test: Mapping[str, Text] = field(default_factory=dict)
     out_of_domain: Mapping[str, Text] = field(default_factory=dict)
     text: tuple[Text, ...] | None = None
-    label: Text | None = None
+    label: Annotated[Text | tuple[Text, ...], Rule("the name of a column, or a list of names")] | None = None
+    label_separator: Text | None = None
     group: Text | None = None
     kind: Kind = "auto"
     metric: Text | None = None
@@ -94,7 +96,9 @@ class OwnTables:
         Raises:
             UsageError: A file cannot be read.
         """
-        train = Table.of(expanded(self.train), self.text, self.label, "train", self.kind, self.group)
+        train = Table.of(
+            expanded(self.train), self.text, self.label, "train", self.kind, self.group, self.label_separator
+        )
         tests = {name: Table.of(expanded(file), self.text, self.label, name) for name, file in self.tests.items()}
         return train, tests
 

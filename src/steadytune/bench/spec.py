@@ -317,7 +317,7 @@ class Study:
             "files": files,
             "kind": data.problem.kind,
             "text": list(table.text or ()),
-            "label": table.label,
+            **table.form.record(),
             "group": own.group,
             **({"folds": own.folds} if own.crossed else {}),
         }

@@ -323,6 +323,18 @@ def _misquoted(path: Path, sep: str, *, escaped: bool = False) -> tuple[int, str
     return None
 
 
+def _lacks_cells(path: Path, sep: str) -> bool:
+    """Whether a row has fewer cells than the header; empty cells count, unlike in the frame that pandas makes."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            counts = (len(row) for row in csv.reader(file, delimiter=sep) if row)
+            header = next(counts, 0)
+            return any(count < header for count in counts)
+    finally:
+        csv.field_size_limit(limit)
+
+
 def _swallowed(frame: pd.DataFrame, sep: str) -> np.ndarray:
     """Rows with a cell that holds a line end and, on a line of its own, what looks like a whole row.
 
@@ -372,11 +384,11 @@ def tsv_dialect(path: Path) -> dict[str, Any]:
     """
     _check_delimiter(path, "\t", 0)
     plain: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE}
-    if _misquoted(path, "\t") is not None:
+    if _misquoted(path, "\t") is not None or _lacks_cells(path, "\t"):
         return plain
     try:
         with contextlib.closing(csv_chunks(path, "\t", CHUNK_ROWS)) as chunks:
-            quoted = all(not len(_swallowed(c, "\t")) and not c.iloc[:, -1].isna().any() for c in chunks)
+            quoted = all(not len(_swallowed(chunk, "\t")) for chunk in chunks)
     except (pd.errors.ParserError, pd.errors.ParserWarning):
         return plain
     return {"sep": "\t"} if quoted else plain

@@ -58,6 +58,8 @@ def inspect(data: Data, *, standardize: bool = False) -> list[Finding]:
         *_twins(data),
         *_placeholders(data),
         *_joined_labels(data),
+        *_one_label_each(data),
+        *_constant_classes(data),
         *_small_classes(data),
         *_ordinal(data),
         *(() if standardize else _scale(data)),
@@ -238,9 +240,26 @@ def _joined_labels(data: Data) -> Iterator[Finding]:
         if joined:
             bad = data.train["label"].isin(joined).to_numpy(dtype=bool)
             before = f"{_origin(data, 'train')}: classes such as {joined[0]!r} look like several labels in one, in"
-            remedy = f"if they are, give lists, as of frame[LABEL].str.split({separator!r})"
+            remedy = f"if they are, read them with --label-separator {separator!r}"
             yield _finding("warning", before, bad, "", remedy, data.train.index)
             return
+
+
+def _one_label_each(data: Data) -> Iterator[Finding]:
+    """Rows that may have several labels and have one each: classes that exclude each other are learnt otherwise."""
+    bad = data.problem.membership(data.train["label"]).sum(axis=1) == 1
+    if data.problem.several and bad.all():
+        before = f"{_origin(data, 'train')}: several labels a row are read, and there is one label in"
+        remedy = "if classes exclude each other, give one column with the name of each row's class"
+        yield _finding("warning", before, bad, "", remedy, data.train.index)
+
+
+def _constant_classes(data: Data) -> Iterator[Finding]:
+    """Classes of every row, of which nothing can be learnt, where a row may have several."""
+    member = data.problem.membership(data.train["label"])
+    for name in (data.problem.names[i] for i in np.flatnonzero(member.all(axis=0)) if data.problem.several):
+        before = f"{_origin(data, 'train')}: the class {name!r} says nothing, it is in"
+        yield _finding("warning", before, np.ones(len(member), dtype=bool), "", "leave it out", data.train.index)
 
 
 def _small_classes(data: Data) -> Iterator[Finding]:

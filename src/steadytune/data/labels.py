@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import pandas as pd
 
 from ..errors import UsageError, first_rows, suggest
+from .cells import label_name, list_of, numbers_of
 from .problem import DECIMAL_COMMA, PERCENT, Classification, MultiLabel, Problem, Regression, label_sets
-from .tables import MANY_CLASSES, Kind, _numbers, _parts, label_name
+from .tables import MANY_CLASSES, Kind
 
 if TYPE_CHECKING:
     from .tables import Table
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
 def find_problem(rows: pd.DataFrame, table: Table) -> Problem:
     """Decide what is predicted, and the class order, from the training rows.
 
-    Lists mean multi-label, numbers with a fraction mean regression, everything else classes. Where that is doubtful
-    (more than 20 different whole numbers, or hardly a label that occurs twice) the user has to say. Classes are in
-    the order of `rename`, of an ordered categorical column, of their numbers, or of the alphabet.
+    Lists, a separator or several label columns mean several labels a row, numbers with a fraction mean regression,
+    everything else classes. Where that is doubtful (more than 20 different whole numbers, or hardly a label that occurs
+    twice) the user has to say. Classes are in the order of `rename`, of their columns, of an ordered categorical
+    column, of their numbers, or of the alphabet.
 
     Args:
         rows: Rows as `examples` returns them.
@@ -29,14 +31,17 @@ def find_problem(rows: pd.DataFrame, table: Table) -> Problem:
     Raises:
         UsageError: The labels do not fit the kind, are doubtful, or leave nothing to learn.
     """
-    labels, where = rows["label"], f"{table.origin}: label column {table.label!r}"
+    labels, where = rows["label"], f"{table.origin}: {table.form.words}"
     if table.kind not in get_args(Kind):
         raise UsageError(f"kind must be one of {', '.join(get_args(Kind))}, got {table.kind!r}.")
-    if table.kind == "multilabel" or (table.kind == "auto" and _hold_lists(labels)):
+    if table.form.several and table.kind not in ("auto", "multilabel"):
+        how = "one label column" if table.label_separator is None else "no label separator"
+        raise UsageError(f"{where}: kind {table.kind} takes {how}: leave --kind out for several labels a row.")
+    if table.form.several or table.kind == "multilabel" or (table.kind == "auto" and _hold_lists(labels)):
         return _find_sets(rows, table, where)
     if table.kind == "auto":
         _check_numbers_as_text(labels, where)
-    numbers = _numbers(labels)
+    numbers = numbers_of(labels)
     numeric = bool(numbers.notna().all())
     fractions = numeric and bool((numbers % 1 != 0).any())
     if table.kind == "regression" or (table.kind == "auto" and fractions):
@@ -70,7 +75,7 @@ def _check_numbers_as_text(labels: pd.Series, where: str) -> None:
                 f"{where} holds numbers with {what} ({written[odd].iloc[0]!r}) in {int(odd.sum())} of {len(labels)} "
                 f"rows: {remedy}, or say --kind classification."
             )
-    numbers = _numbers(labels)
+    numbers = numbers_of(labels)
     bulk, others = numbers[numbers.notna()], written[numbers.isna()]
     graded = bulk.nunique() > MANY_CLASSES or bool((bulk % 1 != 0).any())
     if 0 < len(others) < len(labels) / 2 and graded:
@@ -84,7 +89,7 @@ def _check_numbers_as_text(labels: pd.Series, where: str) -> None:
 
 def _hold_lists(labels: pd.Series) -> bool:
     """Whether any label is a list (then all must be), or all are lists written as text."""
-    lists = labels.map(_parts).notna()
+    lists = labels.map(list_of).notna()
     strings = labels.map(lambda value: isinstance(value, str)).astype(bool)
     return bool(lists.all() or (lists & ~strings).any())
 
@@ -95,6 +100,17 @@ def _find_sets(rows: pd.DataFrame, table: Table, where: str) -> Problem:
     sizes = {len(row) for row in parts}
     if set(names) == {"0", "1"} and len(sizes) == 1 and sizes != {1}:
         raise UsageError(f"{where} holds lists of 0 and 1: give each row the list of its classes' names instead.")
+    if table.label_separator is not None and sizes <= {0, 1}:
+        raise UsageError(
+            f"{where}: the label separator {table.label_separator!r} is in none of {len(rows)} rows "
+            f"({rows['label'].iloc[0]}): choose the sign that stands between two labels, or leave it out."
+        )
+    for name in table.form.classes:
+        if name not in names:
+            raise UsageError(
+                f"{table.origin}: label column {name!r} is 0 in all {len(rows)} training rows: leave it out, or add "
+                "rows that have the class."
+            )
     if len({frozenset(row) for row in parts}) == 1:
         raise UsageError(f"{where} holds the same classes in every row: there is nothing to learn.")
     return MultiLabel(_class_order(names, table, where))
@@ -108,8 +124,10 @@ def _class_order(names: Mapping[str, Any], table: Table, where: str) -> tuple[st
         if unknown:
             raise UsageError(f"{where}: unknown label {unknown[0]!r}.{suggest(unknown[0], table.rename)}")
         return tuple(dict.fromkeys(table.rename.values()))
-    dtype = table.frame[table.label].dtype
-    if isinstance(dtype, pd.CategoricalDtype) and dtype.ordered:
+    if table.form.classes:
+        return table.form.classes
+    dtype = table.frame[table.form.columns[0]].dtype
+    if isinstance(dtype, pd.CategoricalDtype) and dtype.ordered and not table.form.several:
         return tuple(name for name in map(label_name, dtype.categories) if name in names)
-    numeric = _numbers(pd.Series(list(names), dtype=object)).notna().all()
+    numeric = numbers_of(pd.Series(list(names), dtype=object)).notna().all()
     return tuple(sorted(names, key=float) if numeric else sorted(names))

@@ -17,8 +17,9 @@ import numpy as np
 import pandas as pd
 
 from ..errors import UsageError, suggest
+from .cells import LISTS, is_blank, label_name, list_of, numbers_of, refuse
 from .metrics import METRICS, Metric, members
-from .tables import Table, _numbers, _parts, label_name, refuse
+from .tables import Table
 
 DECIMAL_COMMA = r"\s*[-+]?\d+,\d+\s*%?"
 PERCENT = r"\s*[-+]?\d+([.,]\d+)?\s*%"
@@ -373,7 +374,7 @@ class Regression(Problem):
     ordered: ClassVar[bool] = True
 
     def encode(self, rows: pd.DataFrame, table: Table) -> pd.Series:
-        numbers = _numbers(rows["label"])
+        numbers = numbers_of(rows["label"])
         bad = ~np.isfinite(numbers)
         values = rows["label"][bad].astype(str)
         remedy = "Fill them in or take them out; if they are classes say --kind classification."
@@ -383,7 +384,7 @@ class Regression(Problem):
             remedy = "Write numbers without the per cent sign."
         shown = ", ".join(repr(value) for value in dict.fromkeys(values.head(100)) if len(value) <= 40)[:80]
         how = f"not a finite number ({shown})" if shown else "not a finite number"
-        refuse(bad, f"label column {table.label!r}", how, table.origin, remedy)
+        refuse(bad, table.form.words, how, table.origin, remedy)
         return numbers
 
     def array(self, labels: Sequence[Any] | pd.Series) -> np.ndarray:
@@ -445,11 +446,13 @@ def label_sets(rows: pd.DataFrame, table: Table) -> list[list[str]]:
     Raises:
         UsageError: A label that is not a list, or a list with an empty entry.
     """
-    parts, what = rows["label"].map(_parts), f"label column {table.label!r}"
-    wrong = parts.isna()
-    shown = repr(rows["label"][wrong].iloc[0])[:60] if wrong.any() else ""
-    remedy = "Write lists, as in ['a', 'b']."
-    refuse(wrong, what, f"not a list ({shown})", table.origin, remedy)
-    empty = parts.map(lambda row: any(value is None or value != value for value in row)).astype(bool)
+    lists, what = rows["label"].map(list_of), table.form.words
+    wrong = lists.isna()
+    given = repr(rows["label"][wrong].iloc[0])[:60] if wrong.any() else ""
+    remedy = "Write lists, as in ['a', 'b'], or say what stands between labels with --label-separator."
+    refuse(wrong, what, f"not a list ({given})", table.origin, remedy)
+    empty = lists.map(lambda row: any(map(is_blank, row))).astype(bool)
     refuse(empty, what, "a list with an empty entry", table.origin)
-    return [[label_name(value) for value in row] for row in parts]
+    nested = lists.map(lambda row: any(isinstance(value, (*LISTS, Mapping)) for value in row)).astype(bool)
+    refuse(nested, what, "a list that holds lists or objects", table.origin, "Write lists of names.")
+    return [[label_name(value) for value in row] for row in lists]

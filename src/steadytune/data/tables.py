@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,8 +11,10 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from ..errors import UsageError, first_rows, suggest
+from ..errors import UsageError, suggest
+from .cells import is_empty, label_name, list_of, numbers_of, refuse, shown
 from .files import read_rows
+from .forms import Form, Label, as_label, form_of, is_indicator
 
 logger = logging.getLogger("steadytune")
 
@@ -23,8 +23,6 @@ Kind = Literal["auto", "classification", "multilabel", "regression"]
 
 # Above this many different values the table no longer tells classes from something else (scores, ids, free text).
 MANY_CLASSES = 20
-
-WHOLE = re.compile(r"-?\d+\.0+")  # a whole number written as a fraction
 
 # Column names by which text and label are known, whatever their case; an earlier line wins.
 LABELS = (
@@ -50,47 +48,59 @@ class Table:
         frame: The rows.
         origin: What messages call it, usually the file.
         text: One text column, or two for sentence pairs; None: `resolve` finds them.
-        label: The label column; None: `resolve` finds it.
+        label: The label column, or one column per class; None: `resolve` finds it.
         kind: Classification, multi-label, regression, or decided from the labels.
         rename: Raw label to class name, in class order; empty keeps the labels as they are.
         coarser: Class name to the coarser (or other) name it is scored under, for gold labels and predictions alike;
             only for test sets whose label scheme differs from the training set's.
         group: The column whose equal values keep rows on one side of a split.
+        label_separator: What stands between the labels of one cell; None: a cell is one label, or a list.
     """
 
     frame: pd.DataFrame
     origin: str
     text: tuple[str, ...] | None = ("text",)
-    label: str | None = "label"
+    label: Label | None = "label"
     kind: Kind = "auto"
     rename: Mapping[str, str] = field(default_factory=dict)
     coarser: Mapping[str, str] = field(default_factory=dict)
     group: str | None = None
+    label_separator: str | None = None
 
     @property
-    def columns(self) -> tuple[tuple[str, ...], str]:
-        """Text columns and label column of a resolved table."""
+    def columns(self) -> tuple[tuple[str, ...], Label]:
+        """Text columns and label columns of a resolved table."""
         if self.text is None or self.label is None:
             missing = "label" if self.text else "text"
             raise UsageError(f"{self.origin}: the {missing} column is not known{_choose(missing, self.frame.columns)}")
         return self.text, self.label
+
+    @property
+    def form(self) -> Form:
+        """How the labels of a resolved table are written."""
+        return form_of(self.columns[1], self.label_separator)
 
     @classmethod
     def of(
         cls,
         data: Any,
         text: tuple[str, ...] | None,
-        label: str | None,
+        label: str | Sequence[str] | None,
         name: str,
         kind: Kind = "auto",
         group: str | None = None,
+        label_separator: str | None = None,
     ) -> Table:
-        """A Table from any source that `read_rows` takes; a Table stays as it is."""
+        """A Table from any source that `read_rows` takes; a Table stays as it is.
+
+        Raises:
+            UsageError: What `read_rows` raises, label columns that are named twice, or an empty separator.
+        """
         if isinstance(data, Table):
             return data
         frame, origin = read_rows(data, f"the {name} table")
         named = None if text is None else tuple(map(str, text))
-        return cls(frame, origin, named, _string(label), kind, group=_string(group))
+        return cls(frame, origin, named, as_label(label), kind, group=_string(group), label_separator=label_separator)
 
 
 def _string(name: Any) -> str | None:
@@ -115,18 +125,23 @@ def resolve(table: Table, other: Sequence[str] = ()) -> Table:
         raise UsageError(f"{table.origin}: the table has no rows.")
     if table.text is not None and table.label is not None:
         return table
-    taken = {*other, table.group, *(table.text or ()), table.label}
+    taken = {*other, table.group, *(table.text or ()), *_tuple(table.label)}
     columns = table.frame.columns
     _refuse_twins([column for column in columns[columns.duplicated()] if column not in taken], table)
     free = [column for column in columns[~columns.duplicated(keep=False)] if column not in taken]
     label = table.label or _only("label", _by_name(free, LABELS), table)
-    free = [column for column in free if column != label]
+    free = [column for column in free if column not in _tuple(label)]
     text = table.text or _find_text(free, table, spare=label is None)
     label = label or _label_by_shape([column for column in free if column not in text], table)
     if label is None:
         raise UsageError(f"{table.origin}: no column looks like a label{_choose('label', free)}")
-    logger.info("%s: text from %s, label from %r", table.origin, " and ".join(map(repr, text)), label)
+    found = " and ".join(map(repr, text)), ", ".join(map(repr, _tuple(label)))
+    logger.info("%s: text from %s, label from %s", table.origin, *found)
     return dataclasses.replace(table, text=text, label=label)
+
+
+def _tuple(label: Label | None) -> tuple[str, ...]:
+    return label if isinstance(label, tuple) else () if label is None else (label,)
 
 
 def _refuse_twins(twice: Sequence[str], table: Table) -> None:
@@ -161,7 +176,9 @@ def _by_name(columns: Sequence[str], known: Sequence[Sequence[str]]) -> list[str
 
 def _only(what: str, found: Sequence[str], table: Table) -> str | None:
     if len(found) > 1:
-        raise UsageError(f"{table.origin}: more than one column may be the {what}{_choose(what, found)}")
+        one_hot = what == "label" and all(is_indicator(table.frame[column]) for column in found)
+        more = " For several labels a row, name the column of every class." if one_hot else ""
+        raise UsageError(f"{table.origin}: more than one column may be the {what}{_choose(what, found)}{more}")
     return found[0] if found else None
 
 
@@ -209,9 +226,9 @@ def _is_prose(column: pd.Series) -> bool:
 
 def _like_label(column: pd.Series) -> bool:
     values = column.dropna()
-    if len(values) and values.map(_parts).notna().all():
+    if len(values) and values.map(list_of).notna().all():
         return True
-    numbers = _numbers(values)
+    numbers = numbers_of(values)
     fractions = bool(numbers.notna().all() and (numbers % 1 != 0).any())
     return fractions or 2 <= values.astype(str).nunique() <= min(MANY_CLASSES, len(values) / 2)
 
@@ -220,7 +237,11 @@ def _follow(table: Table, train: Table) -> Table:
     """A test table with the columns of the training table where it names none; not every one has the group."""
     group = train.group if train.group in table.frame.columns else None
     return dataclasses.replace(
-        table, text=table.text or train.text, label=table.label or train.label, group=table.group or group
+        table,
+        text=table.text or train.text,
+        label=table.label or train.label,
+        group=table.group or group,
+        label_separator=table.label_separator or train.label_separator,
     )
 
 
@@ -245,23 +266,25 @@ def texts(table: Table) -> pd.DataFrame:
 
 
 def examples(table: Table) -> pd.DataFrame:
-    """The checked rows: `text`, `text_pair` for two columns, `label` as it stands in the file, `group` if there is one.
+    """The checked rows: `text`, `text_pair` for two columns, `label`, `group` if there is one.
+
+    A label is what stands in the file, or the list of the row's labels where a separator or several columns tell them.
 
     Raises:
         UsageError: What `texts` raises, and the same for labels and groups.
     """
     table = resolve(table)
-    rows, (text, label) = texts(table), table.columns
-    if len({*text, label}) != len(text) + 1:
-        raise UsageError(f"text and label must be different columns, got {', '.join([*text, label])}.")
-    _check_column(table, label, "label")
-    labels = table.frame[label]
-    refuse(is_empty(labels), f"label column {label!r}", "empty", table.origin)
-    _check_header(labels, text, label, table.origin)
-    rows["label"] = labels.astype(object).to_numpy()
+    rows, form, text = texts(table), table.form, table.columns[0]
+    if {*text} & {*form.columns}:
+        raise UsageError(f"text and label must be different columns, got {', '.join([*text, *form.columns])}.")
+    for column in form.columns:
+        _check_column(table, column, "label")
+    rows["label"] = form.read(table.frame, table.origin).to_numpy()
+    if len(form.columns) == 1:
+        _check_header(table.frame[form.columns[0]], text, form.columns[0], table.origin)
     if table.group is not None:
-        if table.group == label:
-            raise UsageError(f"group and label must be different columns, got {label!r} for both.")
+        if table.group in form.columns:
+            raise UsageError(f"group and label must be different columns, got {table.group!r} for both.")
         _check_column(table, table.group, "group")
         groups = table.frame[table.group]
         refuse(is_empty(groups), f"group column {table.group!r}", "empty", table.origin)
@@ -279,7 +302,7 @@ def _check_header(labels: pd.Series, text: Sequence[str], label: str, origin: st
     """Raise where the column names are a row: a label for the label column, and prose for the text column."""
     objects = labels.map(lambda value: isinstance(value, Mapping)).astype(bool)
     refuse(
-        objects, f"label column {label!r}", f"an object ({_shown(labels[objects])})", origin, "Give a name or a number."
+        objects, f"label column {label!r}", f"an object ({shown(labels[objects])})", origin, "Give a name or a number."
     )
     names = set(map(str, labels))
     prose = all(len(name.split()) >= 3 for name in text)
@@ -297,22 +320,12 @@ def _number(value: Any) -> bool:
         return False
 
 
-def _shown(values: pd.Series) -> str:
-    """The first value, cut where it is long."""
-    text = str(values.iloc[0]) if len(values) else ""
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _check_column(table: Table, column: str, what: str) -> None:
     if column not in table.frame.columns:
         known = suggest(column, table.frame.columns)
         raise UsageError(f"{table.origin}: no column {column!r}.{known} {_option(what)}")
     if (count := int((table.frame.columns == column).sum())) > 1:
         raise UsageError(f"{table.origin}: {count} columns are called {column!r}: rename them.")
-
-
-def is_empty(values: pd.Series) -> pd.Series:
-    return values.isna() | values.map(lambda value: not str(value).strip()).astype(bool)
 
 
 def _check_texts(texts: pd.Series, column: str, origin: str) -> None:
@@ -325,39 +338,3 @@ def _check_texts(texts: pd.Series, column: str, origin: str) -> None:
             "Choose another column with --text NAME."
         )
     refuse(is_empty(texts), f"text column {column!r}", "empty", origin)
-
-
-def refuse(bad: pd.Series, what: str, how: str, origin: str, remedy: str = "Fill them in or take them out.") -> None:
-    """Raise when any row is bad, with the count and the first rows."""
-    if bad.any():
-        rows = np.flatnonzero(bad.to_numpy(dtype=bool))
-        raise UsageError(
-            f"{origin}: {what} is {how} in {len(rows)} of {len(bad)} rows (rows counted from 0: {first_rows(rows)}). "
-            f"{remedy}"
-        )
-
-
-def label_name(value: Any) -> str:
-    """The name of a label of any type: `1`, `1.0` and `"1"` are one class, whichever file format they came from."""
-    if isinstance(value, (float, np.floating)) and float(value).is_integer():
-        return str(int(value))
-    if isinstance(value, str) and WHOLE.fullmatch(value):  # as pandas writes a column of whole numbers with a gap
-        return value.partition(".")[0]
-    return str(value)
-
-
-def _parts(value: Any) -> list[Any] | None:
-    """The members of a list, tuple, set or array, or of a list written as text (`['a', 'b']`, what CSV can hold)."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return None
-    return list(value) if isinstance(value, (list, tuple, set, frozenset, np.ndarray)) else None
-
-
-def _numbers(labels: pd.Series) -> pd.Series:
-    """The labels as floats, NaN where one is no number; truth values and lists are classes, not numbers."""
-    none = (bool, np.bool_, list, tuple, set, frozenset, np.ndarray)
-    plain = labels.map(lambda value: None if isinstance(value, none) else value)
-    return pd.to_numeric(plain, errors="coerce").astype(float)

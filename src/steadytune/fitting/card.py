@@ -173,7 +173,8 @@ def _data(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {' | '.join(map(_cell, cells))} |"
     columns = record["columns"]
     labels = _cell(", ".join(record["recipe"]["labels"])) or "a number"
-    yield f"\nText: {', '.join(columns['text'])}. Label: {columns['label']} ({labels}).\n"
+    written = [columns["label"]] if isinstance(columns["label"], str) else columns["label"]
+    yield f"\nText: {', '.join(columns['text'])}. Label: {', '.join(written)} ({labels}).\n"
 
 
 def _cell(value: Any) -> str:

@@ -14,12 +14,26 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from ..config import ALIASES
+from ..data.cells import LISTS, is_blank, is_empty, label_name, refuse
 from ..data.files import named_columns, sequence_rows, whole_characters
-from ..data.tables import Kind, is_empty, label_name, refuse
+from ..data.forms import Columns, form_of
+from ..data.tables import Kind
 from ..errors import UsageError
 from .main import fit
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+
+# Arguments of `fit` that are no entries of ``options``, and what gives them.
+SET_HERE = {
+    "text": "is told by X",
+    "label": "is told by y",
+    "tests": "are scored by predict and score",
+    "kind": "is told by the class of the estimator and by y",
+    "output": "is a parameter of its own",
+    "overwrite": "is always on",
+    "save_steps": "is always 0",
+    "seed": "is given as random_state",
+}
 
 
 class _Steady(BaseEstimator):
@@ -89,6 +103,9 @@ class _Steady(BaseEstimator):
                 "sample_weight is not supported: leave it out, repeat rows, or weigh the classes with "
                 "options={'class_weights': 'balanced'}."
             )
+        taken = [name for name in self.options or () if name in SET_HERE]
+        if taken:
+            raise UsageError(f"options hold {taken[0]!r}, which {SET_HERE[taken[0]]}: leave it out.")
         table = _frame(X)
         if len(table) != len(labels):
             raise UsageError(f"X has {len(table)} rows, y has {len(labels)}: give one label per row.")
@@ -163,15 +180,14 @@ class SteadyClassifier(ClassifierMixin, _Steady):
         result_: The `FitResult`.
 
     ``X`` is a sequence of texts, of pairs of texts, or a data frame with one or two text columns; ``y`` labels of any
-    one type.
+    one type. Several labels a row are lists of labels (rows,), a matrix of 0 and 1 (rows, classes), a data frame with
+    one column for each class, or strings with a separator, ``options={"label_separator": "|"}``.
     """
 
     _kind = "classification"
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> SteadyClassifier:
-        """Fine-tune on texts (rows,) or (rows, 1 or 2) and labels (rows,).
-
-        Several labels a row are lists (rows,), or an indicator matrix (rows, classes) of 0 and 1.
+        """Fine-tune on texts (rows,) or (rows, 1 or 2) and labels (rows,), or several labels a row.
 
         Args:
             X: Texts.
@@ -181,21 +197,34 @@ class SteadyClassifier(ClassifierMixin, _Steady):
         Raises:
             UsageError: What `steadytune.fit` refuses, and weights of rows.
         """
-        self._indicator = False
-        if (several := _label_lists(y)) is not None:
-            lists, self.classes_, self._indicator = several
+        matrix = lists = None
+        if self._separator is not None:
+            self._fit(X, _column(y).tolist(), sample_weight, kind="multilabel")
+            self.classes_ = np.array(self.model_.problem.names, dtype=object)
+        elif (matrix := _matrix(y)) is not None:
+            _check_matrix(matrix)
+            self.classes_ = matrix.columns.to_numpy()
+            rows = [[_name(label) for label in self.classes_[row]] for row in matrix.to_numpy()]
+            self._fit(X, rows, sample_weight, kind="multilabel")
+        elif (lists := _lists(y)) is not None:
+            known = sorted({label for row in lists for label in row}, key=str)
+            self.classes_ = np.fromiter(known, dtype=object, count=len(known))
             self._fit(X, [[_name(label) for label in row] for row in lists], sample_weight, kind="multilabel")
-            self._columns()
-            return self
-        labels = _labels(y)
-        try:
-            self.classes_ = np.unique(labels)
-        except TypeError:
-            kinds = ", ".join(sorted({type(label).__name__ for label in labels}))
-            raise UsageError(f"y holds labels of several types ({kinds}): give them one type.") from None
-        self._fit(X, [_name(label) for label in labels], sample_weight)
+        else:
+            labels = _labels(y)
+            try:
+                self.classes_ = np.unique(labels)
+            except TypeError:
+                kinds = ", ".join(sorted({type(label).__name__ for label in labels}))
+                raise UsageError(f"y holds labels of several types ({kinds}): give them one type.") from None
+            self._fit(X, [_name(label) for label in labels], sample_weight)
+        self._is_matrix = matrix is not None
         self._columns()
         return self
+
+    @property
+    def _separator(self) -> str | None:
+        return (self.options or {}).get("label_separator")
 
     def _columns(self) -> None:
         """Where each of ``classes_`` stands among the model's outputs."""
@@ -208,28 +237,51 @@ class SteadyClassifier(ClassifierMixin, _Steady):
         return self.model_.predict_proba(rows)[:, self._order]
 
     def predict(self, X: Any) -> np.ndarray:
-        """Labels in the form given to `fit`: (rows,), lists (rows,), or an indicator matrix (rows, classes)."""
+        """Labels as they were given to `fit`: (rows,), or several a row.
+
+        These are lists (rows,), strings with the separator (rows,), or for a matrix or frame a matrix (rows, classes).
+        """
         check_is_fitted(self, "model_")
         if not self.model_.problem.several:
             return self.classes_[self.predict_proba(X).argmax(axis=1)]
-        decided = self.model_.predict(self._rows(X))
-        member = self.model_.problem.membership(decided)[:, self._order]
-        if self._indicator:
+        member = self._member(X)
+        if self._is_matrix:
             return member.astype(int)
-        return np.fromiter((self.classes_[row].tolist() for row in member), dtype=object, count=len(member))
+        rows = (self.classes_[row].tolist() for row in member)
+        if self._separator is not None:
+            rows = (self._separator.join(row) for row in rows)
+        return np.fromiter(rows, dtype=object, count=len(member))
+
+    def _member(self, X: Any) -> np.ndarray:
+        """Truth values (rows, classes): which of several labels each row is given, columns as `classes_`."""
+        return self.model_.problem.membership(self.model_.predict(self._rows(X)))[:, self._order]
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Accuracy; of several labels a row, the share of rows whose labels are all right."""
-        several = _label_lists(y)
-        if several is None:
+        check_is_fitted(self, "model_")
+        if not self.model_.problem.several:
             return super().score(X, y, sample_weight)
-        lists, _, indicator = several
-        if indicator and self._indicator:
-            return super().score(X, np.asarray(y), sample_weight)
-        right = [
-            {*map(_name, gold)} == {*map(_name, found)} for gold, found in zip(lists, self.predict(X), strict=True)
-        ]
+        right = [a == b for a, b in zip(self._sets(y), self._sets(self.predict(X)), strict=True)]
         return float(np.average(right, weights=sample_weight))
+
+    def _sets(self, y: Any) -> list[set[str]]:
+        """The names of each row's labels, given in the form of training.
+
+        Raises:
+            UsageError: Labels of another form.
+        """
+        if self._is_matrix:
+            matrix = _matrix(y)
+            if matrix is None or matrix.shape[1] != len(self.classes_):
+                raise UsageError(f"y must be a matrix of 0 and 1 with {len(self.classes_)} columns, as in training.")
+            if {*matrix.columns} != {*self.classes_}:  # columns without names of their own
+                matrix = matrix.set_axis(self.classes_, axis=1)
+            return [{*map(_name, matrix.columns[row])} for row in matrix.to_numpy()]
+        form = form_of("y", self._separator)
+        rows = form.read(pd.DataFrame({"y": pd.Series(list(y), dtype=object)}), "y")
+        if not all(isinstance(row, LISTS) for row in rows):
+            raise UsageError("y must hold lists of labels, as in training.")
+        return [{*map(_name, row)} for row in rows]
 
 
 class SteadyRegressor(RegressorMixin, _Steady):
@@ -264,41 +316,51 @@ def _name(label: Any) -> str:
     return str(whole_characters(label_name(label)))
 
 
-def _label_lists(y: Any) -> tuple[list[list[Any]], np.ndarray, bool] | None:
-    """Lists of labels (rows,), the classes, and whether `y` is an indicator matrix; None for one label a row.
+def _matrix(y: Any) -> pd.DataFrame | None:
+    """Truth values (rows, classes) of a matrix or frame of 0 and 1, columns called by class; None for other labels.
 
     Raises:
-        UsageError: One-hot rows, which may be meant as one label a row, a class without a row, or empty entries.
+        UsageError: A data frame with other values.
     """
-    if y is None:
+    if isinstance(y, pd.DataFrame):
+        if y.shape[1] == 1:
+            return None
+        named = named_columns(y, "y")
+        return pd.DataFrame(Columns(tuple(named.columns)).member(named, "y"), columns=y.columns)
+    values = y.toarray() if hasattr(y, "toarray") else _array(y)  # a sparse matrix is one too
+    if values.ndim != 2 or values.shape[1] == 1 or not np.isin(values, [0, 1]).all():
         return None
-    names = y.columns.to_numpy() if isinstance(y, pd.DataFrame) else None
-    if hasattr(y, "toarray"):  # a sparse matrix
-        y = y.toarray()
-    values = y.to_numpy() if isinstance(y, (pd.DataFrame, pd.Series)) else _array(y)
-    listed = isinstance(y, (list, tuple, pd.Series)) or values.dtype == object
-    if values.ndim == 2 and values.shape[1] > 1 and np.isin(values, [0, 1]).all():
-        member = values.astype(bool)
-        if (member.sum(axis=1) == 1).all():
-            raise UsageError(
-                "y has one-hot rows: give one label per row, as of y.argmax(axis=1); for several labels a row, give "
-                "lists of labels."
-            )
-        classes = np.arange(member.shape[1]) if names is None else names
-        if not member.any(axis=0).all():
-            missing = classes[member.any(axis=0).argmin()]
-            raise UsageError(f"y has no row of class {missing}: leave its column out.")
-        return [classes[row].tolist() for row in member], classes, True
-    rows = list(y) if listed and names is None else []
-    if not rows or not all(isinstance(row, (list, tuple, set, frozenset, np.ndarray)) for row in rows):
+    return pd.DataFrame(values.astype(bool))
+
+
+def _check_matrix(matrix: pd.DataFrame) -> None:
+    """Refuse one-hot rows, which may be meant as one label a row, and classes without a row."""
+    if (matrix.sum(axis=1) == 1).all():
+        raise UsageError(
+            "y has one-hot rows: give one label per row, as of y.argmax(axis=1); for several labels a row, give lists "
+            "of labels."
+        )
+    if not matrix.any(axis=0).all():
+        missing = matrix.columns[~matrix.any(axis=0)][0]
+        raise UsageError(f"y has no row of class {missing}: leave its column out.")
+
+
+def _lists(y: Any) -> list[list[Any]] | None:
+    """Lists of labels (rows,); None for one label a row.
+
+    Raises:
+        UsageError: Lists with empty entries.
+    """
+    if not isinstance(y, (list, tuple, pd.Series, np.ndarray)) or not all(isinstance(row, LISTS) for row in y):
         return None
-    if all(len(row) == 1 for row in rows) or all(isinstance(v, (int, float, np.number)) for row in rows for v in row):
-        return None  # a column (rows, 1), or numbers of another shape than an indicator matrix
-    lists = [list(row) for row in rows]
-    refuse(pd.Series([any(v is None or v != v or v == "" for v in row) for row in lists]), "y", "a list with an empty "
-           "entry", "the training rows")  # fmt: skip
-    known = sorted({label for row in lists for label in row}, key=str)
-    return lists, np.fromiter(known, dtype=object, count=len(known)), False
+    rows = [list(row) for row in y]
+    widths = {len(row) for row in rows}
+    numbers = all(isinstance(value, (int, float, np.number)) for row in rows for value in row)
+    if widths in (set(), {1}) or (numbers and len(widths) == 1):
+        return None  # a column (rows, 1), or numbers of another shape than a matrix of 0 and 1
+    empty = pd.Series([any(map(is_blank, row)) for row in rows])
+    refuse(empty, "y", "a list with an empty entry", "the training rows")
+    return rows
 
 
 def _labels(y: Any) -> np.ndarray:
@@ -307,23 +369,32 @@ def _labels(y: Any) -> np.ndarray:
     Raises:
         UsageError: No labels, empty ones, or several a row.
     """
+    values = _column(y)
+    refuse(is_empty(pd.Series(values, dtype=object)), "y", "empty", "the training rows")
+    return values
+
+
+def _column(y: Any) -> np.ndarray:
+    """Cells (rows,) of a sequence or column, which may be empty.
+
+    Raises:
+        UsageError: No labels, or several a row.
+    """
     if y is None:
         raise UsageError("y is missing: give one label per row.")
     if isinstance(y, pd.DataFrame):
         y = y.iloc[:, 0] if y.shape[1] == 1 else y.to_numpy()
-    values = y if isinstance(y, pd.Series) else _array(y)
+    values = y.to_numpy() if isinstance(y, pd.Series) else _array(y)
     if values.ndim == 2 and values.shape[1] == 1:
         values = values.ravel()
-    listed = values.ndim == 1 and any(isinstance(value, (list, tuple, set, np.ndarray)) for value in values)
+    listed = values.ndim == 1 and any(isinstance(value, LISTS) for value in values)
     if values.ndim != 1 or listed:
-        shape = "lists" if listed else f"shape {values.shape}"
+        shape = "lists of some rows" if listed else f"shape {values.shape}"
         raise UsageError(
-            f"y has {shape}: give one label per row, for one-hot rows y.argmax(axis=1). Several labels a row are "
-            "learnt by steadytune.fit on a table."
+            f"y has {shape}: give one label per row, for one-hot rows y.argmax(axis=1). Several labels a row are lists "
+            "of labels, or a matrix of 0 and 1 with a column for each class."
         )
-    column = pd.Series(values, dtype=None if isinstance(values, pd.Series) else object).reset_index(drop=True)
-    refuse(is_empty(column), "y", "empty", "the training rows")
-    return column.to_numpy() if isinstance(y, pd.Series) else np.asarray(values)
+    return values
 
 
 def _array(y: Any) -> np.ndarray:

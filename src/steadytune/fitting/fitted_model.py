@@ -13,6 +13,7 @@ import pandas as pd
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.files import sequence_rows
+from ..data.forms import Label, as_label, form_of
 from ..data.guards import truncated
 from ..data.problem import Problem
 from ..data.scores import full_scores
@@ -38,7 +39,8 @@ class FittedModel:
         tokenizer: Theirs.
         problem: What is predicted; ``problem.names`` are the columns of probabilities.
         text: The text columns of tables: one, or two for pairs.
-        label: The label column.
+        label: The label column, or one column per class.
+        form: How labels are written in tables, and predictions by `predict_table`.
         max_length: Tokens per row.
         prompt: What stands before the first text of every row.
         bf16: bfloat16 autocast, as in training.
@@ -53,7 +55,8 @@ class FittedModel:
         problem: Problem,
         *,
         text: Sequence[str] = ("text",),
-        label: str = "label",
+        label: Label = "label",
+        label_separator: str | None = None,
         max_length: int = 128,
         prompt: str = "",
         bf16: bool = False,
@@ -61,6 +64,7 @@ class FittedModel:
     ) -> None:
         self.models, self.tokenizer, self.problem = list(models), tokenizer, problem
         self.text, self.label, self.max_length, self.bf16 = tuple(text), label, max_length, bf16
+        self.label_separator, self.form = label_separator, form_of(label, label_separator)
         self.prompt, self.constant = prompt, constant
 
     @classmethod
@@ -92,7 +96,8 @@ class FittedModel:
             tokenizer,
             problem,
             text=columns["text"],
-            label=columns["label"],
+            label=as_label(columns["label"]) or "",
+            label_separator=columns.get("label_separator"),
             max_length=recipe["max_length"],
             prompt=recipe.get("prompt", ""),
             bf16=recipe["bf16"],
@@ -154,7 +159,10 @@ class FittedModel:
     def predict_table(
         self, rows: Rows, coarser: Mapping[str, str] | None = None, *, progress: bool = False
     ) -> pd.DataFrame:
-        """Columns ``prediction`` and, for classes, ``probability_<class>``; one row per row.
+        """Predictions in the form of the training labels and, for classes, ``probability_<class>``; one row per row.
+
+        They stand in a column ``prediction``, of several labels a row as lists or joined by the separator, or in one
+        column of 0 and 1 for each class.
 
         Args:
             rows: As for `scores`.
@@ -163,7 +171,8 @@ class FittedModel:
         """
         frame = self._texts(rows)
         self._look_at(frame)
-        return self._report(self._scores(frame, progress), coarser or {})
+        found = self._report(self._scores(frame, progress), coarser or {})
+        return pd.concat([self.form.write(found["prediction"]), found.drop(columns="prediction")], axis=1)
 
     def predict_rows(self, rows: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
         """Predictions of checked rows, and the tokens (rows,) of each before it is cut.
@@ -188,7 +197,7 @@ class FittedModel:
         Raises:
             UsageError: Unreadable tables, unknown labels.
         """
-        table = Table.of(rows, self.text, self.label, "given")
+        table = Table.of(rows, self.text, self.label, "given", label_separator=self.label_separator)
         rows = examples(table)
         checked = rows.assign(label=self.problem.encode(rows, table))
         self._look_at(checked)

@@ -68,7 +68,9 @@ def fit(
         model: A Hugging Face model directory or hub name.
         output: A new or empty directory.
         text: One text column, or two for sentence pairs; found by name or content if not given.
-        label: The label column; found likewise.
+        label: The label column, found likewise; or, for several labels a row, one column of 0 and 1 for each class.
+        label_separator: What stands between several labels in one cell, as in ``"food|price"``. Without it a cell is
+            one label, or a list of labels.
         group: A column whose equal values keep rows on one side of every split.
         methods: Methods, or their names with options (``"dps_dense:keep=0.7"``), in order of action.
         procedure: Several trainings in place of one: ``"mixup-blo:folds=5"``, see `steadytune.procedures`.
@@ -320,7 +322,7 @@ def _finish(
         folder.path, model, metrics, plan.metric, predictions, details, steps, sum(t.seconds for t in trained),
         history, troubles,
     )  # fmt: skip
-    columns = {"text": list(model.text), "label": model.label}
+    columns = {"text": list(model.text), **model.form.record()}
     assert model.constant is not None
     record = {
         **record,

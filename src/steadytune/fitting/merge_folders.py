@@ -26,7 +26,8 @@ def merge_folders(
     alpha: float = 0.5,
     validation: Sequence[str | Path] = (),
     text: Sequence[str] | None = None,
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
+    label_separator: str | None = None,
     metric: str | None = None,
 ) -> str:
     """Merge Hugging Face model directories into a new one, which appears whole or not at all.
@@ -46,7 +47,8 @@ def merge_folders(
             and ``"paint"`` choose by the mean score. The rows that choose cannot tell how good the choice is: keep
             others for the test.
         text: Their text columns; by default those of the fit behind the first model, else found.
-        label: Their label column; likewise.
+        label: Their label column, or one column per class; likewise.
+        label_separator: What stands between several labels in one cell; likewise.
         metric: The score; by default the first of the model's kind.
 
     Returns:
@@ -62,7 +64,7 @@ def merge_folders(
     _check_labels(models, [model for model, _ in loaded])
     states = [model.state_dict() for model, _ in loaded]
     model, said = loaded[0][0], ""
-    judge = _Judge(model, models[0], validation, text, label, metric) if validation else None
+    judge = _Judge(model, models[0], validation, text, label, label_separator, metric) if validation else None
     try:
         if base is None:
             _check_heads(models)
@@ -129,7 +131,7 @@ class _Judge:
         model: Whose weights are scored; state dicts are loaded into it.
         folder: Folder of that model.
         validation: The tables.
-        text, label: Their columns; by default those of the fit behind the folder, else found.
+        text, label, label_separator: Their columns; by default those of the fit behind the folder, else found.
         metric: By default the first of the model's kind.
     """
 
@@ -139,7 +141,8 @@ class _Judge:
         folder: Path,
         validation: Sequence[str | Path],
         text: Sequence[str] | None,
-        label: str | None,
+        label: str | Sequence[str] | None,
+        label_separator: str | None,
         metric: str | None,
     ) -> None:
         from .fitted_model import FittedModel, constant_of
@@ -150,9 +153,16 @@ class _Judge:
             raise UsageError(f"{folder} is a {type(model).__name__}: only text classifiers can be scored on rows.")
         self.model, self.problem, record = model, Problem.of_config(model.config), _record(folder)
         self.metric, columns = self.problem.metric(metric).name, record.get("columns", {})
-        text, label = text or columns.get("text"), label or columns.get("label")
+        text = text or columns.get("text")
+        if not label:
+            label, label_separator = columns.get("label"), label_separator or columns.get("label_separator")
         self.tables = [
-            resolve(Table.of(rows, None if text is None else tuple(text), label, "validation")) for rows in validation
+            resolve(
+                Table.of(
+                    rows, None if text is None else tuple(text), label, "validation", label_separator=label_separator
+                )
+            )
+            for rows in validation
         ]
         length = record.get("recipe", {}).get("max_length")
         pretrained = Pretrained.open(str(folder.absolute()), self.problem, max_length=length)
@@ -160,7 +170,7 @@ class _Judge:
         found_text, found_label = self.tables[0].columns
         self.fitted = FittedModel(
             [model.to(device()).eval()], pretrained.tokenizer, self.problem,
-            text=found_text, label=found_label, max_length=pretrained.max_length,
+            text=found_text, label=found_label, label_separator=label_separator, max_length=pretrained.max_length,
             prompt=record.get("recipe", {}).get("prompt", ""), constant=constant_of(record),
         )  # fmt: skip
 

@@ -75,7 +75,8 @@ def make_plan(
     *,
     model: str | Path,
     text: str | Sequence[str] | None = None,
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
+    label_separator: str | None = None,
     group: str | None = None,
     methods: str | Method | Sequence[str | Method] = (),
     procedure: str | Procedure | None = None,
@@ -114,7 +115,7 @@ def make_plan(
             "choose combine best or ensemble."
         )
     columns = None if text is None else tuple(text) if isinstance(text, (list, tuple)) else (text,)
-    table = Table.of(train, columns, label, "train", kind, group)
+    table = Table.of(train, columns, label, "train", kind, group, label_separator)
     data = prepare(
         table,
         {name: Table.of(t, columns, label, name) for name, t in (tests or {}).items()},
@@ -251,6 +252,7 @@ def fitted_model(plan: Plan, pretrained: Pretrained, models: Sequence[Any]) -> F
         plan.data.problem,
         text=table.text or (),
         label=table.label or "",  # found, if they were not given
+        label_separator=table.label_separator,
         max_length=pretrained.max_length,
         prompt=pretrained.prompt,
         bf16=plan.options.bf16,

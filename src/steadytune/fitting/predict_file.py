@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import pandas as pd
 
 from ..data.chunks import FILES, Writer, read_chunks
 from ..data.files import CHUNK_ROWS, HUB
+from ..data.forms import PREDICTION
 from ..data.tables import Table, is_empty, texts
 from ..errors import UsageError, first_rows, suggest
 from ..files.atomic import write_whole, writing
@@ -91,6 +91,10 @@ def predict_file(
 ) -> Predicted:
     """Write a table with its predictions: one row per row, in their order; whole or not at all.
 
+    Several labels a row are written as the training rows had them: as lists (JSON in files of text), joined by the
+    separator, or in one column of 0 and 1 for each class. Where the table has such columns of its own, those of the
+    predictions are called ``prediction_<column>``.
+
     Args:
         model: Predicts.
         source: File, or data set of the hub (`hub:owner/name`).
@@ -125,9 +129,13 @@ def predict_file(
                     _tell(frame, columns, keep, str(source))
                 kept = frame if keep is None else frame[list(keep)]
                 found = _predict(model, Table(frame, str(source), columns, None), on_empty, done)
+                as_text = output.suffix.lower() in (".csv", ".tsv")
+                answers = model.form.write(found.pop(PREDICTION), kept.columns, as_text=as_text)
+                if not done.rows and model.form.classes and {*model.form.columns} & {*kept.columns}:
+                    names = ", ".join(map(str, answers))
+                    logger.info("%s: the table has label columns of its own, predictions are in %s", source, names)
+                found = pd.concat([answers, found], axis=1)
                 _check_names(kept, found, str(source))
-                if model.problem.several:
-                    found["prediction"] = _lists(found["prediction"], output.suffix.lower() in (".csv", ".tsv"))
                 writer.write(pd.concat([kept, found], axis=1))
                 done.rows += len(frame)
                 if bar is not None:
@@ -175,19 +183,13 @@ def _predict(model: FittedModel, table: Table, on_empty: str, done: Predicted) -
     empty = np.logical_or.reduce(known) if known and on_empty == "skip" else np.zeros(len(frame), dtype=bool)
     done.empty.extend(frame.index[empty].tolist())
     if empty.all():
-        names = ["prediction", *(f"probability_{name}" for name in model.problem.names)]
-        dtypes = dict.fromkeys(names, float) | ({"prediction": object} if model.problem.names else {})
+        names = [PREDICTION, *(f"probability_{name}" for name in model.problem.names)]
+        dtypes = dict.fromkeys(names, float) | ({PREDICTION: object} if model.problem.names else {})
         return pd.DataFrame(index=frame.index, columns=names).astype(dtypes)
     rows = frame[~empty]
     found, tokens = model.predict_rows(texts(dataclasses.replace(table, frame=rows)))
     done.cut.extend(rows.index[tokens > model.max_length].tolist())
     return found.set_axis(rows.index).reindex(frame.index)
-
-
-def _lists(predictions: pd.Series, as_text: bool) -> pd.Series:
-    """Several labels a row as lists; in files whose cells are text as JSON, which `fit` reads as lists again."""
-    form = (lambda row: json.dumps(list(row), ensure_ascii=False)) if as_text else list
-    return predictions.map(lambda row: form(row) if isinstance(row, tuple) else None).astype(object)
 
 
 def _check_names(kept: pd.DataFrame, found: pd.DataFrame, source: str) -> None:

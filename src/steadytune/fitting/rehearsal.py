@@ -124,6 +124,6 @@ def _end(plan: Plan, pretrained: Pretrained, model: Any, record: Mapping[str, An
     data = dataclasses.replace(plan.data, tests=chosen)
     predictions, metrics = evaluate(fitted, data)
     pa.Table.from_pandas(storable(predictions))
-    columns = {"text": list(fitted.text), "label": fitted.label}
+    columns = {"text": list(fitted.text), **fitted.form.record()}
     card = model_card({**record, "columns": columns, "runs": [], "chosen": None}, metrics, plan.metric)
     (card + pretrained.config.to_json_string()).encode("utf-8")

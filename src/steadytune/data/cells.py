@@ -1,0 +1,71 @@
+"""Cells of tables: which are empty, what a label is called, lists and numbers. No torch here."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..errors import UsageError, first_rows
+
+WHOLE = re.compile(r"-?\d+\.0+")  # a whole number written as a fraction
+LISTS = (list, tuple, set, frozenset, np.ndarray)
+
+
+def is_empty(values: pd.Series) -> pd.Series:
+    """Which cells are missing or hold white space only."""
+    return values.isna() | values.map(lambda value: not str(value).strip()).astype(bool)
+
+
+def is_blank(value: Any) -> bool:
+    """Whether an entry of a list is missing or holds white space only."""
+    return not isinstance(value, LISTS) and (bool(pd.isna(value)) or not str(value).strip())
+
+
+def refuse(bad: pd.Series, what: str, how: str, origin: str, remedy: str = "Fill them in or take them out.") -> None:
+    """Raise when any row is bad, with the count and the first rows."""
+    if bad.any():
+        rows = np.flatnonzero(bad.to_numpy(dtype=bool))
+        raise UsageError(
+            f"{origin}: {what} is {how} in {len(rows)} of {len(bad)} rows (rows counted from 0: {first_rows(rows)}). "
+            f"{remedy}"
+        )
+
+
+def label_name(value: Any) -> str:
+    """The name of a label of any type: `1`, `1.0` and `"1"` are one class, whichever file format they came from."""
+    if isinstance(value, (float, np.floating)) and float(value).is_integer():
+        return str(int(value))
+    if isinstance(value, str) and WHOLE.fullmatch(value):  # as pandas writes a column of whole numbers with a gap
+        return value.partition(".")[0]
+    return str(value)
+
+
+def list_of(value: Any) -> list[Any] | None:
+    """The members of a list, tuple, set or array, or of a list written as text: in JSON, or as Python prints one."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)  # first: Python reads the two halves of an escaped character as two characters
+        except (ValueError, RecursionError):
+            try:
+                value = ast.literal_eval(value.strip())
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                return None
+    return list(value) if isinstance(value, LISTS) else None
+
+
+def numbers_of(labels: pd.Series) -> pd.Series:
+    """The labels as floats, NaN where one is no number; truth values and lists are classes, not numbers."""
+    none = (bool, np.bool_, *LISTS)
+    plain = labels.map(lambda value: None if isinstance(value, none) else value)
+    return pd.to_numeric(plain, errors="coerce").astype(float)
+
+
+def shown(values: pd.Series) -> str:
+    """The first value, cut where it is long."""
+    text = str(values.iloc[0]) if len(values) else ""
+    return text if len(text) <= 60 else text[:57] + "..."
