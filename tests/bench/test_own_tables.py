@@ -139,6 +139,25 @@ def test_several_labels_have_records_too(folder):
     assert all(0 <= s["f1_micro"] <= 1 for s in scores)
 
 
+def test_every_form_of_several_labels_gives_the_same_scores(folder):
+    """The form is part of a run's specification, so that its id tells the tables apart."""
+    up, new = [int(i % 3 > 0) for i in range(24)], [int(i % 2) for i in range(24)]
+    joined = ["; ".join(["new"] * b + ["up"] * a) for a, b in zip(up, new, strict=True)]
+    toy(24).assign(about=joined, new=new, up=up).drop(columns=["score", "label"]).to_csv("tables/sets.csv")
+    scores = []
+    for name, form in (("a", "label: [new, up]"), ("b", "label: about, label_separator: ;")):
+        about = f"{{train: sets.csv, text: text, {form}, folds: 2}}"
+        run_study(study(about, seeds=2), name, workers=0, progress=False)
+        assert {run.id for run in Study.read(f"{name}/study.yaml").runs()} == {*records(Path(name))}
+        by_seed = {r["spec"]["seeds"]["data"]: r["sets"]["test"]["f1_micro"] for r in records(Path(name)).values()}
+        scores.append(by_seed)
+    assert scores[0] == scores[1]
+    specs = [next(iter(records(Path(name)).values()))["spec"]["task"] for name in "ab"]
+    assert [spec["label"] for spec in specs] == [["new", "up"], "about"]
+    assert "label_separator" not in specs[0]
+    assert specs[1]["label_separator"] == ";"
+
+
 def test_benchmark_tasks_and_own_tables_stand_in_one_study(folder):
     Path("tables/study.yaml").write_text(
         "models: {tiny: bert}\ntasks: {sst2: null, reviews: reviews.csv}\nseeds: 1\nrecipes: {plain: {}}\n"
@@ -202,6 +221,14 @@ def test_a_file_that_changes_while_the_study_runs_fails_the_run(folder):
         ("{text: review}", "study.yaml, line 4: tasks.reviews.train is missing."),
         ("{train: reviews.csv, lable: stars}", "line 4: tasks.reviews: unknown key 'lable'. Did you mean 'label'"),
         ("{train: 7}", "line 4: tasks.reviews.train must be text, got 7: put it in quotes."),
+        (
+            "{train: reviews.csv, label: 7}",
+            "tasks.reviews.label must be the name of a column, or a list of names, got 7",
+        ),
+        (
+            "{train: reviews.csv, text: review, label: [stars, shop]}",
+            "label column 'stars' is neither 0 nor 1 ('down')",
+        ),
         ("{train: reviews.csv, folds: 1}", "tasks.reviews.folds must be a whole number from 2 on, got 1."),
         ("{train: reviews.csv, kind: classes}", "tasks.reviews.kind must be one of auto, classification, multilabel, "),
         ("{train: reviews.csv, test: {a: 3}}", "tasks.reviews.test.a must be text, got 3"),

@@ -84,6 +84,8 @@ class Bomb:
         return (os.mkdir, ("exploded",))
 
 
+BOTH = ["--text", "text", "--label", "food", "--label", "price"]
+
 # name: (makes the train file, further words, what the error says)
 FILES = {
     "missing": (lambda: "absent.csv", [], ["absent.csv: no such file"]),
@@ -128,6 +130,39 @@ FILES = {
     "share too large": (lambda: "good.csv", ["--validation-share", "0.999"], ["validation share"]),
     "split column": (lambda: "good.csv", ["--validation-column", "label"], ["label"]),
     "group column": (lambda: "good.csv", ["--group", "author"], ["author"]),
+    "label columns of other values": (
+        lambda: table("r.jsonl", food=labels(2, rest=1), price=0), BOTH, ["'food' is neither 0 nor 1 ('2') in 1 of 40"],
+    ),
+    "label columns with a gap": (
+        lambda: table("r.jsonl", food=labels(None, rest=1), price=0), BOTH, ["'food' is empty in 1 of 40", "Write 0"],
+    ),
+    "a label column of no row": (
+        lambda: table("r.jsonl", food=labels(0, rest=1), price=0), BOTH, ["'price' is 0 in all 40 training rows"],
+    ),
+    "label columns that are all 1": (lambda: table("r.jsonl", food=1, price=1), BOTH, ["same classes in every row"]),
+    "label columns as numbers": (
+        lambda: table("r.jsonl", food=labels(0, rest=1), price=1), [*BOTH, "--kind", "regression"],
+        ["kind regression takes one label column"],
+    ),
+    "a label column twice": (
+        lambda: table("r.jsonl", food=labels(0, rest=1)), ["--label", "food"] * 2, ["'food' is given twice"],
+    ),
+    "a separator and two label columns": (
+        lambda: table("r.jsonl", food=labels(0, rest=1), price=1), [*BOTH, "--label-separator", "|"],
+        ["label separator ('|') is for one label column, got 2"],
+    ),
+    "a separator that is nowhere": (
+        lambda: table("r.jsonl", label=labels("a|b", rest="a")), ["--label-separator", ";"],
+        ["separator ';' is in none of 40 rows (such as 'a|b')"],
+    ),
+    "an empty separator": (lambda: "good.csv", ["--label-separator", ""], ["separator must not be empty"]),
+    "a separator for lists": (
+        lambda: table("r.jsonl", label=labels(["a", "b"], rest=["a"])), ["--label-separator", "|"],
+        ["a list already (['a', 'b'])", "Leave the label separator out"],
+    ),
+    "lists within lists": (
+        lambda: table("r.jsonl", label=labels([["a"], "b"], rest=["a"])), [], ["a list that holds lists", "1 of 40"],
+    ),
     "train size": (lambda: "good.csv", ["--train-size", "400"], ["train size must lie between", "400"]),
 }  # fmt: skip
 

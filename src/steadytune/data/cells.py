@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,6 @@ LISTS = (list, tuple, set, frozenset, np.ndarray)
 def is_empty(values: pd.Series) -> pd.Series:
     """Which cells are missing or hold white space only."""
     return values.isna() | values.map(lambda value: not str(value).strip()).astype(bool)
-
-
-def is_blank(value: Any) -> bool:
-    """Whether an entry of a list is missing or holds white space only."""
-    return not isinstance(value, LISTS) and (bool(pd.isna(value)) or not str(value).strip())
 
 
 def refuse(bad: pd.Series, what: str, how: str, origin: str, remedy: str = "Fill them in or take them out.") -> None:
@@ -56,6 +52,29 @@ def list_of(value: Any) -> list[Any] | None:
             except (ValueError, SyntaxError, MemoryError, RecursionError):
                 return None
     return list(value) if isinstance(value, LISTS) else None
+
+
+def check_lists(lists: pd.Series, what: str, origin: str) -> None:
+    """Raise for lists of labels with an entry that is missing, white space, or no label.
+
+    Args:
+        lists: List of each row.
+        what: What messages call the lists.
+        origin: What messages call the rows.
+
+    Raises:
+        UsageError: With the count and the first rows.
+    """
+
+    def nested(value: Any) -> bool:
+        return isinstance(value, (*LISTS, Mapping))
+
+    def blank(value: Any) -> bool:
+        return not nested(value) and (bool(pd.isna(value)) or not str(value).strip())
+
+    refuse(lists.map(lambda row: any(map(blank, row))).astype(bool), what, "a list with an empty entry", origin)
+    how, remedy = "a list that holds lists or objects", "Write lists of names."
+    refuse(lists.map(lambda row: any(map(nested, row))).astype(bool), what, how, origin, remedy)
 
 
 def numbers_of(labels: pd.Series) -> pd.Series:

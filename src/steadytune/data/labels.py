@@ -102,8 +102,8 @@ def _find_sets(rows: pd.DataFrame, table: Table, where: str) -> Problem:
         raise UsageError(f"{where} holds lists of 0 and 1: give each row the list of its classes' names instead.")
     if table.label_separator is not None and sizes <= {0, 1}:
         raise UsageError(
-            f"{where}: the label separator {table.label_separator!r} is in none of {len(rows)} rows "
-            f"({rows['label'].iloc[0]}): choose the sign that stands between two labels, or leave it out."
+            f"{where}: the label separator {table.label_separator!r} is in none of {len(rows)} rows (such as "
+            f"{next(iter(names), '')!r}): choose the sign that stands between two labels, or leave it out."
         )
     for name in table.form.classes:
         if name not in names:

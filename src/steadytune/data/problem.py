@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import UsageError, suggest
-from .cells import LISTS, is_blank, label_name, list_of, numbers_of, refuse
+from .cells import check_lists, label_name, list_of, numbers_of, refuse
 from .metrics import METRICS, Metric, members
 from .tables import Table
 
@@ -451,8 +451,5 @@ def label_sets(rows: pd.DataFrame, table: Table) -> list[list[str]]:
     given = repr(rows["label"][wrong].iloc[0])[:60] if wrong.any() else ""
     remedy = "Write lists, as in ['a', 'b'], or say what stands between labels with --label-separator."
     refuse(wrong, what, f"not a list ({given})", table.origin, remedy)
-    empty = lists.map(lambda row: any(map(is_blank, row))).astype(bool)
-    refuse(empty, what, "a list with an empty entry", table.origin)
-    nested = lists.map(lambda row: any(isinstance(value, (*LISTS, Mapping)) for value in row)).astype(bool)
-    refuse(nested, what, "a list that holds lists or objects", table.origin, "Write lists of names.")
+    check_lists(lists, what, table.origin)
     return [[label_name(value) for value in row] for row in lists]

@@ -14,7 +14,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from ..config import ALIASES
-from ..data.cells import LISTS, is_blank, is_empty, label_name, refuse
+from ..data.cells import LISTS, check_lists, is_empty, label_name, refuse
 from ..data.files import named_columns, sequence_rows, whole_characters
 from ..data.forms import Columns, form_of
 from ..data.tables import Kind
@@ -197,7 +197,7 @@ class SteadyClassifier(ClassifierMixin, _Steady):
         Raises:
             UsageError: What `steadytune.fit` refuses, and weights of rows.
         """
-        matrix = lists = None
+        matrix = None
         if self._separator is not None:
             self._fit(X, _column(y).tolist(), sample_weight, kind="multilabel")
             self.classes_ = np.array(self.model_.problem.names, dtype=object)
@@ -207,7 +207,7 @@ class SteadyClassifier(ClassifierMixin, _Steady):
             rows = [[_name(label) for label in self.classes_[row]] for row in matrix.to_numpy()]
             self._fit(X, rows, sample_weight, kind="multilabel")
         elif (lists := _lists(y)) is not None:
-            known = sorted({label for row in lists for label in row}, key=str)
+            known = _sorted({label for row in lists for label in row})
             self.classes_ = np.fromiter(known, dtype=object, count=len(known))
             self._fit(X, [[_name(label) for label in row] for row in lists], sample_weight, kind="multilabel")
         else:
@@ -277,8 +277,8 @@ class SteadyClassifier(ClassifierMixin, _Steady):
             if {*matrix.columns} != {*self.classes_}:  # columns without names of their own
                 matrix = matrix.set_axis(self.classes_, axis=1)
             return [{*map(_name, matrix.columns[row])} for row in matrix.to_numpy()]
-        form = form_of("y", self._separator)
-        rows = form.read(pd.DataFrame({"y": pd.Series(list(y), dtype=object)}), "y")
+        cells = list(y) if self._separator is None else _column(y)
+        rows = form_of("y", self._separator).read(pd.DataFrame({"y": pd.Series(list(cells), dtype=object)}), "y")
         if not all(isinstance(row, LISTS) for row in rows):
             raise UsageError("y must hold lists of labels, as in training.")
         return [{*map(_name, row)} for row in rows]
@@ -316,6 +316,14 @@ def _name(label: Any) -> str:
     return str(whole_characters(label_name(label)))
 
 
+def _sorted(labels: set[Any]) -> list[Any]:
+    """Labels in their own order, or that of their names where they are of several types."""
+    try:
+        return sorted(labels)
+    except TypeError:
+        return sorted(labels, key=str)
+
+
 def _matrix(y: Any) -> pd.DataFrame | None:
     """Truth values (rows, classes) of a matrix or frame of 0 and 1, columns called by class; None for other labels.
 
@@ -349,7 +357,7 @@ def _lists(y: Any) -> list[list[Any]] | None:
     """Lists of labels (rows,); None for one label a row.
 
     Raises:
-        UsageError: Lists with empty entries.
+        UsageError: Lists with entries that are no labels.
     """
     if not isinstance(y, (list, tuple, pd.Series, np.ndarray)) or not all(isinstance(row, LISTS) for row in y):
         return None
@@ -358,8 +366,7 @@ def _lists(y: Any) -> list[list[Any]] | None:
     numbers = all(isinstance(value, (int, float, np.number)) for row in rows for value in row)
     if widths in (set(), {1}) or (numbers and len(widths) == 1):
         return None  # a column (rows, 1), or numbers of another shape than a matrix of 0 and 1
-    empty = pd.Series([any(map(is_blank, row)) for row in rows])
-    refuse(empty, "y", "a list with an empty entry", "the training rows")
+    check_lists(pd.Series(rows), "y", "the training rows")
     return rows
 
 
