@@ -243,7 +243,7 @@ def test_a_file_that_changes_while_the_study_runs_fails_the_run(folder):
             "{train: a.csv, test: {x: b.csv}, out_of_domain: {x: c.csv}}",
             "task reviews are called 'x'",
         ),
-        ("{train: a.csv, out_of_domain: {test: c.csv}}", "'test' is what the rows of a fold are called"),
+        ("{train: a.csv, out_of_domain: {test: c.csv}}", "'test' is the name of the held-out fold"),
     ],
 )
 def test_mistakes_in_own_tables_are_named_before_anything_runs(folder, about, message):
@@ -263,7 +263,7 @@ def test_a_benchmark_name_is_taken(folder):
     Path("tables/study.yaml").write_text(
         "models: {tiny: bert}\ntasks:\n  sst2: reviews.csv\nseeds: 1\nrecipes: {plain: {}}\n"
     )
-    with pytest.raises(UsageError, match=r"line 3: sst2 is a benchmark task: call your own table otherwise"):
+    with pytest.raises(UsageError, match=r"line 3: sst2 is a benchmark task: give your own table another name"):
         Study.read("tables/study.yaml")
 
 

@@ -286,9 +286,9 @@ def test_cost_is_a_median_ratio_and_compute_is_matched_with_longer_plain(tmp_pat
     runs += [record("plain_long", seed, 0.83 + 0.012 * seed, steps=400, methods=[]) for seed in range(3)]
     runs += [record("rdrop", seed, 0.82 + 0.01 * seed, passes=2.0, seconds=2.2 * (50 + seed)) for seed in range(3)]
     found = page(write_bench(tmp_path / "b", runs))
-    row = found.row("What a training takes", "rdrop")
+    row = found.row("Cost of a training", "rdrop")
     assert row[1:6] == ["3", f"{2.2 * 51:.1f}", "2.20 (3)", "2.00", "160"]
-    row = found.row("At no less compute", "rdrop")
+    row = found.row("Matched compute", "rdrop")
     assert row[1:6] == ["320", "plain_long", "400", "3", "−1.20"]
 
 

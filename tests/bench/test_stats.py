@@ -28,7 +28,7 @@ from steadytune.bench.stats import (
     proportion_interval,
     sd_test,
     sign_flip,
-    spread_rowss,
+    spread_sources,
     steadiness,
     stratified,
     stratified_interval,
@@ -413,14 +413,14 @@ def test_the_published_calibration_holds(calibration):
 
 def test_additive_effects_leave_no_rest():
     one, two = np.array([0.0, 2.0, 4.0]), np.array([1.0, 2.0])
-    (first, second), rest = spread_rowss(one[:, None] + two)
+    (first, second), rest = spread_sources(one[:, None] + two)
     assert (first, second) == (pytest.approx(2.0), pytest.approx(np.std(two, ddof=1)))
     assert rest == pytest.approx(0.0, abs=1e-7)
 
 
 def test_sources_of_spread_by_hand():
     """Rows 3 1 / 1 3: no main effect, mean square of the rest 4 with one degree of freedom."""
-    assert spread_rowss([[3.0, 1.0], [1.0, 3.0]]) == ((0.0, 0.0), 2.0)
+    assert spread_sources([[3.0, 1.0], [1.0, 3.0]]) == ((0.0, 0.0), 2.0)
 
 
 def test_spread_of_known_variances_is_found_on_average():
@@ -428,7 +428,7 @@ def test_spread_of_known_variances_is_found_on_average():
     found = []
     for _ in range(2000):
         x = rng.normal(0, 3, (6, 1, 1)) + rng.normal(0, 1, (1, 5, 1)) + rng.normal(0, 2, (6, 5, 4))
-        sds, rest = spread_rowss(x)
+        sds, rest = spread_sources(x)
         found.append([*np.square(sds), rest**2])
     np.testing.assert_allclose(np.mean(found, 0), [9, 1, 0, 4], atol=0.5)
 
@@ -436,4 +436,4 @@ def test_spread_of_known_variances_is_found_on_average():
 @pytest.mark.parametrize("bad", [[1.0, 2.0], [[1.0, 2.0]], [[1.0, np.nan], [1.0, 2.0]]])
 def test_spread_needs_crossed_finite_scores(bad):
     with pytest.raises(ValueError, match="two or more axes of length 2 or more"):
-        spread_rowss(bad)
+        spread_sources(bad)

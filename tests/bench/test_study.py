@@ -438,7 +438,7 @@ def test_what_was_asked_for_and_is_not_done_is_known_to_the_report(root, tmp_pat
     study = small(root, seeds=1)
     run_study(study, tmp_path, data_root=root, workers=0, progress=False, filters=["recipe=plain"])
     page = write_report(tmp_path).read_text()
-    assert "The study is not at its end: 1 run to do (sst2 32 dps_mix tiny seed 0)." in page
+    assert "The study is not finished: 1 run to do (sst2 32 dps_mix tiny seed 0)." in page
     run_study(study, tmp_path, data_root=root, workers=0, progress=False)
     assert "to do" not in write_report(tmp_path).read_text()
 
@@ -565,7 +565,7 @@ def test_a_dry_run_says_minutes_from_measured_steps_and_writes_nothing(root, tmp
     found = bench(root, "mine.yaml", "--dry-run", "--seeds", 1)
     assert found.exit_code == 0, found.output
     assert re.search(r"^sst2 tiny 32: (about|less than) \d+\.\d minutes$", found.stdout, re.M)
-    assert "not counted, as no record tells how long they take: sst2 32 blo tiny seed 0" in found.stdout
+    assert "not counted, because no record tells how long they take: sst2 32 blo tiny seed 0" in found.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 

@@ -1,4 +1,4 @@
-"""How long the runs of a study take: told by records, or else by a few measured steps. No torch at import."""
+"""How long the runs of a study take, estimated from records or from a few measured steps. No torch at import."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .records import FOLDER, read_records
 from .spec import Trial
 from .store import Store
 
-Key = tuple[str, str, int | None]  # runs of one model on one task and number of rows cost alike, but for the recipe
+Key = tuple[str, str, int | None]  # model, task, number of rows: such runs differ in time by their recipe only
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Pace:
 
         Args:
             options: Options of its recipe.
-            passes: Forward and backward passes of a step in those of a plain one.
+            passes: Passes of a step of the recipe, as a multiple of those of a plain step.
         """
         at_once = min(options.batch_size, self.rows) * options.accumulation
         return self.fixed + options.total_steps(self.rows) * at_once * passes * self.per_row
@@ -46,7 +46,7 @@ class Forecast:
 
     Attributes:
         seconds: Seconds by task and rows, summed over its runs.
-        unknown: Titles of the runs of which nothing tells how long they take; they are not in the sums.
+        unknown: Titles of the runs whose time cannot be estimated; the sums leave them out.
     """
 
     seconds: Mapping[str, float]
@@ -56,7 +56,7 @@ class Forecast:
         lines = [f"{name}: {_minutes(seconds)}" for name, seconds in self.seconds.items()]
         lines.append(f"together {_minutes(sum(self.seconds.values()))}, one run after another")
         if self.unknown:
-            lines.append(f"not counted, as no record tells how long they take: {', '.join(self.unknown)}")
+            lines.append(f"not counted, because no record tells how long they take: {', '.join(self.unknown)}")
         return "\n".join(lines)
 
 
@@ -65,18 +65,18 @@ def _minutes(seconds: float) -> str:
 
 
 def forecast(runs: Sequence[Trial], store: Store) -> Forecast:
-    """Tell how long runs take.
+    """Estimate how long runs take.
 
-    A run takes as long as those of its recipe that are recorded in the folder. Where there is none, it takes what its
-    steps and the passes of its methods make of the pace of other runs of the same model and task, recorded or measured.
-    A procedure, which is several trainings, is only told by records.
+    A run takes as long as the recorded runs of its recipe. If there are none, its time follows from its steps, from the
+    passes of its methods, and from the pace of other runs of the same model and task, recorded or measured. A procedure
+    consists of several trainings, so only records tell its time.
 
     Args:
-        runs: To be done.
+        runs: Runs still to be done.
         store: Folder of the records; nothing is written.
 
     Raises:
-        UsageError: A run cannot be made.
+        UsageError: The plan of a run cannot be made.
     """
     done = read_records(store.folder)[0] if (store.folder / FOLDER).is_dir() else []
     done = [record for record in done if record["status"] == "done"]
@@ -86,7 +86,7 @@ def forecast(runs: Sequence[Trial], store: Store) -> Forecast:
             paces.setdefault(key(record["spec"]), pace)
     seconds: dict[str, float] = {}
     unknown = []
-    for run in sorted(runs, key=lambda run: len(run.methods)):  # plain runs first: they are what is measured
+    for run in sorted(runs, key=lambda run: len(run.methods)):  # plain runs first, because they are measured
         same = [r["cost"]["seconds"] for r in done if _recipe(r["spec"]) == _recipe(run.spec)]
         if same:
             took = sum(same) / len(same)
@@ -103,7 +103,7 @@ def forecast(runs: Sequence[Trial], store: Store) -> Forecast:
 
 
 def key(spec: Mapping[str, Any]) -> Key:
-    """What has one pace."""
+    """The part of a specification that decides the pace."""
     return spec["task"]["name"], spec["model"]["name"], spec["train_size"]
 
 
@@ -112,7 +112,7 @@ def _recipe(spec: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def recorded(record: Mapping[str, Any]) -> Pace | None:
-    """The pace that a record tells; None for a record without the figures."""
+    """Pace of a recorded run; None for a record without the figures."""
     cost, training = record["cost"], record["training"]
     if not all([cost.get("train_seconds"), cost.get("passes"), training and training.get("steps")]):
         return None
@@ -139,5 +139,5 @@ def measure(run: Trial) -> Pace:
 
 
 def passes(methods: Iterable[str]) -> float:
-    """Forward and backward passes of a step with these methods, in those of a plain one."""
+    """Passes of a step with these methods, as a multiple of those of a plain step."""
     return 1 + sum(type(method).cost.passes - 1 for method in make_methods(list(methods)))

@@ -1,6 +1,6 @@
-"""Tasks of a study that are a user's own tables: files, columns, and cross-validation where there is no test file.
+"""Tasks of a study from a user's own tables: files, columns, and cross-validation if there is no test file.
 
-Rows and labels come through the same functions as in `fit`. No torch here.
+Rows and labels are read and checked by the same functions as in `fit`. No torch here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..data.tables import Kind, Table
 from .places import expanded, fingerprint_files
 
 FOLD = "fold"  # column that tells which rows of a table a run trains on and which it is tested on
-HELD_OUT = "test"  # name of the test set that the held-out fold is
+HELD_OUT = "test"  # name of the held-out fold as a test set
 
 logger = logging.getLogger("steadytune")
 
@@ -39,9 +39,9 @@ class OwnTables:
             cross-validation.
         out_of_domain: Test files from other sources, by name.
         text: The text column, or two for pairs; found by name or content if not given.
-        label: The label column, found likewise; or one column of 0 and 1 for each class.
-        label_separator: What stands between several labels in one cell.
-        group: Column whose equal values keep rows in one fold.
+        label: The label column, found in the same way; or one column of 0 and 1 for each class.
+        label_separator: Text between several labels in one cell.
+        group: Column of groups; rows of one group stay in one fold.
         kind: Kind of task; decided from the labels by default.
         metric: Metric of the task; by default the first of its kind.
         folds: Number of folds of the cross-validation. The run with seed s holds out fold ``s % folds`` of the cut
@@ -103,10 +103,10 @@ class OwnTables:
         return train, tests
 
     def examine(self) -> Data:
-        """All rows, checked as `fit` checks them before it trains; what may be a mistake is logged.
+        """All rows, checked as in `fit`; possible mistakes in them are logged.
 
         Raises:
-            UsageError: Anything that is wrong with the tables, and too few rows for the folds.
+            UsageError: A table is not right, or has too few rows for the folds.
         """
         train, tests = self.read()
         data = prepare(train, tests, validation_share=0.0)
@@ -124,7 +124,7 @@ class OwnTables:
         return {"train": self.train, **self.tests}.items()
 
     def changed(self, files: Mapping[str, str]) -> str | None:
-        """The first file whose contents are no longer those of the hashes; None if all are."""
+        """The first file that no longer has its hash; None if all have."""
         now = self.files()
         return next((file for name, file in self._named() if name in files and now[name] != files[name]), None)
 

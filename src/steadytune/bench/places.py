@@ -1,4 +1,4 @@
-"""Where the models and files of a study lie on this machine, and hashes of what they hold. No torch here."""
+"""Places of a study's models and files on this machine, and hashes of their contents. No torch here."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def expanded(path: str | Path) -> str:
-    """A path with every ``$NAME`` taken from the environment.
+    """A path in which every ``$NAME`` is replaced by its value in the environment.
 
     Raises:
-        UsageError: One is not set.
+        UsageError: A variable is not set.
     """
     found = os.path.expandvars(path)
     if unset := re.search(r"\$\{?(\w+)", found):
@@ -31,8 +31,8 @@ def fingerprint_files(files: Iterable[Path], remedy: str = "check its path in th
     """Hash of the contents, 16 hexadecimal digits.
 
     Args:
-        files: Whose contents count, in this order.
-        remedy: What the error says to do about a missing file.
+        files: The files, in the order in which they are hashed.
+        remedy: End of the error for a missing file, which says what to do.
 
     Raises:
         UsageError: A file is not there.

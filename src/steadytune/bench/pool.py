@@ -1,7 +1,7 @@
-"""Warm worker processes: each loads the libraries once and does one task after another. No torch here.
+"""Warm worker processes: each imports the libraries once and does one task after another. No torch here.
 
-A worker that dies (killed, out of memory) or takes too long is replaced, and only its task is lost. An engine for more
-than one machine would be another class with the same `map`.
+A worker that dies (killed, out of memory) or takes too long is replaced, and only its task is lost. To use several
+machines, write another class with the same `map`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ BEGUN, AGAIN = "begun", "again"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a task.
+    """Result of a task.
 
     Attributes:
         task: The task as it was given.
         value: What the work returned.
-        error: Why there is no value: the worker died or took too long. None if all went well.
+        error: Why there is no value (the worker died or took too long); None if there is one.
         attempts: Number of times that the task was begun.
     """
 
@@ -42,7 +42,7 @@ class Outcome:
 
 
 class Engine(Protocol):
-    """Does tasks somewhere."""
+    """Something that does tasks, such as `Pool`."""
 
     def map(self, tasks: Iterable[Any], begun: Callable[[Any], None]) -> Iterator[Outcome]:
         """One outcome per task, in the order in which they end.
@@ -55,12 +55,12 @@ class Engine(Protocol):
 
 
 def ignore(task: Any) -> None:
-    """Take no notice of a task that begins."""
+    """Do nothing when a task begins."""
 
 
 @dataclass(frozen=True)
 class Here:
-    """Tasks in this process, one after another.
+    """Does tasks in this process, one after another.
 
     Args:
         work: Function that does a task, as for `Pool`.
@@ -78,7 +78,8 @@ class Here:
 def slots(workers: int, cores: int, gpus: Sequence[str] = ()) -> list[dict[str, str]]:
     """The environment of each worker: its share of the cores, and its GPU, which several workers may share.
 
-    Threads that compete for cores make each other several times slower, as they spin while they wait.
+    Each worker gets cores of its own because threads that compete for cores slow each other down several times: they
+    spin while they wait.
 
     Args:
         workers: Number of workers.
@@ -151,7 +152,7 @@ class Pool:
                 worker.stop()
 
     def _ready(self) -> list[_Worker]:
-        """Workers whose task has ended in one way or another."""
+        """Workers that have answered, died or exceeded their time."""
         busy = [w for w in self._workers if w.item]
         limits = [w.started + self.timeout - time.monotonic() for w in busy] if self.timeout is not None else []
         limit = min(limits, default=math.inf)
@@ -160,7 +161,7 @@ class Pool:
         return [w for w in busy if w.pipe in heard or w in late]
 
     def _message(self, worker: _Worker) -> Any:
-        """BEGUN, AGAIN (the worker died, the task is to be begun again), or an outcome."""
+        """BEGUN, AGAIN (the worker died and its task must be begun again), or an outcome."""
         item = worker.item
         assert item is not None
         if not worker.pipe.poll():
@@ -203,12 +204,12 @@ class _Worker:
         self.pipe, theirs = SPAWN.Pipe()
         self.process = SPAWN.Process(target=_serve, args=(theirs, self.work, dict(self.environment)), daemon=True)
         self.process.start()
-        theirs.close()  # so that the death of the worker is heard as the end of its pipe
+        theirs.close()  # without this, the pipe would not end when the worker dies
 
     def begin(self, item: _Item) -> None:
         self.item, self.started = item, math.inf
         item.attempts += 1
-        with contextlib.suppress(ConnectionError):  # a dead worker is noticed when its answer is read
+        with contextlib.suppress(ConnectionError):  # a dead worker is found when its answer is read
             self.pipe.send(item.task)
 
     def replace(self) -> int | None:
@@ -221,7 +222,7 @@ class _Worker:
         return code
 
     def stop(self) -> None:
-        """End an idle worker politely and a busy one at once."""
+        """Ask an idle worker to end; kill a busy one."""
         self.pipe.close()
         if self.item is not None:
             self.process.kill()
@@ -232,7 +233,7 @@ class _Worker:
 
 
 def _serve(pipe: Connection, work: str, environment: Mapping[str, str]) -> None:
-    """A worker's life: tasks in, results out, until the other end of the pipe is gone."""
+    """Main loop of a worker: receive tasks and send results until the other end of the pipe is closed."""
     os.environ.update(environment)
     function = _function(work)
     while True:
@@ -240,7 +241,7 @@ def _serve(pipe: Connection, work: str, environment: Mapping[str, str]) -> None:
             task = pipe.recv()
         except (EOFError, ConnectionError, KeyboardInterrupt):
             return
-        with contextlib.suppress(ConnectionError):  # nobody is left to tell; the result is on disk
+        with contextlib.suppress(ConnectionError):  # the parent has ended; the result is on disk
             pipe.send(BEGUN)
         try:
             result: tuple[Any, BaseException | None] = function(task), None

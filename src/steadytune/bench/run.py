@@ -41,13 +41,13 @@ TEST_ROWS_SEED = 0  # which rows of a test set are used is the same for every ru
 
 
 def perform(given: tuple[str, Trial]) -> str:
-    """Do a run and record it, unless it is done or another process is at work on it.
+    """Do a run and record it, unless it has a record or another process is doing it.
 
     Args:
         given: Folder of the study, and the run.
 
     Returns:
-        "done" or "failed"; "before" if it was done; "elsewhere" if another process does it.
+        "done" or "failed"; "before" if it had a record; "elsewhere" if another process is doing it.
     """
     folder, run = given
     store = Store(folder)
@@ -68,7 +68,7 @@ def perform(given: tuple[str, Trial]) -> str:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """What `fit` says of one run would bury the progress of many."""
+    """Silence the messages of `fit`, which would hide the progress of the study."""
     logger = logging.getLogger("steadytune")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -132,38 +132,38 @@ def make_plan(run: Trial) -> planning.Plan:
     )
     rows = corrupted(plan.data.train, plan.data.problem, spec)
     data, steps = dataclasses.replace(plan.data, train=rows), plan.options.total_steps(len(rows))
-    return dataclasses.replace(plan, data=data, steps=steps)  # epochs are epochs of the rows that are trained on
+    return dataclasses.replace(plan, data=data, steps=steps)  # an epoch passes over the rows that are left
 
 
 def tables(run: Trial) -> tuple[Table, dict[str, Table], str | None]:
-    """Training table, test tables, and the column that marks the rows of the fold that is held out, if there is one.
+    """Training table, test tables, and the column that marks the held-out fold (None without folds).
 
     Raises:
-        UsageError: A file is not there, or is not what it was when the study began.
+        UsageError: A file is missing or has changed since the study began.
     """
     task, number = run.spec["task"], run.spec["seeds"]["subset"]
     if run.own is None:
         return *load(task["name"], run.data_root, beyond=run.spec["tests"]["out_of_domain"]), None
     if file := run.own.changed(task["files"]):
-        raise UsageError(f"{file} was changed after the study had begun: start it again.")
+        raise UsageError(f"{file} was changed after the study had begun: start the study again.")
     table, tests = run.own.read()
     cut, column = run.own.cut(number) if run.own.crossed else (table, None)
     return dataclasses.replace(cut, kind=task["kind"]), tests, column
 
 
 def _head(table: Table, rows: int) -> Table:
-    """A fixed draw of the rows of a test set."""
+    """A draw of rows of a test set, the same in every run."""
     frame = table.frame
     kept = frame.sample(min(rows, len(frame)), random_state=TEST_ROWS_SEED).sort_index()
     return dataclasses.replace(table, frame=kept)
 
 
 def corrupted(rows: pd.DataFrame, problem: Problem, spec: Mapping[str, Any]) -> pd.DataFrame:
-    """Training rows with labels replaced, and classes thinned out, drawn with the seed of the subset.
+    """Replace labels and thin out classes of the training rows, drawn with the seed of the subset.
 
     Args:
-        rows: Column `label` holds class names.
-        problem: The classes.
+        rows: Training rows; their column `label` holds class names.
+        problem: The classification problem, which knows the classes.
         spec: ``corruption`` with ``label_noise`` (share of the rows that get another class, uniform over the others)
             and ``imbalance`` (share that stays of every class but the first of the largest), ``seeds.subset``.
     """
@@ -189,7 +189,7 @@ def corrupted(rows: pd.DataFrame, problem: Problem, spec: Mapping[str, Any]) -> 
 
 
 def failed(run: Trial, error: str, seconds: float, message: str | None = None) -> dict[str, Any]:
-    """The record of a run that gave no model."""
+    """Record of a run that ended without a model."""
     text = error if message is None or message in error else f"{error}\n{message}"
     return {**_header(run, "failed"), "error": text, "sets": {}, "training": None, "cost": {"seconds": seconds}}
 
@@ -208,7 +208,7 @@ def _header(run: Trial, status: str) -> dict[str, Any]:
 
 
 def _about(name: str, run: Trial, data: Data, predictions: pd.DataFrame) -> dict[str, Any]:
-    """Which domain a set belongs to, and the score of a constant prediction on it."""
+    """Domain of a set, its number of rows, and the score of a constant prediction on it."""
     if run.own is None:
         outside = name not in {file.partition(":")[0] for file in find(run.spec["task"]["name"]).tests}
     else:
@@ -218,7 +218,7 @@ def _about(name: str, run: Trial, data: Data, predictions: pd.DataFrame) -> dict
 
 
 def _baseline(rows: pd.DataFrame, data: Data, name: str, metric: str) -> float | None:
-    """The best score of predicting one class for all rows; None where a constant has no score."""
+    """Best score of predicting one class for all rows; None for a metric that a constant has no score in."""
     problem = data.problem.coarser(data.coarser.get(name) or {})
     gold = problem.array(rows["label"])
     if problem.metric(metric).needs_probabilities:
@@ -244,7 +244,7 @@ def _training(trained: Trained, plan: planning.Plan) -> dict[str, Any]:
 
 @functools.cache
 def context() -> dict[str, Any]:
-    """What may change the last digits of a result: versions, hardware, threads."""
+    """Versions, hardware and threads, which may change the last digits of a result."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""The short forms of a study file, and the full form that they stand for. No torch at import."""
+"""Expand the short forms of a study file to the full form. No torch at import."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..errors import UsageError
 
 
 def spread(given: Mapping[str, Any], document: Document) -> dict[str, Any]:
-    """The full form of a study file, whose shape is that of `Study`.
+    """The full form of a study file, which has the fields of `Study`.
 
-    A single value stands for a list of one; a number of seeds for the seeds below it; a mapping of models or tasks for
-    a list of things with names; ``methods: all`` for a recipe with each method.
+    A single value becomes a list of one. A number of seeds becomes the list of the seeds below it. A mapping of models
+    or tasks becomes a list of entries with names. ``methods: all`` becomes one recipe for each method.
 
     Args:
-        given: What the file says.
-        document: The file, for errors.
+        given: Contents of the file.
+        document: The file, named in errors.
 
     Raises:
         UsageError: A short form has no full form.
@@ -56,7 +56,7 @@ def _named_models(given: Any) -> list[Any]:
 
 
 def _own_table(name: str, about: Any, document: Document) -> Any:
-    """A path alone is the training file; a test file without a name is called by its own."""
+    """A path alone is the training file; a test file without a name is named after its file."""
     if not isinstance(about, Mapping):
         return {"name": name, "train": about}
     full = {"name": name, **about}
@@ -86,7 +86,7 @@ def _recipe(given: Any) -> Any:
 
 
 def _each_method(given: Any, document: Document) -> list[str]:
-    """The methods that are listed, or all that `fit` takes with their defaults."""
+    """The listed methods, or all that `fit` can use with their defaults."""
     from ..methods import METHODS
 
     if given != "all":
@@ -103,7 +103,7 @@ def _is_complete(method: Any) -> bool:
 
 
 def spelled(given: Any, path: Sequence[Any]) -> list[str]:
-    """A path in the full form as the file spells it: things in a list are called by their names."""
+    """A path in the full form as it is written in the file: entries of a list by their names."""
     names: list[str] = []
     for step in path:
         try:

@@ -1,10 +1,9 @@
-"""What a study is: a YAML file, checked, and the runs that it asks for. No torch here.
+"""A study: its YAML file, checked, and the runs that follow from it. No torch here.
 
-    models x tasks x train sizes x recipes x seeds, one run each
+        models x tasks x train sizes x recipes x seeds, one run for each combination
 
-A run is known by its specification, a plain dictionary of all that decides its result; the hash of the specification is
-the run's name. Options that are not in use (None) are left out of it, so that an option that a later version adds
-does not rename old runs.
+The specification of a run is a plain dictionary of everything that decides its result; its hash is the run's id. It
+leaves out options that are not in use (None), so that the ids of old runs stay valid when a version adds an option.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from .short_forms import spelled, spread
 FORMAT = 1
 FILE_SEEDS = {"seed", *(f"{name}_seed" for name in SEEDS)}
 OPTIONS = {name: hint for name, hint in options(Options).items() if name not in {*FILE_SEEDS, "train_size"}}
-PARTS: dict[str, Any] = {"methods": tuple[Text, ...], "procedure": Text | None}  # of a recipe, beside options
+PARTS: dict[str, Any] = {"methods": tuple[Text, ...], "procedure": Text | None}  # entries of a recipe beside options
 DATA_ROOT = "give the folder of the benchmark data with --data-root DIR"
 
 
@@ -55,26 +54,26 @@ class Model:
 
 @dataclass(frozen=True)
 class Study:
-    """What a study file says.
+    """A study, as its file describes it.
 
     Attributes:
         name: Name of the study; its results go to ``runs/<name>`` unless told otherwise.
         models: Pre-trained models to start from.
         tasks: Names of benchmark tasks (`steadytune.tasks`) and of `tables`.
-        recipes: Name -> ``methods``, ``procedure`` and options of `Options`, which win over `options`.
-        train_sizes: Number of rows drawn per run, None for all.
+        recipes: Recipes by name: ``methods``, ``procedure``, and options of `Options`, which override `options`.
+        train_sizes: Numbers of training rows to draw; None for all.
         options: Options of every recipe.
         seeds: Seeds of the runs of every recipe, one run for each.
-        factorial: Seeds that vary on their own: every value of `seeds` with every other, while the rest stay at the
-            first value. By default all five seeds vary together.
-        out_of_domain: Whether the out-of-domain sets of the benchmark tasks are test sets too.
+        factorial: Names of seeds to cross: runs have all combinations of their values, and the first value of the other
+            seeds. By default all five seeds vary together.
+        out_of_domain: Whether to test on the out-of-domain sets of the benchmark tasks too.
         test_rows: Number of rows of each test set, the same rows in every run; None for all.
         label_noise: Share of the training labels that are replaced by another class.
-        imbalance: Share of the rows that stay of every class but the largest; None for all.
+        imbalance: Share of the rows to keep of each class but the largest; None for all.
         metric: Metric of every task, instead of each task's own.
-        keep_models: Whether the trained models are written too.
-        data_root: Folder of the benchmark tasks, where no other is given.
-        tables: The tasks that are a user's own tables.
+        keep_models: Whether to write the trained models too.
+        data_root: Folder of the benchmark tasks, unless the command gives another.
+        tables: Tasks from a user's own tables.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
@@ -98,16 +97,16 @@ class Study:
 
     @classmethod
     def read(cls, file: str | Path, **changes: Any) -> Study:
-        """A study file, or the name of a preset.
+        """Read a study file or a preset.
 
         Args:
-            file: YAML; ``preset: NAME`` in it takes that preset's settings where the file has none. Paths of own tables
-                are relative to the file.
-            **changes: Settings that win over the file's, None for not given.
+            file: YAML file, or name of a preset. ``preset: NAME`` in a file gives the settings that the file lacks.
+                Paths of own tables are relative to the file.
+            **changes: Settings that override the file's; None keeps the file's.
 
         Raises:
-            UsageError: No such file or preset, not YAML, an unknown key, or a value that is not what its key takes;
-                with the line of the file.
+            UsageError: There is no such file or preset, it is not YAML, a key is unknown, or a value is not what its
+                key takes. The message names the line.
         """
         document = Document(str(file), preset(str(file)), {}) if str(file) in presets() else _settings(Path(file))
         given = {"name": Path(file).stem, **document.values}
@@ -119,11 +118,11 @@ class Study:
 
     @classmethod
     def of(cls, given: Mapping[str, Any], document: Document | None = None) -> Study:
-        """A study from plain values, checked.
+        """Make a study from plain values, and check it.
 
         Args:
-            given: What a study file may hold.
-            document: The file that it stands in.
+            given: Settings as in a study file.
+            document: The study file, named in errors.
 
         Raises:
             UsageError: As `read`.
@@ -160,7 +159,7 @@ class Study:
         return str(yaml.safe_dump(json.loads(json.dumps(plain)), sort_keys=False, allow_unicode=True))
 
     def _check(self, document: Document) -> None:
-        """What the types of the fields do not say."""
+        """Check what the types of the fields do not express."""
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UsageError(f"{document.where(['seeds'])}: seeds must be different numbers, got {[*self.seeds]}.")
         names = [model.name for model in self.models]
@@ -183,9 +182,9 @@ class Study:
         for table in self.tables:
             where = document.where(["tasks", table.name])
             if table.name in TASKS:
-                raise UsageError(f"{where}: {table.name} is a benchmark task: call your own table otherwise.")
+                raise UsageError(f"{where}: {table.name} is a benchmark task: give your own table another name.")
             if table.crossed and HELD_OUT in table.tests:
-                raise UsageError(f"{where}: {HELD_OUT!r} is what the rows of a fold are called: rename that test file.")
+                raise UsageError(f"{where}: {HELD_OUT!r} is the name of the held-out fold: rename that test file.")
         for key, given in self.options.items():
             with document.at("options", key):
                 option("options", key, given)
@@ -198,7 +197,7 @@ class Study:
                 self.parts(name)
 
     def _check_corruption(self, task: str, document: Document | None = None) -> None:
-        """Raise, on behalf of a task without exclusive classes, if labels are to be changed."""
+        """Raise for a task without exclusive classes if the study changes labels."""
         if self.label_noise or self.imbalance is not None:
             where = "" if document is None else f"{document.where()}: "
             raise UsageError(f"{where}label_noise and imbalance need classes, task {task} has none.")
@@ -208,7 +207,7 @@ class Study:
         return {table.name: table for table in self.tables}
 
     def parts(self, name: str) -> list[dict[str, Any]]:
-        """Records of what a recipe has beyond plain training: its methods and, last, its procedure."""
+        """Records of the methods of a recipe and, last, of its procedure."""
         given = self.recipes[name]
         records = [method_record(m) for m in make_methods(given.get("methods", ()))]
         procedure = make_procedure(given.get("procedure"))
@@ -220,14 +219,14 @@ class Study:
         recipe = {key: v for key, v in self.recipes[name].items() if key not in PARTS}
         given = {**chosen_options("options", self.options), **chosen_options(where, recipe)}
         own = {key: v for key, v in given.items() if v is not None}
-        held_out = 0.1 if own.get("evaluations") else 0.0  # rows are held out for what selects, and only for that
+        held_out = 0.1 if own.get("evaluations") else 0.0  # rows are held out for selection alone
         return Options.of({"validation_share": held_out, **own})
 
     def corruption(self, recipe: Options) -> dict[str, Any]:
-        """What is done to the training rows, as it stands in the specification of a run.
+        """Corruption of the training rows, as in the specification of a run.
 
-        Steps were once counted before the classes were thinned. Where that makes a difference, ``steps`` tells the runs
-        of now from those of then.
+        Earlier versions counted the steps of an epoch before classes were thinned out. Where the number of steps
+        differs, ``steps`` makes the id of a run differ from those of earlier versions.
         """
         counted = self.imbalance is not None and recipe.steps is None
         return {
@@ -245,13 +244,13 @@ class Study:
             yield {**dict.fromkeys(SEEDS, self.seeds[0]), **dict(zip(self.factorial, values, strict=True))}
 
     def runs(self, data_root: str | Path | None = None) -> list[Trial]:
-        """Every run, seeds outermost: whatever is interrupted has whole rounds of all recipes.
+        """All runs, ordered by seed first, so that an interrupted study has whole rounds of all recipes.
 
         Args:
             data_root: Folder of the benchmark tasks, instead of the study's own.
 
         Raises:
-            UsageError: A model or a data file is not there, or an own table is not right.
+            UsageError: A model or a data file is missing, or an own table is not right.
         """
         place = data_root or self.data_root
         if place is None and any(name not in self._own for name in self.tasks):
@@ -305,7 +304,7 @@ class Study:
         return _Task({"name": name, "fingerprint": hash}, self.metric or task.metric, not task.labels)
 
     def _own_task(self, own: OwnTables) -> _Task:
-        """Read and check the tables; columns and kind that were found are part of the runs' specification."""
+        """Read and check the tables; the specification of their runs names the columns and the kind found."""
         data, files = own.examine(), own.files()
         if not data.problem.classes:
             self._check_corruption(own.name)
@@ -324,7 +323,7 @@ class Study:
         return _Task(spec, data.problem.metric(self.metric or own.metric).name, not data.problem.names, own)
 
 
-# What a study file may hold: own tables stand under tasks, and `methods` makes a recipe for each of them.
+# Keys of a study file. Own tables are under `tasks`; `methods` stands for one recipe per method.
 KEYS = [*(f.name for f in dataclasses.fields(Study) if f.name != "tables"), "methods", "preset"]
 
 
@@ -336,7 +335,7 @@ class _Task:
         spec: Its part of a run's specification.
         metric: Metric of its runs.
         numbers: Whether its labels are numbers.
-        own: The files, for a user's own tables.
+        own: Files of a user's own tables; None for a benchmark task.
     """
 
     spec: dict[str, Any]
@@ -346,7 +345,7 @@ class _Task:
 
 
 def _check_entry(where: str, key: str, given: Any) -> None:
-    """Raise unless an entry of a recipe is of the type of its key."""
+    """Raise unless an entry of a recipe has the type of its key."""
     if key in PARTS:
         checked(PARTS[key], given, lambda path: f"{where}: {key}")
     else:
@@ -354,10 +353,10 @@ def _check_entry(where: str, key: str, given: Any) -> None:
 
 
 def option(where: str, key: str, given: Any) -> Any:
-    """The value of an option of `Options`.
+    """Check an option of `Options`, and return its value.
 
     Raises:
-        UsageError: There is no such option, or the value is not of its type; ``where`` starts the sentence.
+        UsageError: There is no such option, or the value does not have its type; the message begins with ``where``.
     """
     name = ALIASES.get(key, key)
     if name not in OPTIONS:
@@ -366,10 +365,10 @@ def option(where: str, key: str, given: Any) -> Any:
 
 
 def chosen_options(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of options by the names of the fields of `Options`.
+    """Values of options by the names of the fields of `Options`.
 
     Raises:
-        UsageError: As `option`, and for an option that is given under two names.
+        UsageError: As `option`, or an option is given under two names.
     """
     chosen: dict[str, Any] = {}
     for key, v in given.items():
@@ -390,17 +389,17 @@ def in_use(recipe: Options, numbers: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """One run of a study: its specification, and where this machine finds what it needs.
+    """One run of a study: its specification, and the places of its model and data on this machine.
 
     Attributes:
         spec: Everything that decides the result.
         model: Directory or hub name of the model.
         data_root: Folder of the benchmark tasks.
-        methods: Methods as the study writes them.
-        procedure: Procedure as the study writes it.
-        seen: Benchmark sets that the model knew before.
-        keep_model: Whether the trained model is written beside the record.
-        own: Files of a task that is a user's own tables.
+        methods: Methods as the study file spells them.
+        procedure: Procedure as the study file spells it.
+        seen: Benchmark sets that the model was trained on before.
+        keep_model: Whether to write the trained model beside the record.
+        own: Files of a user's own tables; None for a benchmark task.
     """
 
     spec: dict[str, Any]
@@ -414,13 +413,13 @@ class Trial:
 
     @property
     def id(self) -> str:
-        """16 hexadecimal digits, a hash of the specification."""
+        """Hash of the specification, 16 hexadecimal digits."""
         text = json.dumps({"format": FORMAT, **self.spec}, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def title(self) -> str:
-        """For people: task, rows, recipe, model and the seeds that differ."""
+        """Task, rows, recipe, model and seeds, as a text for people."""
         spec = self.spec
         size = "" if spec["train_size"] is None else f" {spec['train_size']}"
         return f"{spec['task']['name']}{size} {spec['recipe']} {spec['model']['name']} {seed_text(spec['seeds'])}"
@@ -449,7 +448,7 @@ class Trial:
 
 
 def seed_text(seeds: Mapping[str, int]) -> str:
-    """`seed 3`, or each seed by name where they differ."""
+    """`seed 3`, or each seed by name if they differ."""
     if len(set(seeds.values())) == 1:
         return f"seed {next(iter(seeds.values()))}"
     return "seed " + ",".join(f"{name}:{value}" for name, value in seeds.items())
@@ -459,7 +458,7 @@ def seed_text(seeds: Mapping[str, int]) -> str:
 
 
 def presets() -> dict[str, str]:
-    """Name -> text of the study files that come with steadytune."""
+    """Texts of the study files that come with steadytune, by name."""
     folder = resources.files(__package__) / "presets"
     return {
         file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8")
@@ -472,7 +471,7 @@ def preset(name: str) -> dict[str, Any]:
     """The settings of a preset.
 
     Raises:
-        UsageError: There is none of that name.
+        UsageError: There is no preset of that name.
     """
     import yaml
 

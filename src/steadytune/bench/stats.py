@@ -1,16 +1,16 @@
-"""What scores over seeds show: summaries, paired comparisons, steadiness, and how small a gain could be seen.
+"""Statistics of scores over seeds: summaries, paired comparisons, tests of steadiness, detectable gains.
 
-The unit is the seed: ``a[i]`` and ``b[i]`` are scores of two recipes with the same seed i, so that a pair differs in
-nothing else. With d = a - b and e in {-1, 1}^n, the paired test is the sign flip
+The unit is the seed: ``a[i]`` and ``b[i]`` are scores of two recipes with the same seed i, and differ in nothing else.
+With d = a - b and e in {-1, 1}^n, the paired test is the sign-flip test
 
     p = share of e with |sum_i e_i d_i| >= |sum_i d_i|                  (smallest possible: 2^(1 - n))
 
-which holds for every law of the scores, as long as swapping two equally good recipes would change nothing. The same
-test of d_i = |a_i - median a| - |b_i - median b| asks whether one recipe is steadier than the other.
+which is valid for every distribution of the scores if two equally good recipes are exchangeable. The same test of d_i =
+|a_i - median a| - |b_i - median b| tests whether one recipe is steadier than the other.
 
-Intervals are 95 %. What is not defined (the SD of one score, the interval of scores that are all equal) is None, never
-NaN or infinite. Everything random takes a ``seed``. How often each test errs and each interval covers, law by law and
-for 5 to 50 seeds, is measured by ``benchmarks/calibration.py`` and printed in ``docs/results/calibration.md``.
+All intervals are at 95 %. An undefined value (the SD of one score, the interval of equal scores) is None, never NaN or
+infinite. Everything random takes a ``seed``. ``benchmarks/calibration.py`` measures how often each test errs and each
+interval covers, for several distributions and 5 to 50 seeds; ``docs/results/calibration.md`` has the results.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Array = NDArray[np.float64]
 Interval = tuple[float, float] | None
 
 LEVEL = 0.95  # of all intervals
-EXACT = 16  # pairs up to which all sign flips are enumerated
-DRAWS = 9999  # random sign flips above, and bootstrap samples
-BOOTSTRAP_FROM = 30  # seeds from which on the interval of a mean is a bootstrap one
-BLOCK = 1 << 22  # numbers held at once
+EXACT = 16  # up to this many pairs, all sign flips are enumerated
+DRAWS = 9999  # random sign flips above that, and bootstrap samples
+BOOTSTRAP_FROM = 30  # from this many seeds on, the interval of a mean is a bootstrap interval
+BLOCK = 1 << 22  # largest number of values in memory at once
 
 
 # ---------------------------------------------------------------- one recipe
@@ -42,8 +42,8 @@ BLOCK = 1 << 22  # numbers held at once
 class Summary:
     """Scores of one recipe on one task over ``n`` seeds, in the unit of the scores.
 
-    ``sd`` has ddof 1 and is None for one seed; ``iqm`` is the mean of the middle half (25 % trimmed mean); ``failed``
-    is the share of failed runs, None where nobody said what failing is; ``interval`` is that of the mean.
+    ``sd`` divides by n - 1 and is None for one seed; ``iqm`` is the interquartile mean (25 % trimmed); ``failed`` is
+    the share of failed runs, None if failing was not defined; ``interval`` is that of the mean.
     """
 
     n: int
@@ -65,7 +65,7 @@ def summary(
     Args:
         scores: Shape (n,), n >= 1.
         threshold: Runs that score no more than this have failed, for example majority baseline + 0.01.
-        failed: Or, instead, one flag per run.
+        failed: One flag per run, instead of a threshold.
         seed: Seed of the bootstrap.
 
     Raises:
@@ -93,12 +93,12 @@ def summary(
 
 
 def mean_interval(values: ArrayLike, *, seed: int = 0) -> Array:
-    """95 % interval of the mean over the last axis: t below 30 values, expanded BCa bootstrap from there on.
+    """95 % interval of the mean over the last axis: t below 30 values, expanded BCa bootstrap from 30 on.
 
-    BCa knows skewness but covers too little in small samples (0.83 for 5 values). Both its causes, the bootstrap's
-    variance (n - 1) / n and normal instead of t quantiles, are undone by asking for a higher level (Hesterberg, What
-    Teachers Should Know About the Bootstrap, The American Statistician 2015, arXiv 1411.5279). No interval knows of
-    failures that did not happen: with rare failed runs the mean of few seeds is uncertain beyond what this says.
+    BCa corrects for skewness but covers too little in small samples (0.83 for 5 values). There are two causes: the
+    bootstrap's variance, which is (n - 1) / n of the sample's, and normal instead of t quantiles. A higher nominal
+    level corrects both (Hesterberg, What Teachers Should Know About the Bootstrap, The American Statistician 2015,
+    arXiv 1411.5279). If failures are rare, a few seeds may contain none, and the interval is too narrow.
 
     Args:
         values: Shape (..., n).
@@ -133,10 +133,10 @@ def mean_interval(values: ArrayLike, *, seed: int = 0) -> Array:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Recipe A against recipe B on one task, paired by seed; gains of A are positive.
+    """Recipe A against recipe B on one task, paired by seed; a gain is positive where A is better.
 
     ``sd`` is that of the differences, ``better`` is P(A > B) with ties as one half, ``p`` is two-sided, and
-    ``detectable`` the gain this many seeds find in 80 % of studies (None where the differences are all equal).
+    ``detectable`` is the true gain that this many seeds find in 80 % of studies (None if all differences are equal).
     """
 
     n: int
@@ -191,26 +191,28 @@ class Stratified:
 def stratified(a: Mapping[str, ArrayLike], b: Mapping[str, ArrayLike], *, seed: int = 0) -> Stratified:
     """Compare two recipes by the mean over tasks of their paired differences, each task weighted equally.
 
-    Every pair within every task is flipped on its own, and the interval (t with Satterthwaite's degrees of freedom)
-    adds up the variances of the tasks. Both take differences on different tasks for independent. When one seed list
-    serves all tasks, that assumes that a seed good for A on one task says nothing of the next: true of data order and
-    dropout, less so of heads initialised alike. To be free of it, give `compare` the means over tasks per seed, which
-    flips whole seeds.
+    Each pair of each task is flipped on its own. The interval is a t interval with Satterthwaite's degrees of freedom,
+    from the sum of the tasks' variances. Test and interval assume that differences on different tasks are independent.
+    If all tasks have the same seeds, a seed that is good for A on one task must tell nothing about the next task. This
+    holds for data order and dropout, and less for heads with the same initial values. Without this assumption, give
+    `compare` the mean over tasks for each seed; it flips whole seeds.
 
     Args:
-        a: Task -> scores of A, shape (n,); tasks may differ in n.
+        a: Scores of A by task, shape (n,); n may differ between tasks.
         b: The same tasks, seeds and order.
         seed: Seed of the bootstrap and of random sign flips.
 
     Raises:
-        ValueError: Other tasks in ``b``, no task, or what `compare` refuses.
+        ValueError: The tasks of ``b`` differ, there is no task, or an error of `compare`.
     """
     if not a or a.keys() != b.keys():
         raise ValueError(f"stratified needs the same tasks, at least one, in both recipes, got {list(a)} and {list(b)}")
     tasks = {name: compare(a[name], b[name], seed=seed) for name in a}
     differences = [np.subtract(a[name], b[name]) for name in a]
     better = float(np.mean([task.better for task in tasks.values()]))
-    seeds = len(tasks) ** 2 / sum(1 / task.n for task in tasks.values())  # with the variance of the mean of shares
+    seeds = len(tasks) ** 2 / sum(
+        1 / task.n for task in tasks.values()
+    )  # effective number: of the variance of the mean share
     return Stratified(
         tasks=tasks,
         difference=float(np.mean([task.difference for task in tasks.values()])),
@@ -225,7 +227,7 @@ def stratified_interval(differences: Sequence[ArrayLike]) -> Array:
     """95 % interval of the mean over tasks of mean differences: t with Satterthwaite's degrees of freedom.
 
     Args:
-        differences: Per task, shape (..., n) with n >= 2 of its own.
+        differences: One array for each task, shape (..., n) with its own n >= 2.
 
     Returns:
         Shape (..., 2), NaN where all differences of every task are equal.
@@ -244,7 +246,7 @@ def stratified_sign_flip(differences: Sequence[ArrayLike], *, seed: int = 0) -> 
     """Two-sided p of the mean over tasks of mean differences, each pair of each task flipped on its own.
 
     Args:
-        differences: Per task, shape (..., n) with n of its own.
+        differences: One array for each task, shape (..., n) with its own n.
         seed: Seed of random sign flips.
     """
     found = [_finite("differences", d) for d in differences]
@@ -254,7 +256,7 @@ def stratified_sign_flip(differences: Sequence[ArrayLike], *, seed: int = 0) -> 
 def sign_flip(differences: ArrayLike, *, seed: int = 0) -> Array:
     """Two-sided p of the paired sign-flip test of the sum, over the last axis.
 
-    All flips up to 16 differences; above, 9,999 random ones, to which the observed one is added so that p is valid and
+    Up to 16 differences all flips are used, above that 9,999 random ones and the observed one, so that p is valid and
     never 0 (Phipson and Smyth, Permutation P-values Should Never Be Zero, 2010, arXiv 1603.05766).
 
     Args:
@@ -266,7 +268,7 @@ def sign_flip(differences: ArrayLike, *, seed: int = 0) -> Array:
     """
     x = _finite("differences", differences)
     n = x.shape[-1]
-    # a flip that ties with the observed signs counts, whatever rounding makes of it
+    # the tolerance counts flips that tie with the observed sum but for rounding
     least = (np.abs(x.sum(-1)) - 1e-12 * np.abs(x).sum(-1))[..., None]
     found, flips = np.zeros(x.shape[:-1]), 0
     for signs in _signs(n, seed, BLOCK // max(n, x.size // n)):
@@ -276,7 +278,7 @@ def sign_flip(differences: ArrayLike, *, seed: int = 0) -> Array:
 
 
 def proportion_interval(share: ArrayLike, n: ArrayLike) -> Array:
-    """95 % Clopper-Pearson interval of a share of ``n`` trials, continued to half wins; shape (..., 2)."""
+    """95 % Clopper-Pearson interval of a share of ``n`` trials, extended to half wins; shape (..., 2)."""
     share, n = np.asarray(share, float), np.asarray(n, float)
     if not ((share >= 0) & (share <= 1) & (n > 0)).all():
         raise ValueError(f"share must lie in [0, 1] and n be positive, got {share} of {n}")
@@ -287,7 +289,7 @@ def proportion_interval(share: ArrayLike, n: ArrayLike) -> Array:
 
 
 def holm(pvalues: ArrayLike) -> Array:
-    """Holm's adjusted p over the last axis: reject those up to 0.05, and the family errs in at most 5 % of studies.
+    """Holm's adjusted p over the last axis; rejecting all up to 0.05 errs in at most 5 % of studies.
 
     Holm, A Simple Sequentially Rejective Multiple Test Procedure, Scandinavian Journal of Statistics 1979.
 
@@ -295,7 +297,7 @@ def holm(pvalues: ArrayLike) -> Array:
         pvalues: Shape (..., m), each in [0, 1].
 
     Raises:
-        ValueError: A p outside [0, 1].
+        ValueError: A p-value outside [0, 1].
     """
     p = np.asarray(pvalues, float)
     if not ((p >= 0) & (p <= 1)).all():
@@ -315,8 +317,8 @@ def holm(pvalues: ArrayLike) -> Array:
 class Steadiness:
     """SD over seeds of recipe A against recipe B; A is steadier where ``log_ratio`` = log(SD_A / SD_B) is negative.
 
-    ``p`` is of the paired test, ``brown_forsythe`` of the unpaired one (Levene's test about the medians). All but ``p``
-    are None where a recipe's scores are all equal, the interval also where all but one are.
+    ``p`` is that of the paired test, ``brown_forsythe`` that of the unpaired one (Levene's test about the medians). All
+    but ``p`` are None if all scores of a recipe are equal; the interval is also None if all but one are.
     """
 
     n: int
@@ -349,11 +351,12 @@ def steadiness(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Steadiness:
 
 
 def sd_test(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Array:
-    """Two-sided p of equal spread of paired samples: the sign flip of differences of distances from the median.
+    """Two-sided p of equal spread of paired samples: sign-flip test of the differences of distances from the median.
 
-    Brown and Forsythe's distances (Journal of the American Statistical Association 1974) in a test that uses the pairs.
-    Below 6 seeds it finds nothing. Squared deviations from the mean, and the test of Pitman and Morgan, find a little
-    more under a normal law but err in 13 to 44 % of studies of 10 or 20 seeds when one run in ten fails.
+    The distances are those of Brown and Forsythe (Journal of the American Statistical Association 1974), in a test that
+    uses the pairs. With fewer than 6 seeds p cannot be below 0.05. Squared deviations from the mean, and the test of
+    Pitman and Morgan, have slightly more power with normal scores, but err in 13 to 44 % of studies of 10 or 20 seeds
+    if one run in ten fails.
 
     Args:
         a: Shape (..., n).
@@ -367,9 +370,9 @@ def sd_test(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Array:
 def log_sd_interval(a: ArrayLike, b: ArrayLike) -> Array:
     """95 % interval of log(SD_A / SD_B) for paired samples, over the last axis: t over jackknife pseudo-values.
 
-    Leaving out each seed in turn learns from the sample how uncertain its SD is (Miller, Jackknifing Variances, Annals
-    of Mathematical Statistics 1968), where F and Pitman-Morgan intervals trust that the law is normal. With heavy tails
-    or failing runs it still covers too little: `sd_test` is what to believe there.
+    The jackknife estimates the uncertainty of the SD from the sample (Miller, Jackknifing Variances, Annals of
+    Mathematical Statistics 1968); F and Pitman-Morgan intervals assume a normal distribution. With heavy tails or
+    failing runs the interval still covers too little; use `sd_test` there.
 
     Args:
         a: Shape (..., n), n >= 3.
@@ -397,7 +400,7 @@ def _pseudo_log_sd(x: Array) -> Array:
 
 
 def power(gain: ArrayLike, sd: ArrayLike, n: ArrayLike, *, alpha: float = 0.05) -> Array:
-    """Chance that the two-sided paired t test finds a true gain, by the noncentral t distribution.
+    """Probability that the two-sided paired t test finds a true gain, from the noncentral t distribution.
 
     Args:
         gain: True mean difference, in the unit of ``sd``.
@@ -408,12 +411,12 @@ def power(gain: ArrayLike, sd: ArrayLike, n: ArrayLike, *, alpha: float = 0.05) 
     n = np.asarray(n)
     shift = np.abs(gain) / np.asarray(sd) * np.sqrt(n)
     critical = stats.t.isf(alpha / 2, n - 1)
-    # the second term mirrors cdf(-critical, shift), which SciPy gives as NaN for large shifts
+    # the second term equals cdf(-critical, shift), for which SciPy returns NaN at large shifts
     return stats.nct.sf(critical, n - 1, shift) + stats.nct.sf(critical, n - 1, -shift)
 
 
 def detectable_gain(n: int, sd: float, *, chance: float = 0.8, alpha: float = 0.05) -> float:
-    """Smallest true gain that ``n`` seeds find with the given chance: the root of `power`, in the unit of ``sd``.
+    """Smallest true gain that ``n`` seeds find with the given probability, in the unit of ``sd``; the root of `power`.
 
     Args:
         n: Number of seeds, >= 2.
@@ -434,7 +437,7 @@ def detectable_gain(n: int, sd: float, *, chance: float = 0.8, alpha: float = 0.
 
 @functools.cache
 def _detectable(n: int, chance: float, alpha: float) -> float:
-    """In units of the SD: a report asks for the same few n thousands of times."""
+    """Detectable gain in units of the SD, cached: a report asks thousands of times for the same few n."""
 
     def lacking(gain: float) -> float:
         return float(power(gain, 1.0, n, alpha=alpha)) - chance
@@ -445,11 +448,11 @@ def _detectable(n: int, chance: float, alpha: float) -> float:
     return float(optimize.brentq(lacking, 0.0, enough))
 
 
-def spread_rowss(scores: ArrayLike) -> tuple[tuple[float, ...], float]:
-    """How much of the spread each of several crossed seeds brings: random effects of a factorial study, one run a cell.
+def spread_sources(scores: ArrayLike) -> tuple[tuple[float, ...], float]:
+    """Spread due to each of several crossed seeds: random effects of a factorial study with one run per cell.
 
-    Moments of the analysis of variance: with M_i the mean square of factor i, M that of the rest and N / L_i runs per
-    level, var_i = max(0, (M_i - M) / (N / L_i)). Interactions belong to the rest.
+    The estimates are moments of the analysis of variance. With M_i the mean square of factor i, M that of the rest and
+    N / L_i runs per level, var_i = max(0, (M_i - M) / (N / L_i)). Interactions count as rest.
 
     Args:
         scores: One axis per factor, at least two of them, each of length >= 2.
@@ -477,7 +480,7 @@ def spread_rowss(scores: ArrayLike) -> tuple[tuple[float, ...], float]:
 
 @dataclass(frozen=True)
 class Trained:
-    """A recipe's scores, one per seed, and what one training costs in forward-backward passes."""
+    """Scores of a recipe, one per seed, and the cost of one training in forward-backward passes."""
 
     scores: Sequence[float]
     passes: float
@@ -485,7 +488,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Matched:
-    """A recipe beside plain fine-tuning with at least its compute; None where no plain run was long enough."""
+    """A recipe compared with plain fine-tuning of at least its compute; None if no plain run was long enough."""
 
     recipe: str
     baseline: str | None
@@ -500,12 +503,12 @@ def compute_matched(
     """Pair each recipe with the cheapest plain baseline that costs no less, and compare them.
 
     Args:
-        recipes: Name -> scores and cost.
+        recipes: Scores and cost by name.
         baselines: Plain fine-tuning of several lengths, with the same seeds.
         seed: As in `compare`.
 
     Raises:
-        ValueError: What `compare` refuses.
+        ValueError: An error of `compare`.
     """
     rows = []
     for name, recipe in recipes.items():
@@ -557,7 +560,7 @@ def _paired(a: ArrayLike, b: ArrayLike, *, least: int = 2, stacked: bool = False
 
 
 def _spreads(x: Array) -> Any:
-    """Whether values differ along the last axis by more than rounding."""
+    """Whether values along the last axis differ by more than rounding."""
     return np.ptp(x, axis=-1) > 1e-12 * np.abs(x).max(-1)
 
 
@@ -574,7 +577,7 @@ def _t_interval(x: Array) -> Array:
 
 def _brown_forsythe(a: Array, b: Array) -> float | None:
     if not any(_spreads(_distances(x)) for x in (a, b)):
-        return None  # all as far from their medians: F would be 0 / 0 or infinite
+        return None  # all distances are equal: F would be 0 / 0 or infinite
     return float(stats.levene(a, b, center="median").pvalue)
 
 
@@ -588,14 +591,14 @@ def _interval(bounds: Array) -> Interval:
 
 
 def _signs(n: int, seed: int, block: int) -> Iterator[Array]:
-    """Sign flips of n numbers, ``block`` at a time."""
+    """Yield all or random sign flips of n numbers, ``block`` at a time."""
     if n > EXACT:
         rng = np.random.default_rng(seed)
         for count in _blocks(DRAWS, block):
             yield rng.choice([-1.0, 1.0], (count, n))
         return
     start = 0
-    for count in _blocks(2 ** (n - 1), block):  # the other half mirrors this one: the last sign stays
+    for count in _blocks(2 ** (n - 1), block):  # the last sign is fixed: the other half gives equal sums
         yield np.where(np.arange(start, start + count)[:, None] >> np.arange(n) & 1, -1.0, 1.0)
         start += count
 

@@ -1,4 +1,4 @@
-"""A folder of records: one run, one file, written once. Several invocations may work on it at the same time."""
+"""A folder of records, one file for each run. Several invocations may work on it at the same time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .records import PLANNED, STUDY, planned
 class Store:
     """Records, predictions and locks of a study.
 
-    A record is written last and whole: a run without one has not happened. A lock says that somebody is at work on a
-    run; the system lets go of it when its process ends, however that ends.
+    A record is written last and atomically: a run without a record was not done. A lock marks a run that a process is
+    doing; the system releases it when that process ends, even if it was killed.
 
     Args:
-        folder: Folder of the study; made when something is written.
+        folder: Folder of the study; it is made at the first write.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -38,15 +38,15 @@ class Store:
         return self.folder / "models" / id
 
     def has(self, id: str) -> bool:
-        """Whether the run is done, well or badly."""
+        """Whether the run has a record, done or failed."""
         return self.record(id).is_file()
 
     def begin(self, study: str, runs: Mapping[str, str]) -> None:
-        """Make the folder; keep the study file in it, and the list of all runs that were ever asked for.
+        """Make the folder, and write into it the study file and the list of all runs planned so far.
 
         Args:
-            study: The text of the file.
-            runs: Id -> title.
+            study: Text of the study file.
+            runs: Title of each run by its id.
 
         Raises:
             UsageError: The folder cannot be written.
@@ -59,7 +59,7 @@ class Store:
 
     @contextlib.contextmanager
     def claim(self, id: str) -> Iterator[bool]:
-        """Hold a run while working on it; False if another process does."""
+        """Lock a run while it is done; False if another process holds it."""
         lock = FileLock(self.folder / "locks" / f"{id}.lock")
         try:
             lock.acquire(blocking=False)
@@ -88,7 +88,7 @@ class Store:
 
 
 def checked(folder: str | Path) -> Path:
-    """The folder, if it may hold a study: new, empty, or one that does.
+    """Return the folder if it is new, empty, or that of a study.
 
     Raises:
         UsageError: It holds something else.

@@ -1,4 +1,4 @@
-"""Runs of a study through a pool into a folder; what is interrupted goes on where it was."""
+"""Do the runs of a study in worker processes; an interrupted study continues where it stopped."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from .store import Store, checked
 logger = logging.getLogger("steadytune")
 
 WORK = "steadytune.bench.run:perform"
-PATIENCE = 2.0  # seconds between looks at runs that another invocation is doing
+PATIENCE = 2.0  # seconds between checks of runs that another invocation is doing
 
 
 @dataclass(frozen=True)
 class Result:
-    """What an invocation leaves behind.
+    """Result of an invocation.
 
     Attributes:
         folder: Folder of the study.
-        done: Runs with scores, those of earlier invocations included.
-        failed: Runs without.
+        done: Number of runs with scores, including those of earlier invocations.
+        failed: Number of runs without scores.
     """
 
     folder: Path
@@ -61,15 +61,15 @@ def run_study(
     Several invocations on one folder share the work.
 
     Args:
-        study: What to run.
-        output: Folder of the records: new, or one of a study.
+        study: The study.
+        output: Folder of the records: a new one, or that of this study.
         data_root: Folder of the benchmark tasks, instead of the study's own.
-        workers: Processes, each with its share of the cores; they share the GPUs. 0: this process does it all.
-        filters: As in ``task=sst2``; only runs that match all of them.
-        timeout: Seconds for a run; one that takes longer is recorded as failed.
-        retry_failed: Do failed runs again.
-        engine: Instead of processes on this machine; its work is `WORK`.
-        progress: Whether to show progress: a bar on a terminal, else a line per run.
+        workers: Number of worker processes, which share cores and GPUs. 0 does all runs in this process.
+        filters: Conditions such as ``task=sst2``; only runs that match all of them are done.
+        timeout: Largest time for a run, in seconds. A run that takes longer is recorded as failed.
+        retry_failed: Whether to do failed runs again.
+        engine: Engine that does the runs, instead of processes on this machine; it calls `WORK`.
+        progress: Whether to show progress: a bar on a terminal, else one line for each run.
 
     Raises:
         UsageError: A model, a data file, a filter or the folder is not right.
@@ -78,7 +78,7 @@ def run_study(
     planned = study.runs(data_root)
     runs = chosen(planned, filters)
     if workers < 0:
-        raise UsageError(f"workers must be 0 (none but this process) or more, got {workers}.")
+        raise UsageError(f"workers must be 0 (runs in this process) or more, got {workers}.")
     _check_tables(store, planned)
     store.begin(study.text(store.folder), {run.id: run.title for run in planned})
     if retry_failed:
@@ -99,9 +99,9 @@ def run_study(
 
 
 def _check_tables(store: Store, runs: Sequence[Trial]) -> None:
-    """Raise if records of the folder come from own tables of the same name that were others.
+    """Raise if the folder has records of another table under the name of an own table.
 
-    Their scores would stand beside those of the new runs as if they could be compared.
+    The report would compare scores of different tables.
     """
     now = {run.spec["task"]["name"]: run for run in runs if run.own is not None}
     records = read_records(store.folder)[0] if now and (store.folder / FOLDER).is_dir() else []
@@ -116,7 +116,7 @@ def _check_tables(store: Store, runs: Sequence[Trial]) -> None:
         key = next((key for key in here if key not in ("files", "fingerprint") and here[key] != then.get(key)), "files")
         what = f"{file} has changed" if file else f"its {key} was {then.get(key)!r} and is {here[key]!r} now"
         raise UsageError(
-            f"task {then['name']}: {what} since runs in {store.folder} were recorded, so that scores could not be "
+            f"task {then['name']}: {what} since runs in {store.folder} were recorded, so scores cannot be "
             "compared: choose another --output DIR, or undo the change."
         )
 
@@ -129,7 +129,7 @@ def chosen(runs: Sequence[Trial], filters: Sequence[str]) -> list[Trial]:
     """The runs that match every filter.
 
     Raises:
-        UsageError: None does, or a filter is none.
+        UsageError: No run matches, or a filter is malformed.
     """
     found = [run for run in runs if run.matches(filters)]
     if not found:
@@ -138,7 +138,7 @@ def chosen(runs: Sequence[Trial], filters: Sequence[str]) -> list[Trial]:
 
 
 def _settle(store: Store, outcome: Outcome) -> bool:
-    """Record what the worker could not record itself; whether the run is another invocation's."""
+    """Record the failure of a worker; return whether another invocation is doing the run."""
     _, run = outcome.task
     if outcome.error is not None:
         from .run import failed
@@ -162,9 +162,9 @@ def _read(store: Store, run: Trial) -> dict[str, Any]:
 
 
 class Progress:
-    """Done, failed, remaining and the best recipe so far: a bar on a terminal, else a line per run.
+    """Runs done, failed and remaining, and the best recipe so far: a bar on a terminal, else one line for each run.
 
-    The bar, or the first line, is there before the first run begins, and the first run is named when it begins.
+    The bar or the first line appears before the first run begins.
     """
 
     def __init__(self, store: Store, runs: Sequence[Trial], shown: bool) -> None:
@@ -188,13 +188,13 @@ class Progress:
         self.bar.stop()
 
     def begin(self, run: Trial) -> None:
-        """A run has begun. Lines tell of it until the first run has ended, so that something is seen at once."""
+        """Name a run that begins, in lines only until the first run has ended: later lines name the runs that end."""
         self.bar.update(self.row, description=f"{run.title} ...")
         if len(self.seen) == self.before:
             self._say("%s has begun", run.title)
 
     def update(self, run: Trial) -> None:
-        """A run may have ended."""
+        """Count a run if it has a record by now."""
         if self._count(run):
             self.bar.update(self.row, completed=len(self.seen), description=self.line(run))
             self._say("%d/%d %s: %s", len(self.seen), self.total, run.title, self.line(run))
@@ -204,7 +204,7 @@ class Progress:
             logger.info(text, *values)
 
     def _count(self, run: Trial) -> bool:
-        """Read the record of a run that has one by now."""
+        """Count a run if it has a record that was not counted yet; return whether it has."""
         if run.id in self.seen or not self.store.has(run.id):
             return False
         record = _read(self.store, run)
@@ -231,7 +231,7 @@ class Progress:
 
 
 def headline(record: dict[str, Any]) -> float | None:
-    """The score to look at first: the task's metric on its first in-domain test set."""
+    """Score of the task's metric on its first in-domain test set."""
     inside = [about for about in record["sets"].values() if about["domain"] == "in"]
     return inside[0].get(record["metric"]) if inside else None
 

@@ -1,3 +1,3 @@
-"""The report of a study: what is in it, how it looks, how it is written."""
+"""The report of a study: its tables, figures and verdict, and the files it is written to."""
 
 from .write import write_report as write_report

@@ -1,7 +1,7 @@
-"""The plots of a bench report. No torch here.
+"""Plots of a bench report. No torch here.
 
-A recipe has one colour (the palette of Okabe and Ito, which colour-blind readers can tell apart) and one marker
-everywhere.
+Each recipe has the same colour and marker in all plots. The palette, by Okabe and Ito, is readable for the
+colour-blind.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ...pages.drawing import WIDTH, beside, lines, looks, panel, svg
 
 
 def strips(scores: pd.DataFrame, recipes: Sequence[str], title: str, xlabel: str) -> str:
-    """One dot a seed and a tick at the mean, one line a recipe.
+    """One line for each recipe, with a dot for each seed and a tick at the mean.
 
     Args:
-        scores: Columns recipe, score; one row a run, in the order of the seeds.
-        recipes: From top to bottom; all of them have a line, also those without a score.
+        scores: Columns recipe, score; one row for each run, in the order of the seeds.
+        recipes: All recipes from top to bottom, including those without a score.
         title: Title of the panel.
         xlabel: What a score is.
     """
@@ -42,7 +42,7 @@ def forest(gains: pd.DataFrame, title: str, xlabel: str, limits: tuple[float, fl
     """Differences with their intervals around a line at zero.
 
     Args:
-        gains: Columns group, label, look, gain, low, high; one row a difference, low and high may be NaN.
+        gains: Columns group, label, look, gain, low, high; one row for each difference; low and high may be NaN.
         title: Title of the panel.
         xlabel: What a gain is.
         limits: Limits of the horizontal axis, equal for panels that are compared. An interval that goes beyond them
@@ -73,7 +73,7 @@ def forest(gains: pd.DataFrame, title: str, xlabel: str, limits: tuple[float, fl
 
 
 def _arrows(axes: Axes, gains: pd.DataFrame, limits: tuple[float, float], colour: str) -> None:
-    """Point out of the panel where an interval, or the gain itself, lies beyond its limits."""
+    """Draw arrows where an interval or a gain lies beyond the limits of the panel."""
     for limit, arrow, side in ((limits[0], "<", "low"), (limits[1], ">", "high")):
         sign = 1 if side == "high" else -1
         beyond = gains[sign * gains[side].fillna(gains["gain"]) > sign * limit]
@@ -98,7 +98,7 @@ def curves(means: pd.DataFrame, recipes: Sequence[str], title: str, ylabel: str)
     with panel(WIDTH, 2.5, title) as (figure, axes):
         for place, (recipe, look) in enumerate(looks(recipes).items()):
             found = means[means["recipe"] == recipe].sort_values("size")
-            offset = 1.025 ** (place - (len(recipes) - 1) / 2)  # so that error bars stand side by side
+            offset = 1.025 ** (place - (len(recipes) - 1) / 2)  # shifted, so that error bars do not overlap
             axes.errorbar(
                 found["size"] * offset, found["mean"], yerr=found["sd"].fillna(0), color=look.colour,
                 marker=look.marker, markersize=4.5, capsize=2, elinewidth=0.9,
@@ -114,7 +114,7 @@ def curves(means: pd.DataFrame, recipes: Sequence[str], title: str, ylabel: str)
 
 
 def scatter(scores: pd.DataFrame, recipes: Sequence[str], title: str, labels: tuple[str, str]) -> str:
-    """In-domain against out-of-domain score: a faint dot a run, a large one at a recipe's mean.
+    """In-domain against out-of-domain scores: a faint dot for each run, a large one at the mean of a recipe.
 
     Args:
         scores: Columns recipe, in, out.
@@ -134,7 +134,7 @@ def scatter(scores: pd.DataFrame, recipes: Sequence[str], title: str, labels: tu
 
 
 def cost(gains: pd.DataFrame, title: str, labels: tuple[str, str]) -> str:
-    """What a recipe gains against what it costs.
+    """Gains of recipes against their costs.
 
     Args:
         gains: Columns look, cost, gain, low, high.

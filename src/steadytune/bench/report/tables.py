@@ -1,7 +1,7 @@
-"""The numbers of a report, from records: one row a run and set, one a run, one a cell, one a comparison. No torch here.
+"""Tables of a report, computed from records: by run and set, by run, by cell, by comparison. No torch here.
 
-A cell is (model, task, setting, recipe), a setting the number of training rows and how they were corrupted. Scores stay
-in the metric's own unit; gains are oriented so that positive is better, also for errors (``rmse``).
+A cell is (model, task, setting, recipe); a setting is the number of training rows and their corruption. Scores are in
+the metric's own unit. A positive gain is always better, also for errors such as ``rmse``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..stats import (
     compute_matched,
     holm,
     sign_flip,
-    spread_rowss,
+    spread_sources,
     steadiness,
     stratified,
     summary,
@@ -35,20 +35,20 @@ CONDITION = ["model", "task", "setting"]
 CELL = [*CONDITION, "recipe"]
 DOMAINS = ("in", "out")
 BASELINE = "plain"
-ALPHA = 0.05  # of tests whose outcome is marked
-ABOVE = 0.01  # a run that is not this much above always predicting the majority class has collapsed
+ALPHA = 0.05  # level of the tests
+ABOVE = 0.01  # a run has collapsed if it is not this much above always predicting the majority class
 
 
 def long_form(records: Sequence[Mapping[str, Any]], metric: str | None = None) -> pd.DataFrame:
-    """One row a run and set; a run without sets (it failed) has one row, and no set.
+    """One row for each run and set; a failed run has one row without a set.
 
     Args:
         records: As `read_records` gives them.
-        metric: The score, where it is not the task's headline metric.
+        metric: Metric to use as the score, instead of the task's own.
 
     Returns:
-        The facts of each run, its cost, and one column a metric. ``score`` is the metric that counts, ``used`` is false
-        for runs of settings that were given up, see `superseded`.
+        The facts of each run, its cost, and one column for each metric. ``score`` is the metric of the report; ``used``
+        is false for runs that were superseded (see `superseded`).
 
     Raises:
         UsageError: No record has that metric.
@@ -66,7 +66,7 @@ def long_form(records: Sequence[Mapping[str, Any]], metric: str | None = None) -
 
 
 def _named_score(frame: pd.DataFrame, wanted: pd.Series, names: Sequence[str]) -> pd.Series:
-    """In each row the metric that it wants."""
+    """The metric of each row that ``wanted`` names."""
     found = pd.Series(math.nan, frame.index)
     for name in names:
         found = found.where(wanted != name, frame[name])
@@ -121,21 +121,21 @@ def setting(spec: Mapping[str, Any]) -> str:
 
 
 def seed_name(seeds: Mapping[str, int]) -> str:
-    """One number where all seeds of a run are alike, else all of them."""
+    """The seed of a run as one number, or all its seeds if they differ."""
     values = set(seeds.values())
     return str(*values) if len(values) == 1 else ", ".join(f"{name} {value}" for name, value in seeds.items())
 
 
 def last_line(error: str | None) -> str:
-    """What a traceback ends in."""
+    """Last line of a traceback."""
     return next((line.strip() for line in reversed((error or "").splitlines()) if line.strip()), "")
 
 
 def superseded(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Runs that a later run of the same cell and another configuration replaces: id -> what differs.
+    """Runs that a later run with another configuration of the same cell replaces: what differs, by id.
 
-    A mean over runs of two learning rates is the mean of nothing: of each cell only the runs count that have the
-    configuration (options, methods, metric, test rows, fingerprints) of the one that finished last.
+    A mean over runs with two learning rates would have no meaning. So only those runs of a cell count whose
+    configuration (options, methods, metric, test rows, fingerprints) is that of the run that finished last.
     """
     newest: dict[tuple[str, ...], Mapping[str, Any]] = {}
     again: dict[tuple[str, ...], Mapping[str, Any]] = {}
@@ -171,17 +171,17 @@ def _differences(one: Any, other: Any, where: str = "") -> list[str]:
 
 
 def rows_of(frame: pd.DataFrame) -> Iterator[Any]:
-    """Its rows as named tuples."""
+    """Rows of a frame as named tuples."""
     return iter(frame.itertuples())
 
 
 def parts(frame: pd.DataFrame, by: str | list[str]) -> Iterator[tuple[Any, pd.DataFrame]]:
-    """Its groups, in the order in which they first appear."""
+    """Groups of a frame, in the order of their first rows."""
     return iter(frame.groupby(by, sort=False))
 
 
 def in_order(names: Iterable[str], study: str) -> list[str]:
-    """Names in the order in which the study speaks of them; those it does not name come last, by alphabet."""
+    """Names in the order of the study file, then the others by alphabet."""
 
     def place(name: str) -> tuple[int, str]:
         found = re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", study)
@@ -191,10 +191,10 @@ def in_order(names: Iterable[str], study: str) -> list[str]:
 
 
 def per_run(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a run that counts, with the mean score over its in-domain (``in``) and out-of-domain (``out``) sets.
+    """One row for each run that counts, with its mean score over in-domain (``in``) and out-of-domain (``out``) sets.
 
-    A mean is NaN where the run failed, has no such set, or one of them has no score: a mean over other sets from run to
-    run would compare nothing. ``collapsed``: not above the majority class in domain.
+    A mean is NaN if the run failed, has no such set, or lacks a score on one of them, because means over different sets
+    cannot be compared. ``collapsed``: in domain the run is not above the majority class.
     """
     used = runs[runs["used"]]
     run = used.drop(columns=["set", "domain", "rows", "baseline", "score", "headline"])
@@ -216,10 +216,9 @@ def baseline_of(recipes: Sequence[str]) -> str:
 
 
 def summaries(scores: pd.DataFrame, recipes: Sequence[str]) -> pd.DataFrame:
-    """One row a cell and domain, also for cells without any run.
+    """One row for each cell and domain, including cells without a run.
 
-    Missing are runs of a seed that other recipes have in the same condition; undefined are finished runs without a
-    score.
+    A run is missing if other recipes have its seed in the same condition. A finished run without a score is undefined.
     """
     rows = []
     for condition, group in parts(scores, CONDITION):
@@ -250,7 +249,7 @@ def summaries(scores: pd.DataFrame, recipes: Sequence[str]) -> pd.DataFrame:
 
 
 def described(found: pd.Series) -> dict[str, Any]:
-    """`stats.summary` as columns, NaN where a figure is not defined."""
+    """`stats.summary` as columns, with NaN for undefined values."""
     if found.empty:
         return {"n": 0, **dict.fromkeys(("mean", "sd", "low", "high", "iqm", "median", "min", "max"), math.nan)}
     about = summary(found.to_numpy())
@@ -287,9 +286,9 @@ def clearly_best(scores: pd.DataFrame) -> set[tuple[str, ...]]:
 
 
 def comparisons(scores: pd.DataFrame, recipes: Sequence[str], baseline: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Each recipe against the baseline, paired by seed: per task, and over the tasks of equal weight.
+    """Each recipe against the baseline, paired by seed: on each task, and over all tasks with equal weights.
 
-    Holm's adjustment is over all comparisons of one table and domain.
+    Holm's adjustment covers all comparisons of one table and domain.
     """
     single: list[dict[str, Any]] = []
     over: list[dict[str, Any]] = []
@@ -328,7 +327,7 @@ def _compared(pairs: pd.DataFrame, compared: Comparison | None) -> dict[str, Any
 
 
 def _gain(compared: Any) -> dict[str, Any]:
-    """Columns of a `Comparison` or `Stratified`; of none, NaN."""
+    """Columns of a `Comparison` or `Stratified`; NaN for None."""
     low, high = getattr(compared, "interval", None) or (math.nan, math.nan)
     least, most = getattr(compared, "better_interval", None) or (math.nan, math.nan)
     return {
@@ -343,7 +342,7 @@ def _gain(compared: Any) -> dict[str, Any]:
 
 
 def _steadier(found: Steadiness | None) -> dict[str, Any]:
-    """Ratio of the SDs, below 1 where the recipe is the steadier one."""
+    """Ratio of the SDs, below 1 if the recipe is steadier."""
     log_ratio = math.nan if found is None or found.log_ratio is None else found.log_ratio
     low, high = getattr(found, "interval", None) or (math.nan, math.nan)
     return {
@@ -355,7 +354,7 @@ def _steadier(found: Steadiness | None) -> dict[str, Any]:
 
 
 def _adjusted(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """With Holm's p beside each p; a family is a domain."""
+    """Add Holm's adjusted p; the comparisons of a domain are one family."""
     frame = pd.DataFrame(rows)
     for column, adjusted in (("p", "holm"), ("sd_p", "sd_holm")):
         if column not in frame:
@@ -367,7 +366,7 @@ def _adjusted(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def costs(scores: pd.DataFrame, recipes: Sequence[str], baseline: str) -> pd.DataFrame:
-    """Per model, setting and recipe: medians over the finished runs, and seconds as a multiple of the baseline's.
+    """Medians over the finished runs of each model, setting and recipe, and seconds as a multiple of the baseline's.
 
     ``times`` is the median over pairs of the same task and seed.
     """
@@ -398,10 +397,10 @@ def matched(scores: pd.DataFrame, recipes: Sequence[str], plain: Sequence[str], 
     """Recipes that cost more than the baseline, against the cheapest plain recipe that costs no less.
 
     Args:
-        scores: See `per_run`; cost is passes a step times steps, in domain.
+        scores: As `per_run` gives them. Cost is the number of passes: steps times passes per step.
         recipes: All recipes.
-        plain: Those without methods.
-        baseline: What costs are measured by.
+        plain: Recipes without methods.
+        baseline: Recipe whose cost the others are compared with.
     """
     rows = []
     scores = scores.assign(passes=scores["passes"] * scores["steps"])
@@ -438,7 +437,7 @@ def sources(scores: pd.DataFrame, recipes: Sequence[str]) -> pd.DataFrame:
             if len(factors) < 2 or len(runs) != math.prod(levels) or runs.duplicated(factors).any():
                 continue
             grid = runs.sort_values(factors)["in"].to_numpy().reshape(levels)
-            found, rest = spread_rowss(grid)
+            found, rest = spread_sources(grid)
             names = (name.removesuffix("_seed") for name in factors)
             rows.append(
                 {
@@ -454,7 +453,7 @@ def sources(scores: pd.DataFrame, recipes: Sequence[str]) -> pd.DataFrame:
 
 
 def contexts(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    """Entry of the context -> its values and how many runs had each."""
+    """Values of each entry of the context, with the number of runs that had each."""
     found: dict[str, dict[str, int]] = {}
     for record in records:
         for name, value in record["context"].items():
@@ -465,7 +464,7 @@ def contexts(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def seen(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[str]]:
-    """(model, task) -> training sets of the pre-trained model that touch the task or its tests."""
+    """Training sets of the pre-trained model that overlap with a task or its tests, by (model, task)."""
     found: dict[tuple[str, str], set[str]] = {}
     for record in records:
         spec = record["spec"]

@@ -1,4 +1,4 @@
-"""What a study showed, in one sentence a domain. No torch here."""
+"""Result of a study, in one sentence for each domain. No torch here."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _PLACES = {"in": "in domain", "out": "out of domain"}
 def verdict(gains: pd.DataFrame, overall: pd.DataFrame, domains: Sequence[str], baseline: str) -> str:
     """Say which recipes beat the baseline, which did worse, and which gains would have been seen.
 
-    A recipe beats the baseline where its gain is positive and Holm's p is at most 0.05. Means over tasks count where
-    there are several tasks, single tasks otherwise.
+    A recipe beats the baseline if its gain is positive and Holm's p is at most 0.05. With several tasks, the means over
+    tasks count.
 
     Args:
         gains: Comparisons of each task, as `tables.comparisons` gives them.
-        overall: Comparisons over all tasks, from the same place.
-        domains: Those with a score.
+        overall: Comparisons over all tasks, as `tables.comparisons` gives them.
+        domains: Domains with a score.
         baseline: The recipe that the others are compared with.
 
     Returns:
-        One sentence a domain, or a sentence that says why there is nothing to compare.
+        One sentence for each domain, or one that says why there is nothing to compare.
     """
     if gains.empty:
         return f"Nothing is compared: no other recipe has a seed in common with {baseline}."
@@ -44,7 +44,7 @@ def _sentences(gains: pd.DataFrame, overall: pd.DataFrame, domains: Sequence[str
         if tested.empty:
             yield f"Nothing can be shown{place}: no recipe has two seeds in common with {baseline}."
             continue
-        needed = math.ceil(1 + math.log2(len(tested) / ALPHA))  # the least p of n sign flips is 2^(1 - n)
+        needed = math.ceil(1 + math.log2(len(tested) / ALPHA))  # the smallest p of n sign flips is 2^(1 - n)
         if tested["n"].max() < needed:
             yield (
                 f"Nothing can be shown{place}: with {counted(len(tested), 'comparison')}, each needs at least {needed} "
@@ -64,7 +64,7 @@ def _outcome(tested: pd.DataFrame, baseline: str, place: str) -> str:
 
 
 def _named(rows: pd.DataFrame, tested: pd.DataFrame) -> str:
-    """Recipes, each with the number of its comparisons where it has several."""
+    """Names of recipes, each with the number of its comparisons if there are several."""
     counts, of = rows["recipe"].value_counts(sort=False).to_dict(), tested["recipe"].value_counts().to_dict()
     return listed(
         str(recipe) if of[recipe] == 1 else f"{recipe} (in {count} of {of[recipe]} comparisons)"
@@ -73,10 +73,10 @@ def _named(rows: pd.DataFrame, tested: pd.DataFrame) -> str:
 
 
 def _would_have_been_seen(single: pd.DataFrame) -> str:
-    """The gain that a comparison on one task finds in 80 % of studies; the median over them, where they are several."""
+    """Gain that a comparison on one task finds in 80 % of studies; the median over several comparisons."""
     known = single[single["detectable"].notna()]
     errors = known["metric"].map(smaller_is_better)
-    if known.empty or errors.nunique() > 1:  # there is no one unit
+    if known.empty or errors.nunique() > 1:  # the comparisons have no common unit
         return ""
     gain = known["detectable"].median()
     size = f"{number(gain, 3)} {known['metric'].iloc[0]}" if errors.all() else f"{number(100 * gain, 1)} points"

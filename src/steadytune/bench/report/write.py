@@ -1,6 +1,6 @@
-"""The report of a bench: one HTML page that needs nothing else, the same in Markdown, and the numbers as CSV. No torch.
+"""Report of a bench: one self-contained HTML page, the same in Markdown, and the numbers as CSV. No torch here.
 
-The same records give the same bytes.
+Equal records give equal files, byte for byte.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from ..records import STUDY, planned, read_records
 from . import figures, tables
 from .verdict import verdict
 
-PANELS = 24  # drawn of one kind of figure
-LISTED = 50  # shown of failed runs, and of skipped files
+PANELS = 24  # largest number of panels of one kind of figure
+LISTED = 50  # largest number of failed runs, and of skipped files, that are listed
 DOMAIN = {"in": "In domain", "out": "Out of domain"}
 POINTS = ("mean", "sd", "iqm", "median", "min", "max")
-FIRST = 3  # runs to do that are named
+FIRST = 3  # number of runs to do that are named
 LOSSES = ("failed", "missing", "undefined", "collapsed")
-OUTLIER = 3  # ends of intervals so many times as far out as most others are not drawn to scale
-FEW = 6  # pairs below which the sign-flip test cannot fall below 0.05
+OUTLIER = 3  # the axis leaves out ends of intervals this many times as far out as most others
+FEW = 6  # with fewer pairs, p of the sign-flip test cannot fall below 0.05
 
 
 class Bench:
-    """What a folder holds, as frames of `tables`, in the order in which the study names things.
+    """Contents of the folder of a bench as frames of `tables`, in the order of the study file.
 
     Args:
         folder: Folder of the bench.
         metric: The score, where it is not each task's headline metric.
 
     Raises:
-        UsageError: No such folder, not that of a bench, no usable record, or no record has the metric.
+        UsageError: There is no such folder, it is not that of a bench, or no usable record has the metric.
     """
 
     def __init__(self, folder: Path, metric: str | None = None) -> None:
@@ -86,20 +86,20 @@ class Bench:
 
     @property
     def domains(self) -> list[str]:
-        """Those with a score."""
+        """Domains with a score."""
         return [domain for domain in tables.DOMAINS if self.scores[domain].notna().any()]
 
     def within(self, *names: str) -> str:
-        """A model, task or setting in words; the model goes without saying where there is only one."""
+        """A model, task or setting in words; the model is left out if there is only one."""
         return ", ".join(name for name in names if len(self.models) > 1 or name not in self.models)
 
     def titled(self, words: str, model: str) -> str:
-        """The beginning of a caption."""
+        """Beginning of a caption: the words, and the model if there are several."""
         return f"{words}, {model}" if len(self.models) > 1 else words
 
     @property
     def summary(self) -> pd.DataFrame:
-        """One row a cell and domain: the scores, and the gain over the baseline; in the metrics' own units."""
+        """One row for each cell and domain: scores, and gain over the baseline, in the metrics' own units."""
         keys = [*tables.CELL, "domain"]
         if self.gains.empty:
             return self.cells
@@ -112,14 +112,14 @@ def write_report(folder: str | Path, output: str | Path | None = None, metric: s
 
     Args:
         folder: Folder of a bench.
-        output: Folder for the files; the bench's own where not given.
+        output: Folder for the files; by default that of the bench.
         metric: The score to report, where it is not each task's headline metric.
 
     Returns:
         The HTML file.
 
     Raises:
-        UsageError: As `Bench`, or the files cannot be written.
+        UsageError: As for `Bench`, or the files cannot be written.
     """
     bench = Bench(Path(folder), metric)
     title, sections = f"Bench report: {bench.name}", make_sections(bench)
@@ -132,7 +132,7 @@ def write_report(folder: str | Path, output: str | Path | None = None, metric: s
         "summary.csv": _csv(bench.summary),
     }
     if output.exists() and not output.is_dir():
-        raise UsageError(f"output {output} must be a directory, and is a file.")
+        raise UsageError(f"output {output} is a file: choose another --output DIR.")
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
@@ -141,16 +141,16 @@ def write_report(folder: str | Path, output: str | Path | None = None, metric: s
 
 
 def _csv(frame: pd.DataFrame) -> str:
-    """Numbers in full; whole numbers stay whole beside gaps."""
+    """CSV with all digits; whole numbers stay whole in columns with gaps."""
     return frame.convert_dtypes().to_csv(index=False, lineterminator="\n")
 
 
 def _write(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8", errors="replace")  # a lone surrogate from JSON has no UTF-8
+    path.write_text(text, encoding="utf-8", errors="replace")  # a lone surrogate from JSON cannot be written as UTF-8
 
 
 def make_sections(bench: Bench) -> list[Section]:
-    """The whole report."""
+    """All sections of the report."""
     parts: dict[str, Callable[[Bench], Iterator[Block]]] = {
         "What was run": _overview,
         "Scores": _scores,
@@ -181,7 +181,7 @@ def _overview(bench: Bench) -> Iterator[Block]:
     )
     if bench.to_do:
         first = "; ".join(bench.to_do[:FIRST]) + ("; ..." if len(bench.to_do) > FIRST else "")
-        yield Warning(f"The study is not at its end: {counted(len(bench.to_do), 'run')} to do ({first}).")
+        yield Warning(f"The study is not finished: {counted(len(bench.to_do), 'run')} to do ({first}).")
     if not done:
         yield Warning("No run is done, so there are no scores to show.")
     elif not bench.domains:
@@ -209,23 +209,25 @@ def _warnings(bench: Bench) -> Iterator[Warning]:
     if bench.superseded:
         yield Warning(
             f"{counted(len(bench.superseded), 'run')} left out: a later run of the same recipe, task and size has "
-            "another configuration, or repeats the seed. See Context; runs.csv has them, marked as not used."
+            "another configuration, or repeats the seed. See Context; runs.csv marks them as not used."
         )
     mixed = [name for name, values in tables.contexts(bench.records).items() if len(values) > 1]
     if mixed:
-        yield Warning(f"Runs differ in their context ({listed(mixed)}): scores and times may not compare. See Context.")
+        yield Warning(
+            f"Runs differ in their context ({listed(mixed)}): their scores and times may not compare. See Context."
+        )
     if bench.problems:
         yield Warning(f"{counted(len(bench.problems), 'file')} in records/ could not be used; see Context.")
     crossed = {record["spec"]["task"]["name"] for record in bench.records if "folds" in record["spec"]["task"]}
     if crossed:
         yield Warning(
-            f"{listed(sorted(crossed))}: each seed scores the rows of one held-out fold. The training rows of folds "
-            "overlap, so that their scores depend on each other: intervals are too narrow and p values too small."
+            f"{listed(sorted(crossed))}: each seed scores the rows of one held-out fold. Training rows of folds "
+            "overlap, so their scores are not independent: intervals are too narrow and p-values too small."
         )
     if not bench.gains.empty and bench.gains["n"].min() < FEW:
         least = bench.gains["n"].min()
         yield Warning(
-            f"With few seeds little can be shown: the sign-flip test of {counted(least, 'pair')} cannot give a p below "
+            f"Few seeds can show little: the sign-flip test of {counted(least, 'pair')} cannot give a p below "
             f"{2.0 ** (1 - least):.3g}."
         )
 
@@ -236,8 +238,8 @@ def _contamination(bench: Bench) -> Iterator[Text]:
     clean = [f"{model} on {task}" for (model, task), names in found.items() if not names]
     if touched:
         yield Text(
-            f"Contamination: the model was pre-trained on data that touch the task or its tests: {'; '.join(touched)}. "
-            "Scores there say less about new data, gains over the baseline are less affected."
+            f"Contamination: the model was pre-trained on data of the task or its tests: {'; '.join(touched)}. "
+            "Scores there say less about new data; gains over the baseline are less affected."
         )
     if clean:
         yield Text(f"Contamination: none known for {listed(clean)}.")
@@ -247,7 +249,7 @@ def _contamination(bench: Bench) -> Iterator[Text]:
 
 
 def unit(metric: str) -> tuple[float, int]:
-    """What a score is multiplied by, and its digits."""
+    """Factor of a score for display, and its number of digits."""
     return (1.0, 3) if smaller_is_better(metric) else (100.0, 1)
 
 
@@ -293,7 +295,7 @@ def _paper_table(bench: Bench, cells: pd.DataFrame, model: str, domain: str, bes
 
 
 def _marks(bench: Bench, model: str, domain: str) -> dict[tuple[str, str, str], str]:
-    """(setting, recipe, task) -> a sign where the gain is more than an accident."""
+    """Sign of each gain that is probably not an accident, by (setting, recipe, task)."""
     if bench.gains.empty:
         return {}
     found = bench.gains[(bench.gains["model"] == model) & (bench.gains["domain"] == domain)]
@@ -305,7 +307,7 @@ def _marks(bench: Bench, model: str, domain: str) -> dict[tuple[str, str, str], 
 
 
 def _score(row: Any, best: bool, mark: str) -> Cell:
-    """One cell of the paper's table: the mean, the number of runs, and every run that has no share in it."""
+    """One cell of the table: the mean, the number of runs, and the runs that the mean leaves out."""
     if row is None:
         return Cell(NONE, ("not run",))
     if not row.n:
@@ -321,12 +323,12 @@ def _spread(row: Any) -> str:
 
 
 def _losses(row: Any) -> tuple[str, ...]:
-    """Which runs of a cell have no score, and how many have one that means nothing."""
+    """Counts of the runs of a cell without a score, and of collapsed runs."""
     return tuple(f"{getattr(row, kind)} of {row.runs} {kind}" for kind in LOSSES if getattr(row, kind))
 
 
 def _mean(rows: list[Any]) -> Cell:
-    """Over tasks, where every task has a score in the same unit."""
+    """Mean over tasks, if all tasks have a score in the same unit."""
     if any(row is None or not row.n for row in rows):
         return Cell(NONE, ("incomplete",))
     if len({unit(row.metric) for row in rows}) > 1:
@@ -336,7 +338,7 @@ def _mean(rows: list[Any]) -> Cell:
 
 
 def _every_set(bench: Bench) -> Iterator[Grid]:
-    """Out-of-domain sets one by one, where a task has several."""
+    """Each out-of-domain set on its own, for tasks with several."""
     beyond = bench.runs[bench.runs["used"] & (bench.runs["domain"] == "out")]
     for model, task in itertools.product(bench.models, bench.tasks):
         sets = beyond[(beyond["model"] == model) & (beyond["task"] == task)]
@@ -468,7 +470,7 @@ def _gain(row: Any, factor: float, digits: int) -> list[str]:
 
 
 def _forest(bench: Bench, gains: pd.DataFrame, overall: pd.DataFrame, domain: str) -> Figures:
-    """One panel a model and setting: tasks one below the other, then all of them together."""
+    """One panel for each model and setting: tasks one below the other, then all tasks together."""
     rows = gains.assign(group=gains["task"], factor=gains["metric"].map(lambda metric: unit(metric)[0]))
     if len(overall):
         together = overall.assign(group="mean over tasks", factor=np.where(overall["smaller"], 1.0, 100.0))
@@ -482,11 +484,11 @@ def _forest(bench: Bench, gains: pd.DataFrame, overall: pd.DataFrame, domain: st
         for key, part in tables.parts(rows, ["model", "setting"])
     )  # fmt: skip
     caption = f"{DOMAIN[domain]}: gains over {bench.baseline} with 95 % intervals"
-    return _drawn(caption + " (an arrow: it goes on beyond the panel)" * limits.clipped, panels)
+    return _drawn(caption + " (an arrow: the interval continues beyond the panel)" * limits.clipped, panels)
 
 
 class Limits(NamedTuple):
-    """Of an axis, and whether something lies beyond it."""
+    """Limits of an axis, and whether something lies beyond them."""
 
     least: float
     most: float
@@ -494,7 +496,7 @@ class Limits(NamedTuple):
 
 
 def _limits(ends: np.ndarray) -> Limits:
-    """Limits that hold zero and all ends, but those more than three times as far out as three quarters of them."""
+    """Limits that contain zero and all ends but outliers: those three times as far out as three quarters of all."""
     ends = ends[np.isfinite(ends)]
     reach = OUTLIER * np.quantile(np.abs(ends), 0.75)
     clipped = bool(reach > 0 and np.abs(ends).max() > reach)
@@ -526,8 +528,8 @@ def _steadiness(bench: Bench) -> Iterator[Block]:
             groups=groups,
             note=(
                 "Below 1 the recipe is the steadier one. p: paired sign-flip test of the distances from the median, "
-                "which bears failing runs; the interval (jackknife) is too narrow with them. Holm's p is adjusted for "
-                f"the {counted(int(rows['sd_p'].notna().sum()), 'comparison')} of this table."
+                "which tolerates failing runs; with them the interval (jackknife) is too narrow. Holm's p is adjusted "
+                f"for the {counted(int(rows['sd_p'].notna().sum()), 'comparison')} of this table."
             ),
         )
 
@@ -535,7 +537,7 @@ def _steadiness(bench: Bench) -> Iterator[Block]:
 
 
 def _sources(bench: Bench) -> Iterator[Grid]:
-    """Tables of what the seeds contribute, one per set of crossed seeds."""
+    """Tables of the spread due to each seed, one table for each set of crossed seeds."""
     found = tables.sources(bench.scores, bench.recipes)
     if found.empty:
         return
@@ -554,8 +556,8 @@ def _sources(bench: Bench) -> Iterator[Grid]:
             head=["recipe", "runs", *(f"SD of {name}" for name in names), "SD of the rest"],
             groups=groups,
             note=(
-                "Standard deviations that each seed alone would give, from its crossing with the others (analysis of "
-                "variance, random effects); what they do together belongs to the rest. Few levels make them rough."
+                "Standard deviation due to each seed alone, estimated from its crossing with the others (analysis of "
+                "variance, random effects). Interactions count as rest. With few levels the estimates are rough."
             ),
         )
 
@@ -576,14 +578,14 @@ def _strips(bench: Bench) -> Iterator[Figures]:
         metric = group["metric"].iloc[0]
         part = group.assign(score=group["in"] * unit(metric)[0])
         panels.append(partial(figures.strips, part, bench.recipes, bench.within(*condition), metric.replace("_", " ")))
-    yield _drawn("In domain: every seed is a dot, the mean a stroke", panels)
+    yield _drawn("In domain: a dot for each seed, a stroke at the mean", panels)
 
 
 def _curves(bench: Bench) -> Iterator[Figures]:
     cells = bench.cells[(bench.cells["domain"] == "in") & (bench.cells["n"] > 0) & bench.cells["size"].notna()]
     cells = cells.assign(
         corruption=[text.partition(", ")[2] for text in cells["setting"]]
-    )  # what follows the number of rows
+    )  # settings are sorted by the number of rows
     panels = []
     for (*names, metric), part in tables.parts(cells, ["model", "task", "corruption", "metric"]):
         if part["size"].nunique() > 1:
@@ -602,11 +604,12 @@ def _scatters(bench: Bench) -> Iterator[Figures]:
         title = bench.within(*condition)
         panels.append(partial(figures.scatter, part, bench.recipes, title, ("in domain", "out of domain")))
     if panels:
-        yield _drawn("In domain against out of domain: a run is a small mark, the mean a large one", panels, bench)
+        caption = "In-domain against out-of-domain scores: a small mark for each run, a large one for the mean"
+        yield _drawn(caption, panels, bench)
 
 
 def _drawn(caption: str, panels: Iterable[Callable[[], str]], legend: Bench | None = None) -> Figures:
-    """The first panels, with a legend where the recipes do not stand in them."""
+    """The first panels, with a legend if the panels do not name the recipes."""
     panels = list(panels)
     left = f" ({len(panels) - PANELS} more panels are not drawn)" if len(panels) > PANELS else ""
     keys = [(marker(look), recipe) for recipe, look in legend.looks.items()] if legend else []
@@ -629,17 +632,17 @@ def _costs(bench: Bench) -> Iterator[Block]:
         ]  # fmt: skip
         groups.append((bench.within(*key) or bench.name, lines))
     yield Grid(
-        caption="What a training takes: medians over the finished runs",
+        caption="Cost of a training: medians over the finished runs",
         head=["recipe", "n", "seconds", f"× {bench.baseline} (pairs)", "passes a step", "steps", "peak memory, MiB"],
         groups=groups,
-        note="Passes: forward and backward, in those of a plain step. Seconds are of training, without tests.",
+        note="Passes: forward and backward passes, as a multiple of a plain step's. Seconds: training without tests.",
     )
     yield from _cost_figure(bench, found)
     yield from _compute_matched(bench)
 
 
 def _cost_figure(bench: Bench, found: pd.DataFrame) -> Iterator[Figures]:
-    """Gain over the tasks, or on the one task there is, against seconds."""
+    """Gain over all tasks, or on the only task, against seconds."""
     if bench.gains.empty:
         return
     gains = (
@@ -664,7 +667,7 @@ def _cost_figure(bench: Bench, found: pd.DataFrame) -> Iterator[Figures]:
 
 
 def _compute_matched(bench: Bench) -> Iterator[Block]:
-    """Would plain fine-tuning have done as well with the compute that a recipe takes?"""
+    """Compare recipes with plain fine-tuning of at least the same compute."""
     methods = {record["spec"]["recipe"]: record["spec"]["methods"] for record in bench.records}
     plain = [recipe for recipe in bench.recipes if not methods[recipe]]
     found = tables.matched(bench.scores, bench.recipes, plain, bench.baseline)
@@ -674,8 +677,8 @@ def _compute_matched(bench: Bench) -> Iterator[Block]:
     costly = listed(found["recipe"].unique())
     if found["against"].isna().all():
         yield Text(
-            f"Compute is not matched: {costly} took more passes than {bench.baseline}, and no plain recipe was trained "
-            "as long. What longer plain fine-tuning would gain is not known."
+            f"Compute is not matched: {costly} took more passes than {bench.baseline}, and no plain recipe took as "
+            "many. The gain of longer plain fine-tuning is unknown."
         )
         return
     groups = []
@@ -689,7 +692,7 @@ def _compute_matched(bench: Bench) -> Iterator[Block]:
         ]  # fmt: skip
         groups.append((bench.within(*condition), lines))
     yield Grid(
-        caption="At no less compute: recipes against the cheapest plain recipe that takes as many passes, in domain",
+        caption="Matched compute, in domain: recipes against the cheapest plain recipe with at least as many passes",
         head=["recipe", "passes", "plain recipe", "its passes", "pairs", "gain", "interval", "p"],
         groups=groups,
         words=(0, 2),
@@ -713,12 +716,12 @@ def _context(bench: Bench) -> Iterator[Block]:
     if bench.problems:
         yield _shortened("Skipped files", ["file in records/", "reason"], [[*p] for p in bench.problems], (0, 1))
     if bench.study:
-        yield Text("The study as it was asked for:")
+        yield Text("The study file:")
         yield Code(bench.study)
 
 
 def _recipes(bench: Bench) -> Grid:
-    """What each recipe is: its methods, and the options in which recipes differ."""
+    """Methods of each recipe, and the options in which recipes differ."""
     specs = [record["spec"] for record in bench.records if record["id"] not in bench.superseded]
     values: dict[str, dict[str, set[str]]] = {}
     for spec in specs:
