@@ -240,9 +240,10 @@ def hashed_noise_of(example: str, width: int, dtype: torch.dtype) -> Tensor:
 def hash_noise() -> Iterator[None]:
     """Noise that depends on the example's tokens and on nothing else, as `hash_dropout` does for dropout."""
 
-    def draw(step: Step, method: Any, width: int, kind: str = "normal") -> Tensor:
+    def draw(step: Step, method: Any, width: int, kind: str = "normal", *, copy: int = 0) -> Tensor:
         blank, real = step.zeros(width), step.inputs["attention_mask"].bool()
-        contents = [str(ids[mask].tolist()) for ids, mask in zip(step.inputs["input_ids"], real, strict=True)]
+        again = f" copy {copy}" if copy else ""
+        contents = [str(ids[mask].tolist()) + again for ids, mask in zip(step.inputs["input_ids"], real, strict=True)]
         return step.unpadded(torch.stack([hashed_noise_of(c, width, blank.dtype)[: blank.size(1)] for c in contents]))
 
     def around(bottleneck: GaussianBottleneck, mean: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ from steadytune import (
     ImplicitTune,
     MetaWeightNet,
     Mixout,
+    NEFTune,
     Pooling,
     RDrop,
     RecAdam,
@@ -143,6 +144,7 @@ SINGLE: dict[str, list[Method]] = {
     "fgm": [FGM()],
     "pgd": [PGD(steps=2)],
     "sam": [SAM(rho=0.1)],
+    "neftune": [NEFTune()],
     "vibert": [VIBERT(beta=0.1)],
     "easy_adapt": [EasyAdapt(domain=by_first_token, drop=0.0)],
     "weight_mixup": [WeightMixup(outer=outer_batches, lr=0.05)],
@@ -207,7 +209,18 @@ PASSING = recipes(lambda m: m.cost.passes > 1 or overrides(m, "penalty"), "sift"
 # One of each way in which the Trainer meets a method: data, moments, penalties, weights added or shown, groups, files.
 IN_TRAINER = [
     *("dps_dense_frozen", "dps_mix", "child_tuning_d", "rose_second", "rdrop", "smart_proximal", "mixout", "ema"),
-    *("vibert", "sam", "head_init", "weight_mixup", "meta_weight_net", "adapters", "llrd", "recadam", *COMBINED),
+    *(
+        "vibert",
+        "sam",
+        "neftune",
+        "head_init",
+        "weight_mixup",
+        "meta_weight_net",
+        "adapters",
+        "llrd",
+        "recadam",
+        *COMBINED,
+    ),
 ]
 
 

@@ -123,8 +123,13 @@ class Method:
         Must be a pure function of (state, ``run.index``): it may run again for the same index.
         """
 
-    def before_batch(self, step: Step) -> None:
-        """Before the task's own forward of a micro-batch, in list order. The step has no outputs and no loss yet."""
+    def before_batch(self, step: Step) -> Mapping[nn.Module, Tensor] | None:
+        """Before the task's own forward of a micro-batch, in list order. The step has no outputs and no loss yet.
+
+        Returns:
+            What to add to the outputs of modules in that forward, and in no other: one row for each row of each copy.
+        """
+        return None
 
     def penalty(self, step: Step) -> Tensor | None:
         """A scalar added to the loss of one micro-batch."""

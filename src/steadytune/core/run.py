@@ -44,7 +44,7 @@ from .checks import (
     has_stepped,
 )
 from .method import WEIGHT_VERBS, M, Method, Scope, Weight, acts_on_weights, entry, overrides, select
-from .step import Compute, Inputs, LossRule, MicroBatch, Passes, Step, default_compute, repeated
+from .step import Compute, Inputs, LossRule, MicroBatch, Passes, Step, added, default_compute, eager, repeated
 from .views import References, Views
 from .watch import FiniteGradients, RateRatios, Watch, renormalised
 
@@ -444,10 +444,14 @@ class Run:
         step = Step(self, micro)
         penalties = [m for m in self.methods if overrides(m, "penalty")]
         self._rule, self._micro = micro.rule, micro.number
+        model = self.wrapper
         try:
-            for method in self.methods:
-                method.before_batch(step)
-            loss, outputs = self.task(step.inputs, copies=step.copies)
+            with contextlib.ExitStack() as stack:
+                for method in self.methods:
+                    for module, tensor in (method.before_batch(step) or {}).items():
+                        stack.enter_context(added(module, tensor))
+                        model = eager(self.wrapper)
+                loss, outputs = self.task(step.inputs, model, copies=step.copies)
             if penalties and outputs is None:
                 raise UsageError(
                     f"{type(penalties[0]).__name__} looks at the model's outputs, and the loss came without them: "

@@ -224,7 +224,7 @@ class Step:
             else:
                 torch.manual_seed(run.draw_seed("forward", self._forwards, self.number, rank=True))
             for module, tensor in add.items():
-                stack.enter_context(_added(module, torch.cat([tensor] * copies), detach))
+                stack.enter_context(added(module, torch.cat([tensor] * copies), detach))
             outputs = self._call(repeated(inputs, copies) if copies > 1 else inputs, copies, bool(add), weights)
         return split(outputs, copies, batch_size(inputs))[0]
 
@@ -253,12 +253,16 @@ class Step:
         shape = (*self.inputs["input_ids"].shape, width)
         return torch.zeros(shape, device=p.device, dtype=torch.promote_types(p.dtype, torch.float32))
 
-    def draw(self, method: Method, width: int, kind: Literal["normal", "uniform"] = "normal") -> Tensor:
+    def draw(
+        self, method: Method, width: int, kind: Literal["normal", "uniform"] = "normal", *, copy: int = 0
+    ) -> Tensor:
         """Noise for every token, zero at padding: standard normal, or uniform in [-1, 1].
 
-        Of shape (batch, length, width), at least float32, different on each rank and for each micro-batch.
+        Of shape (batch, length, width), at least float32, different on each rank, for each micro-batch and for each
+        ``copy`` of it, counted from 0.
         """
-        noise, generator = self.zeros(width), self.run.rng(method, "noise", per_rank=True)
+        label = f"noise {copy}" if copy else "noise"
+        noise, generator = self.zeros(width), self.run.rng(method, label, per_rank=True)
         if kind == "normal":
             return self.unpadded(noise.normal_(generator=generator))
         return self.unpadded(noise.uniform_(-1, 1, generator=generator))
@@ -342,8 +346,13 @@ class _Given(nn.Module):
         return self._name
 
 
+def eager(model: nn.Module) -> nn.Module:
+    """The model without ``torch.compile``, whose code does not look at new hooks; other wrappers stay."""
+    return getattr(model, "_orig_mod", model)
+
+
 @contextlib.contextmanager
-def _added(module: nn.Module, tensor: Tensor, detach: bool) -> Iterator[None]:
+def added(module: nn.Module, tensor: Tensor, detach: bool = False) -> Iterator[None]:
     """Add a tensor to the output of a module's first call (an encoder-decoder may call its embedding twice)."""
     calls = 0
 

@@ -40,6 +40,7 @@ METHODS = Registry(
         "fgm": "adversarial:FGM",
         "pgd": "adversarial:PGD",
         "sam": "sam:SAM",
+        "neftune": "neftune:NEFTune",
         "vibert": "vibert:VIBERT",
         "easy_adapt": "easy_adapt:EasyAdapt",
         "weight_mixup": "weight_mixup:WeightMixup",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from .lnsr import LNSR as LNSR
     from .meta_weight_net import MetaWeightNet as MetaWeightNet
     from .mixout import Mixout as Mixout
+    from .neftune import NEFTune as NEFTune
     from .partial import BitFit as BitFit
     from .partial import TopLayers as TopLayers
     from .pooling import Pooling as Pooling
