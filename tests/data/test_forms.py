@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from steadytune.data.files import read_table
-from steadytune.data.forms import Columns, Joined, OneCell, as_label, form_of
+from steadytune.data.forms import Joined, OneCell, OneHot, as_label, form_of
 from steadytune.data.guards import inspect
 from steadytune.data.prepare import Data, prepare
 from steadytune.data.problem import MultiLabel
@@ -102,7 +102,7 @@ OUT = {
     "lists": (OneCell(("about",)), False, {"prediction": [["food"], None, [], ["food", "price"]]}),
     "JSON": (OneCell(("about",)), True, {"prediction": ['["food"]', None, "[]", '["food", "price"]']}),
     "separator": (Joined(("about",), "; "), True, {"prediction": ["food", None, "", "food; price"]}),
-    "columns": (Columns(("food", "price")), True, {"food": [1, None, 0, 1], "price": [0, None, 0, 1]}),
+    "columns": (OneHot(("food", "price")), True, {"food": [1, None, 0, 1], "price": [0, None, 0, 1]}),
 }
 
 
@@ -114,7 +114,7 @@ def test_predictions_are_written_as_the_labels_came(form, as_text, expected):
 
 
 def test_columns_that_the_table_has_too_are_called_predictions():
-    found = Columns(("food", "price")).write(PREDICTIONS, ["text", "price"])
+    found = OneHot(("food", "price")).write(PREDICTIONS, ["text", "price"])
     assert list(found) == ["prediction_food", "prediction_price"]
 
 
@@ -183,10 +183,10 @@ def messages(given, options) -> str:
 
 def test_what_may_be_meant_otherwise_is_said():
     one_each = {"food": [1, 0] * 8, "price": [0, 1] * 8}
-    assert "there is one label in 16 of 16 rows" in messages(one_each, BOTH)
-    assert "'food' says nothing, it is in 16 of 16 rows" in messages({"food": [1] * 16, "price": [0, 1] * 8}, BOTH)
+    assert "there is exactly one in 16 of 16 rows" in messages(one_each, BOTH)
+    assert "the class 'food' is in 16 of 16 rows" in messages({"food": [1] * 16, "price": [0, 1] * 8}, BOTH)
     for given, options in FORMS.values():
-        assert not any(word in messages(given, options) for word in ("one label", "says nothing", "separator"))
+        assert not any(word in messages(given, options) for word in ("exactly one", "constant", "separator"))
 
 
 def test_columns_of_0_and_1_are_offered_where_no_label_is_named():

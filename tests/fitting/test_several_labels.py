@@ -207,6 +207,11 @@ def test_a_threshold_that_no_class_reaches_leaves_rows_without_labels(fitted, tm
     assert (done.rows, done.empty) == (4, [])
 
 
+def test_a_separator_is_text(bert, tmp_path):
+    with pytest.raises(UsageError, match="label_separator must be text, got 1"):
+        fit(table("separator"), model=bert, output=tmp_path / "out", label="about", label_separator=1, **QUICK)
+
+
 def test_other_values_in_a_test_table_are_named(fitted):
     _, result = fitted["columns"]
     with pytest.raises(UsageError, match=r"label column 'price' is neither 0 nor 1 \('3'\) in 4 of 4 rows"):

@@ -125,7 +125,7 @@ class Joined(Form):
 
 
 @dataclass(frozen=True)
-class Columns(Form):
+class OneHot(Form):
     """One column per class, which tells whether a row has the class: 0 or 1, false or true, no or yes."""
 
     @property
@@ -198,7 +198,7 @@ def form_of(label: Label, separator: str | None = None) -> Form:
         raise UsageError(
             f"a label separator ({separator!r}) is for one label column, got {len(label)}: leave one of them out."
         )
-    form = Columns(label)
+    form = OneHot(label)
     twice = [name for name in form.classes if form.classes.count(name) > 1]
     if twice:
         raise UsageError(f"label column {twice[0]!r} is given twice: name the column of each class once.")

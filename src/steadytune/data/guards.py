@@ -249,7 +249,7 @@ def _one_label_each(data: Data) -> Iterator[Finding]:
     """Rows that may have several labels and have one each: classes that exclude each other are learnt otherwise."""
     bad = data.problem.membership(data.train["label"]).sum(axis=1) == 1
     if data.problem.several and bad.all():
-        before = f"{_origin(data, 'train')}: several labels a row are read, and there is one label in"
+        before = f"{_origin(data, 'train')}: a row may have several labels, and there is exactly one in"
         remedy = "if classes exclude each other, give one column with the name of each row's class"
         yield _finding("warning", before, bad, "", remedy, data.train.index)
 
@@ -258,8 +258,8 @@ def _constant_classes(data: Data) -> Iterator[Finding]:
     """Classes of every row, of which nothing can be learnt, where a row may have several."""
     member = data.problem.membership(data.train["label"])
     for name in (data.problem.names[i] for i in np.flatnonzero(member.all(axis=0)) if data.problem.several):
-        before = f"{_origin(data, 'train')}: the class {name!r} says nothing, it is in"
-        yield _finding("warning", before, np.ones(len(member), dtype=bool), "", "leave it out", data.train.index)
+        before, after = f"{_origin(data, 'train')}: the class {name!r} is in", "and is learnt as a constant"
+        yield _finding("warning", before, np.ones(len(member), dtype=bool), after, "leave it out", data.train.index)
 
 
 def _small_classes(data: Data) -> Iterator[Finding]:

@@ -94,7 +94,7 @@ class Table:
         """A Table from any source that `read_rows` takes; a Table stays as it is.
 
         Raises:
-            UsageError: What `read_rows` raises, label columns that are named twice, or an empty separator.
+            UsageError: What `read_rows` raises.
         """
         if isinstance(data, Table):
             return data

@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 from ..config import ALIASES
 from ..data.cells import LISTS, check_lists, is_empty, label_name, refuse
 from ..data.files import named_columns, sequence_rows, whole_characters
-from ..data.forms import Columns, form_of
+from ..data.forms import OneHot, form_of
 from ..data.tables import Kind
 from ..errors import UsageError
 from .main import fit
@@ -295,6 +295,8 @@ class SteadyRegressor(RegressorMixin, _Steady):
         Raises:
             UsageError: What `steadytune.fit` refuses.
         """
+        if getattr(y, "ndim", 1) == 2 and y.shape[1] != 1:
+            raise UsageError(f"y has shape {y.shape}: give one number per row.")
         self._fit(X, _labels(y).tolist(), sample_weight)
         return self
 
@@ -334,7 +336,7 @@ def _matrix(y: Any) -> pd.DataFrame | None:
         if y.shape[1] == 1:
             return None
         named = named_columns(y, "y")
-        return pd.DataFrame(Columns(tuple(named.columns)).member(named, "y"), columns=y.columns)
+        return pd.DataFrame(OneHot(tuple(named.columns)).member(named, "y"), columns=y.columns)
     values = y.toarray() if hasattr(y, "toarray") else _array(y)  # a sparse matrix is one too
     if values.ndim != 2 or values.shape[1] == 1 or not np.isin(values, [0, 1]).all():
         return None

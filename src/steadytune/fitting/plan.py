@@ -105,6 +105,8 @@ def make_plan(
     num_seeds = python_value("num_seeds", num_seeds, int)
     folds = python_value("folds", folds, int)
     save_steps = python_value("save_steps", save_steps, int)
+    if label_separator is not None:
+        label_separator = python_value("label_separator", label_separator, str)
     _check(num_seeds, combine, refit, folds, save_steps, checked)
     chosen = make_methods(methods)
     _check_columns(chosen)
