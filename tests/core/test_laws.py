@@ -1,4 +1,4 @@
-"""Laws that every method obeys: one table, a method is a row. A new method is one more entry of `RECIPES`.
+"""Laws that every method obeys: one table, a method is a row. A new method is one more row of `SINGLE`.
 
 Runs have `TOTAL` steps, so that each law passes through both stages of DPS and over their boundaries.
 """
@@ -13,7 +13,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -113,87 +113,130 @@ def outer_tokens() -> list[dict[str, Tensor]]:
     return batches(3, seed=5, tokens=True)
 
 
-SINGLE: dict[str, list[Method]] = {
-    "pooling": [Pooling()],
-    "head_init": [Pooling(how="cls"), HeadInit()],
-    "dps_dense": [DPSDense(**DPS)],
-    "dps_dense_frozen": [DPSDense(frozen=True, **DPS)],
-    "dps_dense_global": [DPSDense(threshold="global", **DPS)],
-    "dps_mix": [DPSMix(**DPS)],
-    "dps_mix_authors": [DPSMix(rescale_gradient=False, frequency_penalty="on", frozen=True, **DPS)],
-    "child_tuning_f": [ChildTuningF(keep=0.5)],
-    "child_tuning_d": [ChildTuningD(keep=0.3)],
-    "child_tuning_d_example": [ChildTuningD(keep=0.3, per="example", clip=1.0, scope="linear", frozen=True)],
-    "rose_first": [ROSEFirst(keep=0.5)],
-    "rose_first_element": [ROSEFirst(keep=0.5, granularity="element", update="authors")],
-    "rose_second": [ROSESecond(keep=0.5)],
-    "rose_second_authors": [ROSESecond(keep=0.5, score="authors", update="authors")],
-    "rose_second_element": [ROSESecond(keep=0.5, granularity="element")],
-    "rose_ensemble": [ROSEEnsemble(keep=0.5, gamma=0.3)],
-    "bi_drop": [BiDrop(keep=0.5)],
-    "sift": [SIFT(keep=0.05, batches=2, scope="linear")],
-    "sift_many": [SIFT(keep=0.2, batches=2, scope="linear")],
-    "mixout": [Mixout(keep=0.7)],
-    "rdrop": [RDrop(alpha=1.0)],
-    "smart": [SMART(epsilon=0.05, step_size=0.05, noise=0.01)],
-    "smart_proximal": [SMART(epsilon=0.05, step_size=0.03, steps=2, proximal=BregmanProximal(decay=0.5))],
-    "smart_published": [SMART(epsilon=1e-6, projection=False, dropout="fresh")],
-    "r3f": [R3F(scale=0.1)],
-    "r4f": [R4F(scale=0.1, noise="normal", detach_embedding=True)],
-    "lnsr": [LNSR(scale=0.2)],
-    "fgm": [FGM()],
-    "pgd": [PGD(steps=2)],
-    "sam": [SAM(rho=0.1)],
-    "neftune": [NEFTune()],
-    "vibert": [VIBERT(beta=0.1)],
-    "easy_adapt": [EasyAdapt(domain=by_first_token, drop=0.0)],
-    "weight_mixup": [WeightMixup(outer=outer_batches, lr=0.05)],
-    "weight_mixup_difference": [WeightMixup(outer=outer_batches, lr=0.05, order="difference", convex=False)],
-    "meta_weight_net": [MetaWeightNet(outer=outer_batches, lr=0.05)],
-    "implicit_tune": [ImplicitTune(outer=outer_batches, start=0.5)],
-    "implicit_tune_neumann": [ImplicitTune(outer=outer_batches, toward="zero", per="block", start=0.5, terms=3)],
-    "l2sp": [L2SP(alpha=0.5)],
-    "l2sp_coupled": [L2SP(alpha=0.5, decoupled=False, replace_decay=False)],
-    "recadam": [RecAdam(gamma=3.0, t0=0.4, k=10.0)],
-    "recadam_linear": [RecAdam(gamma=3.0, t0=6.0, unit="steps", schedule="linear", replace_decay=False)],
-    "extrapolation": [Extrapolation(ahead=0.7)],
-    "hypergradient_lr": [HypergradientLR(beta=0.3)],
-    "hypergradient_lr_additive": [HypergradientLR(beta=1e-5, rule="additive")],
-    "clip_norm": [ClipNorm(max_norm=0.3)],
-    "ema": [EMA(decay=0.8)],
-    "swa": [SWA(start=0.25, every=2)],
-    "re_init": [ReInit()],
-    "top_layers": [TopLayers(blocks=1)],
-    "bitfit": [BitFit()],
-    "adapters": [Adapters(size=4)],
-    "llrd": [LLRD(decay=0.5)],
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A recipe, and what the laws must know of it that its methods do not declare.
+
+    Attributes:
+        recipe: The same objects in every test: no run may leave a trace in them.
+        plain: Whether it has a setting at which it is plain fine-tuning.
+        draws: Whether it has randomness of its own.
+        moments: Whether it looks at Adam's moments.
+        passes: Whether it makes further passes that its cost does not count, as before the first step.
+        trainer: Whether its laws are tried in the Trainer too. One row is enough for each way in which the Trainer
+            meets a method: data, moments, penalties, further looks, weights added or shown, groups, files.
+        tokens: Whether it can train a language model: some need a head of their own, a loss for each row, or biases.
+        refused: Rows before it in a list with which it is refused, and a part of the message.
+    """
+
+    recipe: list[Method]
+    plain: bool = True
+    draws: bool = True
+    moments: bool = False
+    passes: bool = False
+    trainer: bool = False
+    tokens: bool = True
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+NO_BODY = dict.fromkeys(("bitfit", "adapters"), "finds no pre-trained trainable")  # linear weights of the body
+DRAWN = "ReInit draws 'bert.*frozen"
+SINGLE: dict[str, Row] = {
+    "pooling": Row([Pooling()], plain=False, draws=False, tokens=False),
+    "head_init": Row([Pooling(how="cls"), HeadInit()], plain=False, draws=False, trainer=True, tokens=False),
+    "dps_dense": Row([DPSDense(**DPS)], draws=False),
+    "dps_dense_frozen": Row([DPSDense(frozen=True, **DPS)], draws=False, trainer=True),
+    "dps_dense_global": Row([DPSDense(threshold="global", **DPS)], draws=False),
+    "dps_mix": Row([DPSMix(**DPS)], trainer=True, refused=NO_BODY),
+    "dps_mix_authors": Row([DPSMix(rescale_gradient=False, frequency_penalty="on", frozen=True, **DPS)]),
+    "child_tuning_f": Row([ChildTuningF(keep=0.5)]),
+    "child_tuning_d": Row([ChildTuningD(keep=0.3)], passes=True, trainer=True),
+    "child_tuning_d_example": Row([ChildTuningD(keep=0.3, per="example", clip=1.0, scope="linear", frozen=True)]),
+    "rose_first": Row([ROSEFirst(keep=0.5)], plain=False),
+    "rose_first_element": Row([ROSEFirst(keep=0.5, granularity="element", update="authors")], plain=False),
+    "rose_second": Row([ROSESecond(keep=0.5)], draws=False, moments=True, trainer=True),
+    "rose_second_authors": Row([ROSESecond(keep=0.5, score="authors", update="authors")], draws=False, moments=True),
+    "rose_second_element": Row([ROSESecond(keep=0.5, granularity="element")], draws=False, moments=True),
+    "rose_ensemble": Row([ROSEEnsemble(keep=0.5, gamma=0.3)], plain=False, moments=True),
+    "bi_drop": Row([BiDrop(keep=0.5)], plain=False),
+    "sift": Row(
+        [SIFT(keep=0.05, batches=2, scope="linear")],
+        passes=True,
+        refused={"bitfit": "SIFT finds no weight in scope 'linear' but the head's"},
+    ),
+    "sift_many": Row([SIFT(keep=0.2, batches=2, scope="linear")]),
+    "mixout": Row([Mixout(keep=0.7)], trainer=True, refused=NO_BODY),
+    "rdrop": Row([RDrop(alpha=1.0)], plain=False, draws=False, trainer=True),
+    "smart": Row([SMART(epsilon=0.05, step_size=0.05, noise=0.01)]),
+    "smart_proximal": Row(
+        [SMART(epsilon=0.05, step_size=0.03, steps=2, proximal=BregmanProximal(decay=0.5))], trainer=True
+    ),
+    "smart_published": Row([SMART(epsilon=1e-6, projection=False, dropout="fresh")]),
+    "r3f": Row([R3F(scale=0.1)]),
+    "r4f": Row([R4F(scale=0.1, noise="normal", detach_embedding=True)], plain=False, tokens=False),
+    "lnsr": Row([LNSR(scale=0.2)]),
+    "fgm": Row([FGM()]),
+    "pgd": Row([PGD(steps=2)]),
+    "sam": Row([SAM(rho=0.1)], draws=False, trainer=True),
+    "neftune": Row([NEFTune()], trainer=True),
+    "vibert": Row([VIBERT(beta=0.1)], plain=False, draws=False, trainer=True, tokens=False),
+    "easy_adapt": Row([EasyAdapt(domain=by_first_token, drop=0.0)], plain=False, draws=False, tokens=False),
+    "weight_mixup": Row([WeightMixup(outer=outer_batches, lr=0.05)], trainer=True, refused=NO_BODY),
+    "weight_mixup_difference": Row([WeightMixup(outer=outer_batches, lr=0.05, order="difference", convex=False)]),
+    "meta_weight_net": Row([MetaWeightNet(outer=outer_batches, lr=0.05)], plain=False, trainer=True, tokens=False),
+    "implicit_tune": Row([ImplicitTune(outer=outer_batches, start=0.5)]),
+    "implicit_tune_neumann": Row([ImplicitTune(outer=outer_batches, toward="zero", per="block", start=0.5, terms=3)]),
+    "l2sp": Row([L2SP(alpha=0.5)], draws=False),
+    "l2sp_coupled": Row([L2SP(alpha=0.5, decoupled=False, replace_decay=False)], draws=False),
+    "recadam": Row([RecAdam(gamma=3.0, t0=0.4, k=10.0)], draws=False, trainer=True),
+    "recadam_linear": Row(
+        [RecAdam(gamma=3.0, t0=6.0, unit="steps", schedule="linear", replace_decay=False)], draws=False
+    ),
+    "extrapolation": Row([Extrapolation(ahead=0.7)], draws=False),
+    "hypergradient_lr": Row([HypergradientLR(beta=0.3)], draws=False),
+    "hypergradient_lr_additive": Row([HypergradientLR(beta=1e-5, rule="additive")], draws=False),
+    "clip_norm": Row([ClipNorm(max_norm=0.3)], draws=False),
+    "ema": Row([EMA(decay=0.8)], draws=False, trainer=True),
+    "swa": Row([SWA(start=0.25, every=2)], draws=False),
+    "re_init": Row([ReInit()], refused=dict.fromkeys(("bitfit", "adapters"), DRAWN)),
+    "top_layers": Row([TopLayers(blocks=1)], plain=False, draws=False),
+    "bitfit": Row([BitFit()], plain=False, draws=False, tokens=False, refused={"re_init": DRAWN}),
+    "adapters": Row(
+        [Adapters(size=4)],
+        plain=False,
+        trainer=True,
+        refused={"re_init": DRAWN, "adapters": "has adapters already"},
+    ),
+    "llrd": Row([LLRD(decay=0.5)], draws=False, trainer=True),
 }
-COMBINED: dict[str, list[Method]] = {
-    "recipe_of_five": [DPSMix(**DPS), RDrop(), EMA(decay=0.8), L2SP(alpha=0.5), ClipNorm(max_norm=0.3)],
-    "recipe_of_children": [ChildTuningF(keep=0.5), RDrop(), RecAdam(gamma=3.0), SWA(start=0.0), ClipNorm(max_norm=0.3)],
-    "recipe_of_penalties": [RDrop(), SMART(proximal=BregmanProximal()), R3F(), LNSR(), EMA(decay=0.8)],
-    "recipe_of_masks": [
-        only(Mixout(keep=0.7), in_first_block),
-        DPSDense(frozen=True, **DPS),
-        L2SP(alpha=0.5, decoupled=False),
-        EMA(decay=0.8, scope="linear"),
-    ],
-    "recipe_of_structure": [ReInit(), TopLayers(blocks=2), LLRD(decay=0.5), Mixout(keep=0.7), EMA(decay=0.8)],
+COMBINED: dict[str, Row] = {
+    "recipe_of_five": Row(
+        [DPSMix(**DPS), RDrop(), EMA(decay=0.8), L2SP(alpha=0.5), ClipNorm(max_norm=0.3)], plain=False, trainer=True
+    ),
+    "recipe_of_children": Row(
+        [ChildTuningF(keep=0.5), RDrop(), RecAdam(gamma=3.0), SWA(start=0.0), ClipNorm(max_norm=0.3)],
+        plain=False,
+        trainer=True,
+    ),
+    "recipe_of_penalties": Row(
+        [RDrop(), SMART(proximal=BregmanProximal()), R3F(), LNSR(), EMA(decay=0.8)], plain=False, trainer=True
+    ),
+    "recipe_of_masks": Row(
+        [
+            only(Mixout(keep=0.7), in_first_block),
+            DPSDense(frozen=True, **DPS),
+            L2SP(alpha=0.5, decoupled=False),
+            EMA(decay=0.8, scope="linear"),
+        ],
+        passes=True,
+        trainer=True,
+    ),
+    "recipe_of_structure": Row(
+        [ReInit(), TopLayers(blocks=2), LLRD(decay=0.5), Mixout(keep=0.7), EMA(decay=0.8)], plain=False, trainer=True
+    ),
 }
-RECIPES = {**SINGLE, **COMBINED}  # the same objects in every test: no run may leave a trace in them
-PLAIN_NEVER = {  # have no setting at which they are plain fine-tuning
-    *("rdrop", "rose_first", "rose_first_element", "rose_ensemble", "bi_drop", "r4f", "vibert", "easy_adapt"),
-    *("top_layers", "bitfit", "adapters", "meta_weight_net", "head_init", "pooling"),
-    *("recipe_of_five", "recipe_of_children", "recipe_of_penalties", "recipe_of_structure"),
-}
-MOMENTS = {"rose_second", "rose_second_authors", "rose_second_element", "rose_ensemble"}  # of Adam are looked at
-STEADY = {
-    *("dps_dense", "dps_dense_frozen", "dps_dense_global", "rose_second", "rose_second_authors", "rose_second_element"),
-    *("rdrop", "l2sp", "l2sp_coupled", "recadam", "recadam_linear", "clip_norm", "ema", "swa"),
-    *("sam", "vibert", "easy_adapt", "extrapolation", "hypergradient_lr", "hypergradient_lr_additive"),
-    *("top_layers", "bitfit", "llrd", "head_init", "pooling"),
-}
-DRAWS = set(RECIPES) - STEADY  # have randomness of their own
+ROWS = {**SINGLE, **COMBINED}
+RECIPES = {name: row.recipe for name, row in ROWS.items()}
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 
 
@@ -205,23 +248,8 @@ def recipes(chosen: Callable[[Method], bool], *more: str) -> list[str]:
 # Something else than the raw weights is live at times: shown to the forward, evaluated, or tried by an outer step.
 SHOWING = recipes(lambda m: overrides(m, "before_forward") or overrides(m, "evaluated") or hasattr(m, "outer"))
 # A batch passes the model more than once, in copies, penalties or further gradients.
-PASSING = recipes(lambda m: m.cost.passes > 1 or overrides(m, "penalty"), "sift", "child_tuning_d", "recipe_of_masks")
-# One of each way in which the Trainer meets a method: data, moments, penalties, weights added or shown, groups, files.
-IN_TRAINER = [
-    *("dps_dense_frozen", "dps_mix", "child_tuning_d", "rose_second", "rdrop", "smart_proximal", "mixout", "ema"),
-    *(
-        "vibert",
-        "sam",
-        "neftune",
-        "head_init",
-        "weight_mixup",
-        "meta_weight_net",
-        "adapters",
-        "llrd",
-        "recadam",
-        *COMBINED,
-    ),
-]
+PASSING = recipes(lambda m: m.cost.passes > 1 or overrides(m, "penalty"), *(n for n, row in ROWS.items() if row.passes))
+IN_TRAINER = [name for name, row in ROWS.items() if row.trainer]
 
 
 def null(recipe: list[Method]) -> list[Method] | None:
@@ -347,13 +375,13 @@ def trainer_of(recipe: list[Method], folder: Any, *, model: Any = None, data: An
 
 
 def test_every_method_has_a_row():
-    assert {type(m) for recipe in SINGLE.values() for m in recipe} == set(METHODS.values())
+    assert {type(m) for row in SINGLE.values() for m in row.recipe} == set(METHODS.values())
 
 
 def test_what_declares_a_null_setting_names_its_own_fields():
     for cls in METHODS.values():
         assert set(cls.null or {}) <= {f.name for f in dataclasses.fields(cls)}
-    assert set(NULLABLE) == set(RECIPES) - PLAIN_NEVER
+    assert [name for name, row in ROWS.items() if row.plain] == NULLABLE
 
 
 @every_recipe
@@ -506,7 +534,7 @@ def test_references_are_the_weights_before_training_also_after_a_resume(name):
 
 def descent(name: str) -> Any:
     """Plain descent, or Adam made like it by eps: AdamW would hide a gradient that is too large by a factor."""
-    if name in MOMENTS:
+    if ROWS[name].moments:
         return functools.partial(torch.optim.AdamW, lr=0.2, eps=1.0, weight_decay=0.01)
     return functools.partial(torch.optim.SGD, lr=0.2, weight_decay=0.01)
 
@@ -530,14 +558,11 @@ def on_tokens(recipe: list[Method]) -> list[Method]:
     return [dataclasses.replace(m, outer=outer_tokens) if hasattr(m, "outer") else m for m in recipe]
 
 
-@pytest.mark.parametrize("tokens", [False, True], ids=["classifier", "tokens"])
-@pytest.mark.parametrize("name", PASSING)
+@pytest.mark.parametrize(
+    ("name", "tokens"), [*((name, False) for name in PASSING), *((name, True) for name in PASSING if ROWS[name].tokens)]
+)
 def test_16_at_once_equals_4_times_4_in_the_trainer(name, tokens, tmp_path):
     """T5 and its mend: the classifier's loss ignores the count of tokens, the language model's uses it."""
-    if name in ("r4f", "vibert", "easy_adapt", "meta_weight_net", "head_init", "pooling") and tokens:
-        pytest.skip("a language model has no head of its own, and no loss of rows")
-    if name == "bitfit" and tokens:
-        pytest.skip("a Llama has no biases")
     ends = []
     for size in (16, 4):
         model = hash_dropout((llama if tokens else bert)(dtype=torch.float64))
@@ -550,7 +575,7 @@ def test_16_at_once_equals_4_times_4_in_the_trainer(name, tokens, tmp_path):
             callbacks=[Stop(4)],
             per_device_train_batch_size=size,
             gradient_accumulation_steps=16 // size,
-            optim="adamw_torch" if name in MOMENTS else "sgd",
+            optim="adamw_torch" if ROWS[name].moments else "sgd",
             adam_epsilon=1.0,
             learning_rate=0.2,
         )
@@ -606,7 +631,7 @@ def test_a_checkpoint_of_any_step_is_plain_and_gives_the_evaluated_logits(name, 
 def test_same_seed_same_bits_and_another_method_seed_another_run_where_methods_draw(name):
     again, other = (Loop(RECIPES[name], seed=seed).train(batches(3)).all() for seed in (0, 4))
     assert_same(again, uninterrupted(name).all[3])
-    assert differs(again["weights"], other["weights"]) == (name in DRAWS)
+    assert differs(again["weights"], other["weights"]) == ROWS[name].draws
 
 
 def test_draws_do_not_depend_on_other_methods_or_on_the_global_generator():
@@ -645,18 +670,10 @@ def test_two_methods_of_one_class_draw_apart():
 # ---------------------------------------------------------------- composition
 
 
-ONE_EACH = ["dps_dense_frozen", *{type(SINGLE[name][0]): name for name in reversed(SINGLE)}.values()]
+ONE_EACH = ["dps_dense_frozen", *{type(RECIPES[name][0]): name for name in reversed(SINGLE)}.values()]
 
 
-STRUCTURE = [name for name in ONE_EACH if SINGLE[name][0].structure]
-ANCHORED = ("mixout", "dps_mix", "weight_mixup")  # linear weights of the body
-REFUSED = {
-    **dict.fromkeys(itertools.product(("bitfit", "adapters"), ANCHORED), "finds no pre-trained trainable"),
-    **dict.fromkeys(itertools.product(("bitfit", "adapters"), ("re_init",)), "ReInit draws 'bert.*frozen"),
-    **dict.fromkeys(itertools.product(("re_init",), ("bitfit", "adapters")), "ReInit draws 'bert.*frozen"),
-    ("adapters", "adapters"): "has adapters already",
-    ("bitfit", "sift"): "SIFT finds no weight in scope 'linear' but the head's",
-}
+STRUCTURE = [name for name in ONE_EACH if RECIPES[name][0].structure]
 
 
 def partners(first: str) -> list[str]:
@@ -679,14 +696,14 @@ def test_every_pair_is_somewhere():
 def test_every_method_composes_with_every_other(first):
     data, before = batches(3), copied(bert())
     for second in partners(first):
-        recipe = SINGLE[first] + SINGLE[second]
+        recipe = RECIPES[first] + RECIPES[second]
         if second in STRUCTURE and first not in STRUCTURE:
             names = [type(m).__name__ for m in reversed(recipe)]
             with pytest.raises(ValueError, match=f"put {names[0]} before {names[1]} in the list"):
                 Loop(recipe)
             continue
-        if (first, second) in REFUSED:
-            with pytest.raises(ValueError, match=REFUSED[first, second]):
+        if first in ROWS[second].refused:
+            with pytest.raises(ValueError, match=ROWS[second].refused[first]):
                 Loop(recipe)
             continue
         owned = [m.exclusive for m in recipe if m.exclusive]
@@ -978,7 +995,7 @@ FROZEN += [(DPSDense, "fused", "ema"), (DPSMix, "fused", "alone"), (DPSMix, "mom
 def test_frozen_means_that_the_step_did_not_happen(method, optimizer, beside):
     """T4: a gradient of zero does not stop momentum and decay. Before and after the other method in the list."""
     data = batches(4)
-    others = [] if beside == "alone" else SINGLE[beside]
+    others = [] if beside == "alone" else RECIPES[beside]
     recipes = [(True, [method(keep=0.6, frozen=True, **DPS), *others])]
     if others:
         recipes += [(True, [*others, method(keep=0.6, frozen=True, **DPS)])]
