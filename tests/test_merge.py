@@ -17,7 +17,7 @@ from steadytune.data.problem import Classification
 from steadytune.fitting.merge_folders import merge_folders
 
 ATOL = 1e-10
-moved_far = pytest.mark.filterwarnings("ignore:the models did not begin alike")  # toys, moved by round numbers
+moved_far = pytest.mark.filterwarnings("ignore:the models did not start from")  # toys, moved by round numbers
 
 
 # ---------------------------------------------------------------- recorded
@@ -96,7 +96,7 @@ def test_models_that_did_not_begin_alike_are_warned_of(merged, recwarn):
     merged(matrices(0, 0))
     merged([{"w": torch.zeros(20, 20)}, *matrices(1)])  # an adapter that begins with zeros points nowhere
     assert not recwarn
-    with pytest.warns(UserWarning, match=r"did not begin alike: 'w' has a cosine of -?0\.\d\d"):
+    with pytest.warns(UserWarning, match=r"did not start from the same weights: 'w' has cosine -?0\.\d\d"):
         merged(matrices(0, 1))
 
 

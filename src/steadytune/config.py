@@ -1,7 +1,7 @@
-"""YAML files of options and of studies: reading them, and checking their values with pydantic.
+"""Read YAML files of options and of studies, and check their values with pydantic.
 
-`--config run.yaml` gives defaults to any command, and flags win over them. The keys are the command's Python parameter
-names; paths are relative to the working directory, as they are in flags. pydantic is imported when a value is checked.
+`--config run.yaml` sets defaults of any command; flags override them. The keys are the command's Python parameter
+names. Paths are relative to the working directory, as in flags. pydantic is imported when a value is checked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .errors import UsageError, one_line, suggest
 if typing.TYPE_CHECKING:
     from pydantic_core import CoreSchema, ErrorDetails
 
-# Options that transformers' TrainingArguments have under another name; both names are taken.
+# Options with another name in transformers' TrainingArguments; both names are accepted.
 ALIASES = {
     "learning_rate": "lr",
     "num_train_epochs": "epochs",
@@ -34,7 +34,7 @@ ALIASES = {
     "warmup_ratio": "warmup",
 }
 
-# YAML 1.1 takes 2e-5 for text (a number must be written 2.0e-5); YAML 1.2 takes it for a number, as users do.
+# YAML 1.1 reads 2e-5 as text (a number needs a point, as in 2.0e-5); YAML 1.2 reads it as a number, as users expect.
 EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
@@ -42,11 +42,11 @@ EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
 class Rule:
-    """What a value must be, as part of the annotation of its type: ``Annotated[int, Rule("a whole number")]``.
+    """Rule for a value, in the annotation of its type: ``Annotated[int, Rule("a whole number")]``.
 
     Args:
-        text: Completes the sentence "NAME must be ..."; the error of every value that breaks the rule says it.
-        **limits: Of pydantic's core schema of the type, as ``ge=0``.
+        text: End of the error "NAME must be ...", for every value that breaks the rule.
+        **limits: Limits of pydantic's core schema of the type, such as ``ge=0``.
     """
 
     def __init__(self, text: str, **limits: Any) -> None:
@@ -66,7 +66,7 @@ Truth = Annotated[bool, Rule("true or false")]
 Threshold = Annotated[float | Literal["tune"], Rule("a number above 0 and below 1, or tune")]
 Text = Annotated[str, Rule("text", min_length=1)]
 
-# What a bare annotation of a parameter or field means in a file.
+# Type, with its rule, that stands for a bare annotation of a parameter or field.
 BARE: dict[Any, Any] = {
     bool: Truth,
     int: Annotated[int, Rule("a whole number")],
@@ -88,18 +88,19 @@ SHAPES = {
 
 
 def checked(hint: Any, given: Any, where: Callable[[tuple[Any, ...]], str]) -> Any:
-    """A plain value as the type says it must be.
+    """Check a plain value, and convert it to a type.
 
-    It is checked as if it stood in a JSON file: a list is right for a tuple, a whole number for a float, a mapping for
-    a dataclass, and nothing else is converted.
+    The value is checked as if it were in a JSON file: a list is valid for a tuple, a whole number for a float, a
+    mapping for a dataclass. Nothing else is converted.
 
     Args:
-        hint: Any type that pydantic knows; `Rule` gives it words.
+        hint: Any type that pydantic knows; a `Rule` in it gives the words of its error.
         given: The plain value.
-        where: Path in `given` (keys, and positions in lists) -> how the error's sentence begins.
+        where: Function from a path in `given` (keys, and positions in lists) to the beginning of the error.
 
     Raises:
-        UsageError: For the first thing that is wrong; an unknown key is named with the nearest known one.
+        UsageError: A value is wrong, or a key is unknown. The message names the first of them, and the nearest known
+            key.
     """
     from pydantic import ValidationError
 
@@ -112,7 +113,7 @@ def checked(hint: Any, given: Any, where: Callable[[tuple[Any, ...]], str]) -> A
 
 
 def _check_keys(given: Any, path: tuple[Any, ...], where: Callable[[tuple[Any, ...]], str]) -> None:
-    """Raise for a key that is no text: YAML takes 1 for a number and no for a truth value."""
+    """Raise for a key that is not text: YAML reads 1 as a number, and no as false."""
     inner = given.items() if isinstance(given, Mapping) else enumerate(given) if isinstance(given, list) else ()
     for key, value in inner:
         if isinstance(given, Mapping) and not isinstance(key, str):
@@ -143,7 +144,7 @@ def _sentence(hint: Any, error: ErrorDetails, where: Callable[[tuple[Any, ...]],
 
 
 def _at(hint: Any, place: Iterable[Any]) -> Any:
-    """The type of what lies at a path of keys and positions."""
+    """Type of the value at a path of keys and positions."""
     for step in place:
         hint = _required(hint)
         if dataclasses.is_dataclass(hint):
@@ -154,7 +155,7 @@ def _at(hint: Any, place: Iterable[Any]) -> Any:
 
 
 def _required(hint: Any) -> Any:
-    """Of ``T | None`` it is T, of ``T | U | None`` ``T | U``."""
+    """The type without None: T for ``T | None``, ``T | U`` for ``T | U | None``."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return typing.Union[tuple(option for option in typing.get_args(hint) if option is not type(None))]  # noqa: UP007
     return hint
@@ -168,9 +169,9 @@ class Document:
     """A YAML file that holds a mapping.
 
     Attributes:
-        file: Its name.
-        values: What it holds.
-        lines: Path of keys -> line, counted from 1.
+        file: Name of the file.
+        values: Contents of the file.
+        lines: Line of each key by the path of keys, counted from 1.
     """
 
     file: str
@@ -178,7 +179,7 @@ class Document:
     lines: Mapping[tuple[str, ...], int]
 
     def where(self, path: Iterable[Any] = ()) -> str:
-        """The file, and the line of the innermost key on the path."""
+        """Name of the file and line of the innermost known key on a path."""
         keys = tuple(map(str, path))
         lines = (self.lines[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in self.lines)
         line = next(lines, None)
@@ -186,7 +187,7 @@ class Document:
 
     @contextlib.contextmanager
     def at(self, *path: str) -> Iterator[None]:
-        """Errors of what is done meanwhile begin with the place of these keys."""
+        """Let errors inside the block begin with the file and line of a key."""
         try:
             yield
         except UsageError as error:
@@ -197,7 +198,8 @@ def read(path: Path) -> Document:
     """Read a YAML file.
 
     Raises:
-        UsageError: No such file, not YAML, not a mapping, or a key that occurs twice; with the line where there is one.
+        UsageError: There is no such file, it is not YAML or not a mapping, or a key occurs twice. The message names the
+            line.
     """
     import yaml
 
@@ -214,9 +216,7 @@ def read(path: Path) -> Document:
     try:
         json.dumps(values, default=str, skipkeys=True)
     except (ValueError, RecursionError):
-        raise UsageError(
-            f"{path}: a value must not hold itself (an anchor & inside of which its alias * stands)."
-        ) from None
+        raise UsageError(f"{path}: a value must not contain itself (an alias * inside its own anchor &).") from None
     if not isinstance(values, dict):
         got = "nothing" if values is None else f"a {type(values).__name__}"
         raise UsageError(f"{path}: must hold a mapping of option names to values, as `batch_size: 8`, got {got}.")
@@ -225,7 +225,7 @@ def read(path: Path) -> Document:
 
 @functools.cache
 def _loader() -> Any:
-    """PyYAML's safe loader, which also takes numbers like 2e-5."""
+    """PyYAML's safe loader, which also reads 2e-5 as a number."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -236,12 +236,12 @@ def _loader() -> Any:
 
 
 def _lines(path: Path, node: Any, above: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], int]]:
-    """The line of every key of a mapping and of the mappings in it."""
+    """Lines of all keys of a mapping and of the mappings in it."""
     seen: dict[str, int] = {}
     for key, inner in node.value:
         name, line = str(key.value), key.start_mark.line + 1
         if name in seen:
-            raise UsageError(f"{path}, line {line}: {name!r} was given in line {seen[name]} already.")
+            raise UsageError(f"{path}, line {line}: {name!r} is also given in line {seen[name]}: remove one of them.")
         seen[name] = line
         yield (*above, name), line
         if inner.id == "mapping":
@@ -252,19 +252,19 @@ def _lines(path: Path, node: Any, above: tuple[str, ...] = ()) -> Iterable[tuple
 
 
 def defaults(path: Path, command: Callable[..., Any]) -> dict[str, Any]:
-    """The options that a file gives to a command, by parameter name, ready to be the command's defaults.
+    """Options for a command from a file, by parameter name, ready to be the command's defaults.
 
     Args:
-        path: A YAML file that holds a mapping; null means "not given".
-        command: The function behind the command; its annotations say what each option takes.
+        path: YAML file with a mapping; null means that the option is not given.
+        command: Function of the command; its annotations are the types of the options.
 
     Raises:
-        UsageError: As `read`, and for an unknown key or a value of the wrong type.
+        UsageError: As `read`, or a key is unknown, or a value has the wrong type.
     """
     hints = options(command)
     document = read(path)
     given = {}
-    for key, *deeper in document.lines:  # keys as they are spelled: YAML takes yes for a truth
+    for key, *deeper in document.lines:  # keys as they are spelled, because YAML reads yes as true
         if deeper:
             continue
         where, name = document.where([key]), ALIASES.get(key, key)
@@ -278,16 +278,16 @@ def defaults(path: Path, command: Callable[..., Any]) -> dict[str, Any]:
 
 
 def options(command: Callable[..., Any]) -> dict[str, Any]:
-    """Type of each parameter of a command that a file may set; of ``T | None`` it is T."""
+    """Type of each parameter of a command that a file may set, without None."""
     hints = typing.get_type_hints(inspect.unwrap(command))
     return {name: _required(hint) for name, hint in hints.items() if name not in ("return", "config")}
 
 
 def value(what: str, name: str, hint: Any, given: Any) -> Any:
-    """What a YAML value means for an option of this type.
+    """Convert a YAML value to the type of an option.
 
     Raises:
-        UsageError: The value is not of the type; ``what`` starts the sentence.
+        UsageError: The value does not have the type; the message begins with ``what``.
     """
     if typing.get_origin(hint) is list:
         return [text for item in (given if isinstance(given, list) else [given]) for text in _texts(what, name, item)]
@@ -299,7 +299,7 @@ def _plain(what: str, hint: Any, given: Any) -> Any:
 
 
 def _texts(what: str, name: str, item: Any) -> list[str]:
-    """One item of a repeatable option as it is written on the command line; a mapping of files makes several."""
+    """One item of a repeatable option as it is written on the command line; several for a mapping of files."""
     if not isinstance(item, Mapping):
         return [_plain(what, str, item)]
     if name == "method":

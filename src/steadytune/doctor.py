@@ -1,8 +1,8 @@
-"""Whether steadytune works on this machine: versions, devices, and a test of everything private that it leans on.
+"""Check whether steadytune works on this machine: versions, devices, and the private interfaces that it uses.
 
-The Trainer overrides and reads parts of `transformers.Trainer` that no version promises to keep, and the core hooks
-onto torch's optimizers. Each is tried here in a tiny training, so that an update that moves one of them is named,
-with what it breaks, before it spoils a run. No torch at import time.
+The Trainer overrides and reads private parts of `transformers.Trainer`, and the core uses hooks of torch's optimizers.
+A new version may change them. The check tries each of them in a tiny training, and names those that fail with the
+consequence, before a run is spoilt. No torch at import time.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets")
-EXTRAS = {"peft": "peft", "datasets": "hub"}  # what is optional, and the extra that brings it
+EXTRAS = {"peft": "peft", "datasets": "hub"}  # optional packages, and the extra that installs each
 
-# Methods of transformers.Trainer that ours overrides, and what goes wrong when they are no longer called.
+# Methods of transformers.Trainer that ours overrides, and the consequence if they are no longer called.
 CALLED = {
     "call_model_init": "with model_init, methods would act on a model that is not trained",
     "create_accelerator_and_postprocess": "accumulated gradients would be divided twice",
@@ -41,11 +41,11 @@ CALLED = {
     "get_batch_samples": "accumulated gradients would be scaled wrongly",
     "training_step": "methods would not see the loss of a trainer that computes its own",
     "compute_loss": "penalties (R-Drop) would not be added",
-    "log": "the gradient norm in the log would be another one",
+    "log": "the log would have a wrong gradient norm",
     "save_model": "checkpoints would lose the methods' state",
-    "_load_optimizer_and_scheduler": "a resumed run would start its methods anew",
+    "_load_optimizer_and_scheduler": "a resumed run would start its methods from scratch",
 }
-# Attributes of a stock trainer that ours reads, and what goes wrong without them.
+# Attributes of a stock trainer that ours reads, and the consequence without them.
 READ = {
     "current_gradient_accumulation_steps": "penalties would be scaled wrongly under accumulation",
     "accelerator.gradient_accumulation_steps": "accumulated gradients would be divided twice",
@@ -59,13 +59,13 @@ READ = {
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was tried.
+    """Result of one check.
 
     Attributes:
-        name: Name of the thing.
-        ok: Whether it is as it should be.
+        name: Name of the package, device, hook or attribute.
+        ok: Whether it works as expected.
         found: What was found.
-        consequence: What does not work otherwise.
+        consequence: What fails if the check fails.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """What `examine` found: checks by heading."""
+    """Result of `examine`: checks by heading."""
 
     sections: dict[str, list[Check]]
 
@@ -93,7 +93,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """One plain sentence."""
+        """The result in one sentence."""
         if not self.failed:
             return "steadytune works here."
         names = ", ".join(check.name for check in self.failed)
@@ -110,13 +110,13 @@ class Report:
         return "\n".join([*lines, self.verdict])
 
     def json(self) -> str:
-        """The same for machines: `ok`, `verdict`, and the checks by heading."""
+        """The report as JSON: `ok`, `verdict`, and the checks by heading."""
         sections = {title: [dataclasses.asdict(check) for check in checks] for title, checks in self.sections.items()}
         return json.dumps({"ok": not self.failed, "verdict": self.verdict, "sections": sections}, indent=2)
 
 
 def examine() -> Report:
-    """Try everything; takes a few seconds and no network."""
+    """Run all checks. They take a few seconds and need no network."""
     parts: dict[str, Callable[[], list[Check]]] = {
         "Versions": versions,
         "Machine": machine,
@@ -129,16 +129,16 @@ def examine() -> Report:
 def _tried(title: str, part: Callable[[], list[Check]]) -> list[Check]:
     try:
         return part()
-    except Exception as error:  # whatever a foreign version does, it is a finding
+    except Exception as error:  # any error of another version is a finding
         message = " ".join(f"{type(error).__name__}: {error}".split())
-        return [Check(title, False, message[:300], "nothing of this could be tried")]
+        return [Check(title, False, message[:300], "none of these checks could run")]
 
 
 # ---- versions and machine ---------------------------------------------------------------------------------------
 
 
 def versions() -> list[Check]:
-    """Python and the packages, against what this version of steadytune was declared to need."""
+    """Python and packages, compared with the versions that steadytune requires."""
     return [_python(), *map(_package, PACKAGES)]
 
 
@@ -163,7 +163,7 @@ def _package(name: str) -> Check:
 
 
 def _needed(name: str) -> Any:
-    """The versions of a package that steadytune declares to need; any when it is not installed itself."""
+    """Versions of a package that steadytune requires; any if steadytune has no package metadata."""
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
@@ -173,7 +173,7 @@ def _needed(name: str) -> Any:
 
 
 def _installed() -> bool:
-    """Whether there is package metadata: a bare source tree has none."""
+    """Whether steadytune has package metadata; a bare source tree has none."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         return bool(metadata.version("steadytune"))
     return False
@@ -210,7 +210,7 @@ def _bf16(layer: Any, device: str) -> Check:
     with torch.autocast(device, torch.bfloat16):
         works = layer(torch.ones(1, 4, device=device)).dtype == torch.bfloat16
     if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return Check("bf16", True, "emulated, hence slow: leave it off")
+        return Check("bf16", True, "emulated and therefore slow: leave it off")
     speed = f"; CPU capability {torch.backends.cpu.get_cpu_capability()}" if device == "cpu" else ""
     return Check("bf16", works, f"autocast runs{speed}", "train without bf16")
 
@@ -229,7 +229,7 @@ def _fused(layer: Any) -> Check:
 
 
 def hooks() -> list[Check]:
-    """The four hooks of an optimizer that the core uses: each fires when it should."""
+    """Whether the four optimizer hooks that the core uses are called."""
     import torch
 
     fired: list[str] = []
@@ -247,7 +247,7 @@ def hooks() -> list[Check]:
         "pre": ("register_step_pre_hook", "methods would never see a gradient"),
         "post": ("register_step_post_hook", "methods would never see an updated weight"),
         "save": ("register_state_dict_post_hook", "checkpoints would lose the methods' state"),
-        "load": ("register_load_state_dict_pre_hook", "a resumed run would start its methods anew"),
+        "load": ("register_load_state_dict_pre_hook", "a resumed run would start its methods from scratch"),
     }
     return [Check(name, key in fired, "", consequence) for key, (name, consequence) in expected.items()]
 
@@ -256,7 +256,7 @@ def hooks() -> list[Check]:
 
 
 def training() -> list[Check]:
-    """Two steps of DPSDense with a checkpoint, the second one again from the checkpoint, and one of accumulation."""
+    """Train two steps of DPSDense with a checkpoint, repeat the second from it, and train one with accumulation."""
     calls: set[str] = set()
     with tempfile.TemporaryDirectory() as folder, _silence():
         first = _trainer(Path(folder, "first"), calls)
@@ -275,7 +275,7 @@ def training() -> list[Check]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """No bars, tables or warnings of the trainings."""
+    """Silence bars, tables and warnings of the trainings."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -293,7 +293,7 @@ def _silence() -> Iterator[None]:
 
 
 def _trainer(folder: Path, calls: set[str]) -> Trainer:
-    """DPSDense with one step of each stage, half of the entries frozen in the second; notes what is called."""
+    """Trainer of DPSDense with one step in each stage and half of the entries frozen; it notes the methods called."""
     from .methods import DPSDense
     from .trainer import Trainer
 
@@ -341,13 +341,13 @@ def _arguments(folder: Path, **more: Any) -> Any:
         report_to=[],
         dataloader_pin_memory=False,
         disable_tqdm=True,
-        use_cpu=torch.cuda.device_count() > 1,  # several devices in one process are refused
+        use_cpu=torch.cuda.device_count() > 1,  # DataParallel over several devices is refused
         **given,
     )
 
 
 def _half_moved(trainer: Trainer, checkpoint: Path) -> Check:
-    """In stage II exactly the selected half of each linear weight moves."""
+    """Check that exactly the selected half of each linear weight moves in stage II."""
     from safetensors.torch import load_file
 
     assert trainer.run is not None
@@ -362,11 +362,11 @@ def _half_moved(trainer: Trainer, checkpoint: Path) -> Check:
 def _resumed(first: Trainer, again: Trainer) -> Check:
     apart = _apart(first, again)
     found = f"with and without interruption differ by {apart:.1g}"
-    return Check("resume", apart < 1e-6, found, "a resumed run becomes another one")
+    return Check("resume", apart < 1e-6, found, "a resumed run differs from an uninterrupted one")
 
 
 def _accumulated(folder: Path) -> Check:
-    """One step of 4 rows must be one step of 2 x 2 rows."""
+    """Check that one step of 4 rows equals one step of 2 x 2 rows."""
     from .trainer import Trainer
 
     trainers = []
@@ -382,7 +382,7 @@ def _accumulated(folder: Path) -> Check:
 
 
 def _drawn_anew(checkpoint: Path) -> Check:
-    """Loaded weights carry a flag for which transformers leaves them alone, which ReInit clears."""
+    """Check that ReInit clears the flag which makes transformers skip loaded weights."""
     from transformers import BertForSequenceClassification
 
     from .core import Run
@@ -393,7 +393,7 @@ def _drawn_anew(checkpoint: Path) -> Check:
         Run(BertForSequenceClassification.from_pretrained(checkpoint), [ReInit()])
     except (ValueError, AttributeError) as error:
         found = str(error)
-    return Check("_init_weights", not found, found, "layers could not be drawn anew")
+    return Check("_init_weights", not found, found, "ReInit could not reset layers")
 
 
 def _apart(one: Trainer, other: Trainer) -> float:

@@ -1,4 +1,4 @@
-"""The equations, stateless: tensors in, tensors out. Nothing here knows of models, optimizers or steps."""
+"""Equations as pure functions of tensors, independent of models, optimizers and training steps."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from torch import Tensor
 
 
 def mix(anchor: Tensor, value: Tensor, mask: Tensor, keep: float, *, out: Tensor | None = None) -> Tensor:
-    """``anchor + mask * (value - anchor) / keep``: equal to ``value`` in expectation when ``mask`` is Bernoulli(keep).
+    """``anchor + mask * (value - anchor) / keep``; its expectation is ``value`` for a Bernoulli(keep) mask.
 
     Args:
-        anchor: Any shape.
-        value: Like ``anchor``.
+        anchor: Tensor of any shape.
+        value: Tensor of the same shape.
         mask: 0/1, boolean or floating point, broadcastable to ``anchor``.
-        keep: In [0, 1]; 0 gives ``anchor``.
-        out: Written in place when given; may be ``value`` itself.
+        keep: Probability in [0, 1]; 0 gives ``anchor``.
+        out: Tensor to write the result into; it may be ``value``.
     """
     weight = rescaled(mask, keep, value.dtype).expand_as(value)
     return torch.lerp(anchor, value, weight, out=out)
 
 
 def product(factors: Sequence[Tensor]) -> Any:
-    """Of factors that broadcast to each other; 1 of none."""
+    """Product of factors that broadcast to each other; 1 without factors."""
     return functools.reduce(operator.mul, factors, 1.0)
 
 
 def mixture(factors: Sequence[Tensor], value: Tensor, reference: Tensor, *, convex: bool) -> Tensor:
-    """``a * value + (1 - a) * reference``; not ``convex``: ``a * value + (1 - a1)(1 - a2)... * reference``.
+    """``a * value + (1 - a) * reference`` if convex, else ``a * value + (1 - a1)(1 - a2)... * reference``.
 
     Args:
-        factors: A1, a2 ..., whose product is a; each broadcasts to the weight.
-        value: Any shape.
+        factors: The factors a1, a2, ... of a; each broadcasts to the weight.
+        value: Tensor of any shape.
         reference: Tensor of the same shape.
-        convex: Which of the two.
+        convex: Whether both shares add up to 1.
     """
     if convex:
         return torch.lerp(reference, value, product(factors))
@@ -48,7 +48,7 @@ def mixture(factors: Sequence[Tensor], value: Tensor, reference: Tensor, *, conv
 def contraction(
     factors: Sequence[Tensor], gradient: Tensor, value: Tensor, reference: Tensor, *, convex: bool
 ) -> list[Tensor]:
-    """Gradient of each factor, of its shape, from the gradient of `mixture`; other arguments as there."""
+    """Gradient of each factor, in its shape, from the gradient of `mixture` with the same arguments."""
     found = _by_others(factors, gradient * (value - reference if convex else value))
     if convex:
         return found
@@ -56,25 +56,25 @@ def contraction(
 
 
 def _by_others(factors: Sequence[Tensor], own: Tensor) -> list[Tensor]:
-    """For each factor, of its shape: the sum of ``own`` times all other factors."""
+    """For each factor, in its shape: the sum of ``own`` times all other factors."""
     if own.dim() == 2 and [f.shape for f in factors] == [(own.shape[0], 1), (1, own.shape[1])]:
         column, row = factors
-        return [own @ row.mT, column.mT @ own]  # five times as fast as sums of products
+        return [own @ row.mT, column.mT @ own]  # five times faster than sums of products
     others = ([*factors[:i], *factors[i + 1 :]] for i in range(len(factors)))
     return [(own * product(rest)).sum_to_size(f.shape) for f, rest in zip(factors, others, strict=True)]
 
 
 def rescaled(mask: Tensor, keep: float, dtype: torch.dtype) -> Tensor:
-    """``mask / keep`` in ``dtype``, zeros when ``keep`` is 0: the factor of `mix` and of its chain rule."""
+    """``mask / keep`` in ``dtype``, zeros if ``keep`` is 0; the factor in `mix` and in its chain rule."""
     return mask.to(dtype, copy=True).mul_(1 / keep if keep else 0.0)
 
 
 def warmed_cosine(done: float, warmup: float) -> float:
-    """A rate that rises from 0 to 1 over the share ``warmup`` of a training and falls back along half a cosine.
+    """Rate that rises linearly from 0 to 1 during the warm-up, then falls to 0 along half a cosine.
 
     Args:
-        done: Share of the training that is over, in [0, 1].
-        warmup: In [0, 1).
+        done: Share of the training that is done, in [0, 1].
+        warmup: Share of the training with a rising rate, in [0, 1).
     """
     return done / warmup if done < warmup else (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
 
@@ -97,7 +97,7 @@ def jeffreys(a: Tensor, b: Tensor) -> Tensor:
 
 
 def jeffreys_to_constants(a: Tensor, b: Tensor) -> Tensor:
-    """The value of `jeffreys`, but each divergence sends its gradient into its second argument only."""
+    """`jeffreys`, but the gradient of each divergence flows into its second argument only."""
     return kl(a.detach(), b) + kl(b.detach(), a)
 
 
@@ -122,7 +122,7 @@ def gaussian_kl(mean: Tensor, spread: Tensor, prior_mean: Tensor, prior_spread: 
 def odds_gap(a: Tensor, b: Tensor, floor: float = 1e-6) -> Tensor:
     """``2 * sum of p_a * (log odds of p_a - log odds of p_b)``, (..., classes) -> (...).
 
-    Odds are constants: gradient flows through p_a only. No divergence: it may be negative.
+    Log odds are constants, so the gradient flows through p_a only. It is not a divergence and may be negative.
     """
     p, q = a.softmax(-1), b.softmax(-1)
     gap = (1 / (q + floor) - 1 + floor).log() - (1 / (p + floor) - 1 + floor).log()
@@ -135,14 +135,14 @@ def stage_length(total_steps: int, update_ratio: float) -> int:
 
 
 def selecting(index: int, stage: int) -> bool:
-    """Whether 0-based step ``index`` lies in a stage II (subnetwork) of DPS with stages of ``stage`` steps."""
+    """Whether step ``index``, counted from 0, is in a stage II (subnetwork) of DPS with stages of ``stage`` steps."""
     return (index // stage) % 2 == 1
 
 
 def anneal(t: float, t0: float, k: float, schedule: str) -> float:
     """RecAdam's weight of the task at step ``t``: ``"sigmoid"``, 1 / (1 + exp(-k (t - t0))), or ``"linear"``, t / t0.
 
-    Linear stops at 1; k belongs to the sigmoid only.
+    The linear schedule stays at 1 from t0 on, and does not use k.
     """
     if schedule == "linear":
         return min(1.0, t / t0) if t0 else 1.0
@@ -150,12 +150,12 @@ def anneal(t: float, t0: float, k: float, schedule: str) -> float:
 
 
 def frequency_score(squares: Tensor, frequency: Tensor, stage: int, *, penalty: bool) -> Tensor:
-    """DPS Mix's score: mean squared gradient over the draws, optionally damped by ``exp(-frequency / stage)``.
+    """Score of DPS Mix: mean squared gradient over the draws, optionally times ``exp(-frequency / stage)``.
 
     Args:
-        squares: Accumulated squared gradients.
-        frequency: How often each entry was drawn, broadcastable to ``squares``; 0 counts as 1.
-        stage: Steps of the stage.
+        squares: Sum of squared gradients.
+        frequency: Number of draws of each entry, broadcastable to ``squares``; 0 counts as 1.
+        stage: Number of steps of the stage.
         penalty: Whether to multiply by the frequency penalty.
     """
     frequency = frequency.clamp(min=1).to(squares.dtype)

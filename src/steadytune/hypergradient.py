@@ -1,4 +1,4 @@
-"""Hypergradients: how the loss on other rows changes with what steers the training. Tensors in, tensors out.
+"""Hypergradients: gradients of a loss on held-out rows with respect to variables of the training. Functions of tensors.
 
 Inner loss L1(W, a), outer loss L2(W, a), v = dL2/dW at the trained W, H the Hessian of L1 in W:
 
@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Tensors = Sequence[Tensor]
-Loss = Callable[[Tensors, Tensors], Tensor]  # of weights and outer variables
-TINY = 1e-30  # of a quotient
-BLOCK = 2**16  # entries
+Loss = Callable[[Tensors, Tensors], Tensor]  # (weights, outer variables) -> loss
+TINY = 1e-30  # added to denominators that may be 0
+BLOCK = 2**16  # number of entries that are computed at once
 
 
 # ---------------------------------------------------------------- differences of gradients
@@ -41,10 +41,10 @@ def difference(gradient: Callable[[Tensor], Tensors], direction: Tensors, *, rad
     """Derivative of a gradient along a direction: ``(g(t) - g(-t)) / 2t`` with ``t = radius / ||direction||``.
 
     Args:
-        gradient: What some gradient is at the weights plus its argument (0-d) times the direction; the same function
-            both times, so under one dropout draw, or its noise is divided by t. See `moved`.
-        direction: Tensors of the weights' shapes; its length is that of all of them together.
-        radius: Length of either move, above 0; the error grows with its square.
+        gradient: Function t -> gradient at ``weights + t * direction``, with t a 0-d tensor; see `moved`. Both calls
+            must use the same dropout mask, because the difference of two masks would be divided by t.
+        direction: Tensors of the weights' shapes. ``||direction||`` is the norm of all of them as one vector.
+        radius: Length of each move, above 0; the error grows with its square.
     """
     t = radius / length(direction).clamp(min=TINY)
     return list(torch._foreach_div(torch._foreach_sub(list(gradient(t)), list(gradient(-t))), 2 * t))
@@ -52,7 +52,7 @@ def difference(gradient: Callable[[Tensor], Tensors], direction: Tensors, *, rad
 
 @contextlib.contextmanager
 def moved(weights: Tensors, direction: Tensors, by: Tensor | float) -> Iterator[None]:
-    """``weights + by * direction`` inside, in place; afterwards they are bit for bit what they were.
+    """Set weights to ``weights + by * direction``, in place; restore them bit for bit at the end.
 
     Raises:
         ValueError: Weights below float32.
@@ -67,10 +67,10 @@ def moved(weights: Tensors, direction: Tensors, by: Tensor | float) -> Iterator[
 
 
 def check_masters(weights: Tensors) -> None:
-    """Raise for weights below float32: moves along a direction are smaller than their last digit.
+    """Raise for weights below float32, because moves along a direction would be rounded away.
 
     Raises:
-        ValueError: Such weights.
+        ValueError: A weight has less precision than float32.
     """
     for w in weights:
         if w.dtype not in (torch.float32, torch.float64):
@@ -88,9 +88,9 @@ def neumann(product: Callable[[Tensors], Tensors], vector: Tensors, *, step: flo
 
     Args:
         product: ``H p`` for any p.
-        vector: V, a list of tensors.
-        step: Above 0, and below 2 divided by the largest eigenvalue of H, or the sum diverges.
-        terms: At least 1.
+        vector: The vector, as a list of tensors.
+        step: Step size, above 0. The sum diverges from 2 / (largest eigenvalue of H) on.
+        terms: Number of terms, at least 1.
     """
     term = list(torch._foreach_mul(list(vector), step))
     total = list(term)
@@ -103,15 +103,15 @@ def neumann(product: Callable[[Tensors], Tensors], vector: Tensors, *, step: flo
 def conjugate_gradient(
     product: Callable[[Tensors], Tensors], vector: Tensors, *, iterations: int, damping: float = 0.0
 ) -> list[Tensor]:
-    """The p that solves ``(H + damping I) p = vector``, as far as ``iterations`` go.
+    """Approximate solution p of ``(H + damping I) p = vector`` after at most ``iterations`` iterations.
 
-    What has converged stays, and so does the last p before a direction of negative curvature, where H has no minimum.
+    It stops when it has converged. It also stops at a direction of negative curvature, and returns the p before it.
 
     Args:
         product: ``H p`` for any p; H symmetric.
-        vector: A list of tensors.
-        iterations: At most; each takes one product.
-        damping: At least 0.
+        vector: The right-hand side, as a list of tensors.
+        iterations: Largest number of iterations, each with one product.
+        damping: Damping, at least 0.
     """
     solution = [torch.zeros_like(v) for v in vector]
     residual, direction = list(vector), list(vector)
@@ -150,20 +150,20 @@ def length(tensors: Tensors) -> Tensor:
 def slope(
     group: Mapping[str, Any], state: Mapping[str, Any], gradient: Tensor, *, out: Tensor | None = None
 ) -> Tensor | float:
-    """How far the optimizer's last update of a parameter moves with the gradient it took, entry by entry.
+    """Derivative of the optimizer's last update of a parameter with respect to its gradient, entry by entry.
 
     ``W' = W - update``, ``slope = d update / d gradient``: the learning rate for SGD; for Adam and AdamW, with r the
     root of the corrected second moment and m the corrected first,
 
         lr * ((1 - b1) / (1 - b1^t) / (r + eps) - m * (1 - b2) / (1 - b2^t) * g / (r * (r + eps)^2))
 
-    Entries that never had a gradient get 0: Adam's slope there, lr / eps, tells of its eps only.
+    Entries that never had a gradient get 0, because Adam's slope there, lr / eps, depends on its eps alone.
 
     Args:
-        group: Group of the optimizer, one that `check_slope` admits.
-        state: State of the parameter, after the step.
+        group: Parameter group of an optimizer that `check_slope` admits.
+        state: Optimizer state of the parameter after the step.
         gradient: Gradient of that step.
-        out: Where a tensor is to lie; ``gradient`` itself will do.
+        out: Tensor to write the slope into; it may be ``gradient``.
     """
     if "betas" not in group:
         return group["lr"] * (1 + group["momentum"] if group["nesterov"] else 1)
@@ -179,7 +179,7 @@ def slope(
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of some rows of each at a time, on a CPU: what is worked out of them entry by entry stays in its cache."""
+    """Yield the tensors in views of a few rows on a CPU, so that computations entry by entry stay in its cache."""
     like = tensors[0]
     if like.device.type != "cpu" or like.dim() == 0 or not like.numel():
         return iter([tensors])
@@ -188,15 +188,15 @@ def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def preconditioner(group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor | float:
-    """How far the optimizer goes in the end for a gradient, per learning rate, entry by entry.
+    """Total move of the optimizer for a gradient, in units of the learning rate, entry by entry.
 
-    Other than `slope` it counts later steps too, through which momentum spreads the gradient, and holds second moments
-    where they are: ``1 / (1 - momentum)`` for SGD, ``1 / (r + eps)`` for Adam and AdamW. Entries that never had a
-    gradient get 0.
+    Unlike `slope`, it includes the later steps over which momentum spreads a gradient, and takes second moments as
+    constants: ``1 / (1 - momentum)`` for SGD, ``1 / (r + eps)`` for Adam and AdamW. Entries that never had a gradient
+    get 0.
 
     Args:
-        group: Group of the optimizer, one that `check_slope` admits.
-        state: State of the parameter, after a step.
+        group: Parameter group of an optimizer that `check_slope` admits.
+        state: Optimizer state of the parameter after a step.
     """
     if "betas" not in group:
         return 1 / (1 - group["momentum"])
@@ -205,15 +205,15 @@ def preconditioner(group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor
 
 
 def corrected_root(group: Mapping[str, Any], step: Tensor, second: Tensor) -> Tensor:
-    """r: root of Adam's bias-corrected second moment."""
+    """r, the root of Adam's bias-corrected second moment."""
     return (second / (1 - group["betas"][1] ** step.to(second.device))).sqrt_()
 
 
 def check_slope(optimizer: torch.optim.Optimizer) -> None:
-    """Raise for an optimizer whose `slope` is not known.
+    """Raise for an optimizer whose `slope` is unknown.
 
     Raises:
-        ValueError: None of SGD, Adam, AdamW, or a setting of them that has another slope.
+        ValueError: The optimizer is not SGD, Adam or AdamW, or has a setting that changes the slope.
     """
     name, groups = type(optimizer).__name__, optimizer.param_groups
     if not isinstance(optimizer, (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)):
@@ -235,7 +235,7 @@ class Update(Protocol):
     """A differentiable optimizer: new weights and state from weights, gradients and state."""
 
     def start(self, weights: Tensors) -> Any:
-        """The state before the first step."""
+        """State before the first step."""
 
     def __call__(self, weights: Tensors, gradients: Tensors, state: Any) -> tuple[list[Tensor], Any]:
         """One step."""
@@ -243,14 +243,14 @@ class Update(Protocol):
 
 @dataclass(frozen=True)
 class SGD:
-    """``u <- momentum * u + g + weight_decay * W; W <- W - lr * u``, as `torch.optim.SGD`."""
+    """``u <- momentum * u + g + weight_decay * W; W <- W - lr * u``, as in `torch.optim.SGD`."""
 
     lr: float
     momentum: float = 0.0
     weight_decay: float = 0.0
 
     def start(self, weights: Tensors) -> list[Tensor]:
-        """Zeros."""
+        """Momentum buffers of zeros."""
         return [torch.zeros_like(w) for w in weights]
 
     def __call__(self, weights: Tensors, gradients: Tensors, state: Tensors) -> tuple[list[Tensor], list[Tensor]]:
@@ -262,7 +262,7 @@ class SGD:
 
 @dataclass(frozen=True)
 class AdamW:
-    """Bias-corrected Adam, its decay decoupled, as `torch.optim.AdamW`; with ``weight_decay = 0`` it is Adam."""
+    """Adam with bias correction and decoupled decay, as in `torch.optim.AdamW`; Adam if ``weight_decay = 0``."""
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
@@ -270,7 +270,7 @@ class AdamW:
     weight_decay: float = 0.0
 
     def start(self, weights: Tensors) -> tuple[int, list[Tensor], list[Tensor]]:
-        """Steps taken, first and second moments."""
+        """Number of steps, first and second moments."""
         return 0, [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
 
     def __call__(
@@ -288,7 +288,7 @@ class AdamW:
 
 
 def _root(x: Tensor) -> Tensor:
-    """Square root whose derivative at 0 is 0, where autograd's is infinite: NaN for weights without a gradient."""
+    """Square root with derivative 0 at 0; autograd's is infinite there, and gives NaN without a gradient."""
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
 
@@ -296,22 +296,22 @@ def _root(x: Tensor) -> Tensor:
 def unroll(
     inner: Loss, outer: Loss, weights: Tensors, alphas: Tensors, update: Update, *, steps: int = 1, state: Any = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The exact hypergradient of ``steps`` inner steps: autograd through all of them.
+    """Exact hypergradient of ``steps`` inner steps, by automatic differentiation through all of them.
 
-    Holds ``steps`` graphs with second derivatives, so it is for small models and for checking the others; attention
-    runs in the kernel that has them.
+    It keeps ``steps`` graphs with second derivatives in memory. Use it for small models, and to check the other
+    functions. Attention runs in a kernel that has second derivatives.
 
     Args:
         inner: L1(weights, alphas), a scalar.
         outer: L2(weights, alphas).
-        weights: W at the start.
+        weights: Weights W before the first step.
         alphas: The outer variables.
         update: `SGD` or `AdamW`.
-        steps: K, at least 1.
-        state: State of the update at the start; by default its own.
+        steps: Number of steps K, at least 1.
+        state: State of the update before the first step; by default ``update.start(weights)``.
 
     Returns:
-        DL2(W_K(alphas), alphas)/dalphas, and W_K.
+        The total derivative of ``L2(W_K(alphas), alphas)`` in alphas, and W_K.
     """
     alphas = [a.detach().requires_grad_() for a in alphas]
     weights = [w.detach().requires_grad_() for w in weights]

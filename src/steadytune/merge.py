@@ -1,13 +1,13 @@
-"""Several models in one: pure functions on state dicts.
+"""Merging models: pure functions of state dicts.
 
 Uniform and greedy soup: Wortsman et al., Model soups, ICML 2022, arXiv 2203.05482.
 Interpolation: Wortsman et al., Robust fine-tuning of zero-shot models (WiSE-FT), CVPR 2022, arXiv 2109.01903.
 Its weight chosen on held-out rows: Ilharco et al., Patching open-vocabulary models (PAINT), NeurIPS 2022, 2208.05592.
 Task arithmetic: Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 2212.04089.
 
-Models must share their beginning: the pre-trained weights and, where a new head is averaged, its initial values too.
-All functions warn where the weights say that they do not.
-Averages are taken in float64 and given in the dtype of the model; integer buffers are taken over.
+Models must start from the same pre-trained weights, and from the same values of a new head if it is averaged. All
+functions warn if the weights show that they do not.
+Averages are computed in float64 and returned in the dtype of the model; integer buffers are copied.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from torch import Tensor
 
 State = Mapping[str, Tensor]
 ALPHAS = tuple(i / 10 for i in range(11))
-LARGE = 256  # entries from which chance does not turn two matrices of one beginning away from each other
-APART = 0.2  # cosine; fine-tuned matrices of one beginning have 0.9 and more, those drawn apart have 0
+LARGE = 256  # smallest number of entries of a matrix whose cosine is not a matter of chance
+APART = 0.2  # cosine; matrices that started from the same values have 0.9 or more, independent ones about 0
 
 
 def uniform(states: Sequence[State]) -> dict[str, Tensor]:
-    """The mean of each floating-point tensor, summed in float64; other tensors must agree.
+    """Mean of each floating-point tensor, computed in float64; other tensors must be equal.
 
     Args:
-        states: State dicts with the same names and shapes, of models that grew from one initialisation.
+        states: State dicts with the same names and shapes, of models that started from the same weights.
 
     Raises:
-        ValueError: Names or shapes that differ, or integer buffers that do.
+        ValueError: Names, shapes or integer buffers differ.
     """
     _check_alike(states)
     return {name: _mean(name, [state[name] for state in states]) for name in states[0]}
@@ -40,17 +40,17 @@ def uniform(states: Sequence[State]) -> dict[str, Tensor]:
 def greedy(
     states: Sequence[State], score: Callable[[dict[str, Tensor]], float], *, strict: bool = False
 ) -> tuple[dict[str, Tensor], list[int]]:
-    """The greedy soup: from the best model on, each next one is added if the mean with it scores no less.
+    """Greedy soup: starting from the best model, each next one is added if the score of the mean does not fall.
 
     Args:
         states: As for `uniform`.
         score: Function from a state dict to its score on held-out rows; larger is better. Test the soup on other rows.
             With about a hundred rows the choice is mostly noise, and `uniform` is the better soup.
-        strict: A model must raise the score, as in the authors' code; their paper accepts ties, as the default does.
+        strict: Whether a model must raise the score, as in the authors' code. The default accepts ties, as their paper.
 
     Returns:
-        The soup, and which models are in it, in the order of their addition. Models of equal score are tried in the
-        order given.
+        The soup, and the numbers of its models in the order of their addition. Models of equal score are tried in the
+        given order.
     """
     check_same(states)
     alone = [score(dict(state)) for state in states]
@@ -67,18 +67,18 @@ def greedy(
 def interpolate(
     start: State, end: State, alpha: float, *, fisher: tuple[State, State] | None = None, floor: float = 1e-6
 ) -> dict[str, Tensor]:
-    """WiSE-FT: ``(1 - alpha) * start + alpha * end``; what ``start`` lacks (a new head) is taken from ``end``.
+    """WiSE-FT: ``(1 - alpha) * start + alpha * end``; tensors that ``start`` lacks (a new head) come from ``end``.
 
     Args:
-        start: The pre-trained model, which must do the task by itself for ``alpha = 0`` to mean anything.
-        end: The fine-tuned one.
-        alpha: In [0, 1]; 0.5 where nothing is known.
-        fisher: Fisher information of each, by name: weights become ``(1 - alpha) * F_start`` and ``alpha * F_end``,
-            divided by their sum. Names without one count 1.
-        floor: Floor of the Fisher information, above 0.
+        start: State dict of the pre-trained model. ``alpha = 0`` has a meaning only if it can do the task.
+        end: State dict of the fine-tuned model.
+        alpha: Weight of ``end``, in [0, 1]; without other knowledge use 0.5.
+        fisher: Fisher information of both models, by name. The weights are then ``(1 - alpha) * F_start`` and ``alpha *
+            F_end``, divided by their sum. Names without Fisher information count as 1.
+        floor: Smallest value of the Fisher information, above 0.
 
     Raises:
-        ValueError: Names that ``end`` lacks, other shapes, alpha or floor out of range.
+        ValueError: ``end`` lacks a name, shapes differ, or alpha or floor is out of range.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
@@ -98,17 +98,17 @@ def interpolate(
 def paint(
     start: State, end: State, score: Callable[[dict[str, Tensor]], float], alphas: Sequence[float] = ALPHAS
 ) -> tuple[dict[str, Tensor], float]:
-    """PAINT: `interpolate` with the alpha that scores best on held-out rows; the smallest of several.
+    """PAINT: `interpolate` with the alpha that scores best on held-out rows; the smallest one of equals.
 
     Args:
-        start: The pre-trained model.
-        end: The fine-tuned one.
+        start: State dict of the pre-trained model.
+        end: State dict of the fine-tuned model.
         score: Function from a state dict to its score; larger is better. It should cover the new task and those that
             must not be lost.
-        alphas: Those tried; the authors' 0, 0.1, ... 1.
+        alphas: Alphas to try; by default the authors' 0, 0.1, ..., 1.
 
     Returns:
-        The model, and its alpha.
+        State dict of the merged model, and its alpha.
     """
     found = {alpha: score(interpolate(start, end, alpha)) for alpha in sorted(alphas)}
     best = max(found, key=lambda alpha: found[alpha])
@@ -119,7 +119,7 @@ def task_vector(base: State, tuned: State) -> dict[str, Tensor]:
     """``tuned - base`` of each floating-point tensor of both, in float64.
 
     Raises:
-        ValueError: Names of ``base`` that ``tuned`` lacks, or other shapes.
+        ValueError: ``tuned`` lacks a name of ``base``, or shapes differ.
     """
     _check_alike([base, {name: tuned[name] for name in base if name in tuned}])
     return {name: tuned[name].double() - old.double() for name, old in base.items() if old.is_floating_point()}
@@ -129,12 +129,12 @@ def add_vectors(base: State, vectors: Sequence[State], scale: float = 1.0) -> di
     """Task arithmetic: ``base + scale * sum of task vectors``; a negative scale forgets the tasks.
 
     Args:
-        base: The model that the vectors were taken from.
-        vectors: Vectors of `task_vector`; each must have the names of all.
-        scale: 0.3 to 0.5 where several tasks are added.
+        base: State dict of the model that the vectors were computed from.
+        vectors: Results of `task_vector`, all with the same names.
+        scale: Factor of the sum; 0.3 to 0.5 is common for several tasks.
 
     Raises:
-        ValueError: Vectors of different models, or of another than ``base``.
+        ValueError: The vectors are of different models, or not of ``base``.
     """
     check_same(vectors)
     check_same([{name: base[name] for name in vectors[0] if name in base}, vectors[0]])
@@ -146,7 +146,7 @@ def add_vectors(base: State, vectors: Sequence[State], scale: float = 1.0) -> di
 
 
 def check_same(states: Sequence[State]) -> None:
-    """Raise unless all state dicts have the same names and shapes, naming one that differs."""
+    """Raise unless all state dicts have the same names and shapes; the message names one that differs."""
     if not states:
         raise ValueError("there is nothing to merge: give at least one model")
     for other in states[1:]:
@@ -161,7 +161,7 @@ def check_same(states: Sequence[State]) -> None:
 
 
 def _check_alike(states: Sequence[State]) -> None:
-    """Raise as `check_same`, and warn of a matrix that did not begin with the same values in all models."""
+    """Raise as `check_same`; warn if a matrix started from different values in two of the models."""
     check_same(states)
     first, *others = states
     for name, tensor in first.items():
@@ -171,9 +171,9 @@ def _check_alike(states: Sequence[State]) -> None:
             cosine = float(torch.cosine_similarity(tensor.flatten().double(), other[name].flatten().double(), dim=0))
             if cosine < APART and tensor.any() and other[name].any():
                 warnings.warn(
-                    f"the models did not begin alike: {name!r} has a cosine of {cosine:.2f} between two of them (those "
-                    "of one beginning have one near 1), and what lies between such weights is of no use. Fine-tune all "
-                    "from one pre-trained model, with one seed of the head",
+                    f"the models did not start from the same weights: {name!r} has cosine {cosine:.2f} between two "
+                    "of them (near 1 after a common start), so their mean is of no use. Fine-tune all from one "
+                    "pre-trained model, with one seed of the head",
                     stacklevel=3,
                 )
                 return

@@ -1,4 +1,4 @@
-"""Methods and procedures as text, as in `dps_dense:keep=0.7`: one parser for Python, command line and studies."""
+"""Methods and procedures as text, such as `dps_dense:keep=0.7`: one parser for Python, command line and studies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def as_methods(given: Any, registry: Mapping[str, type[Any]]) -> list[Any]:
     """A list of methods from one or several, each an instance or its name with options.
 
     Raises:
-        UsageError: An unknown name or option, or a value that the option does not take.
+        UsageError: A name or option is unknown, or a value is not of the option's type or range.
     """
     listed = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     return [parse_method(method, registry) if isinstance(method, str) else method for method in listed]
@@ -52,9 +52,9 @@ def parse_method(text: str, registry: Mapping[str, type[Any]], what: str = "meth
 
 
 def convert(text: str, hint: Any) -> Any:
-    """The value that `text` means for a field of this type; ValueError when it means none.
+    """Convert text to a value of this type; raise ValueError if it has none.
 
-    Options that are several numbers are written with slashes: `proximal=1/0.99`.
+    An option of several numbers is written with slashes: `proximal=1/0.99`.
     """
     options = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Annotated:
@@ -62,7 +62,9 @@ def convert(text: str, hint: Any) -> Any:
     if typing.get_origin(hint) is Literal:
         return {str(option): option for option in options}[text] if text in map(str, options) else _no_value()
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        for option in sorted(options, key=lambda option: option is str):  # text takes what nothing else wants
+        for option in sorted(
+            options, key=lambda option: option is str
+        ):  # str comes last because every text would match it
             with contextlib.suppress(ValueError):
                 return convert(text, option)
         return _no_value()

@@ -1,7 +1,7 @@
-"""Benchmark tasks as data: where their files are, which columns they have, how their labels relate. No torch here.
+"""Benchmark tasks: their files, columns, and the relations between their labels. No torch here.
 
-A data root holds one folder per set and in it one Parquet file per split, as `sst2/train.parquet`. The label column of
-a file holds numbers; label n is the n-th name listed here, counted from 0.
+A data root has one folder for each set, with one Parquet file for each split, such as `sst2/train.parquet`. The label
+column of a file has numbers; number n stands for the n-th name listed here, counted from 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .errors import UsageError, suggest
 
 NLI3 = ("entailment", "neutral", "contradiction")
 NLI2 = ("entailment", "not_entailment")
-MONOTONE = ("entailment", "neutral")  # sets where contradiction never occurs: neutral means 'not entailed'
+MONOTONE = ("entailment", "neutral")  # sets without contradiction: neutral means 'not entailed'
 SENTIMENT = ("negative", "positive")
 PARAPHRASE = ("not_equivalent", "equivalent")
 DUPLICATE = ("not_duplicate", "duplicate")
@@ -25,11 +25,11 @@ DUPLICATE = ("not_duplicate", "duplicate")
 ONE, TWO = ("sentence",), ("sentence1", "sentence2")
 PREMISE, QUESTIONS = ("premise", "hypothesis"), ("question1", "question2")
 
-# set, or set/split where a split differs: (text columns, label names in the order of their numbers)
+# (text columns, label names in the order of their numbers) of a set, or of set/split if a split differs
 COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cola": (ONE, ("unacceptable", "acceptable")),
     "sst2": (ONE, SENTIMENT),
-    "imdb": (ONE, SENTIMENT[::-1]),  # numbered the other way round in the file, whatever its description says
+    "imdb": (ONE, SENTIMENT[::-1]),  # the file's numbers are reversed, unlike its description
     "imdb_counterfactual": (ONE, SENTIMENT),
     "yelp": (ONE, SENTIMENT),
     "amazon": (ONE, SENTIMENT),
@@ -54,8 +54,8 @@ COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "advglue/mnli_mismatched": (PREMISE, NLI3),
 }
 
-# (trained on, scored on) -> names that are made coarser in predictions and gold labels alike. A model of three classes
-# is scored on two by taking the arg-max over three first, as HANS does.
+# (labels trained on, labels scored on) -> coarser names, for predictions and gold labels. A model of three classes is
+# scored on two by taking the argmax over three first, as HANS does.
 _TO_TWO = {"neutral": "not_entailment", "contradiction": "not_entailment"}
 MERGES: dict[tuple[frozenset[str], frozenset[str]], dict[str, str]] = {
     (frozenset(NLI3), frozenset(NLI2)): _TO_TWO,
@@ -69,7 +69,7 @@ MERGES: dict[tuple[frozenset[str], frozenset[str]], dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Task:
-    """One training set and what it is tested on.
+    """A training set and its test sets.
 
     Attributes:
         name: Name of the task and of the folder of its training set.
@@ -95,7 +95,7 @@ class Task:
 
     @property
     def problem(self) -> Problem:
-        """What the task asks for."""
+        """The problem of the task's kind."""
         return Classification(self.labels) if self.labels else Regression()
 
 
@@ -129,7 +129,8 @@ TASKS = {
 }  # fmt: skip
 
 
-# Benchmark sets that well-known models had seen before, by a part of their name: set -> how. From their model cards.
+# Benchmark sets in the training data of well-known models, by a part of the model's name: set -> how. The source is
+# their model cards.
 _ALL_MODELS = {
     "snli": "trained on it",
     "mnli": "trained on it",
@@ -150,13 +151,13 @@ SEEN = {
 
 
 def seen_by(names: Sequence[str], task: Task, beyond: bool, also: Sequence[str] = ()) -> tuple[str, ...]:
-    """The sets of a task that a model had seen before, as `set: how`. Its scores on them are no fair test.
+    """Sets of a task that a model was trained on before, as `set: how`. Its scores on them are not a fair test.
 
     Args:
-        names: Names of the model, its path among them.
+        names: Names of the model, including its path.
         task: Task that the model is trained on.
         beyond: Whether the out-of-domain sets are used.
-        also: Sets that the model has seen beside those known of models of these names.
+        also: Further sets that the model was trained on.
     """
     told = dict.fromkeys(also, "said to be seen")
     known = [about for part, about in SEEN.items() if any(part in name.lower() for name in names)]
@@ -166,10 +167,10 @@ def seen_by(names: Sequence[str], task: Task, beyond: bool, also: Sequence[str] 
 
 
 def find(name: str) -> Task:
-    """The task of that name.
+    """Return a task by name.
 
     Raises:
-        UsageError: There is none; the message has the nearest name.
+        UsageError: There is no task of that name; the message has the nearest one.
     """
     if name not in TASKS:
         raise UsageError(f"unknown task {name!r}.{suggest(name, TASKS)}")
@@ -177,7 +178,7 @@ def find(name: str) -> Task:
 
 
 def merge_rule(trained: Sequence[str], scored: Sequence[str]) -> Mapping[str, str]:
-    """Label -> coarser label, for a model that was trained on one label scheme and is scored on another."""
+    """Coarser label of each label, for a model that is scored on another label scheme than it was trained on."""
     if set(trained) == set(scored):
         return {}
     return MERGES[frozenset(trained), frozenset(scored)]
@@ -191,7 +192,7 @@ class SetFile:
         path: Path of the file in the data root.
         text: The text column, or two for pairs.
         label: The label column.
-        labels: Name of label 0, 1, ...; none if the labels are numbers to predict.
+        labels: Names of labels 0, 1, ...; empty if the labels are numbers to predict.
     """
 
     path: str
@@ -201,7 +202,7 @@ class SetFile:
 
 
 def set_file(name: str) -> SetFile:
-    """What is known of `set/split`, or of `set/split:label_column`, where another column holds numbers to predict."""
+    """Columns and labels of `set/split`, or of `set/split:label_column` if another column has numbers to predict."""
     file, _, column = name.partition(":")
     text, labels = COLUMNS.get(file) or COLUMNS[file.partition("/")[0]]
     return SetFile(f"{file}.parquet", text, column or "label", () if column else labels)

@@ -172,7 +172,7 @@ def test_studies_that_were_published_still_mean_what_their_records_say():
         ("recipes:\n  x: {}\n  y: {methods: [mixoud]}", "line 3: unknown method 'mixoud'. Did you mean 'mixout'"),
         ("recipes:\n  x: {methods: [3]}", "line 2: recipe 'x': methods must be text, got 3: put it in quotes."),
         ("recipes:\n  1: {}", "line 1: recipes has the key 1, and keys must be text: put it in quotes."),
-        ("recipes:\n  x: {}\n  x: {}", "line 3: 'x' was given in line 2 already."),
+        ("recipes:\n  x: {}\n  x: {}", "line 3: 'x' is also given in line 2"),
         ("keep_models: 1", "line 1: keep_models must be true or false, got 1."),
         ("test_rows: 0.5", "line 1: test_rows must be a whole number from 1 on, got 0.5."),
         ("imbalance: .nan", "line 1: imbalance must be a share from 0 to 1, got nan."),

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def method_record(method: Method) -> dict[str, Any]:
-    """Name and options of a method, ready for JSON, which has no infinity: that becomes text.
+    """Name and options of a method, ready for JSON. Infinity becomes text, because JSON has no such number.
 
-    Options that were added later (`Method.implied`) are left out where they mean what older records mean, so that the
-    ids of old studies stay valid.
+    Options that were added later (`Method.implied`) are left out if their value is what older records imply, so that
+    the ids of old studies stay valid.
     """
     from ..core.method import entry
     from ..methods import METHODS
