@@ -339,6 +339,11 @@ MODELS = {
         transformers.LlamaForSequenceClassification,
         {**TINY, "attention_dropout": 0.1, "bos_token_id": 1, "eos_token_id": 2},
     ),
+    "longformer": (  # pads its inputs to a multiple of the window
+        transformers.LongformerConfig,
+        transformers.LongformerForSequenceClassification,
+        {**TINY, "attention_window": 8, "sep_token_id": 2},
+    ),
     "t5": (
         transformers.T5Config,
         transformers.T5ForConditionalGeneration,

@@ -114,7 +114,10 @@ def input_embedding(model: nn.Module) -> nn.Module:
         raise ValueError(f"{name} contains {len(owners)} transformers models ({found}): pass one of them")
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     if owners:
-        chosen: nn.Module = owners[0].get_input_embeddings()
+        try:
+            chosen: nn.Module = owners[0].get_input_embeddings()
+        except NotImplementedError as error:  # CANINE hashes characters into several tables
+            raise ValueError(f"{name} has no token embedding: get_input_embeddings() is not implemented") from error
         inner = set(chosen.modules())
         # BART and T5 answer with `shared`, which holds the table but is never called: its first twin is the encoder's.
         twins = [m for m in tables if m.weight is getattr(chosen, "weight", None) and m not in inner]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -41,6 +42,23 @@ def check_lengths(model: Any, name: str) -> None:
                 f"{name} compares hidden states token by token, and {config.peft_type.value} puts vectors before the "
                 "tokens of the batch: use prefix tuning or LoRA, or R3F or SMART"
             )
+
+
+def check_layout(model: Any, what: str) -> None:
+    """Raise for a model whose modules have the batch second (XLNet), on behalf of ``what`` is done by axis."""
+    if getattr(getattr(model, "config", None), "model_type", None) == "xlnet":
+        raise UsageError(f"{what} needs outputs of shape (batch, length, width), XLNet's have the batch second")
+
+
+def check_hidden_states(model: Any, name: str) -> None:
+    """Raise for a model that cannot be asked for its hidden states, on behalf of the method ``name``."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    parameters = inspect.signature(inner.forward).parameters
+    if "output_hidden_states" not in parameters and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+        raise UsageError(
+            f"{name} compares hidden states, and {type(inner).__name__}.forward() does not take output_hidden_states: "
+            "let it take output_hidden_states=True and return 'hidden_states', or use R3F or SMART"
+        )
 
 
 def check_model(model: nn.Module) -> None:

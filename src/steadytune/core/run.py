@@ -44,7 +44,7 @@ from .checks import (
     has_stepped,
 )
 from .method import WEIGHT_VERBS, M, Method, Scope, Weight, acts_on_weights, entry, overrides, select
-from .step import Compute, Inputs, LossRule, MicroBatch, Passes, Step, added, default_compute, eager, repeated
+from .step import Compute, Inputs, LossRule, MicroBatch, Passes, Step, added, default_compute, eager, one_row, repeated
 from .views import References, Views
 from .watch import FiniteGradients, RateRatios, Watch, renormalised
 
@@ -504,10 +504,16 @@ class Run:
             model: the wrapper by default; ``run.model`` for a gradient that is not averaged over ranks.
             copies: how often the batch passes in the one forward, each under a dropout draw of its own; the outputs
                 are those of all copies, one after the other.
+
+        Raises:
+            UsageError: several copies of one row, for a model that takes one row at a time.
         """
         self.counted.add(copies, copies if torch.is_grad_enabled() else 0)
-        given = repeated(inputs, copies) if copies > 1 else inputs
-        return self._rule.compute(self.wrapper if model is None else model, given, copies)
+        model = self.wrapper if model is None else model
+        if copies == 1:
+            return self._rule.compute(model, inputs, copies)
+        with one_row(self.model, inputs):
+            return self._rule.compute(model, repeated(inputs, copies), copies)
 
     def enter(self) -> None:
         """Begin a step: live E -> R, then the forward view. A loop that calls the model itself calls this first.

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..errors import UsageError, one_line
 from ..functional import symmetric_kl
 from . import shards
 from .anatomy import input_embedding
+from .checks import check_layout
 from .randomness import RandomState
 
 if TYPE_CHECKING:
@@ -247,11 +249,26 @@ class Step:
 
     # ------------------------------------------------------------------ noise
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(batch, length) as the token embedding sees it: several texts a row (multiple choice) are rows of their own.
+
+        Raises:
+            UsageError: inputs without ``input_ids``.
+        """
+        ids = self.inputs.get("input_ids")
+        if not isinstance(ids, Tensor):
+            raise UsageError(
+                f"noise on tokens needs input_ids, which this batch lacks (it holds {', '.join(self.inputs)}): give "
+                "the model input_ids, or leave out methods that add noise"
+            )
+        batch, length = ids.flatten(0, -2).shape
+        return batch, length
+
     def zeros(self, width: int) -> Tensor:
         """No noise for every token, (batch, length, width), at least float32."""
         p = next(self.run.model.parameters())
-        shape = (*self.inputs["input_ids"].shape, width)
-        return torch.zeros(shape, device=p.device, dtype=torch.promote_types(p.dtype, torch.float32))
+        return torch.zeros((*self.shape, width), device=p.device, dtype=torch.promote_types(p.dtype, torch.float32))
 
     def draw(
         self, method: Method, width: int, kind: Literal["normal", "uniform"] = "normal", *, copy: int = 0
@@ -270,8 +287,10 @@ class Step:
     @property
     def real(self) -> Tensor | None:
         """(batch, length), false at padding; None when the inputs do not tell."""
-        mask = self.inputs.get("attention_mask")
-        return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        mask, ids = self.inputs.get("attention_mask"), self.inputs.get("input_ids")
+        if not isinstance(mask, Tensor) or mask.dim() != (2 if ids is None else ids.dim()):
+            return None
+        return mask.flatten(0, -2).bool()
 
     def unpadded(self, values: Tensor) -> Tensor:
         """(batch, length, width) values with zeros at padding."""
@@ -283,21 +302,15 @@ class Step:
 
     # ------------------------------------------------------------------ what a penalty compares, and its mean
 
+    def logits(self, outputs: Any, method: Method) -> Tensor:
+        """The predictions in a model's outputs of this batch, classes last: what ``method`` compares; `logits_of`."""
+        return logits_of(outputs, self.inputs, method)
+
     def distances(
         self, first: Tensor, second: Tensor, divergence: Callable[[Tensor, Tensor], Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        """How far two sets of logits of this batch lie apart, per example, or per token with a mask of labelled ones.
-
-        One output (regression) is compared by its squared difference, more of them by ``divergence``. At least float32.
-        """
-        first, second = full(first), full(second)
-        labels = self.inputs.get("labels")
-        if first.size(-1) == 1:
-            return (first - second).square().squeeze(-1), None
-        if first.dim() == 2 or labels is None or labels.dim() < 2 or labels.is_floating_point():
-            return divergence(first, second), None
-        first, second, labels = aligned(self.model, first, second, labels)
-        return divergence(first, second), labels != -100
+        """How far two sets of logits of this batch lie apart; see `distances`."""
+        return distances(self.model, self.inputs, first, second, divergence)
 
     def disagreement(
         self, first: Tensor, second: Tensor, divergence: Callable[[Tensor, Tensor], Tensor] = symmetric_kl
@@ -321,6 +334,38 @@ class Step:
     def as_penalty(self, loss: Tensor) -> Tensor:
         """A `task_loss` without the factor that `Run.loss` gives to penalties: the trainer has divided it already."""
         return loss / self._rule.penalty_scale
+
+
+def logits_of(outputs: Any, inputs: Inputs, method: Method) -> Tensor:
+    """The predictions in a model's outputs, classes last, which a method looks at.
+
+    They are the entry ``"logits"``, or the first tensor of a tuple that has a class axis. Question answering has two
+    sets of logits, of where an answer starts and of where it ends: (batch, 2, length).
+
+    Args:
+        outputs: what the model returned, a mapping or a tuple.
+        inputs: what it was given.
+        method: who asks, for the message.
+
+    Raises:
+        UsageError: the outputs hold no logits.
+    """
+    if isinstance(outputs, Mapping):
+        found = [t for t in [outputs.get("logits")] if isinstance(t, Tensor)]
+        ends = [t for t in map(outputs.get, ("start_logits", "end_logits")) if isinstance(t, Tensor)]
+    else:
+        found = [t for t in outputs if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 1]
+        ends = found[:2] if "start_positions" in inputs else []
+    if len(ends) == 2:
+        return torch.stack(ends, 1)
+    if found:
+        return found[0]
+    name = type(method).__name__
+    held = ", ".join(map(str, outputs)) if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
+    raise UsageError(
+        f"{name} looks at logits, and the model's outputs hold none ({held}): return them as 'logits', or in a tuple "
+        f"after the loss, or leave {name} out"
+    )
 
 
 def without_peft(model: Any) -> Any:
@@ -361,9 +406,10 @@ def added(module: nn.Module, tensor: Tensor, detach: bool = False) -> Iterator[N
         calls += 1
         if calls > 1:
             return None
-        hidden, *rest = output if isinstance(output, tuple) else (output,)
-        moved = ((hidden.detach() if detach else hidden) + tensor).to(hidden.dtype)  # summed in the type of the tensor
-        return (moved, *rest) if isinstance(output, tuple) else moved
+        hidden, *rest = output if isinstance(output, tuple | list) else (output,)
+        noise = _as_padded(tensor, hidden, module)
+        moved = ((hidden.detach() if detach else hidden) + noise).to(hidden.dtype)  # summed in the type of the tensor
+        return type(output)((moved, *rest)) if isinstance(output, tuple | list) else moved
 
     handle = module.register_forward_hook(hook)
     try:
@@ -373,8 +419,26 @@ def added(module: nn.Module, tensor: Tensor, detach: bool = False) -> Iterator[N
     if not calls:
         raise RuntimeError(
             f"nothing could be added to {type(module).__name__}, which this forward does not call: pass input_ids, "
-            "not inputs_embeds"
+            "not inputs_embeds. A model that calls its modules through their forward() takes no hooks: leave out "
+            "methods that add noise"
         )
+
+
+def _as_padded(noise: Tensor, hidden: Tensor, module: nn.Module) -> Tensor:
+    """Noise in the shape of what it is added to: zeros on the right, where a model pads its inputs (Longformer).
+
+    Raises:
+        UsageError: the module's output has another layout than (batch, length, width).
+    """
+    if noise.shape == hidden.shape:
+        return noise
+    more = hidden.size(1) - noise.size(1) if hidden.dim() == 3 else -1
+    if more < 0 or noise.shape[::2] != hidden.shape[::2]:
+        raise UsageError(
+            f"noise needs outputs of shape (batch, length, width), here {tuple(noise.shape)}, and those of "
+            f"{type(module).__name__} are of shape {tuple(hidden.shape)}: leave out methods that add noise"
+        )
+    return nn.functional.pad(noise, (0, 0, 0, more))
 
 
 def full(values: Tensor) -> Tensor:
@@ -388,10 +452,7 @@ def perturbed(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: no token embedding, several of them, or one whose output has the batch second (XLNet).
     """
-    if getattr(getattr(model, "config", None), "model_type", None) == "xlnet":
-        raise ValueError(
-            "noise on embeddings needs outputs of shape (batch, length, width), XLNet's have the batch second"
-        )
+    check_layout(model, "noise on embeddings")
     return input_embedding(model)
 
 
@@ -419,6 +480,28 @@ def _not_reentrant(model: nn.Module) -> Iterator[None]:
             module._gradient_checkpointing_func = function
 
 
+def distances(
+    model: Any, inputs: Inputs, first: Tensor, second: Tensor, divergence: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """How far two sets of logits of a batch lie apart, per example, or per token with a mask of labelled ones.
+
+    One output (regression) is compared by its squared difference, more of them by ``divergence`` along the last axis.
+    Where each class is right or wrong on its own (several labels a row), it compares the two outcomes of each class:
+    (batch, classes). At least float32.
+    """
+    first, second = full(first), full(second)
+    labels = inputs.get("labels")
+    kind = getattr(getattr(without_peft(shards.unwrap(model)), "config", None), "problem_type", None)
+    if first.size(-1) == 1 or kind == "regression":
+        return (first - second).square().mean(-1), None
+    if kind == "multi_label_classification":
+        return divergence(*(torch.stack((logits, torch.zeros_like(logits)), -1) for logits in (first, second))), None
+    if first.dim() == 2 or labels is None or labels.dim() < 2 or labels.is_floating_point():
+        return divergence(first, second), None
+    first, second, labels = aligned(model, first, second, labels)
+    return divergence(first, second), labels != -100
+
+
 def aligned(model: Any, first: Tensor, second: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Token logits and the labels they are scored against: causal models predict the next token."""
     if shifts_labels(shards.unwrap(model)):
@@ -443,6 +526,26 @@ def repeated(inputs: Inputs, copies: int) -> dict[str, Any]:
         k: torch.cat([v] * copies) if isinstance(v, Tensor) and v.dim() and v.size(0) == size else v
         for k, v in inputs.items()
     }
+
+
+@contextlib.contextmanager
+def one_row(model: Any, inputs: Inputs) -> Iterator[None]:
+    """Around a pass of several copies of a batch: say why a model without a padding token refuses copies of one row.
+
+    Raises:
+        UsageError: it does so.
+    """
+    try:
+        yield
+    except ValueError as error:
+        padded = getattr(getattr(model, "config", None), "pad_token_id", None) is not None
+        if padded or batch_size(inputs) > 1 or "pad" not in str(error):
+            raise
+        raise UsageError(
+            f"a batch of one row passes as several copies, and {type(model).__name__} has no padding token, without "
+            f"which it takes one row at a time ({one_line(error)}): set model.config.pad_token_id, or leave out "
+            "methods that compare copies (RDrop, ROSEFirst, ROSEEnsemble)"
+        ) from error
 
 
 def batch_size(inputs: Inputs) -> int:

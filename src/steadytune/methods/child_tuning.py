@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core import Method, Run, Scope, Weight, Within, multiply, select
 from ..core.facts import Cost, Paper
-from ..core.step import Inputs, batch_size
+from ..core.step import Inputs, batch_size, logits_of
 from ..core.tensors import byte_mask
 from .bases.static_mask import Batch, StaticMask, Tensors, top_masks
 
@@ -147,7 +147,8 @@ class ChildTuningD(StaticMask):
         def loss(batch: Inputs) -> Tensor:
             if self.labels == "sampled":
                 with torch.no_grad():
-                    batch = {**batch, "labels": sampled(run.task(batch, model)[1]["logits"], batch["labels"])}
+                    logits = logits_of(run.task(batch, model)[1], batch, self)
+                    batch = {**batch, "labels": sampled(logits, batch["labels"])}
             return run.task(batch, model)[0]
 
         return loss

@@ -8,17 +8,19 @@ With h_r the output of block r and b the block that is disturbed:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..core import Method, Run, Step, Within
 from ..core.anatomy import blocks
-from ..core.checks import check_lengths
+from ..core.checks import check_hidden_states, check_layout, check_lengths
 from ..core.facts import Cost, Paper
 from ..core.step import full
+from ..errors import UsageError
 
 
 @dataclass
@@ -41,8 +43,9 @@ class LNSR(Method):
         second pass begins at the input, not at the block.
 
     Raises:
-        ValueError: In setup, for a model whose blocks cannot be told, an encoder-decoder, PEFT's prompt tuning, or no
-            block above.
+        ValueError: In setup, for a model whose blocks cannot be told, an encoder-decoder, XLNet, PEFT's prompt tuning,
+            a model that cannot be asked for its hidden states, or no block above.
+        UsageError: At the first step, for hidden states that do not have one entry for each token.
     """
 
     weight: Annotated[float, Within("[0, inf)")] = 1.0
@@ -66,7 +69,9 @@ class LNSR(Method):
 
     def setup(self, run: Run) -> None:
         name, found = type(run.model).__name__, blocks(run.model)
+        check_layout(run.model, "LNSR")
         check_lengths(run.model, "LNSR")
+        check_hidden_states(run.model, "LNSR")
         if getattr(getattr(run.model, "config", None), "is_encoder_decoder", False):
             raise ValueError(f"LNSR needs one stack of blocks, {name} has an encoder and a decoder: use R3F or SMART")
         self.disturbed = len(found) // 4 if self.block is None else self.block
@@ -83,13 +88,26 @@ class LNSR(Method):
     def penalty(self, step: Step) -> Tensor | None:
         if not self.weight:
             return None
-        at, clean = self.disturbed + 1, step.outputs["hidden_states"]  # the first is the embedding's output
+        at = self.disturbed + 1  # the first of the hidden states is the embedding's output
+        clean = self.hidden(step, step.outputs)[at:]
         (module,) = blocks(step.run.model)[self.disturbed]
-        noise = step.unpadded(self.draw(step, clean[at].detach()))
-        noisy = step.forward(dropout="same", add={module: noise}, output_hidden_states=True)["hidden_states"]
-        pairs = zip(noisy[at + 1 :], clean[at + 1 :], strict=True)
+        noise = step.unpadded(self.draw(step, clean[0].detach()))
+        outputs = step.forward(dropout="same", add={module: noise}, output_hidden_states=True)
+        pairs = zip(self.hidden(step, outputs)[at + 1 :], clean[1:], strict=True)
         moved = torch.stack([full(a - b).square().mean(-1) for a, b in pairs]).sum(0)
         return self.weight * step.mean(step.per_example(moved))
+
+    def hidden(self, step: Step, outputs: Any) -> list[Tensor]:
+        """Hidden states (batch, length, width) of all blocks, without what the model pads to (Longformer's windows)."""
+        found = outputs.get("hidden_states") if isinstance(outputs, Mapping) else None
+        batch, length = step.shape
+        if found and all(h.dim() == 3 and h.size(0) == batch and h.size(1) >= length for h in found):
+            return [h[:, :length] for h in found]
+        held = "none of that name" if found is None else f"shapes {', '.join(str(tuple(h.shape)) for h in found)}"
+        raise UsageError(
+            f"LNSR compares 'hidden_states' of shape (batch, length, width) token by token, here ({batch}, {length}, "
+            f"width), and {type(step.run.model).__name__} gives {held}: use R3F or SMART"
+        )
 
     def draw(self, step: Step, hidden: Tensor) -> Tensor:
         """z, like the output of the block (batch, length, width)."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..core import Run, Step, Weight, Within
 from ..core.facts import Cost, Paper
-from ..core.step import full
+from ..core.step import full, logits_of
 from ..hypergradient import check_masters, check_slope, difference
 from .bases.bilevel import BiLevel, Outer, flat
 
@@ -86,7 +86,7 @@ class MetaWeightNet(BiLevel):
         self.begin(run, {"network": [*first, drawn(width, self.hidden), drawn(width)]})
 
     def penalty(self, step: Step) -> Tensor:
-        losses = row_losses(step.outputs["logits"], step.inputs["labels"])
+        losses = row_losses(step.logits(step.outputs, self), step.inputs["labels"])
         self.losses[step.number - 1 :] = [losses.detach()]  # a step that was left has begun anew
         weighted = (row_weights(flat(self.variables), losses.detach()) * losses).mean()
         return weighted - step.loss
@@ -111,7 +111,7 @@ class MetaWeightNet(BiLevel):
         views = ((w, torch.addcmul(w.data, directions[w.name], by)) for w in moving)
         with run.showing(views), run.forked_rng(), torch.no_grad():
             torch.manual_seed(run.draw_seed("network inner", rank=True))
-            return [row_losses(run.task(b, run.model)[1]["logits"], b["labels"]) for b in run.batch]
+            return [row_losses(logits_of(run.task(b, run.model)[1], b, self), b["labels"]) for b in run.batch]
 
 
 def row_weights(network: Sequence[Tensor], losses: Tensor) -> Tensor:

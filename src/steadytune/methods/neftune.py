@@ -68,6 +68,10 @@ class NEFTune(Method):
 
     def scale(self, step: Step, size: int) -> Tensor:
         """Largest entry of the noise of each example, of shape (batch, 1, 1)."""
-        ids = step.inputs["input_ids"]
-        tokens = torch.full_like(ids[:, 0], ids.size(1)) if step.real is None else step.real.sum(1)
+        rows, length = step.shape
+        tokens = (
+            torch.full((rows,), length, device=step.inputs["input_ids"].device)
+            if step.real is None
+            else step.real.sum(1)
+        )
         return (self.alpha / (tokens.clamp(min=1) * size).sqrt()).view(-1, 1, 1)

@@ -73,7 +73,8 @@ class R3F(Method):
         if not self.checked:
             self.check_resolution(step)
         noisy = step.forward(dropout=self.dropout, add={self.embedding: self.draw(step)}, detach=self.detach_embedding)
-        return self.weight * step.disagreement(step.outputs["logits"], noisy["logits"], jeffreys)
+        clean = step.logits(step.outputs, self)
+        return self.weight * step.disagreement(clean, step.logits(noisy, self), jeffreys)
 
     def draw(self, step: Step) -> Tensor:
         """z, of shape (batch, length, width)."""

@@ -22,8 +22,9 @@ class RDrop(Method):
     Args:
         alpha: Weight of the divergence; the paper's grid for language understanding is 0.1, 0.5, 1.
 
-    Regression (one output) uses the mean squared difference instead. Token-level outputs average over the tokens
-    that have a label. ``alpha = 0`` is not plain fine-tuning: the loss is the mean over two dropout draws.
+    Regression uses the mean squared difference instead. Token-level outputs average over the tokens that have a label,
+    question answering over the start and the end of the answer, and several labels a row over the labels, each with its
+    two outcomes. ``alpha = 0`` is not plain fine-tuning: the loss is the mean over two dropout draws.
 
     Departures:
         The divergence is averaged over the batch as the cross entropy is (the authors' code sums it, so that their
@@ -54,4 +55,5 @@ class RDrop(Method):
         check_dropout(run.model, type(self).__name__)
 
     def penalty(self, step: Step) -> Tensor:
-        return self.alpha * step.disagreement(step.outputs["logits"], step.second()["logits"])
+        first, second = (step.logits(outputs, self) for outputs in (step.outputs, step.second()))
+        return self.alpha * step.disagreement(first, second)

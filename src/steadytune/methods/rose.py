@@ -22,7 +22,7 @@ from ..core import Method, Run, Scope, Weight, Within, select
 from ..core.checks import check_dropout
 from ..core.facts import Cost, Paper
 from ..core.shards import local
-from ..core.step import Inputs, aligned, batch_size, split
+from ..core.step import Inputs, batch_size, distances, logits_of, split
 from ..functional import symmetric_kl
 from .bases.static_mask import Tensors, top_masks
 
@@ -113,7 +113,7 @@ class ROSE(Method):
     def first(self, run: Run, weights: Sequence[Weight]) -> Tensors:
         """M by the gradient of the divergence between two dropout draws."""
         found = run.gradient(
-            run.batch, lambda batch: divergence(run, batch), dropout_seed=run.draw_seed("rose", rank=True)
+            run.batch, lambda batch: divergence(run, batch, self), dropout_seed=run.draw_seed("rose", rank=True)
         )
         return self.smallest(run, self.sizes(run, {w.name: found[w.name] for w in weights if w.name in found}))
 
@@ -261,19 +261,15 @@ class ROSEEnsemble(ROSE):
         return masks
 
 
-def divergence(run: Run, batch: Inputs) -> Tensor:
+def divergence(run: Run, batch: Inputs, method: Method) -> Tensor:
     """Symmetric KL divergence between two dropout draws of a batch, summed over rows, or over labelled tokens.
 
     Only the order of its gradients counts, so that no mean is needed, which would depend on micro-batches.
     """
-    one, other = (part["logits"] for part in split(run.task(batch, copies=2)[1], 2, batch_size(batch)))
-    if one.size(-1) == 1:
-        return (one - other).square().sum()
-    labels = batch.get("labels")
-    if one.dim() == 2 or labels is None or labels.dim() < 2 or labels.is_floating_point():
-        return symmetric_kl(one, other).sum()
-    one, other, labels = aligned(run.wrapper, one, other, labels)
-    return (symmetric_kl(one, other) * (labels != -100)).sum()
+    parts = split(run.task(batch, copies=2)[1], 2, batch_size(batch))
+    one, other = (logits_of(part, batch, method) for part in parts)
+    values, mask = distances(run.wrapper, batch, one, other, symmetric_kl)
+    return values.sum() if mask is None else (values * mask).sum()
 
 
 def has_momentum(run: Run, weight: Weight) -> bool:

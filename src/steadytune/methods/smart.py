@@ -129,11 +129,12 @@ class SMART(Method):
         self.teacher: dict[str, Tensor] = {}
 
     def penalty(self, step: Step) -> Tensor | None:
-        clean, terms = step.outputs["logits"], []
+        clean, terms = step.logits(step.outputs, self), []
         if self.weight:
             noise = self.ascend(step, clean.detach())
-            noisy = step.forward(dropout=self.dropout, add={self.embedding: noise})["logits"]
-            terms.append(self.weight * step.disagreement(noisy, clean, self.measure(self.divergence)))
+            noisy = step.forward(dropout=self.dropout, add={self.embedding: noise})
+            divergence = self.measure(self.divergence)
+            terms.append(self.weight * step.disagreement(step.logits(noisy, self), clean, divergence))
         if self.proximal is not None:
             divergence = DIVERGENCES[self.divergence]
             terms.append(self.proximal.weight * step.disagreement(clean, self.teach(step), divergence))
@@ -164,7 +165,7 @@ class SMART(Method):
 
     def total(self, step: Step, outputs: Any, clean: Tensor, divergence: Divergence) -> Tensor:
         """What the ascent raises: a sum over examples, each of which only its own perturbation moves."""
-        values, mask = step.distances(outputs["logits"], clean, divergence)
+        values, mask = step.distances(step.logits(outputs, self), clean, divergence)
         return values.sum() if mask is None else (values * mask).sum()
 
     def move(self, noise: Tensor, gradient: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ class SMART(Method):
         if not self.teacher:
             self.teacher = {w.name: run.raw(w.name).clone() for w in run.weights(self)}
         with torch.no_grad():
-            return step.forward(dropout=self.dropout, weights=self.teacher)["logits"]
+            return step.logits(step.forward(dropout=self.dropout, weights=self.teacher), self)
 
     def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
         if self.proximal is not None and self.teacher:
