@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from architectures import tiny
 from helpers import batches, bert
-from steadytune import FGM, LNSR, PGD, R3F, SMART, RDrop, Run, Step
+from steadytune import FGM, LNSR, PGD, R3F, SMART, NEFTune, RDrop, Run, Step
 from steadytune.core.step import distances, logits_of
 from steadytune.errors import UsageError
 from steadytune.functional import symmetric_kl
@@ -221,6 +221,19 @@ def test_noise_without_token_numbers_is_refused():
     embedded = model.get_input_embeddings()(batches(1)[0]["input_ids"]).detach()
     with pytest.raises(UsageError, match=r"needs input_ids, which this batch lacks \(it holds inputs_embeds, labels\)"):
         run_of(model, R3F()).loss({"inputs_embeds": embedded, "labels": torch.tensor([0, 1, 2, 0])})
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_neftune_fits_padding_models_and_several_choices(masked):
+    inputs = short(4) if masked else {k: v for k, v in short(4).items() if k != "attention_mask"}
+    for model, given in (
+        (longformer(), inputs),
+        (
+            tiny("Bert", "MultipleChoice").train(),
+            {k: v.view(2, 2, -1) if v.dim() > 1 else v[:2] for k, v in inputs.items()},
+        ),
+    ):
+        assert penalty(model, NEFTune(alpha=20.0), given) != 0
 
 
 # ---------------------------------------------------------------- LNSR's hidden states, R-Drop's copies
