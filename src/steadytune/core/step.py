@@ -480,8 +480,27 @@ def _not_reentrant(model: nn.Module) -> Iterator[None]:
             module._gradient_checkpointing_func = function
 
 
+Divergence = Callable[[Tensor, Tensor], Tensor]  # of two sets of logits (..., classes) -> (...)
+
+
+def squares(first: Tensor, second: Tensor, divergence: Divergence) -> Tensor:
+    """Mean squared difference of numbers (batch, outputs) -> (batch,)."""
+    return (first - second).square().mean(-1)
+
+
+def outcomes(first: Tensor, second: Tensor, divergence: Divergence) -> Tensor:
+    """Divergence of the two outcomes of each label, right or wrong: (batch, labels) -> (batch, labels)."""
+    return divergence(*(torch.stack((logits, torch.zeros_like(logits)), -1) for logits in (first, second)))
+
+
+PROBLEM_TYPES: dict[str | None, Callable[[Tensor, Tensor, Divergence], Tensor]] = {
+    "regression": squares,
+    "multi_label_classification": outcomes,
+}  # of a transformers config
+
+
 def distances(
-    model: Any, inputs: Inputs, first: Tensor, second: Tensor, divergence: Callable[[Tensor, Tensor], Tensor]
+    model: Any, inputs: Inputs, first: Tensor, second: Tensor, divergence: Divergence
 ) -> tuple[Tensor, Tensor | None]:
     """How far two sets of logits of a batch lie apart, per example, or per token with a mask of labelled ones.
 
@@ -491,11 +510,10 @@ def distances(
     """
     first, second = full(first), full(second)
     labels = inputs.get("labels")
-    kind = getattr(getattr(without_peft(shards.unwrap(model)), "config", None), "problem_type", None)
-    if first.size(-1) == 1 or kind == "regression":
-        return (first - second).square().mean(-1), None
-    if kind == "multi_label_classification":
-        return divergence(*(torch.stack((logits, torch.zeros_like(logits)), -1) for logits in (first, second))), None
+    problem_type = getattr(getattr(without_peft(shards.unwrap(model)), "config", None), "problem_type", None)
+    compare = squares if first.size(-1) == 1 else PROBLEM_TYPES.get(problem_type)
+    if compare is not None:
+        return compare(first, second, divergence), None
     if first.dim() == 2 or labels is None or labels.dim() < 2 or labels.is_floating_point():
         return divergence(first, second), None
     first, second, labels = aligned(model, first, second, labels)
