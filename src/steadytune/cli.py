@@ -158,6 +158,22 @@ def fit(
     lora: Annotated[
         bool | None, _option(TRAINING, "Train adapters, merged at the end. [dim]\\[default: above 1e9 weights][/]")
     ] = None,
+    head: Annotated[
+        str,
+        _option(
+            TRAINING,
+            "How the output layer begins: random, or as a linear probe on frozen features (logistic; ridge is faster "
+            "with many classes).",
+        ),
+    ] = "random",
+    pooling: Annotated[
+        str,
+        _option(
+            TRAINING,
+            "What the head reads: model (as it is), mean (over tokens), cls (first token, without the dense layer), or "
+            "auto: mean for sentence encoders trained so.",
+        ),
+    ] = "auto",
     peft: Annotated[
         str | None, _option(TRAINING, "Adapters to train: lora or ia3 (merged at the end), prefix or prompt (kept).")
     ] = None,
@@ -186,6 +202,9 @@ def fit(
         bool, _option(SELECTION, "Choose the number of steps by cross-validation, train on all rows.", "--refit")
     ] = False,
     folds: Annotated[int, _option(SELECTION, "Folds of the cross-validation.")] = 5,
+    probe: Annotated[
+        bool, _option(SELECTION, "Show the score of a linear probe on frozen features beside the model's.")
+    ] = True,
     calibrate: Annotated[
         bool, _option(SELECTION, "Fit a temperature on the validation rows, kept in the model.", "--calibrate")
     ] = False,
@@ -243,7 +262,7 @@ def fit(
         elif train is None:
             raise UsageError("give a training file, or a benchmark task with --task NAME --data-root DIR.")
         same = ("model", "output", "label_separator", "group", "kind", "validation", "validation_column", "num_seeds",
-                "combine", "distil", "refit", "folds", "procedure", "resume", "overwrite", "save_steps",
+                "combine", "distil", "refit", "folds", "probe", "procedure", "resume", "overwrite", "save_steps",
                 "push_to_hub")  # fmt: skip
         options = {
             **{name: given[name] for name in (*same, *(field.name for field in dataclasses.fields(Options)))},
@@ -604,17 +623,18 @@ def _show(result: Any) -> None:
         for name in score_names(result.metrics.values(), result.metric)
         if name == result.metric or (name in known and not known[name].needs_probabilities)
     ]
-    several = any("runs" in scores for scores in result.metrics.values())
+    extra = {"baseline": "baseline", "probe": "probe", "runs": "runs: mean ± SD"}
+    shown = [part for part in extra if any(part in scores for scores in result.metrics.values())]
     grid = Grid(box=box.SIMPLE)
-    for title in ("set", "rows", "metric", "score", "95 % interval", "baseline", *["runs: mean ± SD"] * several):
+    for title in ("set", "rows", "metric", "score", "95 % interval", *(extra[part] for part in shown)):
         grid.add_column(title, no_wrap=title != "set", overflow="fold")
     for key, scores in result.metrics.items():
         mark = f"{key} *" if scores["selected"] else key
         for name in names:
             first = name == names[0]
             about = [mark, str(scores["rows"])] if first else ["", ""]
-            trivial, runs = (spread_words(scores.get(part) or {}, name) for part in ("baseline", "runs"))
-            figures = [spread_words(scores, name), bounds_words(scores, name), trivial, *[runs] * several]
+            beside = [spread_words(scores.get(part) or {}, name) for part in shown]
+            figures = [spread_words(scores, name), bounds_words(scores, name), *beside]
             grid.add_row(*about, name, *figures, end_section=name == names[-1])
     if result.metrics:
         console.print(grid)

@@ -31,7 +31,7 @@ from ..fitting.options import SEEDS
 from ..fitting.record import storable
 from ..tasks import find, load
 from ..version import __version__
-from .spec import FORMAT, Trial
+from .spec import FORMAT, STOCK, Trial
 from .store import Store
 
 if TYPE_CHECKING:
@@ -125,9 +125,10 @@ def make_plan(run: Trial) -> planning.Plan:
         tests=tests if rows is None else {name: _head(test, rows) for name, test in tests.items()},
         metric=spec["metric"],
         train_size=spec["train_size"],
+        probe=False,
         save_steps=0,
         progress=False,
-        **spec["options"],
+        **{**STOCK, **spec["options"]},
         **{f"{name}_seed": spec["seeds"][name] for name in SEEDS},
     )
     rows = corrupted(plan.data.train, plan.data.problem, spec)

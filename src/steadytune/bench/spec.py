@@ -23,6 +23,7 @@ from ..config import ALIASES, Document, Seed, Share, Text, Truth, Whole, checked
 from ..errors import UsageError, suggest
 from ..fitting.options import SEEDS, Options
 from ..fitting.spelling import make_methods, make_procedure, method_record, procedure_record
+from ..heads.sentence_folder import sentence_folder
 from ..tasks import TASKS, find, layout, seen_by
 from .own_tables import HELD_OUT, OwnTables
 from .places import expanded, fingerprint_files, fingerprint_model
@@ -261,6 +262,8 @@ class Study:
         tasks = [
             self._own_task(self._own[name]) if name in self._own else self._task(name, root) for name in self.tasks
         ]
+        folders = {model: sentence_folder(path) for model, path in paths.items()}
+        averaged = {model: folder is not None and folder.pooling == "mean" for model, folder in folders.items()}
         trials = []
         for seeds, (model, weights), task, size, name in itertools.product(
             list(self.draws()), models.items(), tasks, self.train_sizes, self.recipes
@@ -271,7 +274,7 @@ class Study:
                 "task": task.spec,
                 "recipe": name,
                 "methods": self.parts(name),
-                "options": in_use(recipe, task.numbers),
+                "options": in_use(recipe, task.numbers, averaged[model]),
                 "train_size": size,
                 "corruption": self.corruption(recipe),
                 "tests": {"out_of_domain": self.out_of_domain, "rows": self.test_rows},
@@ -379,12 +382,26 @@ def chosen_options(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-def in_use(recipe: Options, numbers: bool) -> dict[str, Any]:
-    """Options that affect a task; `standardize` counts only for numbers and when it is on, so old ids stay valid."""
+STOCK = {"head": "random", "pooling": "model"}  # what the options that came later mean for a run without them
+
+
+def in_use(recipe: Options, numbers: bool, averaged: bool = False) -> dict[str, Any]:
+    """Options that affect a run.
+
+    Those that came after the first studies count only where they change something, so that old ids stay valid:
+    `standardize` for numbers and when it is on, `head` and `pooling` when they are not `STOCK`.
+
+    Args:
+        recipe: All options.
+        numbers: Whether the task predicts numbers.
+        averaged: Whether the model is a sentence encoder that pools by the mean, for which alone `pooling` may be auto.
+    """
     used = {key: v for key in sorted(OPTIONS) if (v := getattr(recipe, key)) is not None}
     if not numbers or not recipe.standardize:
         used.pop("standardize", None)
-    return used
+    if used["pooling"] == "auto" and not averaged:
+        used["pooling"] = STOCK["pooling"]
+    return {key: v for key, v in used.items() if STOCK.get(key) != v}
 
 
 @dataclass(frozen=True, eq=False)

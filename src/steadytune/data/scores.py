@@ -129,6 +129,12 @@ def warnings(
     perfect = chosen.limits[1] if chosen.larger_is_better else 0.0
     if value is not None and trivial not in (None, perfect) and chosen.goodness(value) <= chosen.goodness(trivial):
         found.append(f"{name}: {metric} {value:.4f} is not better than the {trivial:.4f} of one answer for all rows")
+    probed = (scores.get("probe") or {}).get(metric)
+    if value is not None and probed not in (None, perfect) and chosen.goodness(value) <= chosen.goodness(probed):
+        found.append(
+            f"{name}: {metric} {value:.4f} is not better than the {probed:.4f} of a linear probe, which leaves the "
+            "encoder as it is: try more steps, another lr or head='logistic'"
+        )
     return found
 
 

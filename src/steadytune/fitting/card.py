@@ -23,10 +23,13 @@ from ..pages.words import (
     score_words,
     spread_words,
 )
-from .report_page import file_name
+from .report_page import PROBE_NOTE, file_name
 
 TASK = "text-classification"  # as the hub calls it, for numbers too
 SHOWN_CLASSES = 30  # in the table of classes
+BESIDE = {"baseline": "constant answer", "probe": "frozen probe", "runs": "runs: mean ± SD"}  # columns beside a score
+START = {"logistic": "a logistic regression on frozen features", "ridge": "a ridge regression on frozen features"}
+READ = {"mean": "the mean over tokens", "cls": "the first token, without the dense layer before the head"}
 
 
 def model_card(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], metric: str) -> str:
@@ -189,6 +192,10 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
     yield "## Training\n"
     yield f"- base model: {_base(recipe)}"
     yield f"- methods: {methods or 'none (plain fine-tuning)'}"
+    if (read := recipe.get("pooling")) in READ:
+        yield f"- the head reads {READ[read]}"
+    if (begin := recipe.get("head")) in START:
+        yield f"- the head began as {START[begin]}"
     if recipe.get("peft"):
         yield f"- adapters of PEFT: {recipe['peft']}"
     if (library := _library(recipe)) != "transformers" and not _is_ensemble(recipe):
@@ -249,17 +256,18 @@ def _results(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]
     if all(scores.get("selected") for scores in metrics.values()):
         yield "- No other rows were scored: a test set would tell more."
     yield ""
-    titles = ["set", "rows", "metric", "score", "95 % interval", "constant answer", "runs: mean ± SD"]
-    columns = titles if any("runs" in scores for scores in metrics.values()) else titles[:-1]
+    beside = {part: title for part, title in BESIDE.items() if any(part in scores for scores in metrics.values())}
+    columns = ["set", "rows", "metric", "score", "95 % interval", *beside.values()]
     yield f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
     for name, scores in metrics.items():
         mark = " (selected on)" if scores.get("selected") else ""
         for key in score_names([scores], metric):
-            constant, runs = (spread_words(scores.get(part) or {}, key) for part in ("baseline", "runs"))
             shown = metric_words(key, labels)
             cells = [name + mark, scores["rows"], shown, spread_words(scores, key), bounds_words(scores, key)]
-            yield f"| {' | '.join(map(_cell, [*cells, constant, runs][: len(columns)]))} |"
-    yield "\nThe interval is for other rows of the same kind. A constant answer reads no text.\n"
+            cells += [spread_words(scores.get(part) or {}, key) for part in beside]
+            yield f"| {' | '.join(map(_cell, cells))} |"
+    yield "\nThe interval is for other rows of the same kind. A constant answer reads no text."
+    yield f"{PROBE_NOTE}\n" if "probe" in beside else ""
     yield from _classes(metrics)
 
 
@@ -269,8 +277,10 @@ def _in_words(name: str, scores: Mapping[str, Any], file: str, words: str, metri
     yield f"{_cell(name)} ({rows}): {_cell(words)} {score_words(scores, metric)}"
     if score_interval(scores, metric):
         yield f"(95 % interval {bounds_words(scores, metric)})"
-    if (constant := (scores.get("baseline") or {}).get(metric)) is not None:
-        yield f"against {number(constant, 4)} of a constant answer"
+    known = {"baseline": "a constant answer", "probe": "a linear probe on frozen features"}
+    others = {words: (scores.get(part) or {}).get(metric) for part, words in known.items()}
+    if said := [f"{number(value, 4)} of {words}" for words, value in others.items() if value is not None]:
+        yield f"against {' and '.join(said)}"
     if scores.get("selected"):
         yield "– these rows selected the model, so new rows may score lower"
 

@@ -200,10 +200,14 @@ class FitTrainer(Trainer):
     def train_here(self, checkpoint: Path | None) -> float:
         """Train from a checkpoint, or from the start; returns the seconds of training, those before it included.
 
+        With 0 steps nothing is trained: the model is left with the head that it begins with.
+
         Raises:
             Interrupted: A signal came; the last step is in a checkpoint.
             UsageError: The checkpoint cannot be read.
         """
+        if not self.args.max_steps:  # to transformers that means no limit
+            return 0.0
         if checkpoint is not None:
             logger.info("resuming from %s", checkpoint)
         self.ended = checkpoint is not None and was_stopped(checkpoint)

@@ -19,7 +19,18 @@ from ..data.scores import warnings
 from ..errors import UsageError
 from ..files.atomic import write_json
 from .folder import RECORD, Output, same_run
-from .plan import Plan, evaluate, fitted_model, fold_jobs, make_plan, make_setup, open_model, runs, tune_threshold
+from .plan import (
+    CROSS_VALIDATION,
+    Plan,
+    evaluate,
+    fitted_model,
+    fold_jobs,
+    make_plan,
+    make_setup,
+    open_model,
+    runs,
+    tune_threshold,
+)
 from .randomness import as_found
 from .record import FitResult, _record, _write, history_table, upload
 
@@ -29,12 +40,11 @@ if TYPE_CHECKING:
     from .estimate import Estimate
     from .fit_trainer import Trained
     from .fitted_model import FittedModel
+    from .frozen_probe import FrozenProbe
     from .pretrained import Pretrained
     from .training import Job, Setup
 
 logger = logging.getLogger("steadytune")
-
-CROSS_VALIDATION = "cross-validation"  # the set of rows that were scored by the fold that left them out
 
 
 def _with_arguments_of_plan(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,6 +93,7 @@ def fit(
         combine: What several runs become: a ``"soup"`` (the mean of their weights; Wortsman et al., ICML 2022, arXiv
             2203.05482), the ``"best"`` on the validation rows, or an ``"ensemble"`` (the mean of their probabilities).
         distil: Train one model on the answers of the ensemble to the training rows, and keep that.
+        probe: Fit a linear probe on the frozen features of the training rows, whose scores stand beside the model's.
         refit: Choose the number of steps by cross-validation, then train on all rows; the score of each row by the fold
             that left it out is the result.
         folds: Number of folds of the cross-validation.
@@ -93,8 +104,8 @@ def fit(
         progress: Show bars.
         push_to_hub: A repository to upload the finished folder to.
         **wanted: Further fields of `Options`, under their own names or those of transformers (lr or learning_rate):
-            lr, batch_size, steps, epochs, max_length, dropout, bf16, lora, peft, class_weights, evaluations, patience,
-            calibrate, restarts, train_size, validation_share, seed ...
+            lr, batch_size, steps, epochs, max_length, dropout, bf16, lora, peft, head, pooling, class_weights,
+            evaluations, patience, calibrate, restarts, train_size, validation_share, seed ...
 
     Raises:
         UsageError: What was asked for cannot be done; raised before training starts.
@@ -134,6 +145,8 @@ def dry_run(
     folder = Output(output)
     folder.check(resume, overwrite)
     plan = make_plan(train, **wanted)
+    if not plan.steps:
+        raise UsageError("a dry run measures steps, and steps is 0: leave --dry-run out.")
     if plan.procedure is not None:
         raise UsageError("a dry run measures one training, a procedure is several: leave --dry-run or it out.")
     with as_found(), _refusals():
@@ -161,8 +174,10 @@ def _refusals() -> Iterator[None]:
 
 def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResult:
     """Load, train, evaluate, write; everything about the data has been checked."""
+    from .frozen_probe import frozen_probe
     from .rehearsal import rehearse
     from .scale import check_scale
+    from .start import drawn
 
     pretrained = open_model(plan)
     record = _record(plan, pretrained)
@@ -185,7 +200,9 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
         assert trainer.run is not None
         logger.info("%s", trainer.run.describe())
         _announce(plan)
+        record["drawn"] = drawn(trainer.model, pretrained, plan.options)
         record["cut"] = rehearse(plan, pretrained, trainer.model, record)
+        probe = frozen_probe(plan, pretrained, trainer.model) if plan.probe and plan.steps else None
         made = [trainer]  # taken out where it is used: no model is held beside the next
         del trainer, features
         folder.sweep()
@@ -211,7 +228,7 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
             finished = [setup.in_units(setup.train(job))]
             finished[0].seconds += sum(t.seconds for t in trained)
             history[job.name] = finished[0].history
-        return _finish(plan, pretrained, folder, record, finished, validated, history_table(history))
+        return _finish(plan, pretrained, folder, record, finished, validated, history_table(history), probe)
 
 
 def _check_tokens(features: Any, pretrained: Pretrained) -> None:
@@ -280,6 +297,7 @@ def _finish(
     trained: list[Trained],
     validated: tuple[pd.DataFrame, dict[str, dict[str, Any]]] | None,
     history: pd.DataFrame,
+    probe: FrozenProbe | None,
 ) -> FitResult:
     """Combine, calibrate, evaluate, write."""
     import pandas as pd
@@ -312,6 +330,8 @@ def _finish(
         given = predictions[predictions["set"] == name]
         selected = name == CROSS_VALIDATION or (name == "validation" and plan.selects)
         metrics[name] = model.account(given, plan.data.coarser.get(name), selected=selected)
+        if probe is not None:
+            metrics[name]["probe"] = probe.metrics(name, plan.data.problem, given["label"], plan.data.coarser.get(name))
         troubles += warnings(plan.data.problem, name, plan.metric, metrics[name], given)
     for name in metrics if scores else ():
         metrics[name]["runs"] = spread([s[name] for s in scores])
@@ -320,7 +340,7 @@ def _finish(
     steps = trained[chosen or 0].steps
     result = FitResult(
         folder.path, model, metrics, plan.metric, predictions, details, steps, sum(t.seconds for t in trained),
-        history, troubles,
+        history, troubles, None if probe is None else probe.crossed,
     )  # fmt: skip
     columns = {"text": list(model.text), **model.form.record()}
     assert model.constant is not None

@@ -229,11 +229,20 @@ def _check_labels(paths: Sequence[Path], models: Sequence[Any]) -> None:
 
 
 def _check_heads(paths: Sequence[Path]) -> None:
-    """Heads that began differently have nothing in common to average; told from the records of fits."""
-    seeds = {path: record["recipe"]["seeds"]["init"] for path in paths if (record := _record(path))}
+    """Heads that began differently have nothing in common to average; told from the records of fits.
+
+    Heads that began as a probe are alike, whatever their seeds.
+    """
+    seeds = {
+        path: f"seed {record['recipe']['seeds']['init']}" if record.get("drawn", True) else "a probe"
+        for path in paths
+        if (record := _record(path))
+    }
     if len(set(seeds.values())) > 1:
         said = ", ".join(f"{path} with {seed}" for path, seed in seeds.items())
-        raise UsageError(f"the heads were drawn with different seeds ({said}): train again with one --init-seed.")
+        raise UsageError(
+            f"the heads were drawn with different seeds ({said}): train again with one --init-seed or --head logistic."
+        )
 
 
 def _write(

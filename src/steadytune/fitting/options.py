@@ -35,7 +35,8 @@ class Options:
         max_grad_norm: Clipping of the gradient's norm; 0 switches it off.
         batch_size: Rows per forward.
         accumulation: Forwards per optimizer step.
-        steps: Optimizer steps; by default 20 epochs, at least 400 and at most 2,000 steps.
+        steps: Optimizer steps; by default 20 epochs, at least 400 and at most 2,000 steps. 0 leaves the encoder as it
+            is and keeps the head that `head` gives it.
         epochs: Instead of steps.
         max_length: Tokens per row, longer ones are cut; by default 128, or less where the model has fewer positions or
             its sentence-transformers folder says fewer.
@@ -47,6 +48,11 @@ class Options:
             than a billion weights. Needs the extra ``peft``.
         peft: Train adapters of this kind: ``"lora"``, ``"ia3"`` (both merged at the end), ``"prefix"`` or ``"prompt"``
             (never merged: the output holds them alone, in PEFT's format, and `predict` puts them into the base model).
+        head: How the output layer begins: ``"random"``, or as a linear probe on the frozen features of the training
+            rows, ``"logistic"`` or ``"ridge"`` (for numbers ridge in both cases); see `methods.HeadInit`.
+        pooling: What the head reads: ``"model"`` leaves it as it is, ``"mean"`` takes the mean over tokens, ``"cls"``
+            the first token without the dense layer before the head; see `methods.Pooling`. ``"auto"`` takes the mean
+            for a sentence encoder that was trained so and whose dense layer was not.
         class_weights: ``"balanced"`` weighs classes by inverse frequency.
         standardize: Train on numbers less their mean, in units of their standard deviation, and take both back into
             the output layer at the end, after the last checkpoint; for regression.
@@ -83,6 +89,8 @@ class Options:
     bf16: bool = False
     lora: bool | None = None
     peft: Literal["lora", "ia3", "prefix", "prompt"] | None = None
+    head: Literal["random", "logistic", "ridge"] = "random"
+    pooling: Literal["auto", "model", "mean", "cls"] = "auto"
     class_weights: Literal["none", "balanced"] = "none"
     standardize: bool = True
     evaluations: int = 0
@@ -110,8 +118,15 @@ class Options:
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise UsageError(f"{name} must be {rule}, got {value}.")
-        if self.class_weights not in ("none", "balanced"):
-            raise UsageError(f"class_weights must be none or balanced, got {self.class_weights!r}.")
+        for name, values in _CHOICES.items():
+            if getattr(self, name) not in values:
+                given = getattr(self, name)
+                raise UsageError(f"{name} must be one of {', '.join(values)}, got {given!r}.{suggest(given, values)}")
+        if self.pooling in ("mean", "cls") and (self.peft or self.lora):
+            raise UsageError(
+                f"pooling {self.pooling} changes the blocks that adapters hold on to: give pooling='model', or leave "
+                "the adapters out."
+            )
         if self.peft not in (None, *PEFT):
             raise UsageError(
                 f"peft must be one of {', '.join(PEFT)}, got {self.peft!r}.{suggest(str(self.peft), PEFT)}"
@@ -120,6 +135,11 @@ class Options:
             raise UsageError(f"give lora ({self.lora}) or peft ({self.peft}), not both.")
         if self.patience is not None and not self.evaluations:
             raise UsageError(f"patience ({self.patience}) counts evaluations: set evaluations, for example to 10.")
+        if self.steps == 0 and (self.head == "random" or self.evaluations):
+            raise UsageError(
+                "steps 0 trains nothing but the head, and evaluates nothing before the end: give head='logistic' and "
+                "no evaluations, or more steps."
+            )
         if self.steps is not None and self.epochs is not None:
             raise UsageError(f"give steps ({self.steps}) or epochs ({self.epochs}), not both.")
 
@@ -200,15 +220,18 @@ def _threshold(value: Any) -> float:
     return number
 
 
+_CHOICES = {
+    "class_weights": ("none", "balanced"),
+    "head": ("random", "logistic", "ridge"),
+    "pooling": ("auto", "model", "mean", "cls"),
+}
 _POSITIVE = ("above 0", lambda value: value > 0)
 _NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
 _SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 _SEED = ("between 0 and 2**32 - 1", lambda value: 0 <= value < 2**32)  # numpy's range
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(
-        ("lr", "batch_size", "accumulation", "steps", "epochs", "max_length", "patience", "train_size"), _POSITIVE
-    ),
-    **dict.fromkeys(("weight_decay", "max_grad_norm", "evaluations", "restarts"), _NOT_NEGATIVE),
+    **dict.fromkeys(("lr", "batch_size", "accumulation", "epochs", "max_length", "patience", "train_size"), _POSITIVE),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "steps", "evaluations", "restarts"), _NOT_NEGATIVE),
     **dict.fromkeys(("warmup", "dropout", "validation_share"), _SHARE),
     **dict.fromkeys(("seed", *(f"{name}_seed" for name in SEEDS)), _SEED),
 }

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
+from ..heads.features import features as head_inputs
 from .progress import progress_bar
 
 
@@ -32,13 +33,13 @@ def logits(
     Raises:
         UsageError: Outputs that are not finite.
     """
-    order = np.argsort([-len(feature["input_ids"]) for feature in features], kind="stable")
-    starts = range(0, len(order), batch_size)
+    order = _by_length(features)
+    batches = _batches(features, order, tokenizer, batch_size)
+    total = -(-len(order) // batch_size)
     training, found = model.training, []
     model.eval()
     with torch.inference_mode(), _autocast(model, bf16):
-        for start in progress_bar(starts, desc="predicting", unit="batch") if progress else starts:
-            batch = tokenizer.pad([features[i] for i in order[start : start + batch_size]], return_tensors="pt")
+        for batch in progress_bar(batches, desc="predicting", unit="batch", total=total) if progress else batches:
             outputs = model(**batch.to(model.device)).logits
             found.append(outputs.double().cpu().numpy())
     model.train(training)
@@ -46,6 +47,31 @@ def logits(
     if not np.isfinite(values).all():
         raise UsageError("the model's outputs are not numbers: training diverged. Lower lr or raise warmup.")
     return values[np.argsort(order)]
+
+
+def frozen_features(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, features: list[dict[str, Any]], batch_size: int = 64
+) -> np.ndarray:
+    """What enters the model's last linear layer (rows, width), in the order of the rows.
+
+    Raises:
+        ValueError: The model has no such features, see `heads.features.features`.
+    """
+    order = _by_length(features)
+    return head_inputs(model, _batches(features, order, tokenizer, batch_size)).numpy()[np.argsort(order)]
+
+
+def _by_length(features: list[dict[str, Any]]) -> np.ndarray:
+    """Numbers of the rows from the longest to the shortest."""
+    return np.argsort([-len(feature["input_ids"]) for feature in features], kind="stable")
+
+
+def _batches(
+    features: list[dict[str, Any]], order: np.ndarray, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> Iterator[Any]:
+    """Padded rows in an order."""
+    for start in range(0, len(order), batch_size):
+        yield tokenizer.pad([features[i] for i in order[start : start + batch_size]], return_tensors="pt")
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from ..data.splits import folds
 from ..data.tables import Kind, Table
 from ..errors import UsageError, suggest
 from .options import Options, python_value
-from .spelling import make_methods, make_procedure
+from .spelling import make_methods, make_procedure, method_record
 
 if TYPE_CHECKING:
     from ..core import Method
@@ -35,6 +35,7 @@ logger = logging.getLogger("steadytune")
 
 Combine = Literal["best", "soup", "ensemble"]
 COMBINE = ("best", "soup", "ensemble")
+CROSS_VALIDATION = "cross-validation"  # the set of rows that were scored by the fold that left them out
 REFIT_EVALUATIONS = 10  # moments of a fold at which training may end
 
 
@@ -56,6 +57,7 @@ class Plan:
     progress: bool
     procedure: Procedure | None = None
     distil: bool = False
+    probe: bool = True
 
     @property
     def selects(self) -> bool:
@@ -90,6 +92,7 @@ def make_plan(
     distil: bool = False,
     refit: bool = False,
     folds: int = 5,
+    probe: bool = True,
     save_steps: int = 200,
     progress: bool = True,
     **options: Any,
@@ -110,6 +113,7 @@ def make_plan(
     _check(num_seeds, combine, refit, folds, save_steps, checked)
     chosen = make_methods(methods)
     _check_columns(chosen)
+    _check_start(chosen, checked)
     drawing = [type(m).__name__ for m in chosen if m.draws_weights]
     if combine == "soup" and num_seeds > 1 and drawing:
         raise UsageError(
@@ -135,7 +139,7 @@ def make_plan(
     plan = Plan(
         str(model), chosen, checked, data, checked.total_steps(len(data.train)),
         data.problem.metric(metric).name, num_seeds, combine, refit, folds, save_steps, progress,
-        make_procedure(procedure), python_value("distil", distil, bool),
+        make_procedure(procedure), python_value("distil", distil, bool), python_value("probe", probe, bool),
     )  # fmt: skip
     _check_selection(plan)
     return plan
@@ -167,10 +171,20 @@ def _check_columns(methods: Sequence[Method]) -> None:
             )
 
 
+def _check_start(methods: Sequence[Method], options: Options) -> None:
+    """The options `head` and `pooling` stand for methods, which may be given instead."""
+    given = {method_record(method)["name"] for method in methods}
+    for name, option, value in (("head_init", "head", options.head), ("pooling", "pooling", options.pooling)):
+        if name in given and value not in ("random", "auto", "model"):
+            raise UsageError(f"{option}={value!r} stands for the method {name}, which is given too: leave one out.")
+
+
 def _check_selection(plan: Plan) -> None:
     """What selects needs rows to select on."""
     if plan.distil and (plan.combine != "ensemble" or plan.num_seeds < 2):
         raise UsageError("distil makes one model of an ensemble: give combine='ensemble' and num_seeds of 2 or more.")
+    if not plan.steps and (plan.methods or plan.procedure or plan.refit):
+        raise UsageError("steps 0 trains nothing: leave methods, procedure and refit out, or give more steps.")
     if plan.refit and plan.procedure is not None:
         raise UsageError("refit cuts the rows for one kind of training, a procedure is several: leave one of them out.")
     if plan.refit and plan.select is not None:
@@ -193,8 +207,9 @@ def _check_selection(plan: Plan) -> None:
 
 
 def open_model(plan: Plan) -> Pretrained:
-    """Config and tokenizer of the model, before its weights."""
+    """Config and tokenizer of the model, before its weights, and what its head is to read."""
     from .pretrained import Pretrained
+    from .start import chosen_pooling
 
     options = plan.options
     pretrained = Pretrained.open(
@@ -202,18 +217,20 @@ def open_model(plan: Plan) -> Pretrained:
     )
     for note in pretrained.notes(options):
         logger.info("%s", note)
-    return pretrained
+    return dataclasses.replace(pretrained, pooling=chosen_pooling(plan, pretrained))
 
 
 def make_setup(plan: Plan, pretrained: Pretrained, checkpoints: Path) -> Setup:
     """What all trainings share."""
+    from .start import first_methods
     from .training import Setup
 
     problem = plan.data.problem
     if isinstance(problem, Regression) and plan.options.standardize:
         problem = problem.standardised(plan.data.train["label"].tolist(), centred=pretrained.bias)
+    methods = [*first_methods(plan.options, pretrained.pooling), *plan.methods]
     return Setup(
-        pretrained, plan.methods, plan.options, problem, plan.steps, plan.metric, checkpoints, plan.save_steps,
+        pretrained, methods, plan.options, problem, plan.steps, plan.metric, checkpoints, plan.save_steps,
         plan.progress, keep=plan.num_seeds > 1 or plan.refit, moments=plan.refit,
     )  # fmt: skip
 

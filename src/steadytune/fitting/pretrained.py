@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
@@ -71,6 +71,7 @@ class Pretrained:
         classes: Class names of the head in the checkpoint, in its order.
         prompt: What stands before the first text of every row.
         sentence: What a sentence-transformers folder says; None where the model is no such folder.
+        pooling: What the head reads, see `start.chosen_pooling`.
     """
 
     name: str
@@ -81,7 +82,9 @@ class Pretrained:
     classes: tuple[str, ...] = ()
     prompt: str = ""
     sentence: SentenceFolder | None = None
+    pooling: Literal["model", "mean", "cls"] = "model"
     _said: set[str] = field(default_factory=set)
+    _new: set[str] = field(default_factory=set)
 
     @classmethod
     def open(
@@ -136,6 +139,11 @@ class Pretrained:
         """Whether the output layer has one."""
         return output_layer(_skeleton(self.config), "bias").bias is not None
 
+    @property
+    def new(self) -> frozenset[str]:
+        """Names of the weights that `load` has drawn."""
+        return frozenset(self._new)
+
     def load(self, seed: int, problem: Problem | None = None) -> PreTrainedModel:
         """The model in float32, new weights drawn with ``seed``; a head that is not new goes to the problem's scale.
 
@@ -145,6 +153,23 @@ class Pretrained:
 
         Raises:
             UsageError: Weights of the body are not in the checkpoint: they would be drawn at random.
+        """
+        model, new = self.read(seed)
+        self._new.update(new)
+        if new:
+            self._say(f"new weights, drawn with seed {seed}: {', '.join(sorted(new))}")
+        layer = last_linear(model)
+        if layer is not None and not any(model.get_parameter(name) is layer.weight for name in new):
+            self._take_over(model, layer, seed)
+            if isinstance(problem, Regression) and problem.scaled:
+                rescale(model, 1 / problem.spread, -problem.mean / problem.spread, "standardize")
+        return model
+
+    def read(self, seed: int) -> tuple[PreTrainedModel, frozenset[str]]:
+        """The model as it is on disk, and the names of its weights that were drawn with ``seed``.
+
+        Raises:
+            UsageError: As `load`.
         """
         with quiet(), _loading(self.name):
             set_seed(seed)
@@ -156,16 +181,8 @@ class Pretrained:
                 output_loading_info=True,
             )
         mismatched = {key for key, *_ in info["mismatched_keys"]}
-        new = sorted({*info["missing_keys"], *mismatched})
         self._check_body(model, info["missing_keys"], mismatched, info["unexpected_keys"])
-        if new:
-            self._say(f"new weights, drawn with seed {seed}: {', '.join(new)}")
-        layer = last_linear(model)
-        if layer is not None and not any(model.get_parameter(name) is layer.weight for name in new):
-            self._take_over(model, layer, seed)
-            if isinstance(problem, Regression) and problem.scaled:
-                rescale(model, 1 / problem.spread, -problem.mean / problem.spread, "standardize")
-        return model
+        return model, frozenset({*info["missing_keys"], *mismatched})
 
     def _check_body(
         self, model: PreTrainedModel, missing: Collection[str], mismatched: Collection[str], unused: Collection[str]

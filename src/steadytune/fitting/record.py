@@ -41,8 +41,9 @@ class FitResult:
             model is in a folder of ``members``.
         model: The fitted model; `predict`, `evaluate` and `save_pretrained` are its own.
         metrics: Set -> metric -> value, of the model; beside the metrics of a set stand ``intervals`` (95 %, low and
-            high) and ``baseline`` by metric, ``classes``, ``per_class``, ``confusion``, ``selected`` and ``notes``, see
-            `steadytune.data.scores.full_scores`, and with several runs ``runs``, each metric's mean and spread.
+            high), ``baseline`` and ``probe`` by metric, ``classes``, ``per_class``, ``confusion``, ``selected`` and
+            ``notes``, see `steadytune.data.scores.full_scores`, and with several runs ``runs``, each metric's mean and
+            spread.
         metric: The one to look at first.
         predictions: A row for every row of the sets: set, row, label, prediction, probabilities.
         runs: One record per training: seeds, steps, seconds, failures, scores.
@@ -51,6 +52,8 @@ class FitResult:
         history: Run, step, name and value of what was logged while training: loss, lr, grad_norm, scores on the select
             split (``eval_...``), passes.
         warnings: What is wrong with the model as far as its scores tell, in sentences.
+        probe: Every metric of a linear probe on frozen features, on the training rows by cross-validation; None without
+            a probe.
     """
 
     output: Path
@@ -63,6 +66,7 @@ class FitResult:
     seconds: float
     history: pd.DataFrame
     warnings: list[str] = field(default_factory=list)
+    probe: dict[str, float | None] | None = None
 
     def predict(self, rows: Any) -> np.ndarray:
         """Class names or numbers for texts, pairs of texts, or a table; see `FittedModel.predict`."""
@@ -88,6 +92,10 @@ def _record(plan: Plan, pretrained: Pretrained) -> dict[str, Any]:
 
     own = {key: value for key, value in dataclasses.asdict(plan.options).items() if not key.endswith("seed")}
     del own["prompt"]  # below, as it stands before the texts
+    own["pooling"] = pretrained.pooling
+    for key, stock in (("head", "random"), ("pooling", "model")):  # older records have neither
+        if own[key] == stock:
+            del own[key]
     prompts = {} if pretrained.sentence is None else dict(pretrained.sentence.prompts)
     return {
         "format": 1,
@@ -145,6 +153,7 @@ def _write(folder: Output, result: FitResult, record: dict[str, Any], sets: Mapp
             "steps": result.steps,
             "seconds": result.seconds,
             "warnings": result.warnings,
+            **({} if result.probe is None else {"probe": {"rows": record["data"]["train"]["rows"], **result.probe}}),
             "sets": result.metrics,
         }
         write_json(folder.path / METRICS, metrics)

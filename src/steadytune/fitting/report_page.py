@@ -7,7 +7,7 @@ else: no scripts, no network. The same folder gives the same bytes. No torch her
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ SCORE_NOTE = (
     "Bold: the metric to look at first. The interval is for other rows of the same kind. A constant answer reads "
     "no text: it is the most frequent class, or the mean, of the training rows."
 )
+PROBE_NOTE = "The frozen probe is a linear model on the features of the encoder before fine-tuning."
 
 
 class Fitted:
@@ -255,16 +256,14 @@ def _scores(fitted: Fitted) -> Iterator[Block]:
         )
         return
     yield from _warnings(fitted)
-    titles = ["metric", "score", "95 % interval", "constant answer", f"{fitted.recipe['runs']} runs: mean ± SD"]
-    columns = titles if any("runs" in scores for scores in fitted.sets.values()) else titles[:-1]
+    extra = {"probe": "frozen probe", "runs": f"{fitted.recipe['runs']} runs: mean ± SD"}
+    shown = [part for part in extra if any(part in scores for scores in fitted.sets.values())]
+    columns = ["metric", "score", "95 % interval", "constant answer", *(extra[part] for part in shown)]
     groups = [
-        (
-            _set(fitted, name),
-            [_score(fitted, name, metric)[: len(columns)] for metric in score_names([scores], fitted.metric)],
-        )
+        (_set(fitted, name), [_score(fitted, name, metric, shown) for metric in score_names([scores], fitted.metric)])
         for name, scores in fitted.sets.items()
     ]
-    yield Grid("Scores of each set", columns, groups, SCORE_NOTE)
+    yield Grid("Scores of each set", columns, groups, f"{SCORE_NOTE} {PROBE_NOTE}" if "probe" in shown else SCORE_NOTE)
 
 
 def _set(fitted: Fitted, name: str) -> str:
@@ -272,17 +271,21 @@ def _set(fitted: Fitted, name: str) -> str:
     return f"{name}, {counted(fitted.sets[name]['rows'], 'row')}" + " (chose the model)" * _flatters(fitted, name)
 
 
-def _score(fitted: Fitted, name: str, metric: str) -> list[str | Cell]:
-    """A score, its interval, the score of a constant answer, and the spread over runs."""
+def _score(fitted: Fitted, name: str, metric: str, shown: Sequence[str]) -> list[str | Cell]:
+    """A score, its interval, the score of a constant answer, and of ``shown`` the probe and the spread over runs."""
     scores = fitted.sets[name]
     bounds, value = score_interval(scores, metric), scores.get(metric)
     runs = (scores.get("runs") or {}).get(metric)
+    beside = {
+        "probe": number((scores.get("probe") or {}).get(metric), DIGITS),
+        "runs": f"{number(runs['mean'], DIGITS)} ± {number(runs['sd'], DIGITS)}" if runs else NONE,
+    }
     return [
         fitted.words(metric),
         Cell(number(value, DIGITS), ("undefined",) * (value is None), strong=metric == fitted.metric),
         interval(*bounds, DIGITS) if bounds else NONE,
         number(baseline_score(fitted, name, metric), DIGITS),
-        f"{number(runs['mean'], DIGITS)} ± {number(runs['sd'], DIGITS)}" if runs else NONE,
+        *(beside[part] for part in shown),
     ]
 
 

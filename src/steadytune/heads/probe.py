@@ -22,12 +22,13 @@ zeros, which could win; features are centred, which changes nothing but the cond
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 STRENGTHS = np.logspace(-4, 4, 9)  # C of the logistic probes
+WORSE = 2  # values of C in a row without a better log-loss, after which larger ones, which take longest, are not tried
 PENALTIES = np.logspace(-4, 3, 15)  # lambda of ridge, in units of the mean eigenvalue of Z'Z
 MISSING = 2.0  # how far the bias of a class without rows lies below the lowest other one
 
@@ -71,16 +72,18 @@ def logistic(features: np.ndarray, labels: np.ndarray, classes: int, parts: Part
         bias: Whether the head has one. Without it, features are not centred.
     """
     z, m, s, basis = _standardised(features, centred=bias)
-    losses = np.zeros(len(STRENGTHS))
-    held_out = np.zeros((len(STRENGTHS), len(labels), classes))
-    for inside, outside in parts:
-        for i, (w, b) in enumerate(_path(z[inside], labels[inside], classes, STRENGTHS, bias)):
-            held_out[i, outside] = z[outside] @ w.T + b
-    for i, outputs in enumerate(held_out):
-        losses[i] = -_log_softmax(outputs)[np.arange(len(labels)), labels].mean()
-    best = int(losses.argmin())
-    w, b = _path(z, labels, classes, STRENGTHS[: best + 1], bias)[-1]
-    return _undone(w @ basis, b, m, s, held_out[best], float(STRENGTHS[best]))
+    paths = [_path(z[inside], labels[inside], classes, STRENGTHS, bias) for inside, _ in parts]
+    tried: list[tuple[float, np.ndarray]] = []  # log-loss and outputs of each C, the smallest first
+    for heads in zip(*paths, strict=True):
+        held_out = np.zeros((len(labels), classes))
+        for (_, outside), (w, b) in zip(parts, heads, strict=True):
+            held_out[outside] = z[outside] @ w.T + b
+        tried.append((-_log_softmax(held_out)[np.arange(len(labels)), labels].mean(), held_out))
+        best = min(range(len(tried)), key=lambda i: tried[i][0])
+        if len(tried) - best > WORSE:
+            break
+    *_, (w, b) = _path(z, labels, classes, STRENGTHS[: best + 1], bias)
+    return _undone(w @ basis, b, m, s, tried[best][1], float(STRENGTHS[best]))
 
 
 def logistic_each(features: np.ndarray, labels: np.ndarray, parts: Parts, *, bias: bool = True) -> Probe:
@@ -171,7 +174,7 @@ def _standardised(features: np.ndarray, *, centred: bool) -> tuple[np.ndarray, n
 
 def _path(
     z: np.ndarray, labels: np.ndarray, classes: int, strengths: np.ndarray, bias: bool
-) -> list[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Weights (classes, width) and biases for each C, from the smallest on, each begun at the one before."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -180,16 +183,15 @@ def _path(
     if len(present) == 1:
         w, b = np.zeros((classes, z.shape[1])), np.full(classes, -MISSING)
         b[present[0]] = 0.0
-        return [(w, b * bias)] * len(strengths)
+        yield from [(w, b * bias)] * len(strengths)
+        return
     model = LogisticRegression(max_iter=5000, tol=1e-8, warm_start=True, fit_intercept=bias)
-    heads = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the largest C of separable rows; log-loss rules it out
-        for strength in strengths:
+    for strength in strengths:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the largest C of separable rows
             model.set_params(C=strength).fit(z, labels)
-            w, b = _all_classes(model.coef_, model.intercept_, present, classes)
-            heads.append((w, b * bias))
-    return heads
+        w, b = _all_classes(model.coef_, model.intercept_, present, classes)
+        yield w, b * bias
 
 
 def _all_classes(

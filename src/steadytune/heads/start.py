@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -55,16 +56,28 @@ def cross_fitted(phi: np.ndarray, fit: Callable[[np.ndarray], Probe], parts: Par
     return np.concatenate([outputs for _, outputs in judged])[order]
 
 
-def even_parts(labels: np.ndarray, seed: int, folds: int = FOLDS) -> Parts:
+def even_parts(labels: np.ndarray, seed: int, folds: int = FOLDS, keys: Sequence[bytes] = ()) -> Parts:
     """Folds of like sizes, each with like shares of the classes where the labels are class numbers.
 
     Rows are shuffled, sorted by class, and dealt out like cards.
+
+    Args:
+        labels: (rows,) or (rows, classes).
+        seed: Of the shuffle.
+        folds: How many, or as many as there are different rows.
+        keys: What the rows are told apart by; rows of equal keys share a fold.
     """
-    order = np.random.default_rng(seed).permutation(len(labels))
+    numbers: dict[bytes, int] = {}
+    unit = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+    if len(numbers) < 2:
+        unit = np.arange(len(labels))
+    _, first = np.unique(unit, return_index=True)
+    order = np.random.default_rng(seed).permutation(len(first))
     if labels.ndim == 1:
-        order = order[np.argsort(labels[order], kind="stable")]
-    fold = np.empty(len(labels), dtype=int)
-    fold[order] = np.arange(len(labels)) % min(folds, len(labels))
+        order = order[np.argsort(labels[first[order]], kind="stable")]
+    dealt = np.empty(len(first), dtype=int)
+    dealt[order] = np.arange(len(first)) % min(folds, len(first))
+    fold = dealt[unit]
     return [(np.flatnonzero(fold != i), np.flatnonzero(fold == i)) for i in np.unique(fold)]
 
 
@@ -126,10 +139,22 @@ class Labelled:
         phi, labels, keys = zip(*parts, strict=True)
         return Labelled(np.concatenate(phi), np.concatenate(labels), [key for part in keys for key in part])
 
-    def in_order(self) -> Labelled:
-        """Sorted by tokens: folds, and so the penalty, do not depend on how a loader shuffles."""
-        order = sorted(range(len(self.keys)), key=self.keys.__getitem__)
-        return Labelled(self.phi[order], self.labels[order], [self.keys[i] for i in order])
+    def probe(self, outputs: int, *, how: How, bias: bool, seed: int = 0) -> Probe:
+        """The probe on these rows.
+
+        Rows are sorted by their tokens before they are dealt into folds: folds, and so the penalty, do not depend on
+        how a loader shuffles. ``out_of_fold`` is in the order of the rows as they are here.
+
+        Args:
+            outputs: Outputs of the head.
+            how: Kind of probe for classes.
+            bias: Whether the head has one.
+            seed: Of the folds.
+        """
+        order = np.array(sorted(range(len(self.keys)), key=self.keys.__getitem__))
+        parts = even_parts(self.labels[order], seed, keys=[self.keys[i] for i in order])
+        probe = fit_probe(self.phi[order], self.labels[order], outputs, how=how, bias=bias, parts=parts)
+        return dataclasses.replace(probe, out_of_fold=probe.out_of_fold[np.argsort(order)])
 
 
 def _keys(batch: Inputs) -> list[bytes]:
@@ -138,7 +163,12 @@ def _keys(batch: Inputs) -> list[bytes]:
         return [b""] * len(batch["labels"])
     ids = batch["input_ids"].cpu().numpy()
     mask = batch["attention_mask"].cpu().numpy() > 0 if "attention_mask" in batch else np.ones(ids.shape, dtype=bool)
-    return [row[kept].astype(">i8").tobytes() for row, kept in zip(ids, mask, strict=True)]
+    return [token_key(row[kept]) for row, kept in zip(ids, mask, strict=True)]
+
+
+def token_key(ids: Any) -> bytes:
+    """The tokens of one row as bytes that sort as the tokens do."""
+    return np.asarray(ids).astype(">i8").tobytes()
 
 
 def probe_of_batches(model: Any, batches: Iterable[Inputs | Sequence[Inputs]], *, how: How, seed: int = 0) -> Probe:
@@ -153,10 +183,12 @@ def probe_of_batches(model: Any, batches: Iterable[Inputs | Sequence[Inputs]], *
     Raises:
         ValueError: As `Labelled.of`.
     """
-    rows = Labelled.of(model, batches).together().in_order()
     layer = output_layer(model)
-    parts = even_parts(rows.labels, seed)
-    return fit_probe(rows.phi, rows.labels, layer.out_features, how=how, bias=layer.bias is not None, parts=parts)
+    return (
+        Labelled.of(model, batches)
+        .together()
+        .probe(layer.out_features, how=how, bias=layer.bias is not None, seed=seed)
+    )
 
 
 def first_batches(batches: Iterable[Inputs | Sequence[Inputs]]) -> list[Inputs]:

@@ -1,0 +1,89 @@
+"""How training starts: what the head reads (`pooling`) and with which weights it begins (`head`).
+
+Both options stand for methods, `Pooling` and `HeadInit`, which act before those of the recipe.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..core import Method
+from ..heads.features import output_layer
+from ..heads.pooling import add_pooling_block, dense_before, untrained_dense
+from ..methods.head_init import HeadInit
+from ..methods.pooling import Pooling
+from .encoding import tokenise
+
+if TYPE_CHECKING:
+    from .options import Options
+    from .plan import Plan
+    from .pretrained import Pretrained
+
+logger = logging.getLogger("steadytune")
+
+TRIED = 8  # rows on which a pooling block is tried
+
+Pooled = Literal["model", "mean", "cls"]
+
+
+def chosen_pooling(plan: Plan, pretrained: Pretrained) -> Pooled:
+    """What the head reads, with ``"auto"`` decided.
+
+    ``"auto"`` takes the mean over tokens where the folder of a sentence encoder says so, the head would read a dense
+    layer that was never trained, and the model can pool so. Everything else stays as the model has it.
+    """
+    wanted = plan.options.pooling
+    if wanted != "auto":
+        return wanted
+    if any(isinstance(method, Pooling) for method in plan.methods):
+        return "model"
+    if pretrained.sentence is None or pretrained.sentence.pooling != "mean":
+        return "model"
+    model, new = pretrained.read(plan.options.seeds["init"])
+    untrained = untrained_dense(model, new)
+    if untrained is None and not hasattr(model.config, "classifier_pooling"):
+        return "model"
+    if plan.options.peft or plan.options.lora:
+        logger.warning(
+            "this sentence encoder pools by the mean, the head reads %s: with adapters pooling cannot be changed",
+            untrained,
+        )
+        return "model"
+    if not _can_pool(model, plan, pretrained):
+        logger.warning(
+            "this sentence encoder pools by the mean, the head reads %s, which was never trained: a %s cannot take the "
+            "mean instead",
+            untrained, type(model).__name__,
+        )  # fmt: skip
+        return "model"
+    logger.info("pooling: the mean over tokens, as the encoder was trained; %s was never trained", untrained)
+    return "mean"
+
+
+def _can_pool(model: Any, plan: Plan, pretrained: Pretrained) -> bool:
+    """Whether `Pooling` can give the head the mean; the model is spent."""
+    if hasattr(model.config, "classifier_pooling"):
+        return True
+    rows = tokenise(plan.data.train.head(TRIED), pretrained.tokenizer, pretrained.max_length)
+    try:
+        add_pooling_block(model, [pretrained.tokenizer.pad(rows, return_tensors="pt")])
+    except ValueError:
+        return False
+    return True
+
+
+def first_methods(options: Options, pooling: Pooled) -> list[Method]:
+    """The methods that `pooling` and `head` stand for, in the order in which they act."""
+    pooled: list[Method] = [] if pooling == "model" else [Pooling(how=pooling)]
+    return pooled + ([] if options.head == "random" else [HeadInit(how=options.head)])
+
+
+def drawn(model: Any, pretrained: Pretrained, options: Options) -> list[str]:
+    """Names of the weights that begin with what the seed of the head says, in a model with `first_methods` applied."""
+    written: set[int] = set()
+    if options.head != "random":
+        written.update(id(p) for p in output_layer(model).parameters())
+    if pretrained.pooling != "model" and (dense := dense_before(model)) is not None:
+        written.update(id(p) for p in model.get_submodule(dense).parameters())
+    return sorted(pretrained.new - {name for name, p in model.named_parameters() if id(p) in written})
