@@ -26,7 +26,8 @@ def bert(tmp_path_factory):
 
 def test_scores_come_with_intervals_baseline_and_classes(tmp_path, bert):
     """Naive: a number, and nothing to hold it against."""
-    result = fit(toy(90), model=bert, output=tmp_path / "o", tests={"t": toy(30, start=200)}, evaluations=2, **QUICK)
+    tests = {"t": toy(30, start=200)}
+    result = fit(toy(90), model=bert, output=tmp_path / "o", tests=tests, evaluations=2, probe=False, **QUICK)
     metrics = json.loads((tmp_path / "o" / "metrics.json").read_text())
     found = metrics["sets"]["t"]
     assert metrics["sets"] == result.metrics

@@ -147,7 +147,9 @@ def test_a_distilled_ensemble_is_one_model_scored_as_itself(tmp_path, bert, kind
     own = {**QUICK, "label": label, "num_seeds": 2, "combine": "ensemble", "validation_share": 0.0, "lr": 1e-2,
            "steps": 150}  # fmt: skip
     both = fit(make(48), model=bert, output=tmp_path / "e", **own)
-    result = fit(make(48), model=bert, output=tmp_path / "d", distil=True, tests={"t": make(20, False, 300)}, **own)
+    result = fit(
+        make(48), model=bert, output=tmp_path / "d", distil=True, probe=False, tests={"t": make(20, False, 300)}, **own
+    )
     assert len(result.model.models) == 1
     model = AutoModelForSequenceClassification.from_pretrained(result.output)
     assert model.config.num_labels == (1 if kind == "regression" else 2)

@@ -19,7 +19,6 @@ from ..data.splits import folds
 from ..heads.features import output_layer
 from ..heads.probe import Probe
 from ..heads.start import Labelled, cross_fitted, token_key
-from .encoding import tokenise
 from .outputs import frozen_features
 from .plan import CROSS_VALIDATION
 
@@ -75,10 +74,10 @@ def frozen_probe(plan: Plan, pretrained: Pretrained, model: Any) -> FrozenProbe 
     problem, rows = plan.data.problem, plan.data.train
 
     def read(frame: pd.DataFrame) -> np.ndarray:
-        tokens = tokenise(frame, pretrained.tokenizer, pretrained.max_length)
+        tokens = pretrained.tokenise(frame)
         return frozen_features(model, pretrained.tokenizer, tokens)
 
-    tokens = tokenise(rows, pretrained.tokenizer, pretrained.max_length)
+    tokens = pretrained.tokenise(rows)
     try:
         phi = frozen_features(model, pretrained.tokenizer, tokens)
     except ValueError as error:

@@ -13,7 +13,6 @@ from ..heads.features import output_layer
 from ..heads.pooling import add_pooling_block, dense_before, untrained_dense
 from ..methods.head_init import HeadInit
 from ..methods.pooling import Pooling
-from .encoding import tokenise
 
 if TYPE_CHECKING:
     from .options import Options
@@ -65,7 +64,7 @@ def _can_pool(model: Any, plan: Plan, pretrained: Pretrained) -> bool:
     """Whether `Pooling` can give the head the mean; the model is spent."""
     if hasattr(model.config, "classifier_pooling"):
         return True
-    rows = tokenise(plan.data.train.head(TRIED), pretrained.tokenizer, pretrained.max_length)
+    rows = pretrained.tokenise(plan.data.train.head(TRIED))
     try:
         add_pooling_block(model, [pretrained.tokenizer.pad(rows, return_tensors="pt")])
     except ValueError:
