@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from steadytune.data.files import read_table
-from steadytune.data.forms import Joined, OneCell, OneHot, as_label, form_of
+from steadytune.data.forms import Joined, OneCell, OneHot, as_label, form_of, joined_names
 from steadytune.data.guards import inspect
 from steadytune.data.prepare import Data, prepare
 from steadytune.data.problem import MultiLabel
@@ -201,3 +201,16 @@ def test_the_cells_of_a_csv_file_are_text(tmp_path):
     assert read_table(tmp_path / "t.csv")["about"].isna().tolist() == [False, True, False, False]
     train = Table.of(tmp_path / "t.csv", ("text",), "about", "train", label_separator="|")
     assert prepare(train, {}, validation_share=0).train["label"].tolist() == [("1", "2"), (), ("2",), ("1",)]
+
+
+def test_a_separator_is_suspected_wherever_labels_seem_to_be_joined():
+    joined = ["food", "food|price", "price"]
+    assert joined_names(joined) == ("|", ["food|price"])
+    assert joined_names(["yes, it is", "no, it is not"]) is None
+    hint = r"If cells such as 'food\|price' hold several labels, say --label-separator '\|'\."
+    with pytest.raises(UsageError, match=rf"'about' is empty in 4 of 16 rows.* {hint}"):
+        read({"about": [*joined, ""] * 4}, ONE)
+    names = ["food", "food|price", *(f"food|{i}" for i in range(38))]
+    many = Table(pd.DataFrame({"text": [f"row {i}" for i in range(40)], "about": names}), "t", label="about")
+    with pytest.raises(UsageError, match=rf"40 different values in 40 rows.* {hint}"):
+        prepare(many, {})

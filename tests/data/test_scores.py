@@ -237,6 +237,14 @@ def test_a_constant_model_and_one_below_its_baseline_are_warned_of():
     assert said(["no", "no"], ["no", "no"]) == []  # nothing else would be right
 
 
+@pytest.mark.parametrize(("answer", "words"), [((), "no label"), (("a", "c"), "'a' and 'c'")])
+def test_one_answer_of_several_labels_is_said_in_words(answer, words):
+    gold, same = SETS.array([("a",), (), ("a", "c")]), SETS.array([answer] * 3)
+    scores = full_scores(SETS, gold, same, 1.0 * SETS.membership(list(same)))
+    said, *_ = warnings(SETS, "test", "f1_micro", scores, pd.DataFrame({"label": gold, "prediction": same}))
+    assert said == f"test: the model answers {words} for all 3 rows"
+
+
 def test_numbers_worse_than_their_mean_are_warned_of_by_their_error():
     """Naive: Pearson's correlation of the mean is undefined, so that nothing is compared."""
     problem, gold = Regression(), np.array([1.0, 2.0, 3.0])

@@ -82,7 +82,9 @@ class OneCell(Form):
 
     def read(self, frame: pd.DataFrame, origin: str) -> pd.Series:
         labels = frame[self.columns[0]]
-        refuse(is_empty(labels), self.words, "empty", origin)
+        empty = is_empty(labels)
+        hint = separator_hint(labels[~empty].map(label_name)) if empty.any() else ""
+        refuse(empty, self.words, "empty", origin, f"Fill them in or take them out.{hint}")
         return labels.astype(object)
 
     def write(self, predictions: pd.Series, taken: Collection[str] = (), *, as_text: bool = False) -> pd.DataFrame:
@@ -171,6 +173,29 @@ def is_indicator(values: pd.Series) -> bool:
 def _words(values: pd.Series) -> pd.Series:
     """Cells as lower-case words; 1.0 is 1."""
     return values.astype(object).map(lambda value: label_name(value).strip().lower())
+
+
+def joined_names(names: Iterable[str]) -> tuple[str, list[str]] | None:
+    """The separator that some names seem to hold, and these names; None where there is none.
+
+    A name such as 'food|price' beside a name 'food' may be several labels that were read as one.
+    """
+    names = list(dict.fromkeys(names))
+    for separator in "|;,":
+        parts = {name: [part.strip() for part in name.split(separator)] for name in names}
+        alone = {name for name, split in parts.items() if len(split) == 1}
+        joined = [name for name, split in parts.items() if len(split) > 1 and alone.intersection(split)]
+        if joined:
+            return separator, joined
+    return None
+
+
+def separator_hint(names: Iterable[str]) -> str:
+    """A sentence about the option that reads such names as several labels; empty where they are no such names."""
+    if (found := joined_names(names)) is None:
+        return ""
+    separator, joined = found
+    return f" If cells such as {joined[0]!r} hold several labels, say --label-separator {separator!r}."
 
 
 def as_label(given: Any) -> Label | None:

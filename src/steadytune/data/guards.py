@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import UsageError
+from .forms import joined_names
 from .prepare import Data
 from .problem import Problem
 from .tables import keys, label_name
@@ -231,18 +232,13 @@ def _placeholders(data: Data) -> Iterator[Finding]:
 
 def _joined_labels(data: Data) -> Iterator[Finding]:
     """Classes such as 'food|price' beside a class 'food': several labels that were read as one."""
-    if not data.problem.classes:
-        return
-    for separator in "|;,":
-        parts = {name: [part.strip() for part in name.split(separator)] for name in data.problem.names}
-        alone = {name for name, split in parts.items() if len(split) == 1}
-        joined = [name for name, split in parts.items() if len(split) > 1 and alone.intersection(split)]
-        if joined:
-            bad = data.train["label"].isin(joined).to_numpy(dtype=bool)
-            before = f"{_origin(data, 'train')}: classes such as {joined[0]!r} look like several labels in one, in"
-            remedy = f"if they are, read them with --label-separator {separator!r}"
-            yield _finding("warning", before, bad, "", remedy, data.train.index)
-            return
+    found = joined_names(data.problem.names) if data.problem.classes else None
+    if found is not None:
+        separator, joined = found
+        bad = data.train["label"].isin(joined).to_numpy(dtype=bool)
+        before = f"{_origin(data, 'train')}: classes such as {joined[0]!r} look like several labels in one, in"
+        remedy = f"if they are, read them with --label-separator {separator!r}"
+        yield _finding("warning", before, bad, "", remedy, data.train.index)
 
 
 def _one_label_each(data: Data) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from ..errors import UsageError, first_rows, suggest
 from .cells import label_name, list_of, numbers_of
+from .forms import separator_hint
 from .problem import DECIMAL_COMMA, PERCENT, Classification, MultiLabel, Problem, Regression, label_sets
 from .tables import MANY_CLASSES, Kind
 
@@ -54,6 +55,7 @@ def find_problem(rows: pd.DataFrame, table: Table) -> Problem:
         raise UsageError(
             f"{where} has {len(names)} different values in {len(rows)} rows: "
             "say --kind classification, say --kind regression, or choose another column with --label NAME."
+            f"{separator_hint(names)}"
         )
     return Classification(_class_order(names, table, where))
 

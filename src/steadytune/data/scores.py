@@ -120,7 +120,9 @@ def warnings(
     found = []
     answers = predictions["prediction"]
     if answers.nunique() == 1 < predictions["label"].nunique():
-        found.append(f"{name}: the model answers {answers.iloc[0]!r} for all {len(answers)} rows")
+        answer = answers.iloc[0]
+        shown = (" and ".join(map(repr, answer)) or "no label") if isinstance(answer, tuple) else repr(answer)
+        found.append(f"{name}: the model answers {shown} for all {len(answers)} rows")
     trivials = scores.get("baseline") or {}
     if trivials.get(metric) is None:  # one answer for all rows has no correlation, but an error
         metric = next((name for name, trivial in trivials.items() if trivial is not None), metric)

@@ -172,8 +172,10 @@ def _tell(frame: pd.DataFrame, text: Sequence[str], keep: Sequence[str] | None, 
     others = [name for name in names if name not in text]
     if others:
         shown = ", ".join(map(repr, others[:10])) + (", ..." if len(others) > 10 else "")
-        what = "are written as they are" if keep is None else f"are not read, written are {', '.join(keep) or 'none'}"
-        logger.info("%s: text from %s; other columns %s: %s", source, " and ".join(map(repr, text)), what, shown)
+        kept = "all columns" if keep is None else ", ".join(map(repr, keep)) or "none"
+        logger.info(
+            "%s: text from %s; not read: %s; kept in the output: %s", source, " and ".join(map(repr, text)), shown, kept
+        )
 
 
 def _predict(model: FittedModel, table: Table, on_empty: str, done: Predicted) -> pd.DataFrame:
