@@ -321,6 +321,108 @@ def predict(
     typer.echo(f"{done.rows - len(done.empty)} predictions{without}: {output}")
 
 
+@app.command(cls=_OneName)
+def probe(
+    train: Annotated[
+        str,
+        typer.Argument(help="CSV, TSV, JSON-lines or Parquet file with labelled text, or a data set: hub:owner/name."),
+    ],
+    model: Annotated[list[str], _option(INPUT, "Hugging Face model directory or hub name, or NAME=MODEL; repeatable.")],
+    text: Annotated[
+        list[str] | None, _option(INPUT, "Text column; give it twice for pairs. [dim]\\[default: found][/]")
+    ] = None,
+    label: Annotated[str | None, _option(INPUT, "Label column. [dim]\\[default: found][/]")] = None,
+    group: Annotated[str | None, _option(INPUT, "Column whose equal values keep rows in one fold.")] = None,
+    kind: Annotated[str, _option(INPUT, "auto, classification, multilabel or regression.")] = "auto",
+    metric: Annotated[str | None, _option(INPUT, "Metric that ranks.")] = None,
+    test: Annotated[list[str] | None, _option(INPUT, "Test file, or NAME=FILE; repeatable.")] = None,
+    train_size: Annotated[int | None, _option(INPUT, "Draw this many rows, stratified.")] = None,
+    pooling: Annotated[
+        str,
+        _option(
+            TRAINING,
+            "What is read of a model: mean (over tokens), cls (the first one), model (what its head reads), or auto: "
+            "as its sentence-transformers folder says, else model.",
+        ),
+    ] = "auto",
+    prompt: Annotated[
+        str | None,
+        _option(
+            TRAINING,
+            "Text before each row's first text, as in 'query: '; name:query takes it from its folder.",
+        ),
+    ] = None,
+    max_length: Annotated[
+        int | None, _option(TRAINING, "Tokens per row. [dim]\\[default: 128, or the model's limit][/]")
+    ] = None,
+    folds: Annotated[int, _option(SELECTION, "Folds of the cross-fitting.")] = 5,
+    seed: Annotated[int, _option(SEEDS, "Seed of folds and of the draw.")] = 0,
+    output: Annotated[Path | None, _option(OUTPUT, "File for the table: .csv or .json.")] = None,
+    overwrite: Annotated[bool, _option(OUTPUT, "Replace the file.", "--overwrite")] = False,
+    quiet: Annotated[bool, _option(OUTPUT, "The table and warnings only.", "--quiet")] = False,
+    config: Config = None,
+) -> None:
+    """Rank pre-trained models for a table by linear probes on their frozen features, in seconds to minutes.
+
+    Example: steadytune probe train.csv --model sentence-transformers/all-MiniLM-L6-v2 --model bert-base-uncased
+    """
+    given = dict(locals())
+    with _errors_in_one_line("starts anew: nothing was written"), _speaking(quiet):
+        from .fitting import probing
+        from .fitting.predict_file import check_output
+
+        if output is not None:
+            check_output(output, [train, *model], overwrite, probing.FILES)
+        same = ("label", "group", "kind", "metric", "pooling", "prompt", "max_length", "train_size", "folds", "seed")
+        options = {"text": text or None, "tests": _named(test or []), **{name: given[name] for name in same}}
+        result = probing.probe(train, _models(model), **options)
+        if output is not None:
+            result.save(output)
+    _show_probed(result)
+
+
+def _models(given: list[str]) -> list[str] | dict[str, str]:
+    """Models as given, or by name where one of them has a name."""
+    from .errors import UsageError
+
+    pairs = [_pair(item) for item in given]
+    if all(path == item for (_, path), item in zip(pairs, given, strict=True)):
+        return given
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        raise UsageError("two models have one name: name them with --model NAME=MODEL.")
+    return named
+
+
+def _show_probed(result: Any) -> None:
+    """Models, the best first, their scores with intervals, and what the differences show."""
+    from .pages.words import number
+
+    sets = {result.metric: "", **{name: f"_{name}" for name in result.tests}}
+    grid = Grid(box=box.SIMPLE)
+    grid.add_column("model", overflow="fold")
+    for title in ("reads", *sets, "minus the best", "s", "width", "weights"):
+        grid.add_column(title, overflow="fold", justify="right")
+    for row in result.frame.to_dict("records"):
+        scores = [_bounded(row[f"score{of}"], row[f"low{of}"], row[f"high{of}"]) for of in sets.values()]
+        apart = _bounded(row["difference"], row["difference_low"], row["difference_high"], signed=True)
+        model = bool(row["model"])  # the last row is none
+        sizes = [number(row["seconds"], 1), str(row["width"]), f"{row['parameters'] / 1e6:.1f} M"] if model else []
+        grid.add_row(row["name"], row["pooling"], *scores, apart, *sizes)
+    console = Console()
+    console.print(grid)
+    if result.verdict:
+        console.print(result.verdict, soft_wrap=True, markup=False, highlight=False)
+
+
+def _bounded(value: float, low: float, high: float, signed: bool = False) -> str:
+    """A number, and in a second line its interval, where there are such."""
+    from .pages.words import NONE, interval, number
+
+    shown = [number(value, 3, signed), interval(low, high, 3, signed)]
+    return "\n".join(words for words in shown if words != NONE)
+
+
 @app.command()
 def bench(
     study: Annotated[str, typer.Argument(help="Study file (YAML), or a preset: stick, glue-small, low-resource ...")],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
 from ..heads.features import features as head_inputs
+from ..heads.features import pooled_features
 from .progress import progress_bar
 
 
@@ -50,15 +51,21 @@ def logits(
 
 
 def frozen_features(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, features: list[dict[str, Any]], batch_size: int = 64
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    features: list[dict[str, Any]],
+    pooling: Literal["model", "mean", "cls"] = "model",
+    batch_size: int = 64,
 ) -> np.ndarray:
-    """What enters the model's last linear layer (rows, width), in the order of the rows.
+    """What enters the model's last linear layer, or its token states pooled: (rows, width), in the order of the rows.
 
     Raises:
-        ValueError: The model has no such features, see `heads.features.features`.
+        ValueError: The model has no such features, see `heads.features`.
     """
     order = _by_length(features)
-    return head_inputs(model, _batches(features, order, tokenizer, batch_size)).numpy()[np.argsort(order)]
+    batches = _batches(features, order, tokenizer, batch_size)
+    found = head_inputs(model, batches) if pooling == "model" else pooled_features(model, batches, pooling)
+    return found.numpy()[np.argsort(order)]
 
 
 def _by_length(features: list[dict[str, Any]]) -> np.ndarray:

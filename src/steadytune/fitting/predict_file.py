@@ -43,19 +43,22 @@ class Predicted:
     cut: list[int] = field(default_factory=list)
 
 
-def check_output(output: Path, inputs: Sequence[str | Path], overwrite: bool) -> None:
+def check_output(
+    output: Path, inputs: Sequence[str | Path], overwrite: bool, endings: Sequence[str] = tuple(FILES)
+) -> None:
     """Refuse an output that cannot be written, or that would replace what is read.
 
     Args:
-        output: File of predictions.
-        inputs: Table to predict, folder of the model.
+        output: File to write.
+        inputs: Tables and folders of models that are read.
         overwrite: Whether an existing file may be replaced.
+        endings: Endings that the file may have.
 
     Raises:
         UsageError: An unknown ending, a missing folder, an existing file, or one of the inputs by any of its names.
     """
-    if output.suffix.lower() not in FILES:
-        raise UsageError(f"output {output}: files end in {', '.join(FILES)}.{suggest(output.suffix, FILES)}")
+    if output.suffix.lower() not in endings:
+        raise UsageError(f"output {output}: files end in {', '.join(endings)}.{suggest(output.suffix, endings)}")
     for name in inputs:
         if not str(name).startswith(HUB) and _is_part_of(output, Path(name)):
             raise UsageError(f"output {output} is also read ({name}): choose another --output FILE.")
