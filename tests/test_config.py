@@ -85,7 +85,7 @@ def test_methods_and_tests_as_text_or_mapping(folder):
         ("batch-size: 8", ["unknown option 'batch-size'", "mean 'batch_size'"]),
         ("yes: 1", ["unknown option 'yes'"]),
         ("config: other.yaml", ["unknown option 'config'"]),
-        ("seed: 1\nlr: 1\nseed: 2", ["line 3: 'seed' was given in line 1"]),
+        ("seed: 1\nlr: 1\nseed: 2", ["line 3: 'seed' is also given in line 1"]),
         ("batch_size: 8.5", ["line 1: batch_size must be a whole number, got 8.5"]),
         ("batch_size: '8'", ["whole number, got '8'"]),
         ("batch_size: true", ["whole number, got True"]),

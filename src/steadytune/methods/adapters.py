@@ -1,9 +1,9 @@
-"""Adapters: train small bottlenecks inside the blocks and leave the pre-trained matrices alone.
+"""Adapters: train small bottlenecks inside the blocks, and freeze the pre-trained matrices.
 
     h <- h + up(gelu(down(h)))          behind attention and behind feed-forward, in every block
 
-A bottleneck is not linear: no plain model has the same outputs, so that its weights cannot be merged as LoRA's can:
-a file of its own holds what was trained.
+A bottleneck is not linear, so it cannot be merged into a plain model as LoRA can. A separate file stores the trained
+weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..files.delta import fingerprint
 
 FILE = "adapters.safetensors"
 FORMAT = 1
-# The last matrix of attention and of feed-forward, by the ends of its path in the block.
+# The last matrix of attention and of feed-forward, by the end of its path in the block.
 OUTPUTS = (
     *("output.dense", "attention.dense", "ffn_output"),  # BERT, RoBERTa, ELECTRA, DeBERTa; ALBERT
     *("out_lin", "lin2", ".Wo"),  # DistilBERT, XLM; ModernBERT
@@ -36,24 +36,24 @@ OUTPUTS = (
 
 @dataclass
 class Adapters(Method):
-    """Put two bottlenecks into every block; train them, the normalisation layers and the head, freeze the rest.
+    """Insert two bottlenecks into each block; train them, the normalisation layers and the head, and freeze the rest.
 
     Args:
-        size: Features of a bottleneck; the authors try 8 to 256.
+        size: Number of features of a bottleneck; the authors try 8 to 256.
 
-    Until they are trained the bottlenecks are the identity. They are not linear, so that no plain model has the same
-    outputs: `steadytune.save_adapters` stores what was trained and `steadytune.load_adapters` puts it into the
-    pre-trained model. `steadytune.Trainer` writes that file into every folder that it saves, and `fit` and `predict` do
-    both. No such folder has a ``config.json``, so that it cannot be read as a model without its adapters. The authors'
-    learning rates are 3e-5 to 3e-3. As to activation checkpointing see `TopLayers`.
+    Before training, the bottlenecks are the identity. They are not linear, so they cannot be merged into a plain model.
+    `steadytune.save_adapters` stores the trained weights, and `steadytune.load_adapters` inserts them into the
+    pre-trained model. `fit`, `predict` and `steadytune.Trainer` do both. Their folders have no ``config.json``, so that
+    nobody loads them as a model without adapters. The authors' learning rates are 3e-5 to 3e-3. For activation
+    checkpointing see `TopLayers`.
 
     Departures:
-        ``up`` begins at zero, where the authors draw both matrices from a narrow normal distribution: the outputs at
-        the start are those of the pre-trained model, exactly. Bottlenecks come before the dropout of the residual
-        branch, not after it.
+        ``up`` starts at zero, so that the first outputs are exactly those of the pre-trained model; the authors draw
+        both matrices from a narrow normal distribution. Bottlenecks are before the dropout of the residual branch, not
+        after it.
 
     Raises:
-        ValueError: In setup, for a PEFT model, one that has adapters, or one whose blocks are not known (XLNet).
+        ValueError: In setup, if the model is a PEFT model, has adapters, or has blocks of unknown structure (XLNet).
     """
 
     size: Annotated[int, Within("[1, inf)")] = 64
@@ -88,12 +88,12 @@ class Adapters(Method):
 
 
 class AdapterBottleneck(nn.Module):
-    """``h + up(gelu(down(h)))``, the identity until it is trained.
+    """``h + up(gelu(down(h)))``; the identity before training.
 
     Args:
-        width: Width of h.
+        width: Number of features of h.
         size: Size of the bottleneck.
-        like: Whose device and type the weights take.
+        like: Tensor whose device and dtype the weights get.
     """
 
     def __init__(self, width: int, size: int, like: Tensor) -> None:
@@ -109,18 +109,19 @@ class AdapterBottleneck(nn.Module):
 
 
 def insert(model: nn.Module, size: int) -> list[str]:
-    """Put a bottleneck behind every attention and every feed-forward of the blocks; returns the names of its weights.
+    """Insert a bottleneck after each attention and each feed-forward; return the names of the new weights.
 
-    Names that the model had stay; a bottleneck is called ``adapter`` and belongs to the matrix whose output it takes.
+    The names of the model's own weights stay. A bottleneck is the submodule ``adapter`` of the matrix whose output it
+    takes.
 
     Raises:
-        ValueError: Adapters are there already, or a block without a known attention and feed-forward output.
+        ValueError: The model has adapters, or a block without a known attention and feed-forward output.
     """
     name, found = type(model).__name__, blocks(model)
     layers = [outputs(block) for block in found]
     if not found or min(map(len, layers)) < 2:
         raise ValueError(
-            f"adapters go behind attention and feed-forward of every block, which are not known for {name}, or "
+            f"adapters follow attention and feed-forward of each block, which are not known for {name}, or are "
             "quantised: use LoRA, or BitFit"
         )
     for layer in (layer for block in layers for layer in block):
@@ -132,7 +133,7 @@ def insert(model: nn.Module, size: int) -> list[str]:
 
 
 def outputs(block: Sequence[nn.Module]) -> list[Any]:
-    """The matrices of a block that write to the residual stream. `nn.MultiheadAttention` never calls its own."""
+    """Matrices of a block that write to the residual stream; `nn.MultiheadAttention` does not call its own."""
     uncalled = nn.modules.linear.NonDynamicallyQuantizableLinear
     matrices = [
         layer
@@ -160,27 +161,27 @@ def is_adapter(name: str) -> bool:
 
 
 def is_trained(name: str, part: Part) -> bool:
-    """Whether a weight is trained beside frozen others: those of adapters, normalisation layers and the head."""
+    """Whether `Adapters` trains a weight: it belongs to an adapter, a normalisation layer or the head."""
     return part.head or part.kind == "norm" or is_adapter(name)
 
 
 def adapter_size(model: nn.Module) -> int | None:
-    """Size of a model's bottlenecks; None for a model without any."""
+    """Size of a model's bottlenecks; None for a model without adapters."""
     return next((m.down.out_features for m in model.modules() if isinstance(m, AdapterBottleneck)), None)
 
 
 def save_adapters(path: str | os.PathLike, model: nn.Module) -> Path:
-    """Write what `steadytune.Adapters` trained (bottlenecks, normalisation layers, head), whole or not at all.
+    """Write the weights that `steadytune.Adapters` trains (bottlenecks, normalisation layers, head), atomically.
 
     Args:
-        path: A file, or a directory, in which it is called `adapters.safetensors`.
-        model: With adapters.
+        path: File, or directory in which the file is called `adapters.safetensors`.
+        model: Model with adapters.
 
     Returns:
-        The file.
+        Path of the file.
 
     Raises:
-        ValueError: A model without adapters.
+        ValueError: The model has no adapters.
     """
     file, size = _file(path), adapter_size(model)
     if size is None:
@@ -198,17 +199,17 @@ def save_adapters(path: str | os.PathLike, model: nn.Module) -> Path:
 
 
 def load_adapters(path: str | os.PathLike, model: nn.Module) -> nn.Module:
-    """Put adapters into the model that they were trained in: outputs are those of the training, bit for bit.
+    """Insert adapters into the model that they were trained in; outputs are those of the training, bit for bit.
 
     Args:
-        path: What `save_adapters` wrote, or the directory of it.
-        model: The pre-trained model, with a head of the same shape; it is changed in place.
+        path: File that `save_adapters` wrote, or its directory.
+        model: Pre-trained model with a head of the same shape; it is changed in place.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: Another base, a head of another shape, a newer format, or a damaged file.
+        ValueError: The base model or the shape of the head differs, the format is newer, or the file is damaged.
     """
     file = _file(path)
     tree = state.load(file)

@@ -1,4 +1,4 @@
-"""FGM and PGD: train on adversarial embeddings too.
+"""FGM and PGD: train also on adversarial embeddings.
 
 With x the embeddings of an example, norms over all its tokens, g = d task / dx and s the standard deviation of the
 embedding table's entries:
@@ -30,13 +30,13 @@ class FGM(Method):
             entries before training; the paper's 5 is 0.28 for all-MiniLM-L6-v2.
         weight: Weight of the adversarial loss.
 
-    Every forward has its own dropout draw. Padding is never perturbed, no ``.grad`` or weight is touched on the way.
+    Each forward has its own dropout mask. Padding is not perturbed. No ``.grad`` and no weight changes.
 
     Departures:
-        The paper normalises the embeddings to unit variance; pre-trained ones would change, so the perturbation is
-        scaled instead. Widespread code perturbs the embedding table itself, by a length of 1.0 for a whole batch, and
-        puts it back; here each example has its own perturbation, and one of length 1.0 kept all-MiniLM-L6-v2 at chance
-        (500 rows of SST-2, one seed).
+        The paper normalises the embeddings to unit variance, which would change pre-trained ones, so we scale the
+        perturbation instead. Widely used code perturbs the embedding table itself, by a length of 1.0 for a whole
+        batch, and restores it. Here each example has its own perturbation; one of length 1.0 kept all-MiniLM-L6-v2 at
+        chance (500 rows of SST-2, one seed).
 
     Raises:
         ValueError: In setup, for a model without a token embedding.
@@ -93,13 +93,13 @@ class PGD(FGM):
     Args:
         epsilon: Radius of the ball: L2 norm of an example's perturbation, in the unit of `FGM`.
         step_size: L2 norm of one step, in the same unit.
-        steps: Steps of ascent.
+        steps: Number of ascent steps.
 
     Every forward has its own dropout draw. Padding is never perturbed, no ``.grad`` or weight is touched on the way.
 
     Departures:
-        An L2 ball per example in the embeddings and a start at its centre; the paper's is a ball of the largest entry
-        in the pixels, with a random start. The paper trains on the perturbed examples alone.
+        The ball is an L2 ball for each example, in the embeddings, and the ascent starts at its centre. The paper has
+        an L-infinity ball in the pixels and a random start, and trains on the perturbed examples alone.
 
     Raises:
         ValueError: In setup, for a model without a token embedding.

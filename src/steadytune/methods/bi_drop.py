@@ -21,7 +21,7 @@ from ..core.checks import check_dropout
 from ..core.facts import Cost, Paper
 from .bases.static_mask import top_masks
 
-TINY = 1e-30  # of a quotient: a gradient that is zero twice scores nothing
+TINY = 1e-30  # in denominators, so that an entry with two zero gradients scores 0
 
 
 @dataclass
@@ -30,16 +30,17 @@ class BiDrop(Method):
 
     Args:
         keep: Share of entries of each tensor that is updated.
-        score: What ranks them: ``"stability"`` over draws, ``"scale"`` relative to the weight, or their product,
-            ``"both"``.
-        scope: Which weights are masked. All others take the mean gradient whole.
+        score: Score that ranks the entries: ``"stability"`` over draws, ``"scale"`` relative to the weight, or their
+            product ``"both"``.
+        scope: Weights to mask. All others get the mean gradient.
 
-    Penalties of other methods enter the first gradient only, so they count half. Masked entries are not frozen:
-    momentum and decay go on moving them. ``keep = 1`` is the mean over two draws, not plain fine-tuning.
+    Penalties of other methods are in the first gradient only, so they count half. Masked entries are not frozen:
+    momentum and decay still move them. ``keep = 1`` is the mean over two draws, not plain fine-tuning.
 
     Departures:
-        Written from the abstract and second-hand accounts; no code of the authors was found. How they combine the two
-        factors, and over which unit they rank, is our choice, as is two as the number of draws.
+        Written from the abstract and from descriptions in other papers, because no code of the authors was found. Three
+        things are our choice: the combination of the two factors, the unit over which entries are ranked, and the
+        number of draws, two.
 
     Raises:
         ValueError: In setup, for a model without active dropout: both gradients would be equal.
@@ -78,7 +79,7 @@ class BiDrop(Method):
         multiply(chosen, [masks[w.name] for w in chosen])
 
     def rank(self, weight: Weight, second: Tensor) -> Tensor:
-        """The score of every entry; what no factor changes is left out."""
+        """Score of each entry, up to constant factors."""
         assert weight.grad is not None
         total = (weight.grad + second).abs()
         stability = total / (weight.grad - second).abs().clamp(min=TINY)

@@ -1,4 +1,4 @@
-"""Child-Tuning: update a child network only, drawn anew at each step (F) or chosen once by Fisher information (D).
+"""Child-Tuning: update only a child network, drawn at each step (F) or selected once by Fisher information (D).
 
 F    g <- g * B / keep        B ~ Bernoulli(keep), every entry, every step; E[B / keep] = 1
 D    g <- g * M               M = [F among the largest keep], F = mean of squared gradients at the start
@@ -35,15 +35,15 @@ PAPER = Paper(
 
 @dataclass
 class ChildTuningF(Method):
-    """Give a random share of the gradient's entries to the optimizer at each step, enlarged so that the mean stays.
+    """At each step, pass a random share of the gradient's entries to the optimizer, scaled to keep the mean.
 
     Args:
-        keep: Share of entries that get their gradient; the authors' p_F, 0.2 to 0.4. Rounded to a multiple
-            of 1/256, at least one: each entry costs one random byte.
+        keep: Share of entries that get their gradient; the authors' p_F, 0.2 to 0.4. It is rounded to a multiple of
+            1/256, at least 1/256, because each entry costs one random byte.
         scope: Which weights are masked.
 
-    Masked entries are not frozen: momentum and decay go on moving them. Under Adam the factor cancels almost, which
-    leaves smaller steps: the second moment grows by 1 / keep, the first does not.
+    Masked entries are not frozen: momentum and decay still move them. Adam's steps become smaller, because the second
+    moment grows by 1 / keep and the first does not.
 
     Departures:
         One draw per optimizer step, the same on all ranks.
@@ -58,7 +58,7 @@ class ChildTuningF(Method):
 
     @property
     def share(self) -> float:
-        """``keep`` as it is drawn."""
+        """``keep``, rounded to the multiple of 1/256 that is drawn."""
         return max(1, round(self.keep * 256)) / 256
 
     def setup(self, run: Run) -> None:
@@ -78,27 +78,26 @@ class ChildTuningF(Method):
 
 @dataclass
 class ChildTuningD(StaticMask):
-    """Before training, rank weights by their Fisher information on the training rows; update the largest only.
+    """Before training, rank weights by their Fisher information on the training rows; then update only the largest.
 
     Args:
         keep: Share of entries that stays trainable; the authors' p_D, 0.1 to 0.3.
         scope: Which weights are ranked and masked, all together. Others train as usual.
-        per: Whose gradients are squared: those of a ``"batch"`` of an optimizer step (as the authors' code), or of each
-            ``"example"`` (as the paper defines; one backward pass per row).
-        labels: The ``"true"`` ones (both paper and code), or ``"sampled"`` from the model's own prediction, which is
-            what Fisher information means. For tasks with one class label per row.
-        clip: Largest norm of one tensor's gradient before it is squared; inf does not clip, the authors'
-            code has 1.
-        batches: Batches to look at; 0 is one pass over all rows, as the authors'.
-        frozen: Keep masked entries bit for bit. False, as in the authors' code: their gradient is zero, but decay (and
-            momentum that others bring) still moves them.
+        per: Unit whose gradient is squared: the ``"batch"`` of an optimizer step, as in the authors' code, or each
+            ``"example"``, as in the paper (one backward pass for each row).
+        labels: ``"true"`` labels, as in paper and code, or labels ``"sampled"`` from the model's prediction, as in the
+            definition of Fisher information. Sampling needs one class label per row.
+        clip: Largest norm of a tensor's gradient before it is squared. inf disables clipping; the authors' code has 1.
+        batches: Number of batches for the ranking; 0 is one pass over all rows, as in the authors' code.
+        frozen: Whether masked entries stay bit for bit. By default only their gradient is zero, as in the authors'
+            code; decay, and momentum from other methods, still move them.
 
-    The look at the data costs one epoch without updates. Dropout is as in training.
+    The ranking costs one epoch without updates. Dropout is as in training.
 
     Departures:
-        No clipping by default; ranks rank the same, by the mean over all ranks; ``ceil(n * keep)`` entries are kept
-        where the authors' interpolated percentile may keep one fewer; a resumed run keeps its masks, where the
-        authors' code ranks anew by half-trained weights.
+        No clipping by default. All processes rank by the mean over all of them. ``ceil(n * keep)`` entries are kept;
+        the authors' interpolated percentile may keep one fewer. A resumed run keeps its masks; the authors' code ranks
+        again with half-trained weights.
     """
 
     keep: Annotated[float, Within("(0, 1]")] = 0.3
@@ -122,7 +121,7 @@ class ChildTuningD(StaticMask):
         return top_masks(run, self.fisher(run, weights, batches), self.keep, "global")
 
     def fisher(self, run: Run, weights: Sequence[Weight], batches: Iterable[Batch]) -> Tensors:
-        """Mean of squared gradients, by weight name, in at least float32."""
+        """Mean of squared gradients by weight name, in float32 or float64."""
         scope = {w.name for w in select(weights, self.scope)}
         sums: Tensors = {}
         count = 0
@@ -141,7 +140,7 @@ class ChildTuningD(StaticMask):
         return sums
 
     def loss(self, run: Run) -> Callable[[Inputs], Tensor]:
-        """The task's loss of a batch; of single examples around the wrapper, which would average over ranks."""
+        """Loss of the task; for single examples without the DDP wrapper, which averages over processes."""
         model = run.model if self.per == "example" else run.wrapper
 
         def loss(batch: Inputs) -> Tensor:
@@ -183,7 +182,7 @@ def sampled(logits: Tensor, labels: Tensor) -> Tensor:
     """Class labels (batch,) drawn from the prediction.
 
     Raises:
-        ValueError: Logits that are not (batch, classes), or labels that are not (batch,).
+        ValueError: Logits do not have the shape (batch, classes), or labels the shape (batch,).
     """
     if logits.dim() != 2 or logits.size(-1) == 1 or labels.dim() != 1:
         raise ValueError(

@@ -16,15 +16,16 @@ from ..core.facts import Paper
 
 @dataclass
 class ClipNorm(Method):
-    """Scale all gradients by ``min(1, max_norm / (norm + 1e-6))``, as torch's ``clip_grad_norm_`` does.
+    """Scale all gradients by ``min(1, max_norm / (norm + 1e-6))``, like torch's ``clip_grad_norm_``.
 
-    An item of the list: what comes before it is clipped, what comes after it is not. DPS's authors mask, then clip.
+    Its place in the list matters: changes of methods before it are clipped, those of methods after it are not. The
+    authors of DPS mask first, then clip.
 
     Args:
-        max_norm: Largest norm that is left alone; ``inf`` never clips.
+        max_norm: Largest norm that is not clipped; ``inf`` never clips.
 
     Attributes:
-        norm: Norm of the last step before clipping, a 0-d tensor.
+        norm: Norm of the gradient of the last step before clipping, a 0-d tensor.
     """
 
     max_norm: Annotated[float, Within("(0, inf]")] = 1.0

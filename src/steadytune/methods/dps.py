@@ -1,4 +1,4 @@
-"""DPS, Dynamic Parameter Selection: train the whole network, then its most promising part, in cycles.
+"""DPS, Dynamic Parameter Selection: train the whole network, then a subnetwork with large gradients, in cycles.
 
 Training is cut into cycles of two stages of ``us = max(1, int(total_steps * update_ratio))`` steps each:
 
@@ -33,18 +33,18 @@ class DPSDense(Method):
     """Train everything and add up squared gradients, then train only the entries with the largest sums.
 
     Args:
-        keep: Share of entries that stays trainable in stage II. The authors' 1 - p; their p = 0.3.
-        update_ratio: Length of a stage as a share of all optimizer steps. The authors' 0.05.
+        keep: Share of entries that stays trainable in stage II; the authors' 1 - p with p = 0.3.
+        update_ratio: Length of a stage as a share of all optimizer steps; 0.05 as in the paper.
         scope: Which weights are masked; ``"linear"`` includes pooler and head.
         threshold: Largest ``keep`` of each ``"tensor"`` (the authors), or of all weights in scope (``"global"``).
-        frozen: Keep unselected weights and their optimizer state bit for bit in stage II. False, as in the authors'
-            code: their gradient is zero, but momentum and decay still move them. Costs up to 12 more bytes per weight
-            during a step of AdamW.
+        frozen: Whether unselected entries and their optimizer state stay bit for bit in stage II. By default only their
+            gradient is zero, as in the authors' code; momentum and decay still move them. Freezing costs up to 12 more
+            bytes per weight during a step of AdamW.
 
     Departures:
-        Optimizer steps are counted, not forward calls, so accumulation changes nothing; sums are taken of synced,
-        unscaled gradients; entries tied with the threshold are all kept (in the authors' code too). Their scripts also
-        switch dropout off, which this does not.
+        Optimizer steps are counted, not forward calls, so accumulation changes nothing. Sums are of synchronised,
+        unscaled gradients. All entries tied with the threshold are kept, as in the authors' code. Their scripts also
+        switch dropout off; we do not.
     """
 
     keep: Annotated[float, Within("(0, 1]")] = 0.7
@@ -73,7 +73,7 @@ class DPSDense(Method):
         run.require(self, self.scope)
 
     def stage(self, run: Run) -> int:
-        """Steps of one stage."""
+        """Number of steps of one stage."""
         return stage_length(run.steps(self), self.update_ratio)
 
     def before_forward(self, run: Run, weights: Sequence[Weight]) -> None:
@@ -105,11 +105,11 @@ class DPSDense(Method):
             self.masks = {}
 
     def scores(self, run: Run) -> Tensors:
-        """What the selection ranks, by weight name."""
+        """Scores that the selection ranks, by weight name."""
         return self.squares
 
     def masked(self, weights: Sequence[Weight]) -> list[Weight]:
-        """The weights that have a mask (those that had a gradient in stage I)."""
+        """Weights with a mask, that is, with a gradient in stage I."""
         return [w for w in weights if w.name in self.masks]
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,21 +121,20 @@ class DPSDense(Method):
 
 @dataclass
 class DPSMix(DPSDense):
-    """DPS with Mixout-like forwards: some weights are shown as their anchor, the others pushed away from it.
+    """DPS with forwards like Mixout's: the model uses anchors for some weights, and moves the others away from theirs.
 
-    The anchor of a new head is its initial value, as in the authors' code. Options not named here are those of
-    `DPSDense`.
+    The anchor of a new head is its initial value, as in the authors' code. The other options are those of `DPSDense`.
 
     Args:
         keep: Share of columns drawn in stage I and of entries selected in stage II; the authors' 1 - p.
-        frequency_penalty: Multiply scores by ``exp(-times drawn / us)``: ``"auto"`` from ``us >= 50`` on, as the
-            authors' code does, ``"on"`` or ``"off"``.
-        rescale_gradient: The exact chain rule ``dL/dW = B / keep * dL/dW_fwd``. False leaves out ``1 / keep``, as the
-            authors' backward does; Adam hides the difference, SGD and clipping do not.
+        frequency_penalty: Whether to multiply scores by ``exp(-times drawn / us)``: ``"on"``, ``"off"``, or ``"auto"``
+            for ``us >= 50`` only, as in the authors' code.
+        rescale_gradient: Whether to use the exact chain rule ``dL/dW = B / keep * dL/dW_fwd``. False leaves out ``1 /
+            keep``, as in the authors' code. The difference matters with SGD or clipping, and hardly with Adam.
 
     Departures:
-        Beside those of `DPSDense`: one draw per optimizer step, also under accumulation; evaluation and checkpoints
-        hold W, never the mixture.
+        Those of `DPSDense`. In addition, there is one draw per optimizer step, also under accumulation, and evaluation
+        and checkpoints use W, never the mixture.
     """
 
     frequency_penalty: Literal["auto", "on", "off"] = "auto"
@@ -146,9 +145,9 @@ class DPSMix(DPSDense):
 
     def setup(self, run: Run) -> None:
         super().setup(run)
-        self.frequency: Tensors = {}  # how often each column was drawn in this stage I
+        self.frequency: Tensors = {}  # number of draws of each column in this stage I
         self.anchors: Tensors = {}  # W at the boundary
-        self.drawn: Tensors = {}  # of the step under way
+        self.drawn: Tensors = {}  # draws of the current step
         run.require(self, self.scope, reference=True)
         for w in run.weights(self, self.scope):
             run.reference(w.name)
@@ -189,7 +188,7 @@ class DPSMix(DPSDense):
                 self.frequency[w.name] = self.frequency[w.name] + seen if w.name in self.frequency else seen
 
     def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
-        """Nothing more: `pull_back` masked."""
+        """Do nothing: `pull_back` has applied the mask."""
 
     def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
         super().after_step(run, weights)
@@ -216,7 +215,7 @@ class DPSMix(DPSDense):
 
 
 def add_squares(squares: Tensors, weights: Sequence[Weight]) -> None:
-    """``squares += g * g`` in place, in at least float32."""
+    """``squares += g * g`` in place, in float32 or float64."""
     found = {w.name: g.to(torch.promote_types(g.dtype, torch.float32)) for w in weights if (g := w.grad) is not None}
     old = [name for name in found if name in squares]
     squares.update({name: g.square() for name, g in found.items() if name not in squares})

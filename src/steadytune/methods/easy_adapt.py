@@ -1,4 +1,4 @@
-"""EasyAdapt: a head for all domains, and beside it for each domain what is special about it.
+"""EasyAdapt: one head for all domains, and a correction of it for each domain.
 
 features (h, h, 0, ...) for rows of domain 1, (h, 0, h, ...) for rows of domain 2, ...: one linear layer on them is
 
@@ -22,10 +22,10 @@ from .bases.beside_head import Beside, BesideHead
 
 
 class Domains(Beside):
-    """Adds to a layer's outputs in training mode what is special about each row's domain; a forward hook.
+    """Forward hook that adds the correction of each row's domain to a layer's outputs in training mode.
 
     Attributes:
-        domain: (rows,) of the batch under way, -1 for a domain that is not known.
+        domain: Domain of each row of the current batch, shape (rows,), -1 for an unknown one.
     """
 
     def __init__(self, layer: nn.Linear, domains: int, source: str | Callable[[Mapping[str, Any]], Tensor]) -> None:
@@ -35,10 +35,10 @@ class Domains(Beside):
         self.source, self.drop = source, 0.0
         self.domain: Tensor | None = None
         self.checked = False
-        self.taking: RemovableHandle | None = None  # of `take` at the model, to its end
+        self.taking: RemovableHandle | None = None  # of the hook `take`
 
     def take(self, model: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Before each forward of the model: the domains of its rows, which it has no argument for."""
+        """Take the domains out of the inputs before each forward, because the model has no argument for them."""
         if callable(self.source):
             self.domain = self.source(inputs)
         else:
@@ -54,7 +54,7 @@ class Domains(Beside):
         return args, inputs
 
     def check(self, domain: Tensor) -> None:
-        """Raise unless the numbers of the first batch are those of domains: later ones are left to torch's indexing."""
+        """Raise unless the numbers of the first batch are domains. Later batches rely on torch's indexing."""
         known = len(self.weight)
         if domain.dim() != 1 or domain.is_floating_point() or not bool(((domain >= -1) & (domain < known)).all()):
             raise ValueError(
@@ -74,7 +74,7 @@ class Domains(Beside):
         return output + special * known.view(-1, *[1] * (output.dim() - 1))
 
     def draw(self, domain: Tensor) -> Tensor:
-        """Uniform numbers for the rows, drawn as dropout is: from torch's random state."""
+        """Uniform numbers for the rows, drawn from torch's random state like dropout."""
         return torch.rand(domain.shape, device=domain.device)
 
 
@@ -83,18 +83,19 @@ class EasyAdapt(BesideHead[Domains]):
     """Train a head for all domains and a correction of it for each domain; evaluate and save the head for all.
 
     Args:
-        domains: How many there are in the training rows.
-        domain: The column of the batch that holds each row's domain, a number from 0, or -1 where it is not known; it
-            never reaches the model. Or a function of the inputs that gives these numbers.
-        drop: Share of the rows that train without the correction of their domain, so that the head serves
-            rows of a new domain by itself.
+        domains: Number of domains in the training rows.
+        domain: Column of the batch with the domain of each row: a number from 0 on, or -1 if it is unknown. The model
+            does not receive it. Or a function of the inputs that returns these numbers.
+        drop: Share of the rows that train without the correction of their domain, so that the head alone is good for
+            new domains.
 
-    What the domains have in common goes into the head, the more so the stronger the weight decay, which holds the
-    corrections near zero. `specialised` gives the head of one domain. `Trainer` keeps the column; `fit` has none.
+    The head learns what the domains have in common, and more so with a stronger weight decay, which keeps the
+    corrections near zero. `specialised` returns the head of one domain. `Trainer` keeps the column; `fit` has no such
+    column.
 
     Departures:
-        The augmented features are never built: the head and the corrections are the blocks of their weights. A share of
-        the rows is treated as of no known domain.
+        The augmented features are not built; head and corrections are the blocks of their weight matrix. A share of the
+        rows is treated as rows of an unknown domain.
 
     Raises:
         ValueError: In setup, for a model without a trainable classification head, or already inside
@@ -140,10 +141,10 @@ class EasyAdapt(BesideHead[Domains]):
 
     @torch.no_grad()
     def specialised(self, domain: int) -> dict[str, Tensor]:
-        """The head of one domain, for ``head.load_state_dict`` in a copy of the model: weight and bias.
+        """Weight and bias of one domain's head, for ``head.load_state_dict`` in a copy of the model.
 
         Args:
-            domain: Its number.
+            domain: Number of the domain.
         """
         found = {name: p + getattr(self.beside, name)[domain] for name, p in self.head.named_parameters(recurse=False)}
         return {name: p.detach() for name, p in found.items()}

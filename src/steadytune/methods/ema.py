@@ -1,4 +1,4 @@
-"""Averages of the weights along a run, which are evaluated and saved instead of the weights.
+"""Averages of the weights over a run, which are evaluated and saved instead of the weights.
 
 EMA is an exponential moving average (the idea is Polyak's and Juditsky's, 1992), SWA a plain mean of late weights.
 
@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar
 from ..core import Method, Run, Scope, Weight, Within, select
 from ..core.facts import Cost, Paper
 
-SPAN = 0.1  # share of the training that an average looks back over
+SPAN = 0.1  # share of the training that the default average covers
 
 
 @dataclass
@@ -23,16 +23,16 @@ class EMA(Method):
     """Evaluate, save and select the average of the weights; train the weights themselves.
 
     Args:
-        decay: Share of the old average that stays; 1 - 1/n looks back about n steps, and 0 is plain
-            fine-tuning. None looks back over a tenth of the training.
+        decay: Weight of the old average. 1 - 1/n averages over about n steps, 0 is plain fine-tuning, and None averages
+            over a tenth of the training.
         scope: Which weights are averaged.
 
     Buffers (BatchNorm statistics) are not averaged. The Trainer's checkpoints hold the average as the model and the
     raw weights in the side file.
 
     Departures:
-        The paper averages a teacher that a student learns from; here the average is only evaluated and saved. Its decay
-        of 0.999 would hold three quarters of the start after 300 steps.
+        In the paper the average is a teacher from which a student learns; here it is only evaluated and saved. With the
+        paper's decay of 0.999, the initial weights would still have a share of three quarters after 300 steps.
     """
 
     decay: Annotated[float, Within("[0, 1)")] | None = None
@@ -59,7 +59,7 @@ class EMA(Method):
         run.require(self, self.scope)
 
     def rate(self, run: Run) -> float:
-        """Share of the average that the newest weights are."""
+        """Share of the newest weights in the average."""
         return min(1.0, 1 / (SPAN * run.steps(self))) if self.decay is None else 1 - self.decay
 
     def evaluated(self, run: Run, weights: Sequence[Weight]) -> dict[str, float]:
@@ -68,19 +68,19 @@ class EMA(Method):
 
 @dataclass
 class SWA(Method):
-    """Evaluate and save the plain mean of the weights of late steps; until the first of them, the weights themselves.
+    """Evaluate and save the mean of the weights of late steps; before the first of them, the weights themselves.
 
     Args:
-        start: Share of the training before the first weights that count; the authors' 0.75.
-        every: Steps from one addition to the next; the authors' one epoch.
+        start: Share of the training before averaging starts; 0.75 as in the paper.
+        every: Number of steps between two additions; in the paper, one epoch.
         scope: Which weights are averaged.
 
-    The average gains most where the weights still move: with a learning rate that stays high to the end. Buffers
+    The average helps most if the weights still move, that is, with a learning rate that stays high to the end. Buffers
     (BatchNorm statistics) are not averaged.
 
     Departures:
-        No learning-rate schedule of its own (the authors' is cyclical or constant); no recomputed BatchNorm statistics,
-        which transformers do not have.
+        It has no learning-rate schedule of its own; the authors' is cyclical or constant. BatchNorm statistics are not
+        recomputed, because transformers have none.
     """
 
     start: Annotated[float, Within("[0, 1]")] = 0.75

@@ -1,6 +1,6 @@
-"""Extrapolation: take the gradient a little further along the way the weights are going.
+"""Extrapolation: take the gradient ahead of the weights, in the direction of their last update.
 
-W_fwd = W + ahead * (W - W_before)        where the last update would lead if it were repeated
+W_fwd = W + ahead * (W - W_before)        the point that another such update would reach
 W <- optimizer(W, gradient at W_fwd)
 """
 
@@ -19,18 +19,18 @@ from ..core.facts import Cost, Paper
 
 @dataclass
 class Extrapolation(Method):
-    """Show each weight moved on by a share of its last update; the gradient found there moves the weight itself.
+    """Move each weight ahead by a share of its last update for the forward; apply the gradient to the weight itself.
 
     Args:
-        ahead: How far, in units of the last update. With SGD it is the paper's extrapolation step divided
-            by its learning rate.
-        scope: Which weights are moved on.
+        ahead: Distance in units of the last update. With SGD it is the paper's extrapolation step divided by its
+            learning rate.
+        scope: Weights to move ahead.
 
-    Made for large batches. The gradient comes with no extra pass; the first step shows the weights as they are.
+    The method is meant for large batches. It needs no extra pass. The first step uses the weights as they are.
 
     Departures:
-        The direction is the last update, whichever optimizer made it, decay and other methods included; with plain SGD
-        it is the past gradient of the paper's cheap form. The forms with a gradient of their own are left out.
+        The direction is the last update of any optimizer, including decay and other methods; with plain SGD it is the
+        past gradient, as in the paper's cheap form. The paper's forms with an extra gradient are left out.
     """
 
     ahead: Annotated[float, Within("[0, inf)")] = 0.5
@@ -59,7 +59,7 @@ class Extrapolation(Method):
 
     def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
         if self.ahead:
-            chosen = select(weights, self.scope)  # without those that get no gradient: they do not move
+            chosen = select(weights, self.scope)  # weights without a gradient do not move
             self.before = {w.name: self.before.get(w.name, torch.empty_like(w.data)).copy_(w.data) for w in chosen}
 
     def state_dict(self) -> dict[str, Any]:

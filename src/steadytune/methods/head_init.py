@@ -1,6 +1,6 @@
-"""HeadInit: begin with the best head on frozen features instead of a random one.
+"""HeadInit: start with the best head on frozen features instead of a random one.
 
-phi(x)  what enters the last linear layer, model in evaluation mode
+phi(x)  input of the last linear layer, model in evaluation mode
 W, b <- argmin  C * sum_i -log softmax(W phi(x_i) + b)[y_i] + |W|^2 / 2          before the first step
 """
 
@@ -18,23 +18,24 @@ from ..heads.start import How, probe_of_batches, set_head
 
 @dataclass
 class HeadInit(Method):
-    """Let the head begin as a linear probe on frozen features (the first half of LP-FT).
+    """Initialise the head as a linear probe on frozen features (the first half of LP-FT).
 
     Args:
-        how: Probe for classes. Numbers take ridge, several labels logistic regressions.
+        how: Probe for classes. Numbers use ridge regression, several labels per row one logistic regression for each
+            label.
         scale: Factor on the probe's weights. A large head slows the change of features (arXiv 2405.16747).
 
-    The probe is fitted in setup, on one pass over the training data, which `Run` must be given as ``data``; the Trainer
-    gives it. The penalty is chosen by cross-validation. Two runs on the same data begin with the same head, whatever
-    their seeds, so that a soup of them is legal. The head counts as new: anchors leave it out.
+    The probe is fitted in setup, on one pass over the training data. A `Run` needs them as ``data``; the Trainer passes
+    its own. The penalty is chosen by cross-validation. Runs on the same data start with the same head, whatever their
+    seeds, so their soup is valid. The head counts as new: anchors leave it out.
 
     Departures:
-        The authors train the probe for its accuracy, and choose the penalty by it; we choose it by log-loss, since
-        the size of the head matters to the training that follows. `steadytune.heads.probe` says what else differs.
+        The authors choose the penalty by accuracy; we choose it by log-loss, because the size of the head matters in
+        the training that follows. For further differences see `steadytune.heads.probe`.
 
     Raises:
-        ValueError: In setup, for a model whose logits are not those of a last linear layer, no data, batches without
-            labels, or weights that are sharded already.
+        ValueError: In setup, if the logits are not those of a last linear layer, if there is no data, if batches have
+            no labels, or if the weights are sharded.
     """
 
     how: How = "logistic"
@@ -58,7 +59,7 @@ class HeadInit(Method):
         if run.data is None:
             raise ValueError("HeadInit fits its probe on the training data: pass Run(..., data=lambda: loader)")
         with run.forked_rng():
-            torch.manual_seed(run.draw_seed("data"))  # a loader that shuffles leaves the order of training alone
+            torch.manual_seed(run.draw_seed("data"))  # so that a shuffling loader does not change the order of training
             probe = probe_of_batches(run.model, run.data(), how=self.how)
         set_head(run.model, probe, self.scale)
         self.strength = probe.strength

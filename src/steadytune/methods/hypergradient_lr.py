@@ -1,4 +1,4 @@
-"""Hypergradient descent: the learning rate grows while successive updates agree, and shrinks when they turn back.
+"""Hypergradient descent: the learning rate grows while successive updates agree, and shrinks when they reverse.
 
 With u the direction of the last update, W <- W - lr * u, and g the gradient after it, d loss / d lr = -<g, u>:
 
@@ -19,30 +19,30 @@ from torch import Tensor
 from ..core import Method, Run, Weight, Within
 from ..core.facts import Cost, Paper
 
-LEAST = 0.01  # of the factor: at 0 there would be no more updates to learn from
+LEAST = 0.01  # smallest factor: with 0 there would be no more updates to learn from
 
 
 @dataclass
 class HypergradientLR(Method):
-    """Multiply all updates of the optimizer by one factor that learns, step by step, from how well they pointed.
+    """Multiply all updates of the optimizer by one factor, which is learned by gradient descent at each step.
 
     Args:
-        beta: Rate at which the factor learns. Additive: the authors' beta, in units of the learning rate per
-            squared gradient (1e-4 and far below).
-        rule: ``"multiplicative"``: by the cosine between gradient and last update, so that beta has no unit.
-            ``"additive"``: by their inner product.
+        beta: Learning rate of the factor. For the additive rule it is the authors' beta, in units of the learning rate
+            per squared gradient (1e-4 or far less).
+        rule: ``"multiplicative"`` uses the cosine between gradient and last update, so that beta has no unit.
+            ``"additive"`` uses their inner product.
 
-    The factor begins at 1, stays above 0.01 and multiplies whatever rate a schedule gives, so that with a constant
-    schedule the rate is the paper's. It acts on the optimizer's update, decay included, and on what methods before it
-    in the list add to that.
+    The factor starts at 1, stays above 0.01 and multiplies the rate of the schedule; with a constant schedule this is
+    the paper's rate. It acts on the whole update: the optimizer's, including decay, and the changes by methods before
+    it in the list.
 
     Departures:
-        The direction is read off the weights, so that any optimizer will do; with SGD, momentum or Adam it is the
-        paper's, and with decoupled decay that is part of it. One factor on top of any schedule. The multiplicative
-        rule is the default: one beta serves all models, where the additive one depends on the scale of the gradient.
+        The direction is computed from the weights, so any optimizer works. With SGD, momentum or Adam it is the
+        paper's; decoupled decay is part of it. One factor acts on top of any schedule. The multiplicative rule is the
+        default because one beta fits all models; in the additive rule it depends on the scale of the gradient.
 
     Raises:
-        ValueError: In attach, for a learning rate of 0.
+        ValueError: In attach, if the learning rate is 0.
     """
 
     beta: Annotated[float, Within("[0, 1)")] = 0.02
@@ -62,8 +62,8 @@ class HypergradientLR(Method):
     def setup(self, run: Run) -> None:
         p = run.require(self, "all")[0].data
         self.factor = torch.ones((), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-        self.last: dict[str, Tensor] = {}  # W before - W after the last update; during a step W before
-        self.rate = 0.0  # of the schedule at the last update
+        self.last: dict[str, Tensor] = {}  # W before - W after the last update; during a step: W before it
+        self.rate = 0.0  # rate of the schedule at the last update
 
     def attach(self, run: Run) -> None:
         self.peak = largest_rate(run.weights(self))  # before any schedule
@@ -111,5 +111,5 @@ class HypergradientLR(Method):
 
 
 def largest_rate(weights: Sequence[Weight]) -> float:
-    """The learning rate of most weights: groups that learn slower keep their share of it."""
+    """Largest learning rate of all groups; slower groups keep their ratio to it."""
     return max((float(w.group["lr"]) for w in weights), default=0.0)

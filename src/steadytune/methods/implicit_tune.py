@@ -1,6 +1,6 @@
-"""ImplicitTune: how hard weights are held near their start, or near zero, is learned on other rows while they train.
+"""ImplicitTune: learn the strength of a pull toward the pre-trained weights, or toward zero, on held-out rows.
 
-With one term it is the method of Luketina, Berglund, Greff, Raiko: Scalable Gradient-Based Tuning of Continuous
+With one term this is the method of Luketina, Berglund, Greff, Raiko: Scalable Gradient-Based Tuning of Continuous
 Regularization Hyperparameters. ICML 2016, arXiv 1511.06727.
 
     min over b of L2(W*)    with  W* = argmin over W of L1(W) + a / 2 * ||W - W0||^2,    a = exp(b)
@@ -9,12 +9,12 @@ Regularization Hyperparameters. ICML 2016, arXiv 1511.06727.
 The mixed derivative of that penalty is known, a (W - W0). With v = dL2/dW, H the Hessian of L1 in W and
 t = lr / (1 + lr * a), all at the weights after the pull:
 
-    dL2/db = -a <q, W - W0>        q = t v                                     what the last step did: exact
-                                   q = t * sum of ((I - H S) (1 - a t))^j v    j < terms: what the last ones did
-                                   q = (H P + a)^-1 v                          CG: what endless training would do
+    dL2/db = -a <q, W - W0>        q = t v                                     effect of the last step: exact
+                                   q = t * sum of ((I - H S) (1 - a t))^j v    j < terms: effect of the last steps
+                                   q = (H P + a)^-1 v                          CG: effect at the end of endless training
 
-S is the derivative of the optimizer's update in its gradient, lr for plain descent (`steadytune.hypergradient.slope`),
-and P that of all later updates together, in units of lr (`preconditioner`).
+S is the derivative of the optimizer's update in its gradient (`steadytune.hypergradient.slope`), which is lr for plain
+descent. P is that of all later updates together, in units of lr (`preconditioner`).
 """
 
 from __future__ import annotations
@@ -42,35 +42,35 @@ class ImplicitTune(BiLevel):
     """Learn the strength of a pull toward the pre-trained weights, or of weight decay, on rows held out for it.
 
     Args:
-        outer: The rows that the strengths learn on: in `steadytune.fit` a share of the training rows, which
-            the weights are then not trained on; elsewhere a function that gives batches each time it is called (on
-            several processes, each its own).
+        outer: Rows that the strengths learn on. In `steadytune.fit`, a share of the training rows, which the weights
+            then do not train on. Elsewhere, a function that returns batches each time it is called; each process gives
+            its own.
         toward: ``"pretrained"`` values, as `L2SP`, which a new head does not have; or ``"zero"``, as weight decay.
         per: One strength for all weights in scope (``"model"``), one for each transformer block and one for the rest
             (``"block"``), or one for each weight matrix and vector (``"tensor"``).
-        start: Strength to begin with, in units of AdamW's decay (times the learning rate). 0 switches
-            everything off.
-        least: No strength goes below.
-        most: Nor above.
-        terms: 1 learns from what the last step did. More look further back: terms of a Neumann series, or
-            iterations of CG, each two more passes of the step's batch (CG: from the first on).
-        inverse: ``"neumann"``, or ``"cg"`` for the strength that is best at the end of an endless training, which few
-            epochs are not.
-        precondition: Beyond the last step, the curvature acts through the optimizer's own scale of each weight. False
-            takes plain descent, for optimizers whose scale is not known.
+        start: Initial strength, in units of AdamW's decay (times the learning rate). 0 disables the method.
+        least: Smallest strength.
+        most: Largest strength.
+        terms: Number of terms of the Neumann series, or of iterations of CG. 1 uses the effect of the last step only.
+            Each further term (with CG also the first) costs two more passes of the step's batch.
+        inverse: ``"neumann"``, or ``"cg"`` for the best strength of an endless training, which a few epochs do not
+            approximate.
+        precondition: Whether curvature beyond the last step acts through the optimizer's scale of each weight. False
+            assumes plain descent, for optimizers of unknown scale.
         lr: Learning rate of the strengths' own AdamW, which moves their logarithms: 0.05 is 5 % a step.
         scope: Which weights are pulled. With ``toward="zero"``, ``"linear"`` leaves biases and norms alone.
 
-    The optimizer's own decay is switched off for weights that are pulled, and applied by this method to all others. The
-    pull is a proximal step: stable at any strength, apart from the optimizer's moments, and AdamW's decay up to
-    (lr * a)^2. Entries that a frozen mask puts back count as if pulled. What is found is logged at the end, and is
-    ``run[ImplicitTune].strengths()`` at any time: for `L2SP`, or as weight decay, in a training on all rows.
+    The optimizer's own decay is switched off for pulled weights; this method applies it to all others. The pull is a
+    proximal step: it is stable at any strength, separate from the optimizer's moments, and equal to AdamW's decay up to
+    (lr * a)^2. Entries that a frozen mask restores count as pulled. The strengths are logged at the end, and
+    ``run[ImplicitTune].strengths()`` returns them at any time. Use them for `L2SP`, or as weight decay, in a training
+    on all rows.
 
     Departures:
-        One step of the strengths after each step of the weights, where the authors train for a while between two; one
-        term, where theirs are 5 to 20, and through the optimizer's own update, where theirs is plain descent. H is of
-        the step's batch, by differences instead of second derivatives, and of the task's loss alone. A strength per
-        tensor at the finest; theirs go down to one per entry.
+        The strengths take one step after each step of the weights; the authors train for a while in between. The
+        default is one term, through the optimizer's own update; the authors use 5 to 20, through plain descent. H is
+        that of the step's batch and of the task's loss alone, by differences instead of second derivatives. There is at
+        most one strength per tensor; the authors go down to one per entry.
 
     Raises:
         ValueError: In setup, for a share of rows outside `fit`, weights below float32 with several terms, or no weight
@@ -90,7 +90,7 @@ class ImplicitTune(BiLevel):
     scope: Scope = "all"
 
     decay = 0.0
-    eps = 1e-16  # hypergradients are as small as the learning rate
+    eps = 1e-16  # small, because hypergradients are as small as the learning rate
     null: ClassVar = {"start": 0.0}
     exclusive: ClassVar = "anchor"
     conflicts: ClassVar[tuple[str, ...]] = (
@@ -126,13 +126,13 @@ class ImplicitTune(BiLevel):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Least and largest logarithm of a strength."""
+        """Smallest and largest logarithm of a strength."""
         return math.log(self.least), math.log(self.most)
 
     def setup(self, run: Run) -> None:
         super().setup(run)
         self.pulled = {w.name for w in run.require(self, self.scope, reference=self.toward == "pretrained")}
-        self.others: dict[str, float] = {}  # decay of weights that are not pulled, taken over from the optimizer
+        self.others: dict[str, float] = {}  # decay of weights that are not pulled, from the optimizer
         if self.full_precision:
             check_masters([w.data for w in run.weights()])
 
@@ -169,13 +169,13 @@ class ImplicitTune(BiLevel):
     # ------------------------------------------------------------------ the pull
 
     def strength(self, weight: Weight) -> Tensor | float:
-        """What a weight is pulled with; one that is not in scope, its decay."""
+        """Strength of a weight's pull; outside the scope, its decay."""
         if weight.name in self.pulled:
             return self.variables[self.key(weight)][0].exp()
         return self.others.get(weight.name, 0.0)
 
     def gap(self, run: Run, weight: Weight) -> Tensor:
-        """W - W0; toward zero, and for weights that are not pulled, W."""
+        """W - W0; W if the pull is toward zero or the weight is not pulled."""
         if weight.name in self.pulled and self.toward == "pretrained":
             return weight.data - run.reference(weight.name)
         return weight.data
@@ -183,7 +183,9 @@ class ImplicitTune(BiLevel):
     def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
         if not self.learns:
             return
-        moved = [w for w in run.weights() if w.grad is not None]  # of all weights: decay was taken over beyond `only`
+        moved = [
+            w for w in run.weights() if w.grad is not None
+        ]  # of all weights, because this method also decays those outside `only`
         for w in moved:
             if w.name in self.pulled or self.others.get(w.name):
                 strength = self.strength(w)
@@ -214,7 +216,7 @@ class ImplicitTune(BiLevel):
             slopes = [self.slope(run, w) for w in weights]
 
             def product(p: Sequence[Tensor]) -> list[Tensor]:
-                """What a step takes from p: a t p, and H S of the rest."""
+                """Change of p by a step: a t p, and H S of the rest."""
                 lost = times(strengths, times(reaches, p))
                 rest = torch._foreach_sub(list(p), lost)
                 return plus(self.curvature(run, weights, times(slopes, rest)), lost)
@@ -232,7 +234,7 @@ class ImplicitTune(BiLevel):
         return [torch.where(root > 0, y / root, x / a) for y, root, x, a in each]  # P = 0: only the pull acts
 
     def scale(self, run: Run, weight: Weight) -> Tensor:
-        """P of a weight, broadcasting to it."""
+        """P of a weight, broadcastable to it."""
         assert run.optimizer is not None
         found = preconditioner(weight.group, run.optimizer.state[weight.parameter]) if self.precondition else 1.0
         return torch.as_tensor(found).to(weight.data)
@@ -250,16 +252,16 @@ class ImplicitTune(BiLevel):
 
 
 def reach(weight: Weight, strength: Tensor | float) -> Tensor | float:
-    """The t of a weight: how far one step goes along a gradient."""
+    """Length t of a step of a weight, per gradient."""
     lr = weight.group["lr"]
     return lr / (1 + lr * strength)
 
 
 def times(factors: Sequence[Tensor | float], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Products, one by one."""
+    """Products of pairs."""
     return [factor * tensor for factor, tensor in zip(factors, tensors, strict=True)]
 
 
 def plus(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
-    """Sums, one by one."""
+    """Sums of pairs."""
     return list(torch._foreach_add(list(a), list(b)))

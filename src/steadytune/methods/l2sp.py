@@ -23,13 +23,13 @@ class L2SP(Method):
     Args:
         alpha: Strength; 0.01 to 0.1 decoupled (times the learning rate), as a weight decay.
         scope: Which weights are pulled; those without a pre-trained value are left out.
-        decoupled: Before the optimizer's update and apart from its moments, as AdamW decays. False adds the gradient
-            of the penalty, as the paper does.
-        replace_decay: The optimizer's own decay toward zero is switched off for weights that are pulled, and
-            applied by this method to all others (as decoupled or coupled as the pull).
+        decoupled: Whether the pull is separate from the optimizer's moments, like AdamW's decay. False adds the
+            gradient of the penalty, as in the paper.
+        replace_decay: Whether to switch off the optimizer's own decay toward zero for pulled weights. This method then
+            applies it to all others, decoupled or coupled like the pull.
 
     Departures:
-        Decoupled by default, as the reference optimizer is AdamW; the paper adds the gradient of the penalty.
+        Decoupled by default, because the reference optimizer is AdamW; the paper adds the gradient of the penalty.
     """
 
     alpha: Annotated[float, Within("[0, inf)")] = 0.01
@@ -52,7 +52,7 @@ class L2SP(Method):
 
     def setup(self, run: Run) -> None:
         self.pulled = {w.name for w in run.require(self, self.scope, reference=True)}
-        self.decay: dict[str, float] = {}  # what the optimizer would have decayed
+        self.decay: dict[str, float] = {}  # weight decay, taken over from the optimizer
 
     def attach(self, run: Run) -> None:
         if self.replace_decay:
@@ -65,12 +65,12 @@ class L2SP(Method):
         for w in select(weights, self.scope) if self.alpha else []:
             if w.name in self.pulled:
                 self.pull(w, self.alpha, run.reference(w.name))
-        for w in weights if self.where is None else run.weights():  # taken over from the optimizer: also beyond `only`
+        for w in weights if self.where is None else run.weights():  # decay was taken over for all weights
             if self.decay.get(w.name) and w.grad is not None:
                 self.pull(w, self.decay[w.name])
 
     def pull(self, weight: Weight, rate: float, anchor: Tensor | None = None) -> None:
-        """Toward the anchor, or toward zero."""
+        """Pull a weight toward its anchor, or toward zero."""
         if not self.decoupled:
             assert weight.grad is not None
             weight.grad.add_(weight.data if anchor is None else weight.data - anchor, alpha=rate)

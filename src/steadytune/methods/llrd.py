@@ -1,4 +1,4 @@
-"""LLRD: the lower a layer, the smaller its learning rate.
+"""LLRD, layer-wise learning-rate decay: lower layers have smaller learning rates.
 
 With L blocks, l = 0 at the input:
 
@@ -20,24 +20,23 @@ from .bases.groups import split
 
 @dataclass
 class LLRD(Method):
-    """Give each block the learning rate of the block above times a factor; the head has the optimizer's own.
+    """Give each block the learning rate of the block above times a factor; the head keeps the optimizer's own.
 
     Args:
-        decay: Factor from one block to the next below.
+        decay: Factor from each block to the next one below.
 
-    The optimizer's groups are split, whatever they were, and a scheduler built after `Run.attach` goes on with the rate
-    of each. One that has rates of its own (OneCycleLR, CyclicLR) wants a list of them:
-    ``[group["lr"] for group in optimizer.param_groups]``. Decoders' blocks follow on the encoder's. Blocks that share
-    weights (ALBERT) are one. What lies above the blocks (pooler, last norm) trains as the head does, token and position
-    tables as what lies below.
+    The optimizer's groups are split, and a scheduler built after `Run.attach` scales the rate of each. A scheduler with
+    rates of its own (OneCycleLR, CyclicLR) needs a list of them: ``[group["lr"] for group in optimizer.param_groups]``.
+    The blocks of a decoder count as above those of its encoder. Blocks that share weights (ALBERT) count as one. Pooler
+    and last norm train like the head; token and position tables count as below the first block.
 
     Departures:
-        The paper lowers the rate by 2.6 from layer to layer of a recurrent network; 0.95 is what Zhang et al. (ICLR
-        2021, 2006.05987) take for BERT. Their code does not decay the head's weights; here the optimizer's own weight
+        The paper divides the rate by 2.6 from layer to layer of a recurrent network; 0.95 is the value of Zhang et al.
+        (ICLR 2021, 2006.05987) for BERT. Their code does not decay the head's weights; here the optimizer's weight
         decay stays.
 
     Raises:
-        ValueError: In setup, for a model without blocks.
+        ValueError: In setup, if the model has no blocks.
     """
 
     decay: Annotated[float, Within("(0, 1]")] = 0.95

@@ -1,4 +1,4 @@
-"""Meta-Weight-Net: a small network tells from the loss of a training row how much it counts, learned on trusted rows.
+"""Meta-Weight-Net: a small network, learned on trusted rows, weighs training rows by their loss.
 
 With l_i the loss of row i, and L2 the loss of outer rows, whose labels are clean or classes balanced:
 
@@ -6,7 +6,7 @@ With l_i the loss of row i, and L2 the loss of outer rows, whose labels are clea
 
     dL2/dV = - mean of V'(l_i) * d/dt l_i(W + t q)  at t = 0          V' the derivative in w1, b1, w2, b2
 
-q is the last step along dL2/dW (`steadytune.hypergradient`): rows whose loss falls along it count more.
+q is the last step along dL2/dW (`steadytune.hypergradient`): rows whose loss falls along it get more weight.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ class MetaWeightNet(BiLevel):
     """Weigh training rows by a function of their loss that makes the loss on trusted rows fall.
 
     Args:
-        outer: The trusted rows: a function that gives batches of them each time it is called (on several
-            processes, each its own); in `steadytune.fit` also a share of the training rows, which then must be good.
-        hidden: Width of the network.
+        outer: Trusted rows: a function that returns batches of them each time it is called; each process gives its own.
+            In `steadytune.fit` also a share of the training rows, whose labels must then be good.
+        hidden: Number of hidden units of the network.
         lr: Learning rate of the network's own AdamW.
         decay: Weight decay of the network.
-        precondition: The step that is differentiated is the optimizer's own, not one of plain descent.
+        precondition: Whether to differentiate the optimizer's own step. False assumes plain descent.
 
-    It takes the place of the task's loss: cross entropy of one label per row, squared error of one number, or the mean
-    binary cross entropy of several labels; class weights or label smoothing of the trainer act on the outer rows only.
-    The two passes at moved weights are forwards without gradients.
+    It replaces the task's loss: cross entropy of one label per row, squared error of one number, or the mean binary
+    cross entropy of several labels. Class weights and label smoothing of the trainer act on the outer rows only. The
+    two passes at moved weights are forwards without gradients.
 
     Departures:
-        The network learns after the step of the weights, at the new ones, which spares a pass: the authors take a
-        trial step first. That step is the optimizer's, theirs plain descent whatever the optimizer.
+        The network learns after the step of the weights, at the new weights, which saves a pass; the authors take a
+        trial step first. The differentiated step is the optimizer's own; theirs is plain descent with any optimizer.
 
     Raises:
         ValueError: In setup, for a share of rows outside `fit`, or weights below float32; in attach for sharded
@@ -71,7 +71,7 @@ class MetaWeightNet(BiLevel):
     def setup(self, run: Run) -> None:
         super().setup(run)
         check_masters([w.data for w in run.weights()])
-        self.losses: list[Tensor] = []  # of the rows of each micro-batch of the step under way
+        self.losses: list[Tensor] = []  # losses of the rows of each micro-batch of the current step
 
     def attach(self, run: Run) -> None:
         assert run.optimizer is not None
@@ -87,7 +87,7 @@ class MetaWeightNet(BiLevel):
 
     def penalty(self, step: Step) -> Tensor:
         losses = row_losses(step.logits(step.outputs, self), step.inputs["labels"])
-        self.losses[step.number - 1 :] = [losses.detach()]  # a step that was left has begun anew
+        self.losses[step.number - 1 :] = [losses.detach()]  # drops those of a step that was abandoned
         weighted = (row_weights(flat(self.variables), losses.detach()) * losses).mean()
         return weighted - step.loss
 
@@ -115,17 +115,17 @@ class MetaWeightNet(BiLevel):
 
 
 def row_weights(network: Sequence[Tensor], losses: Tensor) -> Tensor:
-    """V: (rows,) losses -> (rows,) in (0, 1)."""
+    """Weights V of rows by their losses: (rows,) -> (rows,), in (0, 1)."""
     w1, b1, w2, b2 = network
     hidden = torch.relu(full(losses).unsqueeze(-1) * w1 + b1)
     return torch.sigmoid(hidden @ w2 + b2)
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The task's loss of each row: (rows, outputs) -> (rows,).
+    """Loss of the task for each row: (rows, outputs) -> (rows,).
 
     Raises:
-        ValueError: Labels that are neither one per row nor one per output.
+        ValueError: There is neither one label per row nor one per output.
     """
     logits = full(logits)
     if logits.dim() == 2 and logits.size(-1) == 1 and labels.dim() == 1:

@@ -19,18 +19,18 @@ from ..core.facts import Cost, Paper
 
 @dataclass
 class Mixout(Method):
-    """Show random input columns of each weight as their pre-trained values, once per optimizer step.
+    """Replace random input columns of each weight by their pre-trained values in the forward, drawn once per step.
 
     Args:
-        keep: Share of columns shown as they are; the paper's 1 - p. The paper uses p = 0.7 to 0.9 with
-            three epochs; with the longer baseline recipe used here p = 0.1 is the usual value, hence 0.9.
+        keep: Share of columns that are not replaced; the paper's 1 - p. The paper uses p = 0.7 to 0.9 with three
+            epochs. For longer training p = 0.1 is usual, hence the default of 0.9.
         scope: Which weights are mixed. A new head has no pre-trained value and is left alone.
-        rescale_gradient: The exact chain rule. False leaves out ``1 / keep``, as the authors' backward does.
+        rescale_gradient: Whether to use the exact chain rule. False leaves out ``1 / keep``, as in the authors' code.
 
     Departures:
-        One draw per optimizer step (the authors' code: per forward), so that accumulation and activation checkpointing
-        see one network; no module is replaced; dropout stays as the model has it (the paper switches it off where
-        Mixout acts).
+        There is one draw per optimizer step, so that accumulation and activation checkpointing use one network; the
+        authors' code draws in each forward. No module is replaced. Dropout stays as in the model; the paper switches it
+        off in the layers with Mixout.
     """
 
     keep: Annotated[float, Within("[0, 1]")] = 0.9
@@ -50,7 +50,7 @@ class Mixout(Method):
     )
 
     def setup(self, run: Run) -> None:
-        self.drawn: dict[str, Tensor] = {}  # of the step under way
+        self.drawn: dict[str, Tensor] = {}  # draws of the current step
         run.require(self, self.scope, reference=True)
 
     def before_forward(self, run: Run, weights: Sequence[Weight]) -> None:
@@ -61,7 +61,7 @@ class Mixout(Method):
                 run.mix(w, run.reference(w.name), self.drawn[w.name], self.keep)
 
     def columns(self, run: Run, weight: Weight) -> Tensor:
-        """B: 1 for the input columns that are shown as W."""
+        """B: 1 for the input columns that keep W."""
         return run.columns(self, weight, self.keep)
 
     def pull_back(self, run: Run, weights: Sequence[Weight]) -> None:

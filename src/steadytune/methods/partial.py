@@ -1,7 +1,7 @@
-"""Methods that train a part of the model: its top blocks, or its biases.
+"""Methods that train a part of the model: its top blocks or its biases.
 
-TopLayers   W of embeddings and lower blocks stays
-BitFit      in every y = W x + b of the body, W stays
+TopLayers   embeddings and lower blocks are frozen
+BitFit      in each y = W x + b of the body, W is frozen
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ CHOICE = "choice of what is trained"
 
 @dataclass
 class TopLayers(Method):
-    """Train the top blocks and what lies above them, freeze the embeddings and the blocks below.
+    """Train the top blocks and the layers above them; freeze the embeddings and the blocks below.
 
     Args:
-        blocks: How many, from the top; 0 trains the head, the pooler and the last norm.
+        blocks: Number of blocks to train, from the top; 0 trains the head, the pooler and the last norm.
 
-    Gradients and optimizer state exist for what is trained only, and the backward pass ends there. With activation
-    checkpointing, use ``use_reentrant=False``: torch's re-entrant kind gives no gradients above frozen embeddings.
+    Only trained weights have gradients and optimizer state, and the backward pass ends at the lowest of them. With
+    activation checkpointing, set ``use_reentrant=False``: torch's re-entrant kind gives no gradients above frozen
+    embeddings.
 
     Departures:
-        Three blocks by default, a quarter of a base-sized model; the authors try every number.
+        The default is three blocks, a quarter of a base-sized model; the authors try every number.
 
     Raises:
-        ValueError: In setup, for a PEFT model, or one with fewer blocks.
+        ValueError: In setup, if the model is a PEFT model or has fewer blocks.
     """
 
     blocks: Annotated[int, Within("[0, inf)")] = 3
@@ -57,16 +58,16 @@ class TopLayers(Method):
 
 @dataclass
 class BitFit(Method):
-    """Train the biases and the head, freeze everything else.
+    """Train the biases and the head; freeze everything else.
 
     Args:
-        norms: The biases of normalisation layers too, as the authors do.
+        norms: Whether to train the biases of normalisation layers too, as the authors do.
 
-    The authors' learning rates are 10 to 100 times those of full fine-tuning (1e-4 to 1e-3). As to activation
+    The authors' learning rates are 10 to 100 times those of full fine-tuning (1e-4 to 1e-3). For activation
     checkpointing see `TopLayers`.
 
     Raises:
-        ValueError: In setup, for a PEFT model, or one whose body has no biases (Llama, T5).
+        ValueError: In setup, if the model is a PEFT model or its body has no biases (Llama, T5).
     """
 
     norms: bool = True
@@ -93,5 +94,5 @@ class BitFit(Method):
         run.train_only(self, lambda name, part: part.head or self.is_bias(name, part))
 
     def is_bias(self, name: str, part: Part) -> bool:
-        """Whether a weight is a bias that is trained; XLNet's are called ``r_w_bias`` and the like."""
+        """Whether a weight is a bias to train; XLNet's have names such as ``r_w_bias``."""
         return name.endswith("bias") and (self.norms or part.kind != "norm")

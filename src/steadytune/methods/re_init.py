@@ -1,6 +1,6 @@
-"""ReInit: draw the top blocks anew before fine-tuning.
+"""ReInit: reset the top blocks to random values before fine-tuning.
 
-W of pooler and top n blocks <- as the model's own initialiser draws it         before the first step
+W of pooler and top n blocks <- a draw of the model's own initialiser           before the first step
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from ..core.anatomy import anatomy, blocks
 from ..core.facts import Paper
 from ..core.tensors import checksum
 
-LOADED = "_is_hf_initialized"  # on a loaded tensor, transformers 5 leaves it alone whatever `_init_weights` asks for
+LOADED = "_is_hf_initialized"  # with this flag on a tensor, `_init_weights` of transformers 5 does not change it
 
 
 @dataclass
 class ReInit(Method):
-    """Draw the top blocks and the pooler anew, as before pre-training: the most specialised layers start afresh.
+    """Reset the top blocks and the pooler, the layers most specialised in pre-training, to random values.
 
     Args:
-        blocks: How many, from the top; the authors try 1 to 6, one block must stay.
-        pooler: The pooler too, where the body has one (BERT, ALBERT).
+        blocks: Number of blocks to reset, from the top; the authors try 1 to 6. One block must stay.
+        pooler: Whether to reset the pooler too, if the body has one (BERT, ALBERT).
 
-    Each weight is drawn as the model's own initialiser does, by the methods' seed. From then on these weights have no
-    pre-trained value: anchors leave them out as they do a new head. Run the method on the pre-trained model, also when
-    a training is resumed: the trained weights are loaded afterwards.
+    The model's own initialiser draws each weight, with the methods' seed. These weights then have no pre-trained value:
+    anchors leave them out like a new head. Build the `Run` on the pre-trained model, also to resume a training, and
+    load the trained weights afterwards.
 
     Departures:
-        One block by default; the authors choose the number for each task. They write of BERT, whose initialiser draws
-        matrices from N(0, initializer_range^2), with biases zero and norms one.
+        The default is one block; the authors choose the number for each task. Their model is BERT, whose initialiser
+        draws matrices from N(0, initializer_range^2) and sets biases to zero and norms to one.
 
     Raises:
-        ValueError: In setup, for a model that is not transformers', has too few blocks (ALBERT's share their weights
-            and are one), or whose top blocks are frozen (PEFT); in attach, if a method after it froze them.
+        ValueError: In setup, if the model is not a transformers model, has too few blocks (those of ALBERT share
+            weights and count as one), or has frozen top blocks (PEFT). In attach, if a later method has frozen them.
     """
 
     blocks: Annotated[int, Within("[0, inf)")] = 1
@@ -75,7 +75,7 @@ class ReInit(Method):
         self.check_trained(run)
 
     def chosen(self, model: nn.Module) -> list[nn.Module]:
-        """The modules to be drawn anew."""
+        """Modules to reset."""
         found, name = blocks(model), type(model).__name__
         if not any(isinstance(m, PreTrainedModel) for m in model.modules()):
             raise ValueError(f"ReInit needs a transformers model, which knows how to draw its weights, got {name}")
@@ -88,11 +88,11 @@ class ReInit(Method):
         return top + (poolers(model) if self.pooler else [])
 
     def checksums(self, run: Run) -> dict[str, str]:
-        """Of the weights drawn, as they are now."""
+        """Checksums of the weights that were reset, with their present values."""
         return {name: checksum(shards.whole(run.model.get_parameter(name).detach())) for name in self.names}
 
     def check_trained(self, run: Run) -> None:
-        """Raise for weights that would be drawn and never trained."""
+        """Raise if weights would be reset and never trained."""
         frozen = [name for name in self.names if not run.model.get_parameter(name).requires_grad]
         if frozen:
             raise ValueError(
@@ -112,7 +112,7 @@ class ReInit(Method):
 
 
 def poolers(model: nn.Module) -> list[nn.Module]:
-    """The pre-trained poolers: a new head's is drawn already."""
+    """Pre-trained poolers; that of a new head is random already."""
     parts = {id(model.get_parameter(name)): part for name, part in anatomy(model).items()}
     found = [module for path, module in model.named_modules() if path.rpartition(".")[2] == "pooler"]
     return [m for m in found if all(not parts[id(p)].head and parts[id(p)].block is None for p in m.parameters())]
@@ -120,7 +120,7 @@ def poolers(model: nn.Module) -> list[nn.Module]:
 
 @torch.no_grad()
 def draw(model: nn.Module, module: nn.Module) -> None:
-    """Let the model that ``module`` is part of draw its weights, children first."""
+    """Let the model initialise the weights of one of its modules, children first."""
     owners = [
         m for m in model.modules() if isinstance(m, PreTrainedModel) and any(part is module for part in m.modules())
     ]

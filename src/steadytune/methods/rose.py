@@ -1,4 +1,4 @@
-"""ROSE: let only robust weights take the step, those that a perturbation moves least.
+"""ROSE: update only robust weights, those that a perturbation changes least.
 
 With a risk s of every weight (of a tensor its norm) and M = [s among the smallest keep]:
 
@@ -34,11 +34,11 @@ PAPER = Paper(
     year=2022,
     arxiv="2210.09658",
 )
-TINY = 1e-30  # of a quotient: 0 / 0 is no risk
+TINY = 1e-30  # in denominators, so that 0 / 0 is no risk
 
 
 class ROSE(Method):
-    """Base of the three: how a mask acts on a step, and how risks become masks."""
+    """Base of the three methods: it turns risks into masks, and applies a mask to a step."""
 
     keep: float
     granularity: str
@@ -54,9 +54,9 @@ class ROSE(Method):
 
     def setup(self, run: Run) -> None:
         run.require(self, self.scope)
-        self.decay: dict[str, float] = {}  # what the optimizer would have decayed
-        self.masks: Tensors = {}  # of the step under way
-        self.before: Tensors = {}  # weights before the step under way
+        self.decay: dict[str, float] = {}  # weight decay, taken over from the optimizer
+        self.masks: Tensors = {}  # masks of the current step
+        self.before: Tensors = {}  # weights before the current step
 
     def attach(self, run: Run) -> None:
         if self.update == "authors":
