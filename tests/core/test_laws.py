@@ -1209,7 +1209,9 @@ def test_a_loop_that_calls_the_model_itself_enters_first():
     assert_same(loop.all(), Loop(BASE).train(data).all())
 
 
-@pytest.mark.parametrize("method", [RDrop(), SMART(), L2SP(alpha=0.5)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method", [RDrop(), SMART(), SAM(), NEFTune(), L2SP(alpha=0.5)], ids=lambda m: type(m).__name__
+)
 def test_a_loss_that_a_method_never_saw_is_an_error_where_it_would_have_changed_it(method):
     """Naive: the penalty is left out of every step, and training goes on."""
     loop = Loop([method])

@@ -16,45 +16,62 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import UsageError
 from . import randomness, shards
-from .anatomy import Part, anatomy
+from .binding import Binding
 from .checks import (
     check_added,
     check_exclusive,
     check_methods,
-    check_model,
     check_optimizer,
-    check_order,
     check_shapes,
-    check_structure,
     check_targets,
     check_wrapper,
     has_stepped,
 )
-from .method import WEIGHT_VERBS, M, Method, Scope, Weight, acts_on_weights, entry, overrides, select
-from .step import Compute, Inputs, LossRule, MicroBatch, Passes, Step, added, default_compute, eager, one_row, repeated
-from .views import References, Views
-from .watch import FiniteGradients, RateRatios, Watch, renormalised
+from .guards import (
+    ATTACHED,
+    check_averages,
+    check_unseen,
+    check_untouched,
+    drop_gradients,
+    leave_others,
+    refuse_saving,
+    unscale,
+)
+from .method import WEIGHT_VERBS, M, Method, Weight, acts_on_weights, entry, overrides
+from .step import (
+    Compute,
+    Inputs,
+    LossRule,
+    MicroBatch,
+    Passes,
+    Step,
+    added,
+    autocast,
+    default_compute,
+    eager,
+    one_row,
+    repeated,
+)
+from .tensors import on_devices, tensors_of
+from .views import Views
+from .watch import FiniteGradients, RateRatios, Watch
 
-logger = logging.getLogger(__name__)
 FORMAT = 1  # of Run.state_dict(); older formats must go on loading
 KEY = "steadytune"  # the extra key in an optimizer's state dict
-_ATTACHED: weakref.WeakSet[Run] = weakref.WeakSet()  # all Runs from `attach` to `finish`
 
 
-class Run:
+class Run(Binding):
     """Binds methods to a model.
 
     Between steps the model holds the weights to evaluate and to save. During a step, from the first `loss` to the end
@@ -92,35 +109,19 @@ class Run:
         seed: int = 0,
         data: Callable[[], Iterable] | None = None,
     ) -> None:
-        check_model(model)
-        for method in methods:
-            if not isinstance(method, Method):
-                raise TypeError(f"methods must hold steadytune methods, got {method!r}: pass instances, as DPSDense()")
-        check_order(methods)
-        self.wrapper = model
-        self.model = shards.unwrap(model)
-        self.methods: list[Method] = [copy.deepcopy(m) for m in methods]
-        self.seed, self.data = seed, data
-        self.index = 0
-        self.optimizer: Optimizer | None = None
+        super().__init__(model, methods, total_steps=total_steps, seed=seed, data=data)
         self.passes = Passes()  # of the last step, per micro-batch
         self.counted = Passes()  # since this process began the run or went on with it, passes before the first step too
         self.batches = 0  # micro-batches of the steps taken in that time
         self._counted = Passes()  # as the step under way began
-        self._total_steps, self._loaded_total = total_steps, None
         self._rule = LossRule()  # of the last micro-batch: how further gradients of this step compute their loss
-        self._parts: dict[str, Part] = {}
-        self._new: set[str] = set()  # weights that methods drew anew or added
-        self._views = Views(self.model)
-        self._references = References(self.model)
-        self._entered = self._ignored = self._stateless = False
+        self._ignored = self._stateless = False
         self._micro_batches: list[MicroBatch] = []  # of the step under way
-        self._micro = 0  # number of the micro-batch whose loss is being computed, 0 outside
         self._handles: list[Any] = []
         self._guard: RemovableHandle | None = None  # on ``model.state_dict()``, during a step
         self._abandon: weakref.finalize | None = None  # what `leave` does, done too if the Run is collected in a step
         self._watch: Watch | None = None  # of the weights since the last moment at which they may have been written
-        self._superseded = False  # whether a later Run took these weights over
+        self.superseded = False  # whether a later Run took these weights over
         self._stepped = False  # whether a step was counted since `attach`, `restart` or a state was loaded
         self._ratios: RateRatios | None = None  # of learning rates, where a method sets them
         self.finite = FiniteGradients()
@@ -128,8 +129,7 @@ class Run:
         self._save_in_optimizer = True
         self._blank: dict[str, Any] = {}
         self._shapes: dict[str, torch.Size] = {}  # of the weights after `Method.setup`
-        check_structure(self.methods, self.sharded or isinstance(self.wrapper, nn.parallel.DistributedDataParallel))
-        self._leave_others(self.model.parameters())
+        leave_others(self, self.model.parameters())
         for method in self.methods:
             self._set_up(method)
 
@@ -150,176 +150,10 @@ class Run:
         self._parts = {}  # setup may have changed the structure
         self._shapes = {n: p.shape for n, p in self.model.named_parameters()}
 
-    # ------------------------------------------------------------------ looking
-
-    def __getitem__(self, kind: type[M]) -> M:
-        """The method of this class that runs (the first, if several)."""
-        for method in self.methods:
-            if isinstance(method, kind):
-                return method
-        raise KeyError(f"no {kind.__name__} among the methods: {[type(m).__name__ for m in self.methods]}")
-
-    @property
-    def total_steps(self) -> int | None:
-        """Planned optimizer steps, or None while unknown."""
-        return self._total_steps
-
-    @total_steps.setter
-    def total_steps(self, value: int | None) -> None:
-        loaded = self._loaded_total
-        scheduled = [type(m).__name__ for m in self.methods if m.needs_steps]
-        if scheduled and None not in (value, loaded) and value != loaded:
-            raise ValueError(
-                f"total_steps was {loaded} when the state was saved and is {value} now: the schedule of {scheduled[0]} "
-                f"would change for steps already taken. Resume with {loaded} steps, or start anew"
-            )
-        self._total_steps = value
-
-    def steps(self, method: Method) -> int:
-        """`total_steps`, for a method whose schedule depends on it; raises when it is unknown."""
-        if self._total_steps is None:
-            name = type(method).__name__
-            raise ValueError(f"{name} needs the number of optimizer steps: pass Run(..., total_steps=n)")
-        return self._total_steps
-
-    @property
-    def rank(self) -> int:
-        """Rank of this process, 0 when not distributed."""
-        return shards.rank()
-
-    @property
-    def world(self) -> int:
-        """Number of processes, 1 when not distributed."""
-        return shards.world()
-
     @property
     def batch(self) -> list[Inputs]:
         """The micro-batches of the step under way."""
         return [micro.inputs for micro in self._micro_batches]
-
-    @property
-    def copies(self) -> int:
-        """How many copies of a batch pass the model in the task's own forward."""
-        return max((m.copies for m in self.methods), default=1)
-
-    def weights(self, method: Method | None = None, scope: Scope = "all") -> list[Weight]:
-        """Trainable weights, in the model's order, that ``method`` may act on (see `only`) and ``scope`` admits.
-
-        Args:
-            method: a method of this Run, or None for no restriction.
-            scope: ``"linear"``, ``"encoder"``, ``"all"`` or a predicate over `Weight`.
-
-        Raises:
-            ValueError: unknown scope.
-        """
-        shards.reshard(self.model)  # the optimizer does not know the full parameters that an evaluation leaves
-        groups = {id(p): g for g in self.optimizer.param_groups for p in g["params"]} if self.optimizer else None
-        if not self._parts:
-            self._parts = anatomy(self.model)
-        weights = []
-        for name, p in self.model.named_parameters():
-            if not p.requires_grad or (groups is not None and id(p) not in groups):
-                continue
-            part = self._parts[name]
-            grad = None if p.grad is None else shards.local(p.grad)
-            group = {} if groups is None else groups[id(p)]
-            weights.append(
-                Weight(
-                    name,
-                    p,
-                    grad,
-                    group,
-                    part.kind,
-                    part.block,
-                    part.head,
-                    part.input_dim,
-                )
-            )
-        return self._restrict(method, weights, scope)
-
-    @staticmethod
-    def _restrict(method: Method | None, weights: list[Weight], scope: Scope = "all") -> list[Weight]:
-        if method is not None and method.where is not None:
-            weights = [w for w in weights if method.where(w)]
-        return select(weights, scope)
-
-    def require(self, method: Method, scope: Scope, *, reference: bool = False) -> list[Weight]:
-        """The weights a method will act on, in `Method.setup`; takes their references when asked.
-
-        Raises:
-            ValueError: nothing to act on.
-        """
-        weights = self.weights(method, scope)
-        if reference:
-            weights = [w for w in weights if not self.is_new(w)]
-        if not weights:
-            what = "pre-trained trainable weight" if reference else "trainable weight"
-            raise ValueError(
-                f"{type(method).__name__} finds no {what} in scope {scope!r}: its weights are frozen, quantised "
-                "or adapters. Choose another scope, or unfreeze the base model"
-            )
-        for w in weights if reference else []:
-            self.reference(w.name)
-        return weights
-
-    # ------------------------------------------------------------------ structure
-
-    def train_only(self, method: Method, chosen: Callable[[str, Part], bool]) -> None:
-        """Freeze, in `Method.setup`, every weight that is not ``chosen(name, part)``; what is frozen stays so.
-
-        Raises:
-            ValueError: a PEFT model, whose adapters are the choice.
-        """
-        if hasattr(self.model, "peft_config"):
-            raise ValueError(
-                f"{type(method).__name__} chooses what is trained, which PEFT has done for this model already: leave "
-                f"{type(method).__name__} out, or give the model without adapters"
-            )
-        for name, part in anatomy(self.model).items():
-            if not chosen(name, part):
-                self.model.get_parameter(name).requires_grad_(False)
-
-    def mark_new(self, names: Iterable[str]) -> None:
-        """Tell, in `Method.setup`, which weights were drawn anew or added: anchors leave them out, as they do heads."""
-        self._new.update(names)
-
-    # ------------------------------------------------------------------ references and raw weights
-
-    def is_new(self, weight: Weight) -> bool:
-        """Whether a weight has no pre-trained value: a new head, one a method drew, or an adapter that PEFT added."""
-        prefix = getattr(getattr(self.model, "base_model", None), "prefix", None)
-        lora = hasattr(self.model, "peft_config") and bool(prefix) and str(prefix) in weight.name
-        return weight.head or weight.name in self._new or lora
-
-    def reference(self, name: str) -> Tensor:
-        """The weight as it was before training, on the weight's device (on a shard: this rank's piece).
-
-        Taken in `Method.setup`, never later: a reference taken on resume would be half-trained.
-
-        Raises:
-            RuntimeError: asked for the first time after setup.
-        """
-        return self._references[name]
-
-    def raw(self, name: str) -> Tensor:
-        """R of a weight, during a step whatever is shown; for anchors and snapshots (clone it)."""
-        if not self._entered:
-            shards.reshard(self.model)
-        return self._views.raw(name, stepping=self._entered)
-
-    def local(self, name: str, full: Tensor) -> Tensor:
-        """This rank's piece of a tensor of a weight's full shape (or broadcasting to it)."""
-        return shards.piece(full, self.model.get_parameter(name).detach())
-
-    def columns(self, method: Method, weight: Weight, keep: float) -> Tensor:
-        """Bernoulli(keep) draw over the input features of a weight, one for all its outputs and all ranks.
-
-        Shape (1, in) or, for Conv1D, (in, 1); one entry each for weights with a single axis.
-        """
-        full = self.model.get_parameter(weight.name)
-        shape = [n if full.dim() == 1 or i == weight.input_dim else 1 for i, n in enumerate(full.shape)]
-        draw = torch.empty(shape, device=weight.data.device)
-        return self.local(weight.name, draw.bernoulli_(keep, generator=self.rng(method, weight.name)))
 
     # ------------------------------------------------------------------ the step
 
@@ -375,9 +209,9 @@ class Run:
     def _hook(self) -> None:
         assert self.optimizer is not None
         optimizer = self.optimizer
-        self._leave_others([w.parameter for w in self.weights()], supersede=True)
-        self._superseded = self._stepped = False
-        _ATTACHED.add(self)
+        leave_others(self, [w.parameter for w in self.weights()], supersede=True)
+        self.superseded = self._stepped = False
+        ATTACHED.add(self)
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -387,22 +221,6 @@ class Run:
                 optimizer.register_state_dict_post_hook(self._add_state),
                 optimizer.register_load_state_dict_pre_hook(self._take_state),
             ]
-
-    def _leave_others(self, parameters: Iterable[nn.Parameter], *, supersede: bool = False) -> None:
-        """End the steps of other Runs on these weights; with ``supersede`` they can take no further step."""
-        mine = {id(p) for p in parameters}
-        for other in list(_ATTACHED):
-            assert other.optimizer is not None
-            held = (id(p) for group in other.optimizer.param_groups for p in group["params"])
-            if other is self or mine.isdisjoint(held):
-                continue
-            if other._entered:
-                logger.warning(
-                    "Another Run is in the middle of a step on this model: the step is abandoned (run.leave()), and "
-                    "the model holds its evaluated weights again. Gradients stay as they are."
-                )
-                other.leave()
-            other._superseded = other._superseded or supersede
 
     def loss(
         self,
@@ -435,8 +253,7 @@ class Run:
         micro = MicroBatch(inputs, rule, number, state, autocast(self._device))
         self._micro_batches.append(micro)
         loss = self._look(micro)
-        if loss.requires_grad:
-            _notice(loss, micro)
+        micro.listen(loss)
         return loss
 
     def _look(self, micro: MicroBatch) -> Tensor:
@@ -531,7 +348,7 @@ class Run:
             return
         if self.optimizer is None or not self._handles:
             raise RuntimeError("this Run is not attached to an optimizer: call run.attach(optimizer) before training")
-        if self._superseded:
+        if self.superseded:
             raise RuntimeError(
                 "a later Run was attached to weights of this one, and the two would overwrite each other's values: "
                 "call finish() on a Run before another is attached, or restart() to take the weights back"
@@ -547,9 +364,10 @@ class Run:
         if self._ratios is not None:
             self._ratios.check(first=self.index == 0)
         shards.reshard(self.model)
-        self._check_averages()
+        if self._watch is not None:
+            check_averages(self._watch, self._views.averages)
         self._views.exchange()
-        self._guard = self.model.register_state_dict_pre_hook(_refuse_saving)
+        self._guard = self.model.register_state_dict_pre_hook(refuse_saving)
         self._abandon = weakref.finalize(self, _abandon, self._views, self._guard)
         self._abandon.atexit = False
         self._entered = True
@@ -560,25 +378,24 @@ class Run:
         torch.clear_autocast_cache()
         self._watch = Watch(weights)
 
+    @property
+    def stepping(self) -> bool:
+        """Whether a step is under way."""
+        return self._entered
+
+    @property
+    def showing_others(self) -> bool:
+        """Whether the model holds other values than those to evaluate."""
+        return self._entered and bool(self._views.tensors())
+
     def check_untouched(self) -> None:
         """Raise if weights moved in the middle of a step, which only ``optimizer.step()`` may do, whose hooks end it.
 
         Raises:
             RuntimeError: as said, naming a weight.
         """
-        if not self._entered or self._watch is None:
-            return
-        moved = self._watch.written()
-        if moved in renormalised(self.model):
-            moved = None
-        if moved is None and self._used_up():
-            moved = self._watch.differs()
-        if moved is not None:
-            raise RuntimeError(
-                f"{moved!r} was changed in the middle of a step, and no step of the attached optimizer was counted: "
-                "another optimizer (a copy, a wrapper that calls no hooks) took the step, or weights were loaded. "
-                "Attach the optimizer that steps; before weights are loaded call run.leave()"
-            )
+        if self._entered and self._watch is not None:
+            check_untouched(self._watch, self.model, self._used_up)
 
     @property
     def _backward(self) -> bool:
@@ -598,55 +415,6 @@ class Run:
         if self._entered and self._used_up():
             self.leave()
 
-    def _check_averages(self) -> None:
-        """Between steps: averages are live, and what is written to them would be lost."""
-        moved = None if self._watch is None else self._watch.written(self._views.averages)
-        if moved is not None:
-            raise RuntimeError(
-                f"{moved!r} was changed between two steps, while the model holds its average: the change would be "
-                "lost. Load the state of the Run with the weights (run.load_state_dict), or call run.restart()"
-            )
-
-    def show(self, weight: Weight, value: Tensor, *, own: bool = False) -> None:
-        """Make ``value`` the forward view of a weight (in `Method.before_forward`).
-
-        ``own``: it was made for this and is kept nowhere else, so that it need not be copied.
-        """
-        self._views.show(weight, value, own=own)
-
-    def mix(self, weight: Weight, anchor: Tensor, mask: Tensor, keep: float) -> None:
-        """Show ``anchor + mask * (given - anchor) / keep``, where ``given`` is what earlier methods show."""
-        self._views.mix(weight, anchor, mask, keep)
-
-    @contextlib.contextmanager
-    def showing(self, values: Iterable[tuple[Weight, Tensor]]) -> Iterator[None]:
-        """Other values of weights are live inside, in `Method.after_step`; afterwards R is again, bit for bit.
-
-        They are given away: made for this and kept nowhere else, so that they need not be copied.
-        """
-        try:
-            for weight, value in values:
-                self._views.show(weight, value, own=True)
-            torch.clear_autocast_cache()
-            yield
-        finally:
-            self._views.restore()
-
-    def freeze(self, weight: Weight, mask: Tensor, *, state: bool = True) -> None:
-        """For entries where ``mask`` is False, this optimizer step does not happen.
-
-        Args:
-            weight: which one.
-            mask: boolean, of its shape or one for all entries (0-d); or, for a contiguous weight, the flat indices
-                (int64) of the entries that the step is for.
-            state: see below.
-
-        Weights and every optimizer-state tensor of the weight's shape are put back bit for bit after all
-        `Method.after_step`. Call it in `Method.pull_back` or `Method.before_step`; masks of several calls intersect.
-        ``state=False`` puts back the weights only: enough, and a third of the copies, for a mask that never changes.
-        """
-        self._views.freeze(weight, mask, state=state)
-
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         """The optimizer's step pre-hook."""
         if any(a is not None for a in args[1:]) or kwargs.get("closure") is not None:
@@ -659,13 +427,14 @@ class Run:
                 "optimizer.step() without a forward through steadytune: use run.loss(batch), or run.enter() before "
                 "calling the model (self.run.enter() in a subclass of Trainer)"
             )
-        self._check_loss()
+        if not self._micro_batches:
+            check_unseen(self.methods)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf):
             self.leave()
             self._ignored = True  # a fused optimizer skips the update inside its kernel
             return
-        self._unscale(optimizer)
+        unscale(optimizer)
         if self._not_finite(self.weights(), optimizer):
             return
         looking = [m for m in self.methods if overrides(m, "after_backward")]
@@ -694,24 +463,9 @@ class Run:
         if not self.finite.skips(norm, self.index):
             return False
         self.leave()
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = None  # which every optimizer passes over: no moment decays
+        drop_gradients(optimizer)
         self._ignored = True
         return True
-
-    def _check_loss(self) -> None:
-        """A loop that computed its loss without `loss` would train without penalties, and nobody would notice."""
-        lost = [
-            type(m).__name__
-            for m in self.methods
-            if overrides(m, "penalty") or overrides(m, "after_backward") or m.copies > 1
-        ]
-        if lost and not self._micro_batches:
-            raise RuntimeError(
-                f"{', '.join(lost)} changed nothing in this step, as its loss was not computed by run.loss(batch): use "
-                "that, not run.enter() and a call of the model"
-            )
 
     def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         """The optimizer's step post-hook."""
@@ -734,15 +488,6 @@ class Run:
         self.batches += len(self._micro_batches)
         self.passes = self.counted.since(self._counted, batches=max(1, len(self._micro_batches)))
         self._micro_batches = []
-
-    def _unscale(self, optimizer: Any) -> None:
-        """A fused optimizer under GradScaler unscales inside its kernel: too late for statistics and masks."""
-        scale = getattr(optimizer, "grad_scale", None)
-        if scale is None:
-            return
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_([shards.local(g) for g in gradients], scale.double().reciprocal().float())
-        optimizer.grad_scale = None
 
     def leave(self) -> None:
         """Abandon a step that will not be taken (overflow, interruption): live <- E, nothing counted.
@@ -770,7 +515,7 @@ class Run:
             raise RuntimeError("restart() needs a Run that was attached to an optimizer before")
         self.leave()
         self._loaded_total = None
-        if not self._handles or self._superseded:
+        if not self._handles or self.superseded:
             self._unhook()
             self._hook()
         self.finite = FiniteGradients()
@@ -800,7 +545,7 @@ class Run:
         for method in reversed(self.methods):
             method.finish(self)
         self._unhook()
-        _ATTACHED.discard(self)
+        ATTACHED.discard(self)
 
     def _unhook(self) -> None:
         for handle in self._handles:
@@ -828,30 +573,7 @@ class Run:
         if hooked:
             self._hook()
 
-    # ------------------------------------------------------------------ randomness
-
-    def draw_seed(self, *key: Any, rank: bool = False) -> int:
-        """A seed that depends on the run's seed, the step, the micro-batch and ``key``, and on nothing else."""
-        return randomness.draw_seed(self.seed, self.index, self._micro, *key, self.rank if rank else None)
-
-    def rng(self, method: Method, label: str, *, per_rank: bool = False) -> torch.Generator:
-        """A fresh generator for a method's draw: the same on every rank (unless ``per_rank``) and after a resume.
-
-        Seeded by a hash of (seed, class and occurrence of the method, label, index, micro-batch), so that the other
-        methods do not change the draws, and nothing has to be saved.
-        """
-        key = (*randomness.occurrence(self.methods, method), label)
-        return randomness.generator(self._device, self.draw_seed(*key, rank=per_rank))
-
-    def forked_rng(self) -> contextlib.AbstractContextManager:
-        """Leave torch's random state as it was before."""
-        return randomness.forked(self._device)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    # ------------------------------------------------------------------ more gradients, statistics
+    # ------------------------------------------------------------------ more gradients
 
     def gradient(
         self,
@@ -904,30 +626,6 @@ class Run:
                 take(n, g)
             return {}
 
-    @property
-    def sharded(self) -> bool:
-        """Whether weights live in pieces on several ranks."""
-        return self._group() is not None
-
-    def _group(self) -> dist.ProcessGroup | None:
-        return shards.shard_group(list(self.model.parameters()))
-
-    def kth(self, scores: Tensor | Sequence[Tensor], keep: float) -> Tensor:
-        """Threshold that the ``ceil(n * keep)`` largest scores reach, over all pieces of one tensor or of several."""
-        return shards.kth([scores] if isinstance(scores, Tensor) else list(scores), keep, self._group())
-
-    def norms(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """L2 norm of each tensor, over all its pieces."""
-        return shards.norms(tensors, self._group())
-
-    def dot(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-        """Inner product of two lists of tensors, each taken as one vector, over all their pieces, as a 0-d tensor."""
-        return shards.dot(first, second, self._group())
-
-    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Average tensors over ranks, in place; nothing on one process."""
-        shards.average(tensors)
-
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
@@ -979,7 +677,7 @@ class Run:
         live = {w.name: w.data for w in self.weights()}
         self._views.averages = {n: t.to(live[n].device, copy=True) for n, t in state["raw"].items()}
         for method, saved in zip(self.methods, state["methods"], strict=True):
-            method.load_state_dict(_on_devices(saved, live))
+            method.load_state_dict(on_devices(saved, live))
         self.index = state["index"]
         self.finite.skipped = state.get("skipped", 0)  # not in states written before steps were skipped
         self._stateless = self._stepped = False
@@ -1001,7 +699,7 @@ class Run:
     def nbytes(self) -> int:
         """Bytes that methods and core hold now, beside the model and the optimizer's own state."""
         held = [*self._references.tensors.values(), *self._views.tensors()]
-        held += [t for m in self.methods for t in _tensors(m.state_dict())]
+        held += [t for m in self.methods for t in tensors_of(m.state_dict())]
         model = {shards.local(p.detach()).data_ptr() for p in self.model.parameters()}
         return sum(t.nbytes for t in {id(t): t for t in held}.values() if t.data_ptr() not in model)
 
@@ -1038,62 +736,12 @@ def hand_over(name: str, parameter: nn.Parameter, take: Callable[[str, Tensor], 
     return parameter.register_post_accumulate_grad_hook(hook)
 
 
-def _notice(loss: Tensor, micro: MicroBatch) -> None:
-    """Let the micro-batch know what is sent back into its loss."""
-    here = weakref.ref(micro)  # graphs that somebody keeps must not keep the batch, the Run and its model
-
-    def hook(gradient: Tensor) -> None:
-        micro = here()
-        if micro is not None:
-            micro.sent = gradient if micro.sent is None else micro.sent + gradient
-
-    loss.register_hook(hook)
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """The autocast context that is on for a device now, or off."""
-    kind = device.type
-    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-
-
 def _abandon(views: Views, guard: RemovableHandle) -> None:
     """Live <- E, and the model may be saved again."""
     views.abandon()
     guard.remove()
 
 
-def _refuse_saving(model: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Hook on ``model.state_dict()`` in a step: raise where it would give what the forward sees."""
-    for run in list(_ATTACHED):
-        if run.model is model and run._entered and run._views.tensors():
-            raise RuntimeError(
-                "model.state_dict() in the middle of a step: the model holds what the methods show to the forward, not "
-                "the weights to evaluate. Take the step, or call run.leave() first"
-            )
-
-
 def bare(optimizer: Any) -> Optimizer:
     """The torch optimizer inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for v in value.values():
-            yield from _tensors(v)
-    elif isinstance(value, list | tuple):
-        for v in value:
-            yield from _tensors(v)
-
-
-def _on_devices(value: Any, live: Mapping[str, Tensor], device: torch.device | None = None) -> Any:
-    """A copy of a method's state, tensors under a weight's name on that weight's device."""
-    if isinstance(value, Tensor):
-        return value.to(device, copy=True) if device is not None else value.clone()
-    if isinstance(value, Mapping):
-        return {k: _on_devices(v, live, live[k].device if k in live else device) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_on_devices(v, live, device) for v in value]
-    return value

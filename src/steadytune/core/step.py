@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -102,6 +103,24 @@ class MicroBatch:
     random_state: RandomState
     autocast: torch.autocast
     sent: Tensor | None = None
+
+    def listen(self, loss: Tensor) -> None:
+        """Take note of what is sent back into the loss."""
+        here = weakref.ref(self)  # graphs that somebody keeps must not keep the batch, the Run and its model
+
+        def hook(gradient: Tensor) -> None:
+            micro = here()
+            if micro is not None:
+                micro.sent = gradient if micro.sent is None else micro.sent + gradient
+
+        if loss.requires_grad:
+            loss.register_hook(hook)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """The autocast context that is on for a device now, or off."""
+    kind = device.type
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
 
 class Step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,3 +94,26 @@ def boolean(mask: Tensor, shape: Sequence[int]) -> Tensor:
         return mask
     flat = torch.zeros(math.prod(shape), dtype=torch.bool, device=mask.device)
     return flat.index_fill_(0, mask, True).view(tuple(shape))
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """All tensors of a tree of mappings and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for v in value.values():
+            yield from tensors_of(v)
+    elif isinstance(value, list | tuple):
+        for v in value:
+            yield from tensors_of(v)
+
+
+def on_devices(value: Any, live: Mapping[str, Tensor], device: torch.device | None = None) -> Any:
+    """A copy of a method's state, tensors under a weight's name on that weight's device."""
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True) if device is not None else value.clone()
+    if isinstance(value, Mapping):
+        return {k: on_devices(v, live, live[k].device if k in live else device) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [on_devices(v, live, device) for v in value]
+    return value

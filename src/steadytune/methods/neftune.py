@@ -68,10 +68,5 @@ class NEFTune(Method):
 
     def scale(self, step: Step, size: int) -> Tensor:
         """Largest entry of the noise of each example, of shape (batch, 1, 1)."""
-        rows, length = step.shape
-        tokens = (
-            torch.full((rows,), length, device=step.inputs["input_ids"].device)
-            if step.real is None
-            else step.real.sum(1)
-        )
-        return (self.alpha / (tokens.clamp(min=1) * size).sqrt()).view(-1, 1, 1)
+        tokens = step.unpadded(step.zeros(1) + 1).sum(1, keepdim=True)
+        return self.alpha / (tokens.clamp(min=1) * size).sqrt()
