@@ -716,7 +716,9 @@ def doctor(
 
 def _show(result: Any) -> None:
     """The scores, one line a set and metric, the metric that counts first; what is wrong comes last."""
-    from .pages.words import bounds_words, score_names, spread_words
+    from rich.markup import escape
+
+    from .pages.words import bounds_words, counted, score_names, spread_words
 
     console = Console()
     known = result.model.problem.metrics
@@ -727,17 +729,15 @@ def _show(result: Any) -> None:
     ]
     extra = {"baseline": "baseline", "probe": "probe", "runs": "runs: mean ± SD"}
     shown = [part for part in extra if any(part in scores for scores in result.metrics.values())]
-    grid = Grid(box=box.SIMPLE)
-    for title in ("set", "rows", "metric", "score", "95 % interval", *(extra[part] for part in shown)):
-        grid.add_column(title, no_wrap=title != "set", overflow="fold")
+    grid = Grid(box=box.SIMPLE, collapse_padding=True, pad_edge=False, show_edge=False)  # 80 columns hold it
+    for title in ("metric", "score", "95 % interval", *(extra[part] for part in shown)):
+        grid.add_column(title, no_wrap=True, overflow="fold")
     for key, scores in result.metrics.items():
-        mark = f"{key} *" if scores["selected"] else key
+        grid.add_row(f"[b]{escape(key)}{' *' * scores['selected']}[/], {counted(scores['rows'], 'row')}")
         for name in names:
-            first = name == names[0]
-            about = [mark, str(scores["rows"])] if first else ["", ""]
             beside = [spread_words(scores.get(part) or {}, name) for part in shown]
             figures = [spread_words(scores, name), bounds_words(scores, name), *beside]
-            grid.add_row(*about, name, *figures, end_section=name == names[-1])
+            grid.add_row(f" {name}", *figures, end_section=name == names[-1])
     if result.metrics:
         console.print(grid)
         if any(scores["selected"] for scores in result.metrics.values()):

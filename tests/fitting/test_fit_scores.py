@@ -102,3 +102,36 @@ def test_a_metric_of_probabilities_selects(tmp_path, bert):
     result = fit(toy(60), model=bert, output=tmp_path / "o", metric="log_loss", evaluations=4, **QUICK)
     curve = dict(result.runs[0]["curve"])
     assert result.metrics["validation"]["log_loss"] == pytest.approx(min(curve.values()), rel=1e-5)
+
+
+def test_no_figure_is_cut_at_80_columns(tmp_path, bert, monkeypatch):
+    """Naive: a column of sets one letter wide beside the others."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+    toy(60).to_csv("train.csv", index=False)
+    words = [
+        "fit",
+        "train.csv",
+        "--model",
+        bert,
+        "--output",
+        "o",
+        "--steps",
+        "2",
+        "--batch-size",
+        "8",
+        "--num-seeds",
+        "2",
+    ]
+    done = CliRunner().invoke(app, [*words, "--save-steps", "0", "--quiet"], env={"COLUMNS": "80"})
+    assert done.exit_code == 0, done.output
+    scores = json.loads((tmp_path / "o" / "metrics.json").read_text())["sets"]["validation"]
+    shown = [
+        scores["accuracy"],
+        scores["baseline"]["accuracy"],
+        scores["probe"]["accuracy"],
+        *scores["intervals"]["accuracy"],
+    ]
+    (line,) = [line for line in done.output.splitlines() if line.split()[:1] == ["accuracy"]]
+    assert all(f"{value:.4f}" in line.split() for value in [*shown, scores["runs"]["accuracy"]["sd"]]), line
+    assert "validation, 6 rows" in done.output
