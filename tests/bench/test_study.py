@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import random
 import re
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -619,3 +620,43 @@ def test_mistakes_are_one_line_and_exit_code_2(root, tmp_path, arguments, messag
     assert message in found.stderr
     assert "Traceback" not in found.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_arms_of_the_start_run_in_a_study_and_stock_options_leave_no_trace(root, tmp_path):
+    arms = {
+        "plain": {},
+        "stock": {"pooling": "model", "head": "random"},
+        "lp-ft": {"head": "logistic"},
+        "mean": {"pooling": "mean"},
+        "probe": {"head": "logistic", "steps": 0},
+    }
+    study = small(root, recipes=arms, seeds=1)
+    options = {run.spec["recipe"]: run.spec["options"] for run in study.runs(root)}
+    assert options["plain"] == options["stock"]
+    assert not {"head", "pooling"} & options["plain"].keys()
+    run_study(study, tmp_path / "out", data_root=root, workers=0, progress=False)
+    found = {record["spec"]["recipe"]: record for record in records(tmp_path / "out").values()}
+    assert {record["status"] for record in found.values()} == {"done"}, [r["error"] for r in found.values()]
+    assert [found[name]["training"]["steps"] for name in ("plain", "probe")] == [6, 0]
+    losses = {name: record["sets"]["sst2/validation"]["log_loss"] for name, record in found.items()}
+    assert losses.pop("stock") == losses["plain"]
+    assert len(set(losses.values())) == 4
+
+
+def test_only_a_sentence_encoder_has_its_pooling_chosen(root, tmp_path):
+    encoder = shutil.copytree(root / "bert", tmp_path / "encoder")
+    modules = [{"path": "", "type": "x.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"}]
+    (encoder / "modules.json").write_text(json.dumps(modules))
+    (encoder / "1_Pooling").mkdir()
+    (encoder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    study = small(root, models={"tiny": str(root / "bert"), "encoder": str(encoder)}, seeds=1)
+    chosen = {run.spec["model"]["name"]: run.spec["options"].get("pooling") for run in study.runs(root)}
+    assert chosen == {"tiny": None, "encoder": "auto"}
+
+
+def test_a_forecast_measures_no_run_without_steps(root, tmp_path):
+    study = small(root, recipes={"probe": {"head": "logistic", "steps": 0}, "plain": {}}, seeds=1)
+    found = forecast.forecast(study.runs(root), Store(tmp_path))
+    assert found.unknown == []
+    alone = forecast.forecast([run for run in study.runs(root) if run.spec["recipe"] == "probe"], Store(tmp_path))
+    assert len(alone.unknown) == 1

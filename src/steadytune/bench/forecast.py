@@ -86,11 +86,13 @@ def forecast(runs: Sequence[Trial], store: Store) -> Forecast:
             paces.setdefault(key(record["spec"]), pace)
     seconds: dict[str, float] = {}
     unknown = []
-    for run in sorted(runs, key=lambda run: len(run.methods)):  # plain runs first, because they are measured
+    for run in sorted(
+        runs, key=lambda run: (_untrained(run), len(run.methods))
+    ):  # plain runs first: these are measured
         same = [r["cost"]["seconds"] for r in done if _recipe(r["spec"]) == _recipe(run.spec)]
         if same:
             took = sum(same) / len(same)
-        elif run.procedure is None:
+        elif run.procedure is None and (key(run.spec) in paces or not _untrained(run)):
             if key(run.spec) not in paces:
                 paces[key(run.spec)] = measure(run)
             took = paces[key(run.spec)].seconds(Options.of(run.spec["options"]), passes(run.methods))
@@ -100,6 +102,11 @@ def forecast(runs: Sequence[Trial], store: Store) -> Forecast:
         name = " ".join(str(part) for part in key(run.spec) if part is not None)
         seconds[name] = seconds.get(name, 0.0) + took
     return Forecast(seconds, unknown)
+
+
+def _untrained(run: Trial) -> bool:
+    """Whether a run takes no step, so that nothing can be measured on it."""
+    return bool(run.spec["options"].get("steps") == 0)
 
 
 def key(spec: Mapping[str, Any]) -> Key:
