@@ -107,6 +107,7 @@ FILES = {
     "two texts in one": (lambda: "good.csv", ["--text", "text,label"], ["no column", "--text NAME, once for each"]),
     "label column": (lambda: "good.csv", ["--label", "lable"], ["no column 'lable'", "mean 'label'"]),
     "one column twice": (lambda: "good.csv", ["--text", "label", "--label", "label"], ["different columns"]),
+    "one text twice": (lambda: "good.csv", ["--text", "text"] * 2, ["different columns, got text, text"]),
     "three texts": (lambda: "good.csv", ["--text", "text"] * 3, ["one or two text columns", "3"]),
     "text is a number": (lambda: table("r.jsonl", text=range(40)), ["--text", "text"], ["must hold strings"]),
     "empty texts": (lambda: table("r.jsonl", text=["", None, " "] + ["a"] * 37), [], ["empty in 3 of 40", "0, 1, 2"]),

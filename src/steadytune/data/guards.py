@@ -1,7 +1,7 @@
-"""What in checked data endangers the result (an error) or may be a mistake (a warning). No torch here.
+"""Findings in checked data: an error endangers the result, a warning may be a mistake. No torch here.
 
-What makes data unusable (empty texts, unknown labels, one class only ...) is refused while it is read, see `data`;
-here are the findings that need all the splits, each with a count and the first rows.
+Unusable data (empty texts, unknown labels, one class only ...) is refused while it is read. The findings here need all
+the splits. Each has a count and the first rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .prepare import Data
 from .problem import Problem
 from .tables import keys, label_name
 
-# Shares are only held against sets of this many rows: of a handful a few may well repeat.
+# A share is an error only in sets of this many rows: in a smaller set it can be chance.
 LEAST_ROWS = 20
 FEW_ROWS = 8  # a class with fewer training rows is hardly learnt
 ORDINAL_CLASSES = 5  # so many consecutive integers may be a scale
@@ -80,7 +80,7 @@ def raise_errors(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def truncated(lengths: Sequence[int], limit: int, where: str, rows: Sequence[int] | None = None) -> Finding | None:
-    """A warning when rows are longer than the model reads, None when none is.
+    """A warning where rows are longer than the model reads; None where no row is.
 
     Args:
         lengths: Tokens of every row before anything is cut.
@@ -128,7 +128,7 @@ def _shared_texts(data: Data, name: str) -> Iterator[Finding]:
     rows, seen = data.tests[name], set(keys(data.train))
     bad = np.array([key in seen for key in keys(rows)], dtype=bool)
     if bad.any():
-        remedy = "scores on them tell memory, take them out of one side"
+        remedy = "a model that has memorised them scores too high on them, take them out of one side"
         after = f"of {name} are also training texts"
         yield _finding(_level(bad), f"{_origin(data, name)}: texts of", bad, after, remedy, rows.index)
 
@@ -138,7 +138,7 @@ def _shared_groups(data: Data, name: str) -> Iterator[Finding]:
     if "group" in rows and "group" in data.train:
         bad = rows["group"].isin(set(data.train["group"])).to_numpy()
         if bad.any():
-            remedy = "related rows on both sides flatter the score, keep a group on one side"
+            remedy = "related rows on both sides make the score too high, keep a group on one side"
             after = f"of {name} are also in the training rows"
             yield _finding("warning", f"{_origin(data, name)}: groups of", bad, after, remedy, rows.index)
 
@@ -152,7 +152,7 @@ def _repeated(data: Data) -> Iterator[Finding]:
 
 
 def _contradicting(data: Data) -> Iterator[Finding]:
-    """Same text, other label; numbers contradict when they differ by more than the spread of all of them."""
+    """Rows with the same text and different labels, as `Problem.differ` compares them."""
     rows, places = data.train, defaultdict(list)
     for place, key in enumerate(keys(rows)):
         places[key].append(place)
@@ -180,7 +180,7 @@ def _shown(label: Any) -> str:
 
 
 def _ids(data: Data) -> Iterator[Finding]:
-    """Measured on the whole table: of a small draw every row may be of another class."""
+    """A label with about as many values as rows; counted in the whole table, since a small draw may repeat none."""
     total = len(data.train) if data.table is None else len(data.table.frame)
     count = len(data.problem.names)
     if total >= LEAST_ROWS and count > total / 2:
@@ -209,7 +209,7 @@ def _twins(data: Data) -> Iterator[Finding]:
 
 
 def _folded(name: str) -> str:
-    """A label without what a reader does not see."""
+    """A label without what a reader does not see: case, spaces, forms of a character or of a number."""
     seen = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
     seen = " ".join(seen.split()).casefold()
     try:
@@ -242,7 +242,7 @@ def _joined_labels(data: Data) -> Iterator[Finding]:
 
 
 def _one_label_each(data: Data) -> Iterator[Finding]:
-    """Rows that may have several labels and have one each: classes that exclude each other are learnt otherwise."""
+    """Exactly one label in every row, where a row may have several: the classes may exclude each other."""
     bad = data.problem.membership(data.train["label"]).sum(axis=1) == 1
     if data.problem.several and bad.all():
         before = f"{_origin(data, 'train')}: a row may have several labels, and there is exactly one in"
@@ -251,7 +251,7 @@ def _one_label_each(data: Data) -> Iterator[Finding]:
 
 
 def _constant_classes(data: Data) -> Iterator[Finding]:
-    """Classes of every row, of which nothing can be learnt, where a row may have several."""
+    """Classes that every row has, where a row may have several: they teach the model nothing."""
     member = data.problem.membership(data.train["label"])
     for name in (data.problem.names[i] for i in np.flatnonzero(member.all(axis=0)) if data.problem.several):
         before, after = f"{_origin(data, 'train')}: the class {name!r} is in", "and is learnt as a constant"
@@ -274,7 +274,7 @@ def _small_classes(data: Data) -> Iterator[Finding]:
 
 
 def _ordinal(data: Data) -> Iterator[Finding]:
-    """Only where nobody said that they are classes."""
+    """Consecutive whole numbers, which may be a scale; not where the user chose the kind."""
     names = data.problem.names
     chosen = data.table is not None and data.table.kind != "auto"
     if data.problem.classes and not chosen and _consecutive(data.problem):

@@ -27,13 +27,22 @@ logger = logging.getLogger("steadytune")
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Checked splits: frames with `text` (`text_pair`), `label` (and `group`); the index is the row in the file.
+    """Checked splits.
 
-    `table` is the training table with its columns resolved.
+    Rows are frames with `text`, `text_pair` for pairs, `label`, and `group` where there is one. The index is the number
+    of the row in its file.
+
+    Attributes:
+        train: Training rows.
+        tests: Other sets by name; "validation" comes first where there is one.
+        problem: What is predicted.
+        origins: What messages call each set.
+        coarser: Of each test set, class name to the name it is scored under.
+        table: The training table with the names of its columns.
     """
 
     train: pd.DataFrame
-    tests: Mapping[str, pd.DataFrame]  # "validation" first, where there is one
+    tests: Mapping[str, pd.DataFrame]
     problem: Problem
     origins: Mapping[str, str]
     coarser: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -80,11 +89,10 @@ def prepare(
         train: The training table; its columns hold for the other tables where they name none.
         tests: Name -> table.
         validation: A table of its own; then no row is held out.
-        train_size: Rows drawn from those for training; they are all the labelled data there is, a validation share
-            is carved out of them.
+        train_size: Number of labelled rows to draw; the validation share is taken from them. All by default.
         validation_share: Share of the training rows to hold out where nothing else gives validation rows; 0 for none.
-        validation_column: The column of the training table that says where a row belongs (see `cut`); rows marked
-            test become the test set `test`.
+        validation_column: Column of the training table that names the split of each row (see `cut`). Rows marked test
+            become the test set `test`.
         seed: Seed of the draws.
 
     Raises:

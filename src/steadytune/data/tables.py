@@ -109,17 +109,18 @@ def _string(name: Any) -> str | None:
 
 
 def resolve(table: Table, other: Sequence[str] = ()) -> Table:
-    """The table with its text and label columns named; what was found is logged.
+    """The table with the names of its text and label columns; those that were found are logged.
 
-    Names come first (`LABELS`, `PAIRS`, `TEXTS`), then shapes: text is the one column of prose, or the two if the
-    table has nothing else; the label is the one column with few values, fractions or lists.
+    Columns with known names (`LABELS`, `PAIRS`, `TEXTS`) are taken first. Without one the contents decide. The text is
+    the only column of prose, or the two columns of prose of a table without further columns. The label is the only
+    column that holds few different values, fractions or lists.
 
     Args:
-        table: With None for what is to be found.
-        other: Columns that are neither (the group is left out anyway).
+        table: Table whose `text` or `label` may be None.
+        other: Columns that are neither text nor label; the group is known to be neither.
 
     Raises:
-        UsageError: There is no such column, or more than one; the message lists them.
+        UsageError: No column fits, or more than one; the message lists them.
     """
     if table.frame.empty:
         raise UsageError(f"{table.origin}: the table has no rows.")
@@ -145,7 +146,7 @@ def _tuple(label: Label | None) -> tuple[str, ...]:
 
 
 def _refuse_twins(twice: Sequence[str], table: Table) -> None:
-    """Raise where a name that is known for texts or labels stands above two columns; others are left aside."""
+    """Raise where two columns share a name that is known for texts or labels; other repeated names are ignored."""
     known = {name for names in (*LABELS, *PAIRS, *TEXTS) for name in names}
     for column in twice:
         if column.lower() in known:
@@ -153,7 +154,7 @@ def _refuse_twins(twice: Sequence[str], table: Table) -> None:
 
 
 def _label_by_shape(columns: Sequence[str], table: Table) -> str | None:
-    """The one column that looks like a label, if no other one repeats its values as classes do."""
+    """The only column that looks like a label, unless another column could be one with many classes."""
     alike = [column for column in columns if _like_label(table.frame[column])]
     if len(alike) == 1:
         alike += [column for column in columns if column not in alike and _repeats(table.frame[column])]
@@ -161,13 +162,13 @@ def _label_by_shape(columns: Sequence[str], table: Table) -> str | None:
 
 
 def _repeats(column: pd.Series) -> bool:
-    """Many different values, each of which occurs about twice or more: too many for a label nobody named."""
+    """Whether a column could hold many classes: more values than are taken for classes unasked, and they repeat."""
     values = column.dropna().astype(str)
     return MANY_CLASSES < values.nunique() <= len(values) / 2
 
 
 def _by_name(columns: Sequence[str], known: Sequence[Sequence[str]]) -> list[str]:
-    """The columns named on the first line of `known` that names any."""
+    """The columns with the best known names; earlier lines of `known` are better."""
     for names in known:
         if found := [column for column in columns if str(column).lower() in names]:
             return found
@@ -191,9 +192,9 @@ def _option(what: str) -> str:
 
 
 def _find_text(columns: Sequence[str], table: Table, spare: int) -> tuple[str, ...]:
-    """The text among `columns`, `spare` of which are still to be the label."""
+    """The text among `columns`, of which `spare` (0 or 1) will be the label."""
     strings = [column for column in columns if _is_text(table.frame[column])]
-    # one side of a pair may well be the group: all the answers to a question
+    # the group may be one side of a pair: a question and all its answers
     lower = {str(column).lower(): column for column in (*strings, table.group) if column is not None}
     pairs = [tuple(lower[name] for name in pair) for pair in PAIRS if set(pair) <= set(lower)]
     if len(pairs) > 1:
@@ -202,9 +203,9 @@ def _find_text(columns: Sequence[str], table: Table, spare: int) -> tuple[str, .
     if pairs:
         return pairs[0]
     some = [column for column in columns if table.frame[column].map(lambda value: isinstance(value, str)).any()]
-    named = _by_name(some, TEXTS)  # a number among its texts is an error of its own
+    named = _by_name(some, TEXTS)  # also with a number among its texts, which is a clearer error later
     prose = [column for column in strings if _is_prose(table.frame[column])]
-    # two columns of prose beside others may as well be a text and its translation, or its explanation
+    # where there are further columns, the second one may be a translation or an explanation
     if not named and len(prose) == 2 and len(columns) == 2 + spare:
         return tuple(prose)
     text = _only("text", named or prose or (strings if len(strings) == 1 else []), table)
@@ -219,7 +220,7 @@ def _is_text(column: pd.Series) -> bool:
 
 
 def _is_prose(column: pd.Series) -> bool:
-    """Three words or more on average, and hardly a repetition."""
+    """Whether cells have three words or more on average, and most of them are different."""
     values = column.dropna().head(1000).astype(str)
     return bool(values.map(lambda text: len(text.split())).mean() >= 3 and values.nunique() > len(values) / 2)
 
@@ -234,7 +235,7 @@ def _like_label(column: pd.Series) -> bool:
 
 
 def _follow(table: Table, train: Table) -> Table:
-    """A test table with the columns of the training table where it names none; not every one has the group."""
+    """A test table that takes from the training table which columns to read, unless it says so itself."""
     group = train.group if train.group in table.frame.columns else None
     return dataclasses.replace(
         table,
@@ -246,7 +247,7 @@ def _follow(table: Table, train: Table) -> Table:
 
 
 def texts(table: Table) -> pd.DataFrame:
-    """The checked texts alone: `text`, and `text_pair` for two columns; the labels are not looked at.
+    """The checked texts alone: `text`, and `text_pair` for two columns. Labels are not read.
 
     Raises:
         UsageError: No rows, an unknown column, or a cell that is empty or no string.
@@ -275,7 +276,7 @@ def examples(table: Table) -> pd.DataFrame:
     """
     table = resolve(table)
     rows, form, text = texts(table), table.form, table.columns[0]
-    if {*text} & {*form.columns}:
+    if len({*text, *form.columns}) < len(text) + len(form.columns):
         raise UsageError(f"text and label must be different columns, got {', '.join([*text, *form.columns])}.")
     for column in form.columns:
         _check_column(table, column, "label")
@@ -293,13 +294,13 @@ def examples(table: Table) -> pd.DataFrame:
 
 
 def keys(rows: pd.DataFrame) -> list[tuple[str, ...]]:
-    """What makes rows the same to a model: their text, or pair of texts."""
+    """The text, or pair of texts, of every row: rows with the same key are the same to a model."""
     columns = [column for column in ("text", "text_pair") if column in rows]
     return list(rows[columns].itertuples(index=False, name=None))
 
 
 def _check_header(labels: pd.Series, text: Sequence[str], label: str, origin: str) -> None:
-    """Raise where the column names are a row: a label for the label column, and prose for the text column."""
+    """Raise where the header seems to be the first row: the label column is called like a label."""
     objects = labels.map(lambda value: isinstance(value, Mapping)).astype(bool)
     refuse(
         objects, f"label column {label!r}", f"an object ({shown(labels[objects])})", origin, "Give a name or a number."

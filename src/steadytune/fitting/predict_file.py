@@ -46,7 +46,7 @@ class Predicted:
 def check_output(
     output: Path, inputs: Sequence[str | Path], overwrite: bool, endings: Sequence[str] = tuple(FILES)
 ) -> None:
-    """Refuse an output that cannot be written, or that would replace what is read.
+    """Raise for an output that cannot be written, or that would replace an input.
 
     Args:
         output: File to write.
@@ -104,7 +104,7 @@ def predict_file(
         output: File to write: .csv, .tsv, .jsonl or .parquet.
         text: Text columns, if they are called otherwise than in training.
         keep: Columns of the table that are written beside the predictions; by default all.
-        on_empty: Rows without a text are written without a prediction (``"skip"``), or are an error.
+        on_empty: ``"skip"`` writes rows without a text without a prediction, ``"error"`` raises.
         overwrite: Replace the output.
         progress: Show a bar.
         chunk: Rows in memory at a time.
@@ -167,7 +167,7 @@ def predict_file(
 
 
 def _tell(frame: pd.DataFrame, text: Sequence[str], keep: Sequence[str] | None, source: str) -> None:
-    """Refuse columns to keep that are not there; say what happens to those that are not read."""
+    """Raise for a column to keep that does not exist; log which columns are read and which are kept."""
     names = [str(name) for name in frame.columns]
     for name in keep or ():
         if name not in names:
