@@ -1,4 +1,4 @@
-"""Everything about every method, from its class: `steadytune methods` and docs/methods.md say what stands there.
+"""Pages about the methods, read from their classes, for `steadytune methods` and docs/methods.md.
 
 python -m steadytune.methods.catalogue        # writes what is generated from METHODS, see `GENERATED`
 """
@@ -36,14 +36,14 @@ memory for each float32 weight that the method acts on, beside the 16 bytes of w
 
 @dataclass(frozen=True)
 class Option:
-    """A field of a method, for people.
+    """Description of a field of a method.
 
     Attributes:
         name: Name of the field.
-        type: Its type, as one would write it.
+        type: Type of the field, as it is written in code.
         range: The interval that a number must lie in, as in "(0, 1]", or "".
-        default: Python's text of the default, or "required".
-        meaning: What it does: from the Args section of the class, or of the class that it extends.
+        default: Default as Python code, or "required".
+        meaning: Text of the Args section of the class, or of its base class.
     """
 
     name: str
@@ -55,19 +55,19 @@ class Option:
 
 @dataclass(frozen=True)
 class Page:
-    """What there is to say about a method.
+    """Description of a method.
 
     Attributes:
         name: Name on the command line.
         cls: Name of the class.
-        summary: One sentence that says what the method does.
+        summary: First sentence of the docstring: what the method does.
         notes: The other paragraphs of the docstring, without its sections.
-        options: Its options.
-        departures: How it differs from the authors' code or paper; "" if it does not.
-        moments: The verbs that it defines, in the order of a step; those before the first step if it has no others.
-        conflicts: What it cannot be combined with.
-        cost: What it costs beside plain fine-tuning.
-        paper: The paper that it comes from, or None.
+        options: Options of the method.
+        departures: Differences from the authors' code or paper; "" if there are none.
+        moments: Verbs that the method defines, in the order of a step; those before the first step if it has no others.
+        conflicts: Methods and settings that it cannot be combined with.
+        cost: Cost in addition to plain fine-tuning.
+        paper: Paper that introduced the method, or None.
     """
 
     name: str
@@ -110,7 +110,7 @@ def _page(name: str, cls: type[Method], registry: Mapping[str, type[Method]]) ->
 
 
 def _beforehand(cls: type[Method]) -> tuple[str, ...]:
-    """The verbs before the first step, of a method that has no others."""
+    """Verbs before the first step, for a method that has no others."""
     return tuple(verb for verb in ("setup", "attach") if overrides(cls, verb))
 
 
@@ -234,10 +234,10 @@ GENERATED = {  # file: the lines between which it is written, and by what
 
 
 def generated(root: Path) -> dict[Path, str]:
-    """The files that are generated from the methods, wholly or between two lines, as they should be.
+    """Contents of the files that are generated from the methods, wholly or between two lines.
 
     Args:
-        root: The checkout.
+        root: Root folder of the checkout.
     """
     texts = {}
     for name, (begin, end, make) in GENERATED.items():

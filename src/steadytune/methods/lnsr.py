@@ -1,4 +1,4 @@
-"""LNSR: noise in the middle of the network must not grow on its way up.
+"""LNSR: penalise the growth of noise from one block to the blocks above it.
 
 With h_r the output of block r and b the block that is disturbed:
 
@@ -29,18 +29,18 @@ class LNSR(Method):
 
     Args:
         weight: Weight of the squared movement, the same for all blocks above.
-        scale: Length of a token's noise as a share of its vector; in-manifold, of the way to another
-            example's.
-        block: Which block, counted from 0 at the input; by default a quarter of the way up.
-        in_manifold: The noise points toward the same position in the next example of the batch, where both have a
-            token.
+        scale: Length of a token's noise as a share of the length of its vector; in-manifold, as a share of the distance
+            to another example's.
+        block: Block that gets the noise, counted from 0 at the input; by default a quarter of the way up.
+        in_manifold: Whether the noise points toward the same position of the next example in the batch, if both have a
+            token there.
 
     Both passes have the same dropout draw. Padding gets no noise and does not count. The last block's output is taken
     as the model gives it (decoders: after the last normalisation).
 
     Departures:
-        One weight for all blocks, where the paper has one each; the squared movement is a mean over features. The
-        second pass begins at the input, not at the block.
+        One weight for all blocks; the paper has one for each. The squared movement is a mean over features. The second
+        pass starts at the input, not at the block.
 
     Raises:
         ValueError: In setup, for a model whose blocks cannot be told, an encoder-decoder, XLNet, PEFT's prompt tuning,

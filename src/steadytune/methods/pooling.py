@@ -1,6 +1,6 @@
 """Pooling: let the head read the mean over tokens, or the first token without a dense layer that was never trained.
 
-h_cls <- LN(mean_t h_t)          one more block of the model's own kind; `steadytune.heads.pooling` has its weights
+h_cls <- LN(mean_t h_t)          one more block of the model's kind, with the weights in `steadytune.heads.pooling`
 dense <- nearly the identity     before the first step
 """
 
@@ -67,7 +67,7 @@ class Pooling(Method):
                 model.classifier_pooling = "mean"
             return
         if getattr(model.config, POOLING, None) is not None:
-            return  # it was added when the checkpoint was made
+            return  # the checkpoint contains the block
         with run.forked_rng():
             torch.manual_seed(run.draw_seed("data"))
             batches = first_batches(run.data())

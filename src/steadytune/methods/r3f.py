@@ -1,4 +1,4 @@
-"""R3F and R4F: predictions must not change under random noise on the embeddings.
+"""R3F and R4F: penalise changes of the predictions under random noise on the embeddings.
 
 L = task + weight * mean over examples of  KL(f(x) || f(x + z)) + KL(f(x + z) || f(x))
 z ~ U(-scale, scale)  or  N(0, scale^2)
@@ -38,19 +38,20 @@ class R3F(Method):
 
     Args:
         weight: Weight of the divergence; the paper's lambda.
-        scale: Half the width of the uniform noise, standard deviation of the normal noise.
-        noise: Its distribution.
-        detach_embedding: The noisy pass sends no gradient into the embeddings, as in the authors' code.
+        scale: Half the width of uniform noise; standard deviation of normal noise.
+        noise: Distribution of the noise.
+        detach_embedding: Whether the noisy pass sends no gradient into the embeddings, as in the authors' code.
         dropout: Dropout of the noisy pass: a fresh draw, or the draw of the task's own forward.
 
-    At the authors' scale of 1e-5 the noise itself moves predictions very little: with dropout, most of the divergence
-    is that of two dropout draws. Raise ``scale`` for smoothness in the embeddings, ``dropout="same"`` to measure
-    nothing else. Padding gets no noise. Regression (one output) uses the mean squared difference; tokens count where
-    they have a label. Noise below the resolution of the type in which the model computes is warned of.
+    At the authors' scale of 1e-5 the noise changes predictions very little; with dropout, most of the divergence is
+    that between two dropout draws. For smoothness in the embeddings raise ``scale``; with ``dropout="same"`` the
+    divergence is due to the noise alone. Padding gets no noise. Regression (one output) uses the mean squared
+    difference. Tokens count if they have a label. A warning tells if the noise is below the resolution of the model's
+    dtype.
 
     Departures:
-        The noisy pass sends its gradient into the embeddings too (``detach_embedding=True`` is the authors' code);
-        regression is regularised, which the authors' code leaves out; noise is drawn and added in float32.
+        The noisy pass sends its gradient into the embeddings too; ``detach_embedding=True`` is the authors' code.
+        Regression is regularised; in the authors' code it is not. Noise is drawn and added in float32.
     """
 
     weight: Annotated[float, Within("[0, inf)")] = 1.0
@@ -81,7 +82,7 @@ class R3F(Method):
         return self.scale * step.draw(self, width(self.embedding), self.noise)
 
     def check_resolution(self, step: Step) -> None:
-        """Warn when noise rounds to nothing in the type of the weights, or of autocast."""
+        """Warn if the noise rounds to nothing in the dtype of the weights or of autocast."""
         table: Any = self.embedding.weight
         device = table.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table.dtype
@@ -97,20 +98,20 @@ class R3F(Method):
 
 @dataclass
 class R4F(R3F):
-    """R3F with a last layer of spectral norm 1, so that the head cannot amplify what the encoder lets through.
+    """R3F with a last layer of spectral norm 1, so that the head cannot amplify changes of the features.
 
     Args:
-        weight: Weight of the divergence; the head is normalised at 0 too.
+        weight: Weight of the divergence. The head is normalised even at 0.
 
     Departures:
-        As R3F; and the last layer is projected after every step, so that the weights themselves have spectral norm 1
-        and a checkpoint is plain, where the authors train an unnormalised weight that each forward divides.
+        Those of R3F. The last layer is projected after each step, so that the weights themselves have spectral norm 1
+        and a checkpoint is a plain model; the authors train an unnormalised weight and divide it in each forward.
 
     Raises:
         ValueError: In setup, for a model without a trainable classification head.
     """
 
-    null: ClassVar[dict[str, Any] | None] = None  # the head is normalised whatever the weight is
+    null: ClassVar[dict[str, Any] | None] = None  # the head is normalised at any weight
 
     def setup(self, run: Run) -> None:
         super().setup(run)

@@ -1,4 +1,4 @@
-"""R-Drop: the same input under two dropout draws must give the same prediction.
+"""R-Drop: penalise the difference between predictions for the same input under two dropout draws.
 
 L = (task_1 + task_2) / 2 + alpha * mean over examples of (KL(p1 || p2) + KL(p2 || p1)) / 2
 """
@@ -17,7 +17,7 @@ from ..core.facts import Cost, Paper
 
 @dataclass
 class RDrop(Method):
-    """Pass each batch as two copies through one forward and add their symmetric KL divergence to the mean loss.
+    """Pass two copies of each batch through one forward; add their symmetric KL divergence to the mean loss.
 
     Args:
         alpha: Weight of the divergence; the paper's grid for language understanding is 0.1, 0.5, 1.

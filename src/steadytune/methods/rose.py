@@ -68,7 +68,7 @@ class ROSE(Method):
         self.masks, self.before = {}, {}
         if self.keep == 1:
             return
-        # the gradient of the keys' biases is round-off, as softmax ignores them: it would rank first or last by chance
+        # biases are left out: softmax ignores those of keys, whose gradient is round-off and would rank by chance
         weights = [w for w in select(weights, self.scope) if not w.name.endswith("bias")]
         found = self.mask(run, weights)
         for w in weights:
@@ -88,13 +88,13 @@ class ROSE(Method):
         for w in weights:
             if w.name in self.before:
                 w.data.copy_(torch.lerp(self.before[w.name], w.data, self.masks[w.name]))
-        for w in weights if self.where is None else run.weights():  # taken over from the optimizer: also beyond `only`
+        for w in weights if self.where is None else run.weights():  # decay was taken over for all weights
             if self.decay.get(w.name) and w.grad is not None:
                 w.data.mul_(1 - w.group["lr"] * self.decay[w.name] * self.masks.get(w.name, 1.0))
         self.masks, self.before = {}, {}
 
     def smallest(self, run: Run, risks: Tensors) -> Tensors:
-        """Masks of the smallest elementwise risks, or of the tensors whose risks (of one element) are smallest."""
+        """Masks of the entries, or of the tensors (risks of one element), with the smallest risks."""
         if self.granularity == "element":
             return top_masks(run, {name: -risk for name, risk in risks.items()}, self.keep, "tensor")
         if not risks:
@@ -111,14 +111,14 @@ class ROSE(Method):
         return dict(zip(tensors, norms, strict=True))
 
     def first(self, run: Run, weights: Sequence[Weight]) -> Tensors:
-        """M by the gradient of the divergence between two dropout draws."""
+        """M from the gradient of the divergence between two dropout draws."""
         found = run.gradient(
             run.batch, lambda batch: divergence(run, batch, self), dropout_seed=run.draw_seed("rose", rank=True)
         )
         return self.smallest(run, self.sizes(run, {w.name: found[w.name] for w in weights if w.name in found}))
 
     def second(self, run: Run, weights: Sequence[Weight], score: str) -> Tensors:
-        """M by the relative change of the momentum; none before there is one."""
+        """M from the relative change of the momentum; no masks before the first step."""
         weights = [w for w in weights if w.grad is not None and has_momentum(run, w)]
         before = {w.name: momentum(run, w) for w in weights}
         sizes = self.sizes(run, before)
@@ -132,24 +132,25 @@ class ROSE(Method):
 
 @dataclass
 class ROSEFirst(ROSE):
-    """Freeze, for one step, the weights most sensitive to dropout: by the gradient of a divergence of two draws.
+    """In each step, freeze the weights to which the divergence between two dropout draws is most sensitive.
 
-    The loss is the mean over two dropout draws of each batch; a second pass finds the risks.
+    The loss is the mean over two dropout draws of each batch; a second pass computes the risks.
 
     Args:
-        keep: Share of tensors (or entries) that take the step; the authors' upper quantile, 0.5 to 0.8.
-        granularity: ``"tensor"`` masks whole tensors by the norm of their risks, as the authors' code; ``"element"``
-            masks entries, of each tensor the riskiest, as the paper speaks of parameters.
-        scope: Which weights are masked; biases never are.
-        update: ``"frozen"``: of what is masked, weight and optimizer state stay bit for bit. ``"authors"``: the second
-            moment moves on by the squared first one, and decay comes after the update, as in their optimizer.
+        keep: Share of tensors (or entries) that are updated; the authors' upper quantile, 0.5 to 0.8.
+        granularity: ``"tensor"`` masks whole tensors by the norm of their risks, as in the authors' code; ``"element"``
+            masks the entries of each tensor with the largest risks, as in the paper's text.
+        scope: Weights to mask; biases are never masked.
+        update: ``"frozen"`` keeps weight and optimizer state of masked entries bit for bit. ``"authors"`` updates the
+            second moment by the squared first one, and decays after the update, as in their optimizer.
 
     Departures:
-        The extra gradient is right under accumulation, which breaks the authors' code; the second moment stays too; the
-        lower end of the authors' window, 0 in all their scripts, and their warm-up without masks are left out.
+        The extra gradient is correct under accumulation; in the authors' code it is not. The second moment is frozen
+        too. The lower end of the authors' window, which is 0 in all their scripts, and their warm-up without masks are
+        left out.
 
     Raises:
-        ValueError: In setup, for a model without active dropout: all risks would be zero.
+        ValueError: In setup, if the model has no active dropout, because all risks would be zero.
     """
 
     keep: Annotated[float, Within("(0, 1]")] = 0.7
@@ -175,15 +176,15 @@ class ROSEFirst(ROSE):
 
 @dataclass
 class ROSESecond(ROSE):
-    """Freeze, for one step, the weights whose momentum the new gradient would change most.
+    """In each step, freeze the weights whose momentum the new gradient would change most.
 
     Args:
         keep: As in `ROSEFirst`; the authors' 0.3 to 0.6.
         granularity: As in `ROSEFirst`.
         scope: Which weights are masked.
         update: As in `ROSEFirst`.
-        score: ``"change"``: the relative change of the momentum. ``"authors"``: their code's abs(0.1 norm(g) / norm(m)
-            - 1), which ignores directions and, while gradients are noisy, keeps the weights that change most.
+        score: ``"change"`` is the relative change of the momentum. ``"authors"`` is abs(0.1 norm(g) / norm(m) - 1), as
+            in their code; it ignores directions, and with noisy gradients it keeps the weights that change most.
 
     Departures:
         Those of `ROSEFirst`, and the score.
@@ -212,7 +213,7 @@ class ROSESecond(ROSE):
 
 @dataclass
 class ROSEEnsemble(ROSE):
-    """Mix the masks of `ROSEFirst` and `ROSESecond`: what only one of them would freeze takes a part of the step.
+    """Mix the masks of `ROSEFirst` and `ROSESecond`: weights that only one of them freezes take a part of the step.
 
     Args:
         keep: As in `ROSEFirst`; the authors' 0.3 to 0.9.
@@ -264,7 +265,7 @@ class ROSEEnsemble(ROSE):
 def divergence(run: Run, batch: Inputs, method: Method) -> Tensor:
     """Symmetric KL divergence between two dropout draws of a batch, summed over rows, or over labelled tokens.
 
-    Only the order of its gradients counts, so that no mean is needed, which would depend on micro-batches.
+    It is a sum because only the order of its gradients matters, and a mean would depend on the micro-batches.
     """
     parts = split(run.task(batch, copies=2)[1], 2, batch_size(batch))
     one, other = (logits_of(part, batch, method) for part in parts)
@@ -282,7 +283,7 @@ def momentum(run: Run, weight: Weight) -> Tensor:
     """Adam's first moment of a weight (on a shard: of this rank's piece); zeros before its first step, and for SGD.
 
     Raises:
-        ValueError: An optimizer that keeps it in another form.
+        ValueError: The optimizer stores it in another form.
     """
     assert run.optimizer is not None
     held = run.optimizer.state.get(weight.parameter, {})

@@ -1,8 +1,8 @@
-"""SAM: step along the gradient at the worst weights nearby, toward minima whose surroundings are low too.
+"""SAM: use the gradient at the nearby weights of largest loss, which leads to flat minima.
 
 With g the gradient of the step's whole loss at W, over all weights that the method acts on:
 
-    e = rho * g / ||g||_2                 uphill, to the edge of a ball of radius rho
+    e = rho * g / ||g||_2                 ascent to the surface of a ball of radius rho
     W <- optimizer(W, gradient of the same loss at W + e)
 """
 

@@ -1,4 +1,4 @@
-"""VIBERT: only what the task needs may pass from the sentence representation to the classifier.
+"""VIBERT: a variational bottleneck limits the information from the sentence representation to the classifier.
 
 With h the input of the last layer, in training:
 
@@ -24,10 +24,10 @@ from .bases.beside_head import Beside, BesideHead
 
 
 class GaussianBottleneck(Beside):
-    """Makes the input of a layer in training mode a draw around it; a forward pre-hook.
+    """Forward pre-hook that adds Gaussian noise to the input of a layer in training mode.
 
     Attributes:
-        listening: Whether the next draw leaves its ``divergence`` (rows,) or (rows, length) from the prior.
+        listening: Whether the next draw stores its ``divergence`` from the prior, of shape (rows,) or (rows, length).
     """
 
     def __init__(self, width: int) -> None:
@@ -48,29 +48,29 @@ class GaussianBottleneck(Beside):
         return (mean + spread * self.draw(mean), *rest)
 
     def draw(self, mean: Tensor) -> Tensor:
-        """Standard normal noise, drawn as dropout is: from torch's random state."""
+        """Standard normal noise, drawn from torch's random state like dropout."""
         return torch.randn_like(mean)
 
 
 @dataclass
 class VIBERT(BesideHead[GaussianBottleneck]):
-    """Train the classifier on noisy sentence representations and penalise what they tell beyond a learnt prior.
+    """Train the classifier on noisy sentence representations, and penalise their divergence from a learnt prior.
 
     Args:
         beta: Weight of the divergence at the end of the training; it rises linearly from 0. The authors add
             1e-5 per epoch for 25 epochs.
 
-    The size of the noise is learnt for each representation and begins at softplus(0) = 0.69, like the prior's. A head
-    that reads every token (decoders) has noise at each, and the divergence is the mean over them. Evaluation has no
-    noise, so that the model that is saved is a plain one with the same predictions. ``beta = 0`` is not plain
-    fine-tuning: the noise stays. Under DistributedDataParallel, methods that take a gradient of the task alone (ROSE,
-    Bi-Drop) leave the prior without one: they need ``find_unused_parameters=True``.
+    The size of the noise is learnt for each representation; it starts at softplus(0) = 0.69, like that of the prior. If
+    the head reads every token (decoders), each token has noise, and the divergence is the mean over them. Evaluation
+    has no noise, so the saved model is a plain one with the same predictions. ``beta = 0`` is not plain fine-tuning,
+    because the noise stays. Under DistributedDataParallel, methods that take a gradient of the task alone (ROSE,
+    Bi-Drop) give the prior no gradient, and need ``find_unused_parameters=True``.
 
     Departures:
-        The mean of the code is the representation itself, of its full width. The authors put an MLP with a code of 384
-        features between, which no class of transformers could load; the layer that most encoders have below their last
-        one (BERT's pooler) takes its place. One draw per example, where the authors average over five; the weight of
-        the divergence rises with each step, theirs with each epoch.
+        The mean of the code is the representation itself, with its full width. The authors insert an MLP with a code of
+        384 features, which no class of transformers could load; the layer that most encoders have below their last one
+        (BERT's pooler) replaces it. There is one draw per example; the authors average over five. The weight of the
+        divergence rises with each step, theirs with each epoch.
 
     Raises:
         ValueError: In setup, for a model without a trainable classification head, or already inside

@@ -1,13 +1,13 @@
-"""Attention-guided weight mixup: forward by a mixture of the task's and the pre-trained weights, learned on other rows.
+"""Attention-guided weight mixup: the forward uses a mixture of tuned and pre-trained weights, learned on held-out rows.
 
-    F = a W + (1 - a) W0        a = a1 a2, a column times a row, in [0, 1]; F is what the forward sees and what is saved
+    F = a W + (1 - a) W0        a = a1 a2, a column times a row, in [0, 1]; the forward and checkpoints use F
     min over a of L2(W*(a), a)  with  W*(a) = argmin over W of L1(W, a)      L1 on the training rows, L2 on others
 
     dL/dW = a * dL/dF           dL/da = dL/dF * (W - W0), for a1 and a2 times the other one and summed
     the authors' code:  F = a1 a2 W + (1 - a1)(1 - a2) W0, whose coefficients need not add up to 1
 
-After each step of W, one of a by dL2/da: ``"first"`` order, or with what a does to W by way of that step
-(`steadytune.hypergradient`).
+After each step of W, a takes one step along dL2/da: of ``"first"`` order, or including the effect of a on W through the
+last step (`steadytune.hypergradient`).
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from ..functional import contraction, mixture, warmed_cosine
 from ..hypergradient import check_masters, check_slope, difference
 from .bases.bilevel import BiLevel, Outer, Variables, flat
 
-Value = Callable[[str], Tensor]  # a W by its name
+Value = Callable[[str], Tensor]  # name -> W
 
 
 @dataclass
 class WeightMixup(BiLevel):
-    """Show each weight as a mixture with its pre-trained value, in shares that are learned on rows held out for it.
+    """Mix each weight with its pre-trained value in the forward; learn the shares of the mixture on held-out rows.
 
     Args:
-        outer: The rows that the shares learn on: in `steadytune.fit` a share of the training rows, which the
-            weights are then not trained on (where rows are few they are missed: the procedure `mixup-blo` trains on all
-            of them afterwards); elsewhere a function that gives batches each time it is called (on several processes,
-            each its own). None: the shares learn on the training rows, together with the weights.
-        alpha: None learns the shares. A number, or the ``alphas`` of an earlier run, are kept as they are.
-        rank: 1 for a share a1 a2 with one number per row and one per column, None for one per entry (12 more bytes per
-            weight), ``"tensor"`` for one per weight matrix.
-        convex: The shares of both weights add up to 1. False is the authors' (1 - a1)(1 - a2) for the pre-trained one.
+        outer: Rows that the shares learn on. In `steadytune.fit`, a share of the training rows, which the weights then
+            do not train on; with few rows this costs accuracy, and the procedure `mixup-blo` trains on all rows
+            afterwards. Elsewhere, a function that returns batches each time it is called; each process gives its own.
+            With None the shares learn on the training rows, together with the weights.
+        alpha: Fixed shares: a number, or the ``alphas`` of an earlier run. None learns them.
+        rank: 1 for shares a1 a2 with one number per row and one per column, None for one share per entry (12 more bytes
+            per weight), ``"tensor"`` for one share per weight matrix.
+        convex: Whether the shares of both weights add up to 1. False is the authors' (1 - a1)(1 - a2) for the
+            pre-trained weight.
         order: ``"first"`` is the gradient of the outer loss at the mixture. ``"difference"`` adds the effect of the
             shares through the last step of the weights; it costs two more passes of its batch, and memory for one more
             gradient of all weights during them.
-        precondition: In a difference, that step is the optimizer's own, not one of plain descent.
+        precondition: Whether a difference uses the optimizer's own step. False assumes plain descent.
         lr: Peak learning rate of the shares' own AdamW.
         decay: Decay of the shares, toward the pre-trained weights.
         schedule: Schedule of ``lr``: ``"cosine"`` after a warm-up, or ``"constant"``.
-        warmup: Share of the steps.
+        warmup: Share of the steps with a rising rate.
         scope: Which weights are mixed. A new head has no pre-trained value and is left alone.
 
-    All weights that the model shows between steps, and every checkpoint, are the mixtures. The shares start at 1, are
-    clamped to [0, 1] and take no part in clipping. With `Mixout` or `DPSMix` in the list, the shares' gradient is taken
-    at the raw weights.
+    Between steps the model contains the mixtures, and so does every checkpoint. The shares start at 1, are clamped to
+    [0, 1] and are not clipped. With `Mixout` or `DPSMix` in the list, the shares' gradient is taken at the raw weights.
 
     Departures:
         Convex by default. The shares start at 1 without noise (the authors': N(1, 0.005), clamped). One step of the
@@ -100,7 +100,7 @@ class WeightMixup(BiLevel):
 
     @property
     def learns(self) -> bool:
-        """Whether the shares are not given."""
+        """Whether the shares are learned."""
         return self.alpha is None
 
     @property
@@ -111,7 +111,7 @@ class WeightMixup(BiLevel):
         super().setup(run)
         self.mixed = {w.name for w in run.require(self, self.scope, reference=True)}
         self.alphas: Variables = {}
-        self.found: list[Tensor] = []  # gradient of the shares on the training rows, of the step under way
+        self.found: list[Tensor] = []  # gradient of the shares on the training rows in the current step
         if self.full_precision:
             check_masters([w.data for w in run.weights()])
 
@@ -124,11 +124,11 @@ class WeightMixup(BiLevel):
             check_slope(run.optimizer)
 
     def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
-        """Those that are mixed."""
+        """Weights that are mixed."""
         return [w for w in select(weights, self.scope) if w.name in self.mixed]
 
     def factors(self, run: Run, weight: Weight) -> list[Tensor]:
-        """The factors of a weight's share, each broadcasting to it: as given, or ones."""
+        """Factors of a weight's share, broadcastable to it: the given ones, or ones."""
         like = weight.data
         if isinstance(self.alpha, Mapping):
             if weight.name not in self.alpha:
@@ -186,7 +186,7 @@ class WeightMixup(BiLevel):
         self.found = []
 
     def collector(self, run: Run, value: Value) -> tuple[list[Tensor], Callable[[str, Tensor], None]]:
-        """dL/da of all weights, zeros at first, and what adds to it when given a weight's name and dL/dF."""
+        """dL/da of all weights, initially zero, and a function (name, dL/dF) that adds to it."""
         found = {name: [torch.zeros_like(f) for f in factors] for name, factors in self.alphas.items()}
 
         def take(name: str, gradient: Tensor) -> None:

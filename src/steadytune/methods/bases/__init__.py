@@ -1,1 +1,1 @@
-"""What several methods share."""
+"""Base classes and functions of several methods."""

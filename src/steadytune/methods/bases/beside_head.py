@@ -1,4 +1,4 @@
-"""What methods share that put something beside the head of a model, of which its checkpoints know nothing."""
+"""Base of methods that train extra weights beside the head; checkpoints of the model do not contain them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...core.checks import check_unwrapped
 
 
 class Beside(nn.Module):
-    """A module whose weights train with a model but are in none of its state dicts: a method keeps them."""
+    """Module whose weights train with a model, but are not in its state dict; a method stores them."""
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -24,10 +24,10 @@ B = TypeVar("B", bound=Beside)
 
 
 class BesideHead(Method, Generic[B]):
-    """Base of methods with a `Beside` at the last linear layer of a classifier, which acts in training mode only.
+    """Base of methods with a `Beside` module at the last linear layer of a classifier, active in training mode only.
 
-    So the model is plain wherever it is evaluated, saved or loaded. The weights beside it belong to the state of the
-    run; they join the optimizer in `attach`, unless it was built after the run.
+    The model that is evaluated, saved and loaded is therefore a plain one. The extra weights are part of the state of
+    the run. They join the optimizer in `attach`, unless the optimizer was built after the run.
 
     Attributes:
         place: Name of the module in the model.
@@ -36,7 +36,7 @@ class BesideHead(Method, Generic[B]):
     place: ClassVar[str]
 
     def build(self, head: Any) -> B:
-        """The module for the head's last layer; the same on all ranks."""
+        """Build the module for the head's last layer, with equal weights on all processes."""
         raise NotImplementedError
 
     @property
@@ -45,7 +45,7 @@ class BesideHead(Method, Generic[B]):
         return lambda w: w.name.startswith(f"{self.place}.")
 
     def hook(self, head: nn.Module) -> Any:
-        """Let the module act on the head; returns a handle."""
+        """Register the module's hook on the head; return its handle."""
         raise NotImplementedError
 
     def setup(self, run: Run) -> None:

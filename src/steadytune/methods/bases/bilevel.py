@@ -1,4 +1,4 @@
-"""What methods share whose own variables learn on other rows than the weights: those rows, and an optimizer."""
+"""Base of bi-level methods, whose variables learn on other rows than the weights: those rows, and an optimizer."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ...core.step import Inputs
 from ...core.tensors import hashed
 from ...hypergradient import AdamW, slope
 
-Outer = Callable[[], Iterable[Inputs]]  # asked anew for each pass over the rows
+Outer = Callable[[], Iterable[Inputs]]  # called for each pass over the rows
 Variables = dict[str, list[Tensor]]
 
 
 class BiLevel(Method):
-    """Base of methods with variables of their own, which learn on ``outer`` rows after each step of the weights.
+    """Base of methods with their own variables, which learn on ``outer`` rows after each step of the weights.
 
-    Subclasses make ``variables`` in `attach`, by `begin`, and give their gradients to `learn`.
+    Subclasses pass their variables to `begin` in `attach`, and their gradients to `learn`.
     """
 
     outer: float | Outer | None
@@ -29,11 +29,11 @@ class BiLevel(Method):
     decay: float
     precondition: bool
 
-    eps: float = 1e-8  # of the variables' AdamW
+    eps: float = 1e-8  # eps of the variables' AdamW
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """What variables are clamped to; None: nothing."""
+        """Range that variables are clamped to; None for no range."""
         return None
 
     @property
@@ -56,10 +56,10 @@ class BiLevel(Method):
         self.rows = OuterRows(self.outer, run.seed)
 
     def begin(self, run: Run, variables: Variables) -> None:
-        """Learn these, in place.
+        """Start to learn the variables, which change in place.
 
         Raises:
-            ValueError: Sharded weights.
+            ValueError: The weights are sharded.
         """
         if run.sharded:
             raise ValueError(
@@ -77,12 +77,13 @@ class BiLevel(Method):
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def follow(self, run: Run, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Directions q of `hypergradient`, by weight name, for the optimizer's step just taken.
+        """Directions q of `hypergradient` for the last step of the optimizer, by weight name.
 
-        They lie in the weights' ``.grad``, which that step is done with: no further copy of the weights is held.
+        They are written into the weights' ``.grad``, which the step no longer needs, so that no further copy of the
+        weights is in memory.
 
         Args:
-            run: In `Method.after_step`.
+            run: The run, inside `Method.after_step`.
             found: Gradient of the outer loss.
         """
         directions = {}
@@ -92,7 +93,7 @@ class BiLevel(Method):
         return directions
 
     def slope(self, run: Run, weight: Weight, out: Tensor | None = None) -> Tensor | float:
-        """Of the step of a weight that is differentiated: the optimizer's own, or the learning rate."""
+        """Slope of the step of a weight: that of the optimizer, or the learning rate for plain descent."""
         assert run.optimizer is not None
         assert weight.grad is not None
         if not self.precondition:
@@ -137,10 +138,10 @@ def flat(variables: Variables) -> list[Tensor]:
 
 
 class OuterRows:
-    """Batches of a source, pass after pass, each pass in an order drawn by a seed of its own.
+    """Endless batches of a source; each pass has its own order and seed.
 
     Args:
-        source: Called for each pass; it may shuffle by torch's global generator.
+        source: Function that returns the batches of a pass; it may shuffle with torch's global generator.
         seed: Seed of the orders.
     """
 
@@ -150,19 +151,19 @@ class OuterRows:
 
     @property
     def at(self) -> list[int]:
-        """Pass, and batch in it, that comes next."""
+        """Numbers of the next pass and of the next batch in it."""
         return [self._epoch, self._place]
 
     def seek(self, epoch: int, place: int) -> None:
-        """Go on from there."""
+        """Continue from a batch of a pass."""
         self._epoch, self._place = epoch, place
         self._reader = self._read()
 
     def next(self) -> Inputs:
-        """The next batch; torch's global generator is seeded anew.
+        """The next batch. It reseeds torch's global generator.
 
         Raises:
-            ValueError: The source gives no batch.
+            ValueError: The source returns no batch.
         """
         return next(self._reader)
 
@@ -175,7 +176,7 @@ class OuterRows:
                 batch = next(batches, None)
                 if batch is None:
                     break
-                if place >= self._place:  # those before were drawn before a resume
+                if place >= self._place:  # earlier ones were used before a resume
                     self._place = place + 1
                     yield batch
             if not place:

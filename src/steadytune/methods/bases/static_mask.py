@@ -1,4 +1,4 @@
-"""What methods that mask gradients share: thresholds, and masks made once, before the first update."""
+"""Base of methods that mask gradients: thresholds, and masks made once before the first update."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ...core.step import Inputs
 from ...core.tensors import zero_others
 
 Tensors = dict[str, Tensor]
-FEW = 1 / 16  # share of kept entries up to which their indices are faster than a mask; at most 0.5 bytes a weight
-Batch = Inputs | Sequence[Inputs]  # of an optimizer step: as one, or as its micro-batches
+FEW = 1 / 16  # up to this share of kept entries, indices are faster than a mask; at most 0.5 bytes per weight
+Batch = Inputs | Sequence[Inputs]  # rows of an optimizer step, as one batch or as micro-batches
 
 
 class StaticMask(Method):
-    """Base of methods that choose entries by gradients at the pre-trained weights and keep that choice to the end.
+    """Base of methods that select entries once, by gradients at the pre-trained weights.
 
-    Masks are made before the first update and belong to the state: a resume takes them over and never looks at the
-    data again. Subclasses have the fields ``scope`` and ``frozen`` and say in `choose` what is kept.
+    Masks are made before the first update and are part of the state, so a resumed run does not need the data again.
+    Subclasses have the fields ``scope`` and ``frozen``, and select entries in `choose`.
     """
 
     scope: Scope
@@ -39,21 +39,21 @@ class StaticMask(Method):
             raise ValueError(f"{name} looks at training batches first: pass Run(..., data=lambda: loader)")
         run.require(self, self.scope)
         self.masks: Tensors = {}
-        self.indices: dict[str, Tensor | None] = {}  # flat, of the entries that a mask keeps, if they are few
+        self.indices: dict[str, Tensor | None] = {}  # flat indices of the entries that a mask keeps, if they are few
 
     def before_forward(self, run: Run, weights: Sequence[Weight]) -> None:
         if self.masks or run.index:
             return
         assert run.data is not None
         with run.forked_rng():
-            torch.manual_seed(run.draw_seed("data"))  # a loader that shuffles leaves the order of training alone
+            torch.manual_seed(run.draw_seed("data"))  # so that a shuffling loader does not change the order of training
             self.masks = self.choose(run, weights, run.data())
 
     def pull_back(self, run: Run, weights: Sequence[Weight]) -> None:
         for w in self.masked(weights) if self.frozen else []:
             few = self.few(w)
             mask = self.masks[w.name] if few is None else few
-            run.freeze(w, mask, state=False)  # no step will ever use the moments of what is masked
+            run.freeze(w, mask, state=False)  # no step uses the moments of masked entries
 
     def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
         others = []
@@ -76,7 +76,7 @@ class StaticMask(Method):
         return self.indices[weight.name]
 
     def masked(self, weights: Sequence[Weight]) -> list[Weight]:
-        """The weights that have a mask."""
+        """Weights with a mask."""
         return [w for w in weights if w.name in self.masks]
 
     def state_dict(self) -> dict[str, Any]:
@@ -87,13 +87,13 @@ class StaticMask(Method):
 
 
 def top_masks(run: Run, scores: Tensors, keep: float, threshold: str) -> Tensors:
-    """Boolean masks of the largest scores; entries tied with the threshold are all kept.
+    """Boolean masks of the largest scores; all entries tied with the threshold are kept.
 
     Args:
-        run: Knows how weights are cut into pieces.
-        scores: By weight name.
-        keep: Share of entries, of each ``"tensor"`` or of all together (``"global"``).
-        threshold: ``"tensor"`` or ``"global"``.
+        run: The run, which computes thresholds over shards.
+        scores: Scores by weight name.
+        keep: Share of entries to keep.
+        threshold: ``"tensor"`` for a share of each tensor, ``"global"`` for a share of all entries.
     """
     if threshold == "global" and scores:
         least = run.kth(list(scores.values()), keep)
