@@ -55,6 +55,14 @@ def _configure(context: typer.Context, file: Path | None) -> Path | None:
     return file
 
 
+LabelColumns = Annotated[
+    list[str] | None,
+    _option(
+        INPUT,
+        "Label column; for several labels a row give the column of 0 and 1 of each class. [dim]\\[default: found][/]",
+    ),
+]
+LabelSeparator = Annotated[str | None, _option(INPUT, "Sign between several labels in one cell, as | in food|price.")]
 Config = Annotated[
     Path | None,
     _option(
@@ -74,17 +82,8 @@ def fit(
     text: Annotated[
         list[str] | None, _option(INPUT, "Text column; give it twice for pairs. [dim]\\[default: found][/]")
     ] = None,
-    label: Annotated[
-        list[str] | None,
-        _option(
-            INPUT,
-            "Label column; for several labels a row give the column of 0 and 1 of each class. "
-            "[dim]\\[default: found][/]",
-        ),
-    ] = None,
-    label_separator: Annotated[
-        str | None, _option(INPUT, "Sign between several labels in one cell, as | in food|price.")
-    ] = None,
+    label: LabelColumns = None,
+    label_separator: LabelSeparator = None,
     group: Annotated[
         str | None, _option(INPUT, "Column whose equal values keep rows on one side of every split.")
     ] = None,
@@ -331,7 +330,8 @@ def probe(
     text: Annotated[
         list[str] | None, _option(INPUT, "Text column; give it twice for pairs. [dim]\\[default: found][/]")
     ] = None,
-    label: Annotated[str | None, _option(INPUT, "Label column. [dim]\\[default: found][/]")] = None,
+    label: LabelColumns = None,
+    label_separator: LabelSeparator = None,
     group: Annotated[str | None, _option(INPUT, "Column whose equal values keep rows in one fold.")] = None,
     kind: Annotated[str, _option(INPUT, "auto, classification, multilabel or regression.")] = "auto",
     metric: Annotated[str | None, _option(INPUT, "Metric that ranks.")] = None,
@@ -373,8 +373,10 @@ def probe(
 
         if output is not None:
             check_output(output, [train, *model], overwrite, probing.FILES)
-        same = ("label", "group", "kind", "metric", "pooling", "prompt", "max_length", "train_size", "folds", "seed")
-        options = {"text": text or None, "tests": _named(test or []), **{name: given[name] for name in same}}
+        same = ("label_separator", "group", "kind", "metric", "pooling", "prompt", "max_length", "train_size", "folds",
+                "seed")  # fmt: skip
+        columns = {"text": text or None, "label": label or None}
+        options = {**columns, "tests": _named(test or []), **{name: given[name] for name in same}}
         result = probing.probe(train, _models(model), **options)
         if output is not None:
             result.save(output)
@@ -642,11 +644,8 @@ def merge(
     text: Annotated[
         list[str] | None, _option(INPUT, "Its text column; give it twice for pairs. [dim]\\[default: found][/]")
     ] = None,
-    label: Annotated[
-        list[str] | None,
-        _option(INPUT, "Its label column, or the column of each class. [dim]\\[default: found][/]"),
-    ] = None,
-    label_separator: Annotated[str | None, _option(INPUT, "Sign between several labels in one cell.")] = None,
+    label: LabelColumns = None,
+    label_separator: LabelSeparator = None,
     metric: Annotated[str | None, _option(INPUT, "Metric that chooses.")] = None,
 ) -> None:
     """Merge models of one beginning into one Hugging Face model directory.

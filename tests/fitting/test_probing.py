@@ -163,6 +163,20 @@ def test_several_labels_numbers_and_pairs(folders, columns, metric):
     assert math.isnan(found.frame["score"][2]) == (metric == "pearson")
 
 
+def test_every_form_of_several_labels_ranks_alike(folders, tmp_path):
+    """Naive: the last of two --label options is the label."""
+    lists = named(rows()).assign(up=lambda t: (t["label"] == "up").astype(int), more=lambda t: t.index % 2)
+    about = [" | ".join(["more"] * more + ["up"] * up) for up, more in zip(lists["up"], lists["more"], strict=True)]
+    lists.assign(about=about)[["text", "up", "more", "about"]].to_csv(tmp_path / "t.csv", index=False)
+    found = []
+    for form in (["--label", "more", "--label", "up"], ["--label", "about", "--label-separator", "|"]):
+        done = command(tmp_path / "t.csv", folders, "--text", "text", *form, "--output", str(tmp_path / "out.csv"),
+                       "--overwrite")  # fmt: skip
+        assert done.exit_code == 0, done.output
+        found.append(pd.read_csv(tmp_path / "out.csv")["score"].tolist())
+    assert found[0] == found[1]
+
+
 def test_texts_of_a_pair_are_compared_by_what_their_cosine_is_made_of():
     u, v = np.array([[3.0, 4.0], [0.0, 0.0]]), np.array([[8.0, 6.0], [1.0, 0.0]])
     np.testing.assert_allclose(probing.compared([u, v]), [[0.2, 0.2, 0.48, 0.48], [1, 0, 0, 0]])

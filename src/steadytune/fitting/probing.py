@@ -113,7 +113,8 @@ def probe(
     models: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
     *,
     text: str | Sequence[str] | None = None,
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
+    label_separator: str | None = None,
     group: str | None = None,
     tests: Mapping[str, Any] | None = None,
     kind: Kind = "auto",
@@ -131,7 +132,8 @@ def probe(
         train: A table, as of `fit`.
         models: Hugging Face model directories or hub names; a mapping gives them names of its own.
         text: One text column, or two for sentence pairs; found by name or content if not given.
-        label: The label column; found likewise.
+        label: The label column, found likewise; or, for several labels a row, one column of 0 and 1 for each class.
+        label_separator: What stands between several labels in one cell.
         group: A column whose equal values keep rows in one fold. So do equal texts.
         tests: Name -> table; judged by probes of all training rows.
         kind: classification, multilabel or regression; decided from the labels by default.
@@ -157,8 +159,8 @@ def probe(
     if pooling not in POOLINGS:
         raise UsageError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}.")
     plan = make_plan(  # reads and checks the tables; its model is never opened
-        train, model="", text=text, label=label, group=group, tests=tests, kind=kind, metric=metric,
-        validation_share=0.0, train_size=train_size, seed=seed, folds=folds,
+        train, model="", text=text, label=label, label_separator=label_separator, group=group, tests=tests, kind=kind,
+        metric=metric, validation_share=0.0, train_size=train_size, seed=seed, folds=folds,
     )  # fmt: skip
     parts = splits.folds(plan.data.train, plan.data.problem, plan.folds, plan.options.seeds["subset"])
     opened = _opened(named, plan.data.problem, prompt, max_length)
