@@ -30,12 +30,12 @@ FILES = (".csv", ".tsv", ".jsonl", ".parquet")  # endings of files that are writ
 
 
 def read_chunks(source: str | Path, rows: int = CHUNK_ROWS) -> Generator[pd.DataFrame, None, None]:
-    """The rows of a file as `read_rows` gives them, in frames of so many rows; the index counts the rows of the file.
+    """Read a file in frames of a number of rows, as `read_rows` would; the index counts the rows of the file.
 
-    A JSON array and a data set of the hub are read whole.
+    A JSON array or a data set of the hub is read at once.
 
     Raises:
-        UsageError: As of `read_rows`, when the row in question is reached.
+        UsageError: As `read_rows`, when the faulty row is reached.
     """
     path, begin = Path(source), 0
     if str(source).startswith(HUB) or _is_array(path):
@@ -85,10 +85,10 @@ _CHUNKS = {".csv": _csv, ".tsv": _tsv, ".jsonl": _json, ".ndjson": _json, ".json
 
 
 class Writer:
-    """A file of rows that grows by frames of the same columns; a context manager."""
+    """Context manager of a file to which frames with the same columns are appended."""
 
     def __init__(self, path: Path, ending: str) -> None:
-        """A new file at `path`, in the format of an ending (see `FILES`)."""
+        """Open a new file at `path`, in the format of an ending (see `FILES`)."""
         self.path, self.ending, self.rows = path, ending, 0
         self._parquet: pq.ParquetWriter | None = None
 
@@ -103,7 +103,7 @@ class Writer:
         """Append rows.
 
         Raises:
-            UsageError: Parquet, and a column holds other types than in the rows before.
+            UsageError: The format is Parquet, and a column has other types than in earlier rows.
         """
         first = self.rows == 0
         if self.ending == ".parquet":
@@ -119,13 +119,13 @@ class Writer:
         try:
             if self._parquet is None:
                 table = pa.Table.from_pandas(frame, preserve_index=False)
-                # a column without a value so far is one of strings
+                # a column without a value so far gets the type of strings
                 fields = [f.with_type(pa.string()) if pa.types.is_null(f.type) else f for f in table.schema]
                 self._parquet = pq.ParquetWriter(self.path, pa.schema(fields))
             schema = self._parquet.schema
             self._parquet.write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False))
         except (pa.ArrowInvalid, pa.ArrowTypeError, KeyError) as error:
             raise UsageError(
-                f"a column holds cells of several types, which Parquet cannot ({one_line(error)[:200]}): write .jsonl, "
+                f"a column has cells of several types, which Parquet refuses ({one_line(error)[:200]}): write .jsonl, "
                 "or leave the column out with --keep."
             ) from error

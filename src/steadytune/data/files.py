@@ -1,6 +1,6 @@
-"""Where tables come from: files, data frames, `datasets.Dataset`, the hub. No torch here.
+"""Read tables from files, data frames, `datasets.Dataset` and the hub. No torch here.
 
-Nothing from disk is ever unpickled; what cannot be read is one `UsageError` that says what to do instead.
+Nothing from disk is unpickled. A source that cannot be read gives one `UsageError` that says what to do instead.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from ..errors import UsageError, first_rows, one_line, suggest
 
 logger = logging.getLogger("steadytune")
 
-CHUNK_ROWS = 10_000  # rows of a file that are looked at together
-HUB = "hub:"  # what a source on the hub starts with
+CHUNK_ROWS = 10_000  # number of rows of a file that are read at once
+HUB = "hub:"  # prefix of a source on the hub
 
 
 def read_rows(source: Any, called: str = "the table") -> tuple[pd.DataFrame, str]:
-    """The rows of any source, and what messages call it: the one door through which all rows come in.
+    """Read the rows of any source, and name it for messages. All rows of the package come through this function.
 
     Args:
         source: A file (see `read_table`); a data frame; a `datasets.Dataset` (anything with `to_pandas`), whose class
             numbers become their names; a dictionary of columns; or a data set of the hub, `hub:owner/name` with the
             options `hub:owner/name?config=NAME&split=NAME` (split: train).
-        called: The name in messages of a source that has none of its own.
+        called: Name in messages for a source without its own name.
 
     Returns:
-        The rows, numbered from 0, columns called by strings, and the name.
+        The rows, numbered from 0, with strings as column names; and the name of the source.
 
     Raises:
         UsageError: There is no such source, it cannot be read, or its columns have no names of their own.
@@ -56,10 +56,11 @@ def read_rows(source: Any, called: str = "the table") -> tuple[pd.DataFrame, str
 
 
 def sequence_rows(rows: Any, called: str) -> pd.DataFrame:
-    """Texts, or pairs of texts, that stand in a sequence, as a frame with `text` (and `text_pair`).
+    """A sequence of texts, or of pairs of texts, as a frame with `text` (and `text_pair`).
 
     Raises:
-        UsageError: No sequence, a single text, no rows, or rows of other widths than one or two.
+        UsageError: It is not a sequence or is a single text, there are no rows, or a row does not have one or two
+            texts.
     """
     if rows is None or isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
         raise UsageError(
@@ -78,10 +79,10 @@ def sequence_rows(rows: Any, called: str) -> pd.DataFrame:
 
 
 def named_columns(frame: pd.DataFrame, called: str) -> pd.DataFrame:
-    """The frame with strings for column names, which options, records and model cards can hold.
+    """The frame with strings as column names, which options, records and model cards need.
 
     Raises:
-        UsageError: The names have several levels.
+        UsageError: The column names have several levels.
     """
     if isinstance(frame.columns, pd.MultiIndex):
         raise UsageError(
@@ -92,7 +93,7 @@ def named_columns(frame: pd.DataFrame, called: str) -> pd.DataFrame:
 
 
 def _whole_characters(frame: pd.DataFrame, called: str) -> pd.DataFrame:
-    """The frame with halves of characters (lone surrogates, as in clipped tweets) read as U+FFFD, which is said."""
+    """Replace halves of characters (lone surrogates, as in clipped tweets) by U+FFFD, with a warning."""
     places = [n for n, dtype in enumerate(frame.dtypes) if pd.api.types.is_object_dtype(dtype)]
     for place in places:
         given = frame.iloc[:, place].tolist()
@@ -109,7 +110,7 @@ def _whole_characters(frame: pd.DataFrame, called: str) -> pd.DataFrame:
 
 
 def whole_characters(value: Any) -> Any:
-    """A string with its halves of characters (lone surrogates) read as U+FFFD; anything else as it is."""
+    """Replace halves of characters (lone surrogates) of a string by U+FFFD; return anything else unchanged."""
     if not isinstance(value, str) or value.isascii():
         return value
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -121,11 +122,11 @@ def whole_characters(value: Any) -> Any:
 def read_table(path: str | Path) -> pd.DataFrame:
     """Read a `.csv`, `.tsv`, `.jsonl` (`.ndjson`, `.json`) or `.parquet` file.
 
-    Cells of CSV and TSV files stay text: a label `01` or a text `NA` is what the file says; only an empty cell is
-    missing. Rows are numbered from 0 in file order, header not counted.
+    Cells of CSV and TSV files stay text, so that a label `01` or a text `NA` is kept; only an empty cell is missing.
+    Rows are numbered from 0 in file order; the header is not counted.
 
     Raises:
-        UsageError: The ending is unknown, there is no such file, or it is not what its ending says.
+        UsageError: The ending is unknown, there is no such file, or its contents do not fit its ending.
     """
     path = Path(path)
     with readable(path):
@@ -164,7 +165,7 @@ def readable(path: Path) -> Iterator[None]:
         raise UsageError(f"{path}: not a readable {path.suffix} file: {one_line(error)}") from error
 
 
-# How files begin that are not what they are called.
+# First bytes of files in other formats than their ending, and what to do.
 FORMATS = {
     b"\x1f\x8b": "compressed with gzip: unpack it first (gunzip)",
     b"PK\x03\x04": "a zip archive or a spreadsheet (.xlsx): unpack it, or save the sheet as .csv",
@@ -180,7 +181,7 @@ FORMATS = {
 
 
 def _check_format(path: Path) -> None:
-    """Raise for a file of text that is something else."""
+    """Raise for a file that should be text and has another format."""
     if path.suffix.lower() == ".parquet":
         return
     with path.open("rb") as file:
@@ -189,35 +190,35 @@ def _check_format(path: Path) -> None:
         if begin.startswith(sign):
             raise UsageError(f"{path}: this file is {what}.")
     if b"\0" in begin:
-        raise UsageError(f"{path}: this file holds zero bytes and is no text in UTF-8: save it as UTF-8.")
+        raise UsageError(f"{path}: this file has zero bytes and is not text in UTF-8: save it as UTF-8.")
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    """Commas or another delimiter that a first line `sep=` names, cells in quotation marks where they must be."""
+    """Read a CSV file with commas, or with the delimiter that a first line `sep=` names."""
     dialect = csv_dialect(path)
     return checked_rows(_pandas(path, **dialect), path, dialect["sep"])
 
 
 def csv_dialect(path: Path) -> dict[str, Any]:
-    """How pandas reads a CSV file: delimiter, lines before the header, sign that escapes quotation marks.
+    """Options of pandas for a CSV file: delimiter, lines before the header, escape of quotation marks.
 
     Raises:
-        UsageError: The delimiter is another one, or a quotation mark is out of place.
+        UsageError: The file has another delimiter, or a misplaced quotation mark.
     """
     sep, skipped = ",", 0
     with path.open(encoding="utf-8-sig", newline="") as file:
         first = file.readline()
-    if named := re.fullmatch(r"sep=(.)\r?\n?", first):  # Excel's own line
+    if named := re.fullmatch(r"sep=(.)\r?\n?", first):  # Excel writes such a line
         sep, skipped = named[1], 1
     _check_delimiter(path, sep, skipped)
     return {"sep": sep, "skiprows": skipped, **({"escapechar": "\\"} if _backslashes(path, sep) else {})}
 
 
 def checked_rows(frame: pd.DataFrame, path: Path, sep: str) -> pd.DataFrame:
-    """The rows without repeated headers.
+    """Drop repeated headers from the rows of a file.
 
     Raises:
-        UsageError: A quotation mark that was never closed holds other rows.
+        UsageError: An unclosed quotation mark has swallowed rows.
     """
     rows = _swallowed(frame, sep)
     if len(rows):
@@ -230,12 +231,12 @@ def checked_rows(frame: pd.DataFrame, path: Path, sep: str) -> pd.DataFrame:
 
 
 def _pandas(path: Path, sep: str, **options: Any) -> pd.DataFrame:
-    """Cells as text, only an empty one missing; columns by the first line, which may name one twice."""
+    """Read cells as text, with only empty cells missing; the first line names the columns, possibly one twice."""
     return next(csv_chunks(path, sep, **options))
 
 
 def csv_chunks(path: Path, sep: str, rows: int | None = None, **options: Any) -> Generator[pd.DataFrame, None, None]:
-    """A CSV or TSV file in frames of so many rows, or in one; the index counts the rows of the file."""
+    """Read a CSV or TSV file in frames of a number of rows, or in one; the index counts the rows of the file."""
     given: dict[str, Any] = {
         "sep": sep, "dtype": str, "keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig", **options,
     }  # fmt: skip
@@ -243,7 +244,7 @@ def csv_chunks(path: Path, sep: str, rows: int | None = None, **options: Any) ->
     names = [f"column {n + 1}" if pd.isna(name) or not name.strip() else name for n, name in enumerate(header)]
     given |= {"header": 0, "names": list(range(len(names))), "index_col": False}
     with warnings.catch_warnings():
-        # rows longer than the header: pandas would shift the columns (first one to the index) or drop the last
+        # for rows longer than the header, pandas would shift the columns (the first to the index) or drop the last
         warnings.simplefilter("error", pd.errors.ParserWarning)
         if rows is None:
             yield pd.read_csv(path, **given).set_axis(names, axis=1)
@@ -254,10 +255,10 @@ def csv_chunks(path: Path, sep: str, rows: int | None = None, **options: Any) ->
 
 
 def _check_delimiter(path: Path, sep: str, skipped: int) -> None:
-    """Raise where header and rows are cut alike by another delimiter that the header holds.
+    """Raise if another delimiter in the header cuts header and rows into equally many cells.
 
-    The rows alone are no help, since texts hold commas; the header alone is none, since a column may be called
-    ``stars, 1-3``. A delimiter that cuts the header and every row into the same number of cells is one.
+    The rows alone do not tell, because texts contain commas. The header alone does not, because a column may be called
+    ``stars, 1-3``. A delimiter that cuts the header and every row into the same number of cells is the real one.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = [line for line in itertools.islice(file, skipped, skipped + 200) if line.strip("\r\n")]
@@ -288,10 +289,10 @@ def _cut_alike(lines: Sequence[str], other: str) -> bool:
 
 
 def _backslashes(path: Path, sep: str) -> bool:
-    """Whether quotation marks inside of quoted cells stand behind a backslash; else they are doubled.
+    """Whether quotation marks inside quoted cells follow a backslash; otherwise they are doubled.
 
     Raises:
-        UsageError: Text goes on behind a closing quotation mark, or a mark is not closed.
+        UsageError: Text follows a closing quotation mark, or a mark is not closed.
     """
     wrong = _misquoted(path, sep)
     if wrong is None:
@@ -305,7 +306,7 @@ def _backslashes(path: Path, sep: str) -> bool:
 
 
 def _misquoted(path: Path, sep: str, *, escaped: bool = False) -> tuple[int, str] | None:
-    """Line and kind of the first quotation mark that is out of place; ``escaped`` ones stand behind a backslash."""
+    """Line and kind of the first misplaced quotation mark; ``escaped`` marks follow a backslash."""
     limit = csv.field_size_limit(sys.maxsize)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -324,7 +325,7 @@ def _misquoted(path: Path, sep: str, *, escaped: bool = False) -> tuple[int, str
 
 
 def _lacks_cells(path: Path, sep: str) -> bool:
-    """Whether a row has fewer cells than the header; empty cells count, unlike in the frame that pandas makes."""
+    """Whether a row has fewer cells than the header. Empty cells count here, unlike in the frame of pandas."""
     limit = csv.field_size_limit(sys.maxsize)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -336,9 +337,9 @@ def _lacks_cells(path: Path, sep: str) -> bool:
 
 
 def _swallowed(frame: pd.DataFrame, sep: str) -> np.ndarray:
-    """Rows with a cell that holds a line end and, on a line of its own, what looks like a whole row.
+    """Rows with a cell of several lines, one of which looks like a whole row.
 
-    A line looks like a row if it has as many cells, and in a column of few values one of these values.
+    A line looks like a row if it has as many cells, and one of the known values in a column of few values.
     """
     several = np.zeros(len(frame), dtype=bool)
     for place in range(frame.shape[1]):
@@ -358,7 +359,7 @@ def _swallowed(frame: pd.DataFrame, sep: str) -> np.ndarray:
 
 
 def _without_headers(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """Without rows that repeat the header, as files put together line by line hold them."""
+    """Drop rows that repeat the header, as in files that were concatenated."""
     again = (frame == list(frame.columns)).all(axis=1).to_numpy(dtype=bool)
     if again.any():
         rows = np.flatnonzero(again)
@@ -372,15 +373,15 @@ def _without_headers(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 
 def _read_tsv(path: Path) -> pd.DataFrame:
-    """Benchmark TSVs (GLUE) quote nothing, spreadsheets quote where they must."""
+    """Read a TSV file: benchmarks (GLUE) do not quote, spreadsheets quote cells that need it."""
     return _without_headers(_pandas(path, **tsv_dialect(path)), path)
 
 
 def tsv_dialect(path: Path) -> dict[str, Any]:
-    """How pandas reads a TSV file.
+    """Options of pandas for a TSV file.
 
-    Quotation marks are read as such where every quoted cell opens and closes as it should, every row has all its
-    cells, and no cell holds what looks like a row; else they are text.
+    Quotation marks quote cells if every quoted cell opens and closes correctly, every row has all its cells, and no
+    cell looks like a row. Otherwise they are part of the text.
     """
     _check_delimiter(path, "\t", 0)
     plain: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE}
@@ -409,10 +410,10 @@ def _read_json(path: Path) -> pd.DataFrame:
 
 
 def json_frame(path: Path, rows: Sequence[Any]) -> pd.DataFrame:
-    """A frame of JSON objects, one a row.
+    """A frame of JSON objects, one for each row.
 
     Raises:
-        UsageError: A row is no object.
+        UsageError: A row is not an object.
     """
     if not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{path}: every row must be a JSON object with named fields.")
@@ -421,7 +422,7 @@ def json_frame(path: Path, rows: Sequence[Any]) -> pd.DataFrame:
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, unless it names a field twice."""
+    """A JSON object; raise if it names a field twice."""
     for name, count in Counter(name for name, _ in pairs).items():
         if count > 1:
             raise UsageError(f"{count} fields of one JSON object are called {name!r}: rename them.")
@@ -429,7 +430,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _columns(text: str) -> bool:
-    """Whether a JSON object holds columns instead of a row."""
+    """Whether a JSON object has columns instead of being a row."""
     try:
         values = json.loads(text).values()
     except ValueError:
@@ -477,7 +478,7 @@ def read_hub(source: str) -> pd.DataFrame:
         raise UsageError(f"{source}: the hub is read with datasets: pip install 'steadytune[hub]'.") from error
     try:
         found = datasets.load_dataset(name, options.get("config"), split=options.get("split", "train"))
-    except Exception as error:  # the hub, its client and every file format raise errors of their own
+    except Exception as error:  # the hub, its client and each file format raise their own errors
         raise UsageError(
             f"{source}: cannot be loaded ({type(error).__name__}: {one_line(error)}). Check the name, "
             "?config=NAME&split=NAME and the connection, or download the data set and give one of its files."
@@ -512,7 +513,7 @@ def _is_column(values: Any) -> bool:
 
 
 def _named(values: pd.Series, feature: Any) -> pd.Series:
-    """Class numbers, or lists of them, as names; a label the hub hides (-1) is missing."""
+    """Replace class numbers, or lists of them, by names; a label that the hub hides (-1) is missing."""
     if hasattr(feature, "int2str"):
         names = values.map(lambda number: _class_name(feature, number))
         return pd.Series(pd.Categorical(names, feature.names, ordered=True), index=values.index)  # keeps the order

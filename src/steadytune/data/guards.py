@@ -1,7 +1,7 @@
-"""Findings in checked data: an error endangers the result, a warning may be a mistake. No torch here.
+"""Findings in checked data: an error endangers the result, a warning points to a possible mistake. No torch here.
 
-Unusable data (empty texts, unknown labels, one class only ...) is refused while it is read. The findings here need all
-the splits. Each has a count and the first rows.
+Unusable data (empty texts, unknown labels, a single class) is refused while it is read. The findings here need all
+splits. Each has a count and the first rows.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .prepare import Data
 from .problem import Problem
 from .tables import keys, label_name
 
-# A share is an error only in sets of this many rows: in a smaller set it can be chance.
+# A share is an error only in sets of at least this many rows; in smaller ones it can be chance.
 LEAST_ROWS = 20
 FEW_ROWS = 8  # a class with fewer training rows is hardly learnt
-ORDINAL_CLASSES = 5  # so many consecutive integers may be a scale
-SHOWN = 5  # rows, classes and texts shown in a message
+ORDINAL_CLASSES = 5  # this many consecutive integers may be a scale
+SHOWN = 5  # largest number of rows, classes and texts in a message
 PLACEHOLDERS = {"n/a", "na", "nan", "none", "null", "nil", "-", "--", "?", "missing", "unlabeled", "unlabelled", "<na>"}
 # A replacement character, or UTF-8 read as Latin-1 or Windows-1252.
 MOJIBAKE = r"\ufffd|Ã[\x80-\xbf©¨¼¶¤±³§«»]|â€[™œ\x9d\x99\x9c“”¦]"
@@ -33,12 +33,12 @@ MOJIBAKE = r"\ufffd|Ã[\x80-\xbf©¨¼¶¤±³§«»]|â€[™œ\x9d\x99\x9c“
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong or doubtful.
+    """One error or warning about the data.
 
     Attributes:
-        level: An error endangers the result, a warning may be meant.
-        message: One sentence: the set, the count of how many, the first rows, the remedy.
-        rows: The first rows, as counted in the file (from 0, header not counted).
+        level: ``"error"`` if the result is in danger, ``"warning"`` for a possible mistake.
+        message: One sentence with the set, the count, the first rows and the remedy.
+        rows: Numbers of the first rows in the file, counted from 0 without the header.
     """
 
     level: Literal["error", "warning"]
@@ -47,10 +47,10 @@ class Finding:
 
 
 def inspect(data: Data, *, standardize: bool = False) -> list[Finding]:
-    """All findings, errors first; with ``standardize``, numbers may have any scale.
+    """All findings, errors first; with ``standardize``, targets may have any scale.
 
-    Errors are: a test or validation set of 20 rows or more, over half of which are training rows too; contradicting
-    labels in over half of 20 training rows or more; over half as many classes as rows, in 20 rows or more.
+    In sets of 20 rows or more, there are three errors: over half of the test or validation texts are also training
+    texts, over half of the training rows have contradicting labels, and there are over half as many classes as rows.
     """
     found = [
         *_ids(data),
@@ -72,7 +72,7 @@ def inspect(data: Data, *, standardize: bool = False) -> list[Finding]:
 
 
 def raise_errors(findings: Sequence[Finding]) -> list[Finding]:
-    """Raise `UsageError` for the first error, give back the warnings."""
+    """Raise `UsageError` for the first error; return the warnings."""
     for finding in findings:
         if finding.level == "error":
             raise UsageError(finding.message)
@@ -80,13 +80,13 @@ def raise_errors(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def truncated(lengths: Sequence[int], limit: int, where: str, rows: Sequence[int] | None = None) -> Finding | None:
-    """A warning where rows are longer than the model reads; None where no row is.
+    """Warning about rows that are longer than the model reads; None if there are none.
 
     Args:
-        lengths: Tokens of every row before anything is cut.
-        limit: Tokens that are read.
-        where: What the message calls the set.
-        rows: The row numbers in the file; positions by default.
+        lengths: Number of tokens of each row before truncation.
+        limit: Largest number of tokens that the model reads.
+        where: Name of the set in the message.
+        rows: Numbers of the rows in the file; by default their positions.
     """
     over = np.asarray(lengths) > limit
     if not over.any():
@@ -102,7 +102,7 @@ def truncated(lengths: Sequence[int], limit: int, where: str, rows: Sequence[int
 def _finding(
     level: Literal["error", "warning"], before: str, bad: np.ndarray, after: str, remedy: str, index: Any
 ) -> Finding:
-    """A finding about the rows where `bad`, whose count stands between `before` and `after`."""
+    """A finding about the rows where `bad` is true; its message is `before`, their count, `after`."""
     rows = tuple(int(row) for row in np.asarray(index)[bad][:SHOWN])
     count = int(bad.sum())
     share = f"{count} of {len(bad)} rows ({100 * count / len(bad):.3g} %)"
@@ -180,7 +180,7 @@ def _shown(label: Any) -> str:
 
 
 def _ids(data: Data) -> Iterator[Finding]:
-    """A label with about as many values as rows; counted in the whole table, since a small draw may repeat none."""
+    """A label with about as many values as rows in the whole table; a small draw of it may repeat no value."""
     total = len(data.train) if data.table is None else len(data.table.frame)
     count = len(data.problem.names)
     if total >= LEAST_ROWS and count > total / 2:
@@ -195,7 +195,7 @@ def _ids(data: Data) -> Iterator[Finding]:
 
 
 def _twins(data: Data) -> Iterator[Finding]:
-    """Classes that a reader takes for one: they differ by spaces, case, the form of a character or of a number."""
+    """Classes that look the same: they differ by spaces, case, or the form of a character or number."""
     alike = defaultdict(list)
     for name in data.problem.names:
         alike[_folded(name)].append(name)
@@ -209,7 +209,7 @@ def _twins(data: Data) -> Iterator[Finding]:
 
 
 def _folded(name: str) -> str:
-    """A label without what a reader does not see: case, spaces, forms of a character or of a number."""
+    """A label normalised in case, spaces, and forms of characters and numbers."""
     seen = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
     seen = " ".join(seen.split()).casefold()
     try:
@@ -242,7 +242,7 @@ def _joined_labels(data: Data) -> Iterator[Finding]:
 
 
 def _one_label_each(data: Data) -> Iterator[Finding]:
-    """Exactly one label in every row, where a row may have several: the classes may exclude each other."""
+    """Exactly one label in every row although a row may have several: the classes may exclude each other."""
     bad = data.problem.membership(data.train["label"]).sum(axis=1) == 1
     if data.problem.several and bad.all():
         before = f"{_origin(data, 'train')}: a row may have several labels, and there is exactly one in"
@@ -251,7 +251,7 @@ def _one_label_each(data: Data) -> Iterator[Finding]:
 
 
 def _constant_classes(data: Data) -> Iterator[Finding]:
-    """Classes that every row has, where a row may have several: they teach the model nothing."""
+    """Classes that every row has although a row may have several: the model cannot learn from them."""
     member = data.problem.membership(data.train["label"])
     for name in (data.problem.names[i] for i in np.flatnonzero(member.all(axis=0)) if data.problem.several):
         before, after = f"{_origin(data, 'train')}: the class {name!r} is in", "and is learnt as a constant"
@@ -274,7 +274,7 @@ def _small_classes(data: Data) -> Iterator[Finding]:
 
 
 def _ordinal(data: Data) -> Iterator[Finding]:
-    """Consecutive whole numbers, which may be a scale; not where the user chose the kind."""
+    """Consecutive whole numbers as classes, which may be a scale, unless the user chose the kind."""
     names = data.problem.names
     chosen = data.table is not None and data.table.kind != "auto"
     if data.problem.classes and not chosen and _consecutive(data.problem):

@@ -1,19 +1,19 @@
-"""95 % intervals of scores: where a score would lie on other rows of the same kind. No torch here.
+"""95 % intervals of scores over rows from the same distribution. No torch here.
 
 A score in [0, 1] (or mapped to it) is treated as a share of an effective number of rows, and gets Wilson's interval:
 
     n* = min(v (1 - v) / variance, most)          interval = wilson(v, n*)
 
 The variance is the mean square of the score's influence values over rows, divided by their number (the infinitesimal
-jackknife; for ROC AUC that is DeLong's variance, Biometrics 1988). ``most`` is the number of rows a class-wise mean
-amounts to, see `harmonic`. Without it a perfect score on two positive rows would have variance
-0 and an interval of width 0, as every bootstrap of it has; with it, it is as unsure as two rows are. Where many
-decisions a row make a score surer than that (ROC AUC of many classes), the interval is wider than it must be.
+jackknife; for ROC AUC it is DeLong's variance, Biometrics 1988). ``most`` is the effective number of rows of a mean
+over classes, see `harmonic`. Without it a perfect score on two positive rows would have variance 0 and an interval of
+width 0, as with any bootstrap; with it, the score is as uncertain as two rows are. If each row has many decisions (ROC
+AUC of many classes), the interval is wider than necessary.
 
 Means of losses are positive and skewed: their interval is Student's t on the log scale.
 
-Nothing is drawn at random, and the cost is linear in rows times classes (rows log rows for ROC AUC). How often the
-intervals hold the true value is measured by ``benchmarks/intervals.py``, beside SciPy's bootstrap.
+Nothing is random, and the cost is linear in rows times classes (rows log rows for ROC AUC). ``benchmarks/intervals.py``
+measures the coverage of these intervals and of SciPy's bootstrap.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def bounded(
     """Interval of a score that lies between two limits.
 
     Args:
-        value: The score; None, where it is undefined, has no interval.
-        influence: What each row (rows,) moves the score by, times the number of rows; their mean is 0.
-        most: The largest number of rows that the score may count as.
+        value: The score; an undefined score (None) has no interval.
+        influence: Influence of each row on the score, times the number of rows; shape (rows,), mean 0.
+        most: Largest effective number of rows.
         limits: Smallest and largest possible score.
     """
     if value is None:
@@ -60,9 +60,9 @@ def bounded(
 
 
 def harmonic(counts: np.ndarray) -> float:
-    """Rows that a mean over classes amounts to: classes^2 / sum(1 / rows of the class); 0 where a class has none.
+    """Effective number of rows of a mean over classes: classes^2 / sum(1 / rows of the class); 0 if a class has none.
 
-    What a score would be on rows of that class cannot be told then, and it has no interval.
+    A score without rows of a class has no interval, because its value on that class is unknown.
     """
     return float(len(counts) ** 2 / np.sum(1 / counts)) if counts.all() else 0.0
 
@@ -70,7 +70,7 @@ def harmonic(counts: np.ndarray) -> float:
 def ratio_influence(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Influence values (rows,) of the mean over classes of ``sum(numerator) / sum(denominator)``, both (rows, classes).
 
-    No row moves the ratio of a class whose denominator is 0.
+    A class whose denominator is 0 contributes no influence.
     """
     total = denominator.mean(axis=0)
     ratio = np.divide(numerator.mean(axis=0), total, out=np.zeros(len(total)), where=total > 0)
@@ -78,7 +78,7 @@ def ratio_influence(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarra
 
 
 def correlation_influence(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Influence values (rows,) of the correlation of two vectors a row (rows, entries); Matthews' for indicators."""
+    """Influence values (rows,) of the correlation of vectors (rows, entries); of Matthews' for indicators."""
     a, b = first - first.mean(axis=0), second - second.mean(axis=0)
     ab, aa, bb = ((x * y).sum(axis=1) for x, y in ((a, b), (a, a), (b, b)))
     if aa.mean() == 0 or bb.mean() == 0:
@@ -116,7 +116,7 @@ def unexplained(errors: np.ndarray, gold: np.ndarray) -> Interval:
 
 
 def _log_scale(value: float, influence: np.ndarray) -> Interval:
-    """Value times or divided by the exponential of t standard errors of its logarithm."""
+    """Interval of t standard errors on the log scale."""
     rows = len(influence)
     factor = np.exp(t.isf((1 - LEVEL) / 2, rows - 1) * np.std(influence, ddof=1) / np.sqrt(rows))
     return float(value / factor), float(value * factor)

@@ -1,9 +1,9 @@
-"""Metrics: what each is called, how it is computed, how sure it is, and which direction is better. No torch here.
+"""Metrics with their names, functions, intervals and directions. No torch here.
 
-The scores are scikit-learn's and SciPy's where they are defined; where they are not (one side constant, one row, no
-row of a class) a metric is None rather than a warning and a made-up number. Our own few lines are what scikit-learn
-lacks or needs other arrays for: F1 of sets (labels written as tuples are not indicator matrices), log-loss and Brier
-score (their interval needs the loss of each row), and the calibration error. Tests compare them with scikit-learn.
+Scores are computed by scikit-learn and SciPy. Where a score is undefined (one side constant, one row, no row of a
+class), the metric is None, without a warning. Three computations are our own: F1 of sets, because labels are tuples and
+not indicator matrices; log-loss and Brier score, because their intervals need the loss of each row; and the calibration
+error. Tests compare them with scikit-learn.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .intervals import Interval
 Score = Callable[[np.ndarray, np.ndarray, Sequence[str]], float | None]
 Bounds = Callable[[np.ndarray, np.ndarray, Sequence[str]], Interval]
 
-BINS = 10  # of the calibration error, equally wide
+BINS = 10  # number of equally wide bins of the calibration error
 TINY = np.finfo(float).eps  # probabilities are clipped at it in the log-loss, as scikit-learn does
 
 
@@ -47,18 +47,18 @@ class Metric:
 
     @property
     def worst(self) -> float:
-        """A value that no model is below, for a model whose score is undefined."""
+        """Smallest goodness, used for a model whose score is undefined."""
         return -1.0 if self.larger_is_better else 1e9
 
     def goodness(self, value: float | None) -> float:
-        """The value, turned so that larger is better; minus infinity where it is undefined."""
+        """The value with the sign with which larger is better; minus infinity if it is undefined."""
         if value is None:
             return -np.inf
         return value if self.larger_is_better else -value
 
 
 def smaller_is_better(name: str) -> bool:
-    """Whether a metric of this name is an error; for records, which hold names only."""
+    """Whether a metric of this name is an error; for records, which have only names."""
     return name in {metric.name for metrics in METRICS.values() for metric in metrics if not metric.larger_is_better}
 
 
@@ -76,7 +76,7 @@ def _one_hot(labels: np.ndarray, names: Sequence[str]) -> np.ndarray:
 
 
 def accuracy(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> float:
-    """Share of rows that are right."""
+    """Share of correct rows."""
     return float(np.mean(gold == predicted))
 
 
@@ -92,7 +92,7 @@ def f1(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> float:
 
 
 def _f1_interval(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> Interval:
-    """Of the rows that have the class or were given it, a share J are hits, and F1 = 2 J / (1 + J) rises with J."""
+    """F1 = 2 J / (1 + J) rises with J, the share of hits among the rows that have the class or were given it."""
     has, said = gold == names[1], predicted == names[1]
     either = int(np.sum(has | said))
     bounds = intervals.wilson(np.sum(has & said) / max(either, 1), either)
@@ -100,7 +100,7 @@ def _f1_interval(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) 
 
 
 def f1_macro(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> float:
-    """Mean F1 of the classes; a class that nobody has and nobody predicts counts 0."""
+    """Mean F1 of the classes; a class without rows and predictions counts as 0."""
     from sklearn.metrics import f1_score
 
     return float(f1_score(gold, predicted, labels=list(names), average="macro", zero_division=0.0))
@@ -128,7 +128,7 @@ def _matthews_interval(gold: np.ndarray, predicted: np.ndarray, names: Sequence[
     has, said = _one_hot(gold, names), _one_hot(predicted, names)
     influence = intervals.correlation_influence(1.0 * has, 1.0 * said)
     value, most = matthews(gold, predicted, names), intervals.harmonic(has.sum(axis=0))
-    guessing = -1 / (len(names) - 1)  # of equally frequent classes, all wrong; the share below is then their accuracy
+    guessing = -1 / (len(names) - 1)  # value if all rows are wrong, for equal class sizes; then share = accuracy
     return intervals.bounded(value, influence, most, (min(value, guessing), 1.0))
 
 
@@ -156,7 +156,7 @@ def f1_sets_micro(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str])
 
 
 def f1_sets_macro(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> float:
-    """F1 of multi-label rows, the mean over classes; a class nobody has counts 0."""
+    """Mean F1 over classes of multi-label rows; a class without rows and predictions counts as 0."""
     return _f1_sets(members(gold, names), members(predicted, names), micro=False)
 
 
@@ -179,7 +179,7 @@ def _f1_macro_sets_interval(gold: np.ndarray, predicted: np.ndarray, names: Sequ
 
 
 def accuracy_sets(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> float:
-    """Subset accuracy: share of multi-label rows all of whose labels are right."""
+    """Subset accuracy: share of multi-label rows with all labels correct."""
     return float(np.mean((members(gold, names) == members(predicted, names)).all(axis=1)))
 
 
@@ -191,7 +191,7 @@ def _accuracy_sets_interval(gold: np.ndarray, predicted: np.ndarray, names: Sequ
 
 
 def _decisions(gold: np.ndarray, scores: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Truth values and probabilities (rows, decisions): one decision for two exclusive classes, else one a class."""
+    """Truth values and probabilities (rows, decisions): one decision for two exclusive classes, else one per class."""
     several = len(gold) > 0 and isinstance(gold[0], tuple)
     has = members(gold, names) if several else _one_hot(gold, names)
     one = len(names) == 2 and not several
@@ -199,7 +199,7 @@ def _decisions(gold: np.ndarray, scores: np.ndarray, names: Sequence[str]) -> tu
 
 
 def _decided(gold: np.ndarray, scores: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """As `_decisions`, without those that are the same for all rows."""
+    """As `_decisions`, without decisions that are the same for all rows."""
     has, scores = _decisions(gold, scores, names)
     both = has.any(axis=0) & ~has.all(axis=0)
     return has[:, both], scores[:, both]
@@ -238,7 +238,7 @@ def _average_precision_interval(gold: np.ndarray, scores: np.ndarray, names: Seq
 
 
 def log_loss(gold: np.ndarray, scores: np.ndarray, names: Sequence[str]) -> float:
-    """Mean negative logarithm of the probability of what is right; of several labels the mean over classes."""
+    """Mean negative logarithm of the probability of the correct answer; for several labels, the mean over classes."""
     return float(np.mean(_log_losses(gold, scores, names)))
 
 
@@ -266,7 +266,7 @@ def _brier_losses(gold: np.ndarray, scores: np.ndarray, names: Sequence[str]) ->
 def _interval_of_mean(
     losses: Callable[[np.ndarray, np.ndarray, Sequence[str]], np.ndarray], largest: float = np.inf
 ) -> Bounds:
-    """Interval of a mean loss that cannot be above ``largest``."""
+    """Make the interval function of a mean loss whose values are at most ``largest``."""
 
     def interval(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> Interval:
         bounds = intervals.positive_mean(losses(gold, predicted, names))
@@ -363,7 +363,7 @@ _OF_PROBABILITIES = (
     Metric("calibration_error", calibration_error, larger_is_better=False, needs_probabilities=True),
 )  # fmt: skip
 
-# The first metric of each kind of problem is the one to look at, unless the user asks for another.
+# The first metric of each kind of problem is the default.
 METRICS: dict[str, tuple[Metric, ...]] = {
     "classification": (
         Metric("accuracy", accuracy, _accuracy_interval),

@@ -60,13 +60,13 @@ class Data:
         return out
 
     def overlap(self, name: str) -> int:
-        """How many rows of a test set carry a text (or pair) that is also in the training rows."""
+        """Number of rows of a test set whose text (or pair) is also in the training rows."""
         seen = set(keys(self.train))
         return sum(key in seen for key in keys(self.tests[name]))
 
 
 def fingerprint(rows: pd.DataFrame) -> str:
-    """A hash of texts, labels and row numbers, so that a resume notices another table."""
+    """Hash of texts, labels and row numbers, by which a resume notices another table."""
     digest = hashlib.sha256()
     for row in rows.itertuples(name=None):
         digest.update(json.dumps(row, default=str).encode())
@@ -96,7 +96,7 @@ def prepare(
         seed: Seed of the draws.
 
     Raises:
-        UsageError: Anything wrong with the tables or the splits.
+        UsageError: A table is not right, or a split is not possible.
     """
     given = [*tests, *(["validation"] if validation is not None else [])]
     if "validation" in tests or "train" in tests:
@@ -139,5 +139,5 @@ def prepare(
 
 
 def _encoded(problem: Problem, rows: pd.DataFrame, table: Table) -> pd.DataFrame:
-    """Rows of `examples` with labels as they are scored."""
+    """Rows of `examples` with encoded labels."""
     return rows.assign(label=problem.encode(rows, table))

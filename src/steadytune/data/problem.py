@@ -1,8 +1,8 @@
-"""One object per kind of task: classification, several labels a row, numbers. No torch here.
+"""One class for each kind of task: classification, several labels a row, numbers. No torch here.
 
-A `Problem` knows what labels look like as they are scored (a class name, a tuple of class names, a float) and as a
-model is given them (a class number, a row of 0 and 1, a standardised float), what a model's outputs mean, how they are
-scored, and which head the model needs. Code outside this file never asks which kind it has.
+A `Problem` knows the two forms of a label: as it is scored (a class name, a tuple of class names, a float), and as the
+model gets it (a class number, a row of 0 and 1, a standardised float). It also knows the meaning of a model's outputs,
+the metrics, and the head that the model needs. Code outside this file does not ask for the kind.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Problem(ABC):
 
     Attributes:
         names: Class names in class order; empty for numbers.
-        threshold: Probability above which a class is given, for two classes the second one; None for 0.5.
+        threshold: Probability above which a class is predicted (of two classes, the second); None for 0.5.
     """
 
     names: tuple[str, ...] = ()
@@ -46,15 +46,15 @@ class Problem(ABC):
 
     @abstractmethod
     def encode(self, rows: pd.DataFrame, table: Table) -> pd.Series:
-        """Labels of `tables.examples` as they are scored.
+        """Convert labels of `tables.examples` to the form in which they are scored.
 
         Raises:
-            UsageError: A label that does not occur in the training data, or that is none of this kind.
+            UsageError: A label does not occur in the training data, or is not a label of this kind.
         """
 
     @abstractmethod
     def ids(self, labels: Sequence[Any]) -> list[Any]:
-        """Labels as a model is given them."""
+        """Labels in the form that a model gets."""
 
     @abstractmethod
     def strata(self, labels: pd.Series) -> np.ndarray:
@@ -80,29 +80,29 @@ class Problem(ABC):
 
     @abstractmethod
     def activate(self, outputs: np.ndarray) -> np.ndarray:
-        """Probabilities (rows, classes), or numbers (rows, 1), of a model's outputs."""
+        """Convert a model's outputs to probabilities (rows, classes), or numbers (rows, 1)."""
 
     @abstractmethod
     def decide(self, scores: np.ndarray) -> np.ndarray:
-        """Labels (rows,) of activated outputs, or of their mean over models."""
+        """Labels (rows,) for activated outputs, or for their mean over models."""
 
     def read(self, ids: np.ndarray) -> np.ndarray:
-        """Labels (rows,) of what `ids` gave a model."""
+        """Labels (rows,) for the form that `ids` gives."""
         return self.decide(ids)
 
     # ---- scores
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """Metrics by name, the one to look at first in the first place."""
+        """Metrics by name; the first one is the default."""
         two = len(self.names) == 2
         return {metric.name: metric for metric in METRICS[self.kind] if two or not metric.two_classes}
 
     def metric(self, name: str | None) -> Metric:
-        """The metric of this name, or the first.
+        """The metric of this name, or the default.
 
         Raises:
-            UsageError: It is unknown, or not for so many classes.
+            UsageError: The metric is unknown, or not defined for this number of classes.
         """
         known = {metric.name: metric for metric in METRICS[self.kind]}
         if name is None:
@@ -136,7 +136,7 @@ class Problem(ABC):
         }
 
     def _read_by(self, predicted: np.ndarray, scores: np.ndarray | None) -> Iterator[tuple[Metric, np.ndarray]]:
-        """Every metric that can be computed, with what it reads."""
+        """Each metric that can be computed, with its predictions."""
         for metric in self.metrics.values():
             if not metric.needs_probabilities:
                 yield metric, predicted
@@ -145,18 +145,18 @@ class Problem(ABC):
 
     @abstractmethod
     def constant(self, labels: pd.Series) -> np.ndarray:
-        """What a model answers that reads no text: the shares (1, classes) or the mean (1, 1) of training labels."""
+        """Answer without reading a text: the shares (1, classes) or the mean (1, 1) of the training labels."""
 
     def constants(self) -> Sequence[Any]:
-        """Predictions that look at no text; none for numbers, where a constant has no correlation."""
+        """Predictions without reading a text; empty for numbers, where a constant has no correlation."""
         return self.names
 
     def coarser(self, names: Mapping[str, str]) -> Problem:
-        """The same problem with classes taken together, each name once."""
+        """The same problem with coarser classes, each name once."""
         return dataclasses.replace(self, names=tuple(dict.fromkeys(names.get(name, name) for name in self.names)))
 
     def coarser_scores(self, scores: np.ndarray, names: Mapping[str, str]) -> np.ndarray:
-        """Probabilities (rows, classes) of the classes of `coarser`: sums over what was taken together."""
+        """Probabilities (rows, classes) of the coarser classes: sums over the classes that each replaces."""
         return scores
 
     def at(self, threshold: float) -> Problem:
@@ -175,25 +175,25 @@ class Problem(ABC):
     @property
     @abstractmethod
     def head_options(self) -> dict[str, Any]:
-        """What a transformers config needs to know."""
+        """Options of a transformers config for this problem."""
 
     @property
     def classes(self) -> int:
-        """Number of exclusive classes; 0 where chance has no loss to compare with."""
+        """Number of exclusive classes; 0 for other kinds, where chance has no loss to compare with."""
         return 0
 
     @property
     def weighted(self) -> bool:
-        """Whether class weights make sense."""
+        """Whether class weights are possible."""
         return bool(self.names)
 
     @property
     def scaled(self) -> bool:
-        """Whether a model in training stands for other numbers than the labels."""
+        """Whether a model in training predicts other numbers than the labels."""
         return False
 
     def class_weights(self, labels: Sequence[Any]) -> np.ndarray:
-        """Weights (classes,) that make rare classes count as much as frequent ones."""
+        """Weights (classes,) with which rare classes count as much as frequent ones."""
         raise UsageError(f"class_weights are for classes, this is {self.kind}: leave them out.")
 
     @staticmethod
@@ -214,7 +214,7 @@ class Problem(ABC):
 
 @dataclass(frozen=True)
 class _Classes(Problem):
-    """What both kinds with class names share."""
+    """Base of the kinds with class names."""
 
     def constant(self, labels: pd.Series) -> np.ndarray:
         return self.membership(labels).mean(axis=0, keepdims=True)
@@ -350,19 +350,19 @@ class MultiLabel(_Classes):
         return ()
 
     def class_weights(self, labels: Sequence[Any]) -> np.ndarray:
-        """How many rows lack a class for each row that has it: weights of the positive decisions."""
+        """Weights of the positive decisions: rows without a class, divided by rows with it."""
         has = np.array(self.ids(labels))
         return (1 - has).sum(0) / np.maximum(has.sum(0), 1)
 
 
 @dataclass(frozen=True)
 class Regression(Problem):
-    """Numbers. A model in training stands for ``(label - mean) / spread``.
+    """Numbers. A model in training predicts ``(label - mean) / spread``.
 
     Attributes:
         names: Always empty.
-        mean: Mean that training takes from the labels.
-        spread: Standard deviation that training divides by.
+        mean: Mean, subtracted from the labels in training.
+        spread: Standard deviation, by which labels are divided in training.
     """
 
     mean: float = 0.0

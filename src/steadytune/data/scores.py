@@ -1,4 +1,4 @@
-"""The scores of one set in full: values, intervals, baseline, classes one by one, and what a reader should know.
+"""All scores of one set: values, intervals, baseline, scores by class, notes for the reader.
 
 No torch here.
 """
@@ -14,7 +14,7 @@ import pandas as pd
 from .metrics import Metric
 from .problem import Problem
 
-TRIED = 200  # thresholds at most
+TRIED = 200  # largest number of thresholds to try
 
 
 def full_scores(
@@ -25,7 +25,7 @@ def full_scores(
     constant: np.ndarray | None = None,
     selected: bool = False,
 ) -> dict[str, Any]:
-    """Everything that is recorded of one set, ready for JSON.
+    """All recorded scores of one set, ready for JSON.
 
     Args:
         problem: What is predicted.
@@ -58,13 +58,13 @@ def full_scores(
 
 
 def baseline(problem: Problem, gold: np.ndarray, constant: np.ndarray) -> dict[str, float | None]:
-    """Every metric of a model that answers all rows alike: the most frequent class, or the mean, of training rows."""
+    """Every metric of the same answer for all rows: the most frequent class, or the mean, of the training rows."""
     scores = np.repeat(constant, len(gold), axis=0)
     return problem.score(gold, problem.decide(scores), scores)
 
 
 def _notes(problem: Problem, gold: np.ndarray) -> list[str]:
-    """What the numbers alone do not say."""
+    """Notes on how to read the scores."""
     counts = problem.membership(list(gold)).sum(axis=0)
     missing = [name for name, count in zip(problem.names, counts, strict=True) if not count]
     if not missing or "f1_macro" not in problem.metrics:
@@ -108,12 +108,12 @@ def per_class(names: Sequence[str], has: np.ndarray, said: np.ndarray) -> dict[s
 def warnings(
     problem: Problem, name: str, metric: str, scores: Mapping[str, Any], predictions: pd.DataFrame
 ) -> list[str]:
-    """What is wrong with a model by its scores on one set, in sentences; nothing where all is right.
+    """Faults of a model according to its scores on one set, in sentences; empty if there are none.
 
     Args:
-        problem: What is predicted.
-        name: Of the set.
-        metric: The one to look at first.
+        problem: The problem.
+        name: Name of the set.
+        metric: Metric to check.
         scores: As `full_scores` gives them.
         predictions: Columns ``label`` and ``prediction``.
     """
@@ -124,7 +124,7 @@ def warnings(
         shown = (" and ".join(map(repr, answer)) or "no label") if isinstance(answer, tuple) else repr(answer)
         found.append(f"{name}: the model answers {shown} for all {len(answers)} rows")
     trivials = scores.get("baseline") or {}
-    if trivials.get(metric) is None:  # one answer for all rows has no correlation, but an error
+    if trivials.get(metric) is None:  # for one answer the correlation is undefined, so an error is compared
         metric = next((name for name, trivial in trivials.items() if trivial is not None), metric)
     value, trivial = scores[metric], trivials.get(metric)
     chosen = problem.metric(metric)
@@ -141,13 +141,13 @@ def warnings(
 
 
 def best_threshold(problem: Problem, gold: np.ndarray, scores: np.ndarray, metric: Metric) -> float:
-    """The threshold with the best score, tried half way between neighbouring probabilities; of equals that next to 0.5.
+    """Threshold with the best score, among midpoints of neighbouring probabilities; of equals, the one nearest to 0.5.
 
     Args:
-        problem: Two classes, or several labels a row.
+        problem: Problem with two classes or several labels a row.
         gold: Labels (rows,).
         scores: Probabilities (rows, classes).
-        metric: Of labels.
+        metric: Metric of labels.
     """
     chances = np.unique(scores if problem.several else scores[:, 1])
     between = (chances[1:] + chances[:-1]) / 2

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def allot(counts: np.ndarray, size: int, least: int, most: np.ndarray) -> np.ndarray:
-    """Share `size` places among strata in proportion to `counts`, between `least` and `most` each."""
+    """Distribute `size` places over strata in proportion to `counts`, with `least` to `most` for each."""
     take = np.minimum(least, most)
     wanted = counts * size / counts.sum()
     while take.sum() < size:
@@ -33,7 +33,7 @@ def draw(groups: np.ndarray, take: np.ndarray, seed: int) -> np.ndarray:
 
 
 def subset(rows: pd.DataFrame, problem: Problem, size: int, seed: int) -> pd.DataFrame:
-    """A stratified draw of `size` rows; every class that occurs keeps at least one row."""
+    """A stratified draw of `size` rows with at least one row of each class that occurs."""
     groups = problem.strata(rows["label"])
     counts = np.bincount(groups)
     least = int((counts > 0).sum())
@@ -43,9 +43,9 @@ def subset(rows: pd.DataFrame, problem: Problem, size: int, seed: int) -> pd.Dat
 
 
 def split(rows: pd.DataFrame, problem: Problem, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Carve a stratified validation share out of the rows; every class keeps at least one row for training.
+    """Split off a stratified validation share; each class keeps at least one row for training.
 
-    Rows of equal text, and rows of one `group`, stay together; share and strata are then met as well as that allows.
+    Rows of equal text and rows of one `group` stay together, so share and strata may be met approximately only.
 
     Raises:
         UsageError: A class has one row only, the share leaves a class without training rows, or every group is too
@@ -70,12 +70,12 @@ def split(rows: pd.DataFrame, problem: Problem, share: float, seed: int) -> tupl
 
 
 def _texts(rows: pd.DataFrame) -> np.ndarray:
-    """Number of the text (or pair) of every row; the first row with text n comes before the first with text n + 1."""
+    """Number of the text (or pair) of each row, in the order of first occurrence."""
     return pd.factorize(pd.Series(keys(rows), dtype=object))[0]
 
 
 def _joined(rows: pd.DataFrame, texts: np.ndarray) -> np.ndarray:
-    """Group number of every row, groups that share a text taken together."""
+    """Group number of each row; groups that share a text are joined."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -86,7 +86,7 @@ def _joined(rows: pd.DataFrame, texts: np.ndarray) -> np.ndarray:
 
 
 def _of_lost_classes(rows: pd.DataFrame, problem: Problem, held_out: np.ndarray) -> np.ndarray:
-    """Whether a row has a class of which all rows are held out, as copies of texts with another class may be."""
+    """Whether a row's class has no row left for training, which copies of texts with another class can cause."""
     member = problem.membership(rows["label"])
     lost = member.any(axis=0) & ~member[~held_out].any(axis=0)
     return np.asarray(member[:, lost].any(axis=1))
@@ -111,10 +111,10 @@ def _hold_rows(rows: pd.DataFrame, problem: Problem, size: int, seed: int) -> np
 
 
 def _hold_groups(rows: pd.DataFrame, problem: Problem, size: int, seed: int) -> np.ndarray:
-    """Groups in random order change sides where that brings rows and strata nearer to what is wanted, in two rounds.
+    """Hold out groups: in random order, move each to the other side if rows and strata come closer to the share.
 
-    Not from large to small: that would hold out the large ones whatever the seed. The second round mends what the
-    first one found too late.
+    The order is random because from large to small, the large groups would be held out with every seed. A second round
+    improves the result of the first.
     """
     groups, counts, order = _groups(rows, problem, seed)
     total = counts.sum(axis=0)
@@ -135,7 +135,7 @@ def _hold_groups(rows: pd.DataFrame, problem: Problem, size: int, seed: int) -> 
 
 
 def _groups(rows: pd.DataFrame, problem: Problem, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Group number of every row; rows of each (group, stratum), all of the group last; the groups in random order."""
+    """Group number of each row; counts by (group, stratum), with the group's total last; the groups in random order."""
     groups, names = pd.factorize(rows["group"])
     numbers = problem.strata(rows["label"])
     counts = np.zeros((len(names), numbers.max() + 2), dtype=int)
@@ -145,9 +145,9 @@ def _groups(rows: pd.DataFrame, problem: Problem, seed: int) -> tuple[np.ndarray
 
 
 def folds(rows: pd.DataFrame, problem: Problem, k: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`k` cuts of the rows: positions to train on and positions held out, both in file order.
+    """Cut the rows into `k` folds: for each, the positions to train on and those held out, in file order.
 
-    Every row is held out once; folds have like sizes and strata, and rows of equal text or one `group` share a fold.
+    Each row is held out once. Folds have similar sizes and strata; rows of equal text or of one `group` share a fold.
 
     Raises:
         UsageError: There are fewer rows (or groups) than folds, or a class would be missing from a training part.
@@ -174,7 +174,7 @@ def folds(rows: pd.DataFrame, problem: Problem, k: int, seed: int) -> list[tuple
 
 
 def _fold_rows(rows: pd.DataFrame, problem: Problem, k: int, seed: int) -> np.ndarray:
-    """Shuffled, sorted by stratum, dealt out like cards: sizes and strata differ by one row at most."""
+    """Shuffle, sort by stratum and deal out in turn: sizes and strata differ by at most one row."""
     order = np.random.default_rng(seed).permutation(len(rows))
     order = order[np.argsort(problem.strata(rows["label"])[order], kind="stable")]
     fold = np.empty(len(rows), dtype=int)
@@ -183,7 +183,7 @@ def _fold_rows(rows: pd.DataFrame, problem: Problem, k: int, seed: int) -> np.nd
 
 
 def _fold_groups(rows: pd.DataFrame, problem: Problem, k: int, seed: int) -> np.ndarray:
-    """Groups from large to small, each into the fold that most lacks such rows."""
+    """Put each group, from large to small, into the fold that most lacks such rows."""
     groups, counts, order = _groups(rows, problem, seed)
     held = np.zeros((k, counts.shape[1]), dtype=int)
     home = np.empty(len(counts), dtype=int)
@@ -193,7 +193,7 @@ def _fold_groups(rows: pd.DataFrame, problem: Problem, k: int, seed: int) -> np.
     return home[groups]
 
 
-# Words that mark the side of a row in a validation column.
+# Words of a validation column for each set.
 MARKS = {
     "train": "train", "training": "train", "false": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "true": "validation",
@@ -202,9 +202,9 @@ MARKS = {
 
 
 def cut(rows: pd.DataFrame, table: Table, column: str) -> dict[str, pd.DataFrame]:
-    """The rows by what `column` of their table says: `train`, and `validation` and `test` where there are such rows.
+    """Split the rows by a column of their table into `train`, and `validation` and `test` if there are such rows.
 
-    Known are the words of `MARKS` in any case, and truth values: true means validation.
+    The column may have the words of `MARKS`, in any case, or truth values, where true means validation.
 
     Raises:
         UsageError: There is no such column, another value in it, or no training row.
