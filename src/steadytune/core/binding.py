@@ -1,4 +1,4 @@
-"""A model and the methods bound to it: what methods may ask and show, whatever the step is doing."""
+"""A model and the methods bound to it: what methods may ask for and show, at any moment of a step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .views import References, Views
 
 
 class Binding:
-    """The part of `Run` that does not depend on the course of a step."""
+    """Base of `Run`, without the course of a step: a model, its methods, and what these ask for."""
 
     def __init__(
         self,
@@ -75,7 +75,11 @@ class Binding:
         self._total_steps = value
 
     def steps(self, method: Method) -> int:
-        """`total_steps`, for a method whose schedule depends on it; raises when it is unknown."""
+        """Give `total_steps` to a method whose schedule depends on it.
+
+        Raises:
+            ValueError: The number of steps is not known.
+        """
         if self._total_steps is None:
             name = type(method).__name__
             raise ValueError(f"{name} needs the number of optimizer steps: pass Run(..., total_steps=n)")
@@ -100,11 +104,11 @@ class Binding:
         """Trainable weights, in the model's order, that ``method`` may act on (see `only`) and ``scope`` admits.
 
         Args:
-            method: a method of this Run, or None for no restriction.
+            method: A method of this Run, or None for no restriction.
             scope: ``"linear"``, ``"encoder"``, ``"all"`` or a predicate over `Weight`.
 
         Raises:
-            ValueError: unknown scope.
+            ValueError: The scope is not known.
         """
         shards.reshard(self.model)  # the optimizer does not know the full parameters that an evaluation leaves
         groups = {id(p): g for g in self.optimizer.param_groups for p in g["params"]} if self.optimizer else None
@@ -138,10 +142,10 @@ class Binding:
         return select(weights, scope)
 
     def require(self, method: Method, scope: Scope, *, reference: bool = False) -> list[Weight]:
-        """The weights a method will act on, in `Method.setup`; takes their references when asked.
+        """The weights that a method will act on, asked for in `Method.setup`; ``reference`` takes their references too.
 
         Raises:
-            ValueError: nothing to act on.
+            ValueError: There is no such weight.
         """
         weights = self.weights(method, scope)
         if reference:
@@ -159,10 +163,10 @@ class Binding:
     # ------------------------------------------------------------------ structure
 
     def train_only(self, method: Method, chosen: Callable[[str, Part], bool]) -> None:
-        """Freeze, in `Method.setup`, every weight that is not ``chosen(name, part)``; what is frozen stays so.
+        """Freeze, in `Method.setup`, every weight that is not ``chosen(name, part)``. Frozen weights stay frozen.
 
         Raises:
-            ValueError: a PEFT model, whose adapters are the choice.
+            ValueError: PEFT has chosen already what is trained of this model.
         """
         if hasattr(self.model, "peft_config"):
             raise ValueError(
@@ -174,7 +178,7 @@ class Binding:
                 self.model.get_parameter(name).requires_grad_(False)
 
     def mark_new(self, names: Iterable[str]) -> None:
-        """Tell, in `Method.setup`, which weights were drawn anew or added: anchors leave them out, as they do heads."""
+        """Tell, in `Method.setup`, which weights were drawn anew or added. Anchors leave them out, as they do heads."""
         self._new.update(names)
 
     # ------------------------------------------------------------------ references, raw weights, forward view
@@ -188,15 +192,15 @@ class Binding:
     def reference(self, name: str) -> Tensor:
         """The weight as it was before training, on the weight's device (on a shard: this rank's piece).
 
-        Taken in `Method.setup`, never later: a reference taken on resume would be half-trained.
+        A method asks for it in `Method.setup` first: a reference taken on resume would be half-trained.
 
         Raises:
-            RuntimeError: asked for the first time after setup.
+            RuntimeError: No method has asked for it in setup.
         """
         return self._references[name]
 
     def raw(self, name: str) -> Tensor:
-        """R of a weight, during a step whatever is shown; for anchors and snapshots (clone it)."""
+        """R of a weight, also while the model shows another value. It is no copy: clone it for a snapshot."""
         if not self._entered:
             shards.reshard(self.model)
         return self._views.raw(name, stepping=self._entered)
@@ -218,7 +222,10 @@ class Binding:
     def show(self, weight: Weight, value: Tensor, *, own: bool = False) -> None:
         """Make ``value`` the forward view of a weight (in `Method.before_forward`).
 
-        ``own``: it was made for this and is kept nowhere else, so that it need not be copied.
+        Args:
+            weight: The weight.
+            value: Tensor of its shape.
+            own: Whether the tensor was made for this and is kept nowhere else. It is then not copied.
         """
         self._views.show(weight, value, own=own)
 
@@ -228,9 +235,9 @@ class Binding:
 
     @contextlib.contextmanager
     def showing(self, values: Iterable[tuple[Weight, Tensor]]) -> Iterator[None]:
-        """Other values of weights are live inside, in `Method.after_step`; afterwards R is again, bit for bit.
+        """Make other values of weights live inside, in `Method.after_step`. Afterwards R is live again, bit for bit.
 
-        They are given away: made for this and kept nowhere else, so that they need not be copied.
+        The tensors are not copied: they must be made for this and kept nowhere else.
         """
         try:
             for weight, value in values:
@@ -241,17 +248,18 @@ class Binding:
             self._views.restore()
 
     def freeze(self, weight: Weight, mask: Tensor, *, state: bool = True) -> None:
-        """For entries where ``mask`` is False, this optimizer step does not happen.
+        """Exclude the entries of a weight where ``mask`` is False from this optimizer step.
+
+        After all `Method.after_step` these entries are put back bit for bit, in the weight and in every tensor of the
+        optimizer's state that has its shape. Call it in `Method.pull_back` or `Method.before_step`; masks of several
+        calls intersect.
 
         Args:
-            weight: which one.
-            mask: boolean, of its shape or one for all entries (0-d); or, for a contiguous weight, the flat indices
-                (int64) of the entries that the step is for.
-            state: see below.
-
-        Weights and every optimizer-state tensor of the weight's shape are put back bit for bit after all
-        `Method.after_step`. Call it in `Method.pull_back` or `Method.before_step`; masks of several calls intersect.
-        ``state=False`` puts back the weights only: enough, and a third of the copies, for a mask that never changes.
+            weight: The weight.
+            mask: Boolean, of the weight's shape or 0-d for all entries; or, for a contiguous weight, the flat indices
+                (int64) of the entries that take part in the step.
+            state: Whether the optimizer's state is put back too. A mask that never changes does not need this, which
+                saves two thirds of the copies.
         """
         self._views.freeze(weight, mask, state=state)
 

@@ -52,9 +52,9 @@ def check_untouched(watch: Watch, model: nn.Module, used_up: Callable[[], bool])
     """Raise if weights moved in the middle of a step, which only ``optimizer.step()`` may do, whose hooks end it.
 
     Args:
-        watch: of the weights since the forward view was built.
-        model: the model without wrappers.
-        used_up: whether the step's gradients are gone, so that another optimizer may have taken the step.
+        watch: Of the weights since the forward view was built.
+        model: The model without wrappers.
+        used_up: Whether the step's gradients are gone, so that another optimizer may have taken the step.
     """
     moved = watch.written()
     if moved in renormalised(model):

@@ -83,11 +83,11 @@ class Run(Binding):
     ``copy.deepcopy((model, optimizer, run))``.
 
     Args:
-        model: any module; a DDP or ``torch.compile`` wrapper may be passed and is then used for the forward.
-        methods: in order of action. Deep-copied: ``run[DPSDense]`` is the copy that ran.
-        total_steps: planned optimizer steps; methods with a schedule need it before the first step.
-        seed: of the methods' own randomness (masks, noise), apart from initialisation, data order and dropout.
-        data: called for an iterable of training batches by methods that look at the data first.
+        model: Any module; a DDP or ``torch.compile`` wrapper may be passed and is then used for the forward.
+        methods: They act in this order. The Run makes deep copies: ``run[DPSDense]`` is the copy that runs.
+        total_steps: Planned optimizer steps; methods with a schedule need it before the first step.
+        seed: Seed of the methods' own draws (masks, noise). Initialisation, data order and dropout do not depend on it.
+        data: Function that gives an iterable of training batches, for methods that look at data before the first step.
 
     Raises:
         ValueError: DataParallel; a method that cannot act on this model, or one that changes the model after another
@@ -161,14 +161,14 @@ class Run(Binding):
         """Hook onto an optimizer: before its first step, before any learning-rate scheduler is built.
 
         Args:
-            optimizer: a torch optimizer, or accelerate's wrapper around one.
-            save_in_optimizer: put `state_dict` under one extra key of the optimizer's state dict.
+            optimizer: A torch optimizer, or accelerate's wrapper around one.
+            save_in_optimizer: Put `state_dict` under one extra key of the optimizer's state dict.
 
         Raises:
-            ValueError: an optimizer that cannot work with methods on weights, or that was built from another model.
-            UsageError: a model resized since the Run was made.
-            RuntimeError: already attached, an optimizer with state (of its own, it would be a resume without ours), or
-                a scheduler exists and a method changes parameter groups.
+            ValueError: An optimizer that cannot work with methods on weights, or that was built from another model.
+            UsageError: A model resized since the Run was made.
+            RuntimeError: The Run is attached already, the optimizer has state but the methods have none, or a scheduler
+                exists and a method changes parameter groups.
         """
         optimizer = bare(optimizer)
         if self.optimizer is not None:
@@ -231,18 +231,18 @@ class Run(Binding):
         items: Tensor | int | None = None,
         penalty_scale: float = 1.0,
     ) -> Tensor:
-        """Loss of one micro-batch with all penalties; the first call of a step builds the forward view.
+        """Compute the loss of one micro-batch with all penalties. The first call of a step builds the forward view.
 
         Args:
-            inputs: keyword arguments of the model, batch axis first.
+            inputs: Keyword arguments of the model, batch axis first.
             compute: ``(model, inputs, copies) -> (loss, outputs)``; by default the loss that the model returns.
-            model: the (wrapped) model to call, when it is another than the one given to Run.
-            items: token count of the whole step, when ``compute`` divides by it (times ``copies``).
-            penalty_scale: factor of the penalties, for a loss already divided by ``items`` over the whole step.
+            model: The (wrapped) model to call, when it is another than the one given to Run.
+            items: Token count of the whole step, when ``compute`` divides by it (times ``copies``).
+            penalty_scale: Factor of the penalties, for a loss already divided by ``items`` over the whole step.
 
         Raises:
-            RuntimeError: not attached, a wrapper that cannot work, or weights that moved while no step was counted.
-            UsageError: labels that are NaN.
+            RuntimeError: The Run is not attached, the wrapper cannot work, or weights moved while no step was counted.
+            UsageError: Labels are NaN.
         """
         self.wrapper = self.wrapper if model is None else model
         rule = self._rule = LossRule(compute or default_compute, items, penalty_scale)
@@ -287,12 +287,13 @@ class Run(Binding):
     def look_again(self, moves: Iterable[tuple[Weight, Tensor]]) -> None:
         """Replace the step's gradient by that of the same loss at moved weights, in `Method.after_backward`.
 
-        Every micro-batch passes the model once more with its penalties, under the draws of its first look. The loop's
-        factors on the losses keep their ratios, and together they weigh 1: the factor of a ``GradScaler`` guards this
-        backward pass too, and is taken out. Afterwards the weights are as before, bit for bit.
+        Every micro-batch passes the model once more with its penalties, under the draws of its first pass. The losses
+        weigh as in the loop, scaled so that their weights sum to 1 (to the number of micro-batches, where each loss is
+        divided by the token count of the step): this takes out the factor of a ``GradScaler``. Afterwards the weights
+        are as before, bit for bit.
 
         Args:
-            moves: weights, and what is added to the live values of each.
+            moves: Weights, each with the tensor that is added to its live values.
         """
         sent = [micro for micro in self._micro_batches if micro.sent is not None]
         left = iter(sent)
@@ -314,16 +315,16 @@ class Run(Binding):
             return self._look(micro) * micro.sent
 
     def task(self, inputs: Inputs, model: nn.Module | None = None, *, copies: int = 1) -> tuple[Tensor, Any]:
-        """The task's loss and outputs of one batch as the trainer computes them, without penalties; counted as a pass.
+        """Compute the task's loss and outputs as the trainer does, without penalties, and count the pass.
 
         Args:
-            inputs: one batch.
-            model: the wrapper by default; ``run.model`` for a gradient that is not averaged over ranks.
-            copies: how often the batch passes in the one forward, each under a dropout draw of its own; the outputs
-                are those of all copies, one after the other.
+            inputs: One batch.
+            model: The wrapper by default; ``run.model`` for a gradient that is not averaged over ranks.
+            copies: How many copies of the batch pass in the one forward, each under a dropout draw of its own. The
+                outputs hold one copy after the other.
 
         Raises:
-            UsageError: several copies of one row, for a model that takes one row at a time.
+            UsageError: Several copies of one row, for a model that takes one row at a time.
         """
         self.counted.add(copies, copies if torch.is_grad_enabled() else 0)
         model = self.wrapper if model is None else model
@@ -338,10 +339,10 @@ class Run(Binding):
         Does nothing in the middle of a step.
 
         Raises:
-            RuntimeError: never attached, attached to weights that a later Run has taken over, the optimizer was loaded
-                without the state of this run, or weights moved while no step was counted.
-            ValueError: a schedule without ``total_steps``.
-            UsageError: a scheduler erased the learning rates that a method set.
+            RuntimeError: The Run was never attached, a later Run has taken its weights over, the optimizer was loaded
+                without the state of this Run, or weights moved while no step was counted.
+            ValueError: A method's schedule needs ``total_steps``.
+            UsageError: A scheduler erased the learning rates that a method set.
         """
         self._check_abandoned()
         if self._entered:
@@ -389,10 +390,10 @@ class Run(Binding):
         return self._entered and bool(self._views.tensors())
 
     def check_untouched(self) -> None:
-        """Raise if weights moved in the middle of a step, which only ``optimizer.step()`` may do, whose hooks end it.
+        """Check that nothing but the attached optimizer has moved a weight since the step began.
 
         Raises:
-            RuntimeError: as said, naming a weight.
+            RuntimeError: A weight moved; the message names it.
         """
         if self._entered and self._watch is not None:
             check_untouched(self._watch, self.model, self._used_up)
@@ -525,11 +526,11 @@ class Run(Binding):
         return self
 
     def finish(self) -> None:
-        """The end of training: verbs in reverse order, then the optimizer is free of us. Weights stay evaluated.
+        """End the training: call `Method.finish` in reverse order and take the hooks off the optimizer.
 
         Raises:
-            RuntimeError: losses were sent back, and the attached optimizer took not one step.
-            UsageError: the last gradient was not finite, off the CPU.
+            RuntimeError: Losses were sent back, but the attached optimizer never took a step.
+            UsageError: The last gradient was not finite, on a device where this is known one step late.
         """
         trained = self._stepped or not self._entered or not self._backward
         try:
@@ -558,7 +559,7 @@ class Run(Binding):
         """For `copy` and `pickle`: optimizers lose their hooks in a copy, so that the copy has to hook on anew.
 
         Raises:
-            RuntimeError: in the middle of a step, when the model holds what the forward sees.
+            RuntimeError: A step is under way.
         """
         if self._entered:
             raise RuntimeError(
@@ -583,19 +584,20 @@ class Run(Binding):
         dropout_seed: int | None = None,
         take: Callable[[str, Tensor], None] | None = None,
     ) -> dict[str, Tensor]:
-        """One more gradient at the live weights, by weight name, through the wrapper, so that ranks are averaged.
-
-        ``.grad`` of the step and the dropout of the task are as before afterwards.
+        """Compute one more gradient at the live weights, averaged over ranks. ``.grad`` and dropout stay as they were.
 
         Args:
-            inputs: one batch, or several micro-batches over which the loss is averaged (`Run.batch`).
-            loss: of one batch; by default the task's own, without penalties.
-            dropout_seed: for a chosen dropout draw.
-            take: is given a weight's name and gradient, in place of the dictionary, which stays empty: as soon as it is
-                known and for the last time, so that never all are held. It may come in parts that add up.
+            inputs: One batch, or several micro-batches over which the loss is averaged (`Run.batch`).
+            loss: Loss of one batch; by default the task's own, without penalties.
+            dropout_seed: Seed of the dropout draw; by default torch's random state as it is.
+            take: Callback (name, gradient), called as each gradient is ready, so that they are never all in memory.
+                Parts of one gradient add up. The dictionary that is returned is then empty.
+
+        Returns:
+            Gradients by weight name.
 
         Raises:
-            RuntimeError: no batch, as `Run.batch` in a loop that calls the model itself.
+            RuntimeError: There is no batch, as in a loop that calls the model itself.
         """
         batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
         if not batches:
@@ -629,15 +631,15 @@ class Run(Binding):
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resume needs beside model and optimizer; tensors and plain values, not copied.
+        """What a resume needs beside model and optimizer: tensors, which are not copied, and plain values.
 
         Keys: ``format``, ``index``, ``total_steps``, ``seed``, ``skipped`` (steps whose gradient was not finite),
         ``recipe`` (methods' names and fields), ``methods`` (their states), ``raw`` (weights whose live values are
         averages), ``heads`` (references of new weights) and ``checksums`` (of the other references).
 
         Raises:
-            RuntimeError: in the middle of a step.
-            UsageError: the last gradient was not finite, off the CPU.
+            RuntimeError: A step is under way.
+            UsageError: The last gradient was not finite, on a device where this is known one step late.
         """
         self.finite.settle()
         if self._entered:
@@ -660,7 +662,8 @@ class Run(Binding):
         """Continue from a state; the model's weights are loaded by whoever loads the model.
 
         Raises:
-            ValueError: unknown format, other methods, seed, number of steps or base model, naming the difference.
+            ValueError: The format is not known, or methods, seed, number of steps or base model differ; the message
+                names the difference.
         """
         if not 1 <= state["format"] <= FORMAT:
             raise ValueError(
@@ -697,7 +700,7 @@ class Run(Binding):
         return state
 
     def nbytes(self) -> int:
-        """Bytes that methods and core hold now, beside the model and the optimizer's own state."""
+        """Bytes that the methods and the Run hold now, without the model and the optimizer's own state."""
         held = [*self._references.tensors.values(), *self._views.tensors()]
         held += [t for m in self.methods for t in tensors_of(m.state_dict())]
         model = {shards.local(p.detach()).data_ptr() for p in self.model.parameters()}

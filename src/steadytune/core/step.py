@@ -34,8 +34,8 @@ class Passes:
     """How often a batch passes the model in a step.
 
     Attributes:
-        forwards: passes of one copy of the batch.
-        backwards: the same way back; one that ends at activations, without gradients of weights, is half of one.
+        forwards: Passes of one copy of the batch.
+        backwards: Backward passes. One that ends at activations, without gradients of weights, counts half.
     """
 
     forwards: float = 0.0
@@ -74,8 +74,8 @@ class LossRule:
 
     Attributes:
         compute: ``(model, inputs, copies) -> (loss, outputs)``.
-        items: token count of the whole optimizer step, when ``compute`` divides by it; None for a mean.
-        penalty_scale: factor of the penalties, for a loss already divided over the whole step.
+        items: Token count of the whole optimizer step, when ``compute`` divides by it; None for a mean.
+        penalty_scale: Factor of the penalties, for a loss already divided over the whole step.
     """
 
     compute: Compute = default_compute
@@ -88,13 +88,13 @@ class MicroBatch:
     """What the loss of a micro-batch depends on beside the weights, so that it can be computed once more.
 
     Attributes:
-        inputs: the batch, one copy.
-        rule: how the trainer computes its loss.
-        number: its place in the optimizer step, counted from 1.
-        random_state: torch's random state before the task's own forward.
-        autocast: the autocast context of that forward.
-        sent: gradient that the loop sent into the loss, a 0-d tensor: its share of the step's loss, times the factor of
-            a `GradScaler`. None while no backward pass was made.
+        inputs: The batch, one copy.
+        rule: How the trainer computes its loss.
+        number: Its place in the optimizer step, counted from 1.
+        random_state: Torch's random state before the task's own forward.
+        autocast: The autocast context of that forward.
+        sent: Gradient that the loop's backward pass sent into the loss, a 0-d tensor: the loss's share of the step,
+            times the factor of a ``GradScaler``. None before that pass.
     """
 
     inputs: Inputs
@@ -127,13 +127,13 @@ class Step:
     """One micro-batch on its way through the model.
 
     Attributes:
-        run: the run it belongs to.
-        model: as trained (DDP, FSDP or compiled wrapper included).
-        inputs: the batch, one copy.
-        outputs: of the task's own forward (with several copies: of the first), graph alive.
-        loss: the task loss, mean over copies, graph alive.
-        index: optimizer steps taken before this one.
-        number: place of the micro-batch in the optimizer step, counted from 1.
+        run: The run it belongs to.
+        model: The model as it is trained, in its wrapper (DDP, FSDP, compiled).
+        inputs: The batch, one copy.
+        outputs: Outputs of the task's own forward (of the first copy, if there are several), graph alive.
+        loss: The task's loss, mean over copies, graph alive.
+        index: Optimizer steps taken before this one.
+        number: Place of the micro-batch in the optimizer step, counted from 1.
     """
 
     outputs: Any
@@ -179,14 +179,15 @@ class Step:
         """One more forward of this batch, under a forked random state: the task's own dropout never notices.
 
         Args:
-            dropout: a new draw, or the draw of the task's own forward (then of as many copies of the batch).
-            add: tensors added to the output of modules, at their first call (noise on an embedding).
-            detach: whether the outputs that ``add`` names stop the gradient.
-            weights: used instead of the model's own, by name.
-            **changes: inputs replaced or added.
+            dropout: "fresh" draws anew. "same" reuses the task's dropout mask, so that the forward takes as many copies
+                of the batch.
+            add: Tensors that are added to the output of modules at their first call (noise on an embedding).
+            detach: Whether the outputs that ``add`` names stop the gradient.
+            weights: Weights by name, used instead of the model's own.
+            **changes: Inputs that are replaced or added.
 
         Raises:
-            RuntimeError: reentrant activation checkpointing under DistributedDataParallel, where torch cannot send
+            RuntimeError: Reentrant activation checkpointing under DistributedDataParallel, where torch cannot send
                 two forwards through one backward; a module of ``add`` that the forward does not call.
         """
         if torch.is_grad_enabled():
@@ -204,7 +205,7 @@ class Step:
         underflow on its way back through half precision.
 
         Raises:
-            RuntimeError: weights in pieces (FSDP2), whose backward cannot end at an activation.
+            RuntimeError: Weights in pieces (FSDP2), whose backward cannot end at an activation.
         """
         if self.run.sharded:
             raise RuntimeError(
@@ -273,7 +274,7 @@ class Step:
         """(batch, length) as the token embedding sees it: several texts a row (multiple choice) are rows of their own.
 
         Raises:
-            UsageError: inputs without ``input_ids``.
+            UsageError: Inputs without ``input_ids``.
         """
         ids = self.inputs.get("input_ids")
         if not isinstance(ids, Tensor):
@@ -362,12 +363,12 @@ def logits_of(outputs: Any, inputs: Inputs, method: Method) -> Tensor:
     sets of logits, of where an answer starts and of where it ends: (batch, 2, length).
 
     Args:
-        outputs: what the model returned, a mapping or a tuple.
-        inputs: what it was given.
-        method: who asks, for the message.
+        outputs: What the model returned, a mapping or a tuple.
+        inputs: What it was given.
+        method: Who asks, for the message.
 
     Raises:
-        UsageError: the outputs hold no logits.
+        UsageError: The outputs hold no logits.
     """
     if isinstance(outputs, Mapping):
         found = [t for t in [outputs.get("logits")] if isinstance(t, Tensor)]
@@ -447,7 +448,7 @@ def _as_padded(noise: Tensor, hidden: Tensor, module: nn.Module) -> Tensor:
     """Noise in the shape of what it is added to: zeros on the right, where a model pads its inputs (Longformer).
 
     Raises:
-        UsageError: the module's output has another layout than (batch, length, width).
+        UsageError: The module's output has another layout than (batch, length, width).
     """
     if noise.shape == hidden.shape:
         return noise
@@ -469,7 +470,7 @@ def perturbed(model: nn.Module) -> nn.Module:
     """The module at whose output noise is added: the token embedding.
 
     Raises:
-        ValueError: no token embedding, several of them, or one whose output has the batch second (XLNet).
+        ValueError: No token embedding, several of them, or one whose output has the batch second (XLNet).
     """
     check_layout(model, "noise on embeddings")
     return input_embedding(model)
@@ -570,7 +571,7 @@ def one_row(model: Any, inputs: Inputs) -> Iterator[None]:
     """Around a pass of several copies of a batch: say why a model without a padding token refuses copies of one row.
 
     Raises:
-        UsageError: it does so.
+        UsageError: The model refuses.
     """
     try:
         yield

@@ -21,7 +21,7 @@ from .tensors import boolean, checksum, exchange, put_back
 
 
 class Views:
-    """Keeps R while something else is live, averages while they are not, and entries that an update must not touch.
+    """Stores raw weights while others are in the model, averages while they are not in use, and frozen entries.
 
     Attributes:
         averages: Tensors of the averaging method by weight name: R between steps, E during one.

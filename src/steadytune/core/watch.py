@@ -121,13 +121,13 @@ class FiniteGradients:
         self._late: list[tuple[Tensor, torch.cuda.Event, int]] = []
 
     def skips(self, norm: Tensor, index: int) -> bool:
-        """Whether step ``index``, whose gradient has this norm, must not be taken. A step may have several gradients.
+        """Whether step ``index``, one of whose gradients has this norm, must not be taken.
 
         Raises:
             UsageError: Too many such steps in a row; or, off the CPU, the step before was one.
         """
         if norm.is_cuda:
-            self.settle(before=index)
+            self.settle(but=index)
             flag = torch.empty((), dtype=torch.bool, pin_memory=True)
             flag.copy_(torch.isfinite(norm), non_blocking=True)
             event = torch.cuda.Event()
@@ -158,13 +158,16 @@ class FiniteGradients:
         """A step was taken: those that were skipped before it are in a row no longer."""
         self._in_a_row = 0
 
-    def settle(self, *, before: int | None = None) -> None:
-        """Look at what was left for later, of all steps or of those ``before`` one.
+    def settle(self, *, but: int | None = None) -> None:
+        """Look at the norms that were left for later: of all steps, or of all but one.
+
+        Args:
+            but: Index of the step under way, whose norms may not be known yet without waiting for the device.
 
         Raises:
             UsageError: A step that was taken had a gradient that is not finite.
         """
-        while self._late and (before is None or self._late[0][2] < before):
+        while self._late and self._late[0][2] != but:
             flag, event, index = self._late.pop(0)
             event.synchronize()
             if flag:
