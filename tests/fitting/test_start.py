@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from fit_helpers import WORDS, same, save_tiny_bert, toy, weights, word_tokenizer
-from steadytune import SteadyClassifier, fit
+from steadytune import FittedModel, SteadyClassifier, fit
 from steadytune.errors import UsageError
 from steadytune.fitting import main as fitting_main
 from steadytune.fitting.merge_folders import merge_folders
@@ -141,6 +141,23 @@ def test_resumed_with_pooling_and_head_equals_uninterrupted(tmp_path, sentences,
     monkeypatch.setattr(fitting_main.Output, "save_model", real)
     start(tmp_path / "cut", sentences, resume=True, **options)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_soups_and_interpolations_of_heads_that_began_as_a_probe(tmp_path, bert):
+    """Three head seeds have one start: their mean is no worse than its members. alpha 0 is the probe itself."""
+    data = {"tests": {"test": toy(40, start=300)}, "validation_share": 0}
+    frozen = start(tmp_path / "frozen", bert, head="logistic", steps=0, **data)
+    runs = [
+        start(tmp_path / f"run-{seed}", bert, head="logistic", steps=40, init_seed=seed, data_seed=seed, **data)
+        for seed in range(3)
+    ]
+    merge_folders([run.output for run in runs], output=tmp_path / "soup", how="uniform")
+    merge_folders([runs[0].output], output=tmp_path / "probe", how="interpolate", base=frozen.output, alpha=0.0)
+    rows = toy(40, start=300)
+    soup, probe = (FittedModel.load(tmp_path / name).evaluate(rows) for name in ("soup", "probe"))
+    assert soup["accuracy"] >= 0.9 * min(run.metrics["test"]["accuracy"] for run in runs)
+    assert probe["log_loss"] == pytest.approx(frozen.metrics["test"]["log_loss"], abs=1e-6)
+    assert probe["log_loss"] == pytest.approx(runs[0].metrics["test"]["probe"]["log_loss"], abs=1e-5)
 
 
 # ---- the probe
