@@ -235,7 +235,7 @@ def test_a_prompt_by_name_goes_to_the_models_that_have_it(tmp_path, caplog):
     models = [save_tiny_bert(tmp_path / name) for name in ("with", "without")]
     sentence(models[0], prompts={"query": "film film film "})
     plain = probe(rows(), models, pooling="mean", **NUMBERS)
-    assert "with was trained with a prompt before each text" in caplog.text
+    assert "with: this sentence encoder was trained with a prompt before each text" in caplog.text
     found = probe(rows(), models, pooling="mean", prompt="name:query", **NUMBERS)
     prompts = dict(zip(found.frame["name"], found.frame["prompt"], strict=True))
     assert (prompts["with"], prompts["without"]) == ("film film film ", "")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fit_helpers import same, save_tiny_bert, toy, weights
+from fit_helpers import same, save_tiny_bert, toy, weights, word_tokenizer
 from steadytune import FittedModel, fit
 from steadytune.errors import UsageError
 
@@ -80,6 +80,18 @@ def test_a_prompt_that_the_folder_does_not_have_is_refused(bert, tmp_path, folde
     with pytest.raises(UsageError, match=message):
         fit(toy(), text="text", label="label", model=folder(bert), prompt="name:answer", output=tmp_path / "o", **QUICK)
     assert not (tmp_path / "o").exists()
+
+
+def test_capitals_that_an_encoder_never_saw_are_said(bert, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "steadytune")
+    tokenizer = word_tokenizer()
+    Path(sentence(bert), "sentence_bert_config.json").write_text(json.dumps({"do_lower_case": True}))
+    fit(toy(), text="text", label="label", model=bert, output=tmp_path / "folding", **QUICK)
+    assert "lower case" not in caplog.text
+    tokenizer.add_tokens(["A"])
+    tokenizer.save_pretrained(bert)
+    fit(toy(), text="text", label="label", model=bert, output=tmp_path / "keeping", **QUICK)
+    assert "trained on texts in lower case, its tokenizer keeps capitals" in caplog.text
 
 
 def test_a_prompt_is_a_text(bert, tmp_path):

@@ -215,7 +215,7 @@ def open_model(plan: Plan) -> Pretrained:
     pretrained = Pretrained.open(
         plan.model, plan.data.problem, dropout=options.dropout, max_length=options.max_length, prompt=options.prompt
     )
-    for note in pretrained.notes(options):
+    for note in pretrained.notes(options.max_length, options.prompt):
         logger.info("%s", note)
     return dataclasses.replace(pretrained, pooling=chosen_pooling(plan, pretrained))
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -32,9 +32,6 @@ from ..heads.features import last_linear
 from ..heads.sentence_folder import SentenceFolder, prompts_words, sentence_folder
 from .encoding import tokenise
 from .scale import output_layer, rescale
-
-if TYPE_CHECKING:
-    from .options import Options
 
 logger = logging.getLogger("steadytune")
 
@@ -121,18 +118,25 @@ class Pretrained:
         """One feature dictionary per row, with the prompt, cut to the length."""
         return tokenise(rows, self.tokenizer, self.max_length, self.prompt)
 
-    def notes(self, options: Options) -> Iterator[str]:
-        """What a sentence-transformers folder decides here, and what it says that was not asked for."""
+    def notes(self, max_length: int | None, prompt: str | None) -> Iterator[str]:
+        """What a sentence-transformers folder decides here, and what it says that was not asked for.
+
+        Args:
+            max_length: As it was asked for.
+            prompt: As it was asked for.
+        """
         if self.sentence is None:
             return
         trained, prompts = self.sentence.max_length, self.sentence.prompts
-        if options.max_length is None and trained == self.max_length < MAX_LENGTH:
+        if max_length is None and trained == self.max_length < MAX_LENGTH:
             yield f"max_length {trained}, as the sentence encoder was trained: --max-length changes it"
-        if options.prompt is None and prompts:
+        if prompt is None and prompts:
             yield (
                 f"this sentence encoder was trained with a prompt before each text ({prompts_words(prompts)}), none is "
                 f"put there: try one with --prompt {NAMED}{next(iter(prompts))}"
             )
+        if self.sentence.lower_case and self.tokenizer.tokenize("A") != self.tokenizer.tokenize("a"):
+            yield "this sentence encoder was trained on texts in lower case, and its tokenizer keeps capitals: lower them"
 
     @functools.cached_property
     def bias(self) -> bool:

@@ -34,7 +34,7 @@ from ..files.atomic import write_json, write_whole
 from ..heads.features import last_linear
 from ..heads.pooling import untrained_dense
 from ..heads.probe import Parts, Probe
-from ..heads.sentence_folder import prompts_words, sentence_folder
+from ..heads.sentence_folder import sentence_folder
 from ..heads.start import FOLDS, cross_fitted, even_parts, fit_probe
 from ..pages.words import interval, listed, number
 from .encoding import check_vocabulary, token_counts
@@ -202,10 +202,12 @@ def _opened(
         lacking = [name for name, model in named.items() if key not in getattr(sentence_folder(model), "prompts", {})]
         if len(lacking) < len(named):
             prompts |= dict.fromkeys(lacking, "")
-    return {
-        name: Pretrained.open(model, problem, max_length=max_length, prompt=prompts[name])
-        for name, model in named.items()
-    }
+    opened = {}
+    for name, model in named.items():
+        opened[name] = Pretrained.open(model, problem, max_length=max_length, prompt=prompts[name])
+        for note in opened[name].notes(max_length, prompts[name]):
+            logger.warning("%s: %s", name, note)
+    return opened
 
 
 # ---- one model --------------------------------------------------------------------------------------------------
@@ -278,11 +280,6 @@ def _pooling(
 ) -> Literal["model", "mean", "cls"]:
     """What is read of a model, and a warning where that is not what it was trained for."""
     sentence = pretrained.sentence
-    if sentence is not None and sentence.prompts and not pretrained.prompt:
-        logger.warning(
-            "%s was trained with a prompt before each text (%s), none is put there: try one with --prompt %s%s",
-            name, prompts_words(sentence.prompts), NAMED, next(iter(sentence.prompts)),
-        )  # fmt: skip
     if wanted != "auto":
         return wanted
     if sentence is not None and sentence.pooling in ("mean", "cls"):
