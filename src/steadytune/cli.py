@@ -397,32 +397,34 @@ def _models(given: list[str]) -> list[str] | dict[str, str]:
 
 
 def _show_probed(result: Any) -> None:
-    """Models, the best first, their scores with intervals, and what the differences show."""
-    from .pages.words import number
-
-    sets = {result.metric: "", **{name: f"_{name}" for name in result.tests}}
-    grid = Grid(box=box.SIMPLE)
-    grid.add_column("model", overflow="fold")
-    for title in ("reads", *sets, "minus the best", "s", "width", "weights"):
-        grid.add_column(title, overflow="fold", justify="right")
-    for row in result.frame.to_dict("records"):
-        scores = [_bounded(row[f"score{of}"], row[f"low{of}"], row[f"high{of}"]) for of in sets.values()]
-        apart = _bounded(row["difference"], row["difference_low"], row["difference_high"], signed=True)
-        model = bool(row["model"])  # the last row is none
-        sizes = [number(row["seconds"], 1), str(row["width"]), f"{row['parameters'] / 1e6:.1f} M"] if model else []
-        grid.add_row(row["name"], row["pooling"], *scores, apart, *sizes)
-    console = Console()
-    console.print(grid)
-    if result.verdict:
-        console.print(result.verdict, soft_wrap=True, markup=False, highlight=False)
-
-
-def _bounded(value: float, low: float, high: float, signed: bool = False) -> str:
-    """A number, and in a second line its interval, where there are such."""
+    """Models, the best first, with a line for each set and one for the difference to the best."""
     from .pages.words import NONE, interval, number
 
-    shown = [number(value, 3, signed), interval(low, high, 3, signed)]
-    return "\n".join(words for words in shown if words != NONE)
+    def line(name: str, value: float, low: float, high: float, signed: bool = False) -> list[str]:
+        return [name, number(value, 4, signed), interval(low, high, 3, signed).replace(NONE, "")]
+
+    grid = Grid(box=box.SIMPLE)
+    for title in ("model", "set", result.metric, "95 % interval", "s", "width", "weights"):
+        grid.add_column(title, no_wrap=title not in ("model", "set"), overflow="fold")
+    for row in result.frame.to_dict("records"):
+        lines = [line("train *", row["score"], row["low"], row["high"])]
+        if row["model"] not in ("", result.best):  # the last row is no model
+            apart = row["difference"], row["difference_low"], row["difference_high"]
+            lines.append(line("less the best", *apart, True))
+        lines += [line(test, *(row[f"{name}_{test}"] for name in ("score", "low", "high"))) for test in result.tests]
+        about, sizes = row["name"], []
+        if row["model"]:
+            about += f" ({row['pooling']})"
+            sizes = [number(row["seconds"], 1), str(row["width"]), f"{row['parameters'] / 1e6:.1f} M"]
+        grid.add_row(about, *lines[0], *sizes)
+        for cells in lines[1:]:
+            grid.add_row("", *cells)
+        grid.add_section()
+    console = Console()
+    console.print(grid)
+    console.print("* Cross-fitted: each row is judged by a probe that did not see it.")
+    if result.verdict:
+        console.print(result.verdict, soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()

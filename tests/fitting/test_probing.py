@@ -302,9 +302,9 @@ def test_the_command_prints_the_table_and_writes_it(ranked, table, folders, tmp_
     done = command(table, folders, "--test", str(tmp_path / "later.csv"), "--output", str(out))
     assert done.exit_code == 0, done.output
     lines = [line.split() for line in done.stdout.splitlines() if line.strip()]
-    names = [words[0] for words in lines if words[0] in ("seeing", "left", "one")][:3]
-    assert names == ["seeing", "left", "one"]
-    assert "minus the best" in done.stdout
+    names = [words[0] for words in lines if words[0] in ("seeing", "left", "constant")][:3]
+    assert names == ["seeing", "left", "constant"]
+    assert "less the best" in done.stdout
     assert "seeing is ahead of the others on these 60 rows" in done.stdout
     written = json.loads(out.read_text())
     assert [row["name"] for row in written["models"]] == ["seeing", "left", probing.CONSTANT]

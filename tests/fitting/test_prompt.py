@@ -87,11 +87,11 @@ def test_capitals_that_an_encoder_never_saw_are_said(bert, tmp_path, caplog):
     tokenizer = word_tokenizer()
     Path(sentence(bert), "sentence_bert_config.json").write_text(json.dumps({"do_lower_case": True}))
     fit(toy(), text="text", label="label", model=bert, output=tmp_path / "folding", **QUICK)
-    assert "lower case" not in caplog.text
+    assert "lower-case" not in caplog.text
     tokenizer.add_tokens(["A"])
     tokenizer.save_pretrained(bert)
     fit(toy(), text="text", label="label", model=bert, output=tmp_path / "keeping", **QUICK)
-    assert "trained on texts in lower case, its tokenizer keeps capitals" in caplog.text
+    assert "trained on lower-case texts, and its tokenizer keeps capitals" in caplog.text
 
 
 def test_a_prompt_is_a_text(bert, tmp_path):

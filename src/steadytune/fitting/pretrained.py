@@ -136,7 +136,7 @@ class Pretrained:
                 f"put there: try one with --prompt {NAMED}{next(iter(prompts))}"
             )
         if self.sentence.lower_case and self.tokenizer.tokenize("A") != self.tokenizer.tokenize("a"):
-            yield "this sentence encoder was trained on texts in lower case, and its tokenizer keeps capitals: lower them"
+            yield "this sentence encoder was trained on lower-case texts, and its tokenizer keeps capitals: lower them"
 
     @functools.cached_property
     def bias(self) -> bool:

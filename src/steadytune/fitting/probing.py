@@ -51,7 +51,7 @@ POOLINGS = ("auto", "model", "mean", "cls")
 FILES = (".csv", ".json")  # endings of a table that is saved
 
 TRAIN = "train"  # the set whose rows are judged by probes that did not see them
-CONSTANT = "one answer for all rows"
+CONSTANT = "constant answer"
 DRAWS = 999  # of the rows, for the interval of a difference
 
 
@@ -435,8 +435,8 @@ def _verdict(frame: pd.DataFrame, metric: Metric, rows: int) -> str:
     end = best["low"] if metric.larger_is_better else best["high"]
     if metric.goodness(end) <= metric.goodness(trivial):
         return (
-            f"{best['name']} is not clearly above {CONSTANT} ({number(trivial, 4)}): on {rows} rows this ranking says "
-            "little."
+            f"{best['name']} is not clearly above one answer for all rows ({number(trivial, 4)}): on {rows} rows this "
+            "ranking says little."
         )
     if others.empty:
         return ""
