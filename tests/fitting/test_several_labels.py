@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from fit_helpers import same, save_tiny_bert, toy, weights
 from steadytune import FittedModel, dry_run, fit
 from steadytune.cli import app
+from steadytune.data.files import read_rows
 from steadytune.data.forms import as_label
 from steadytune.data.prepare import prepare
 from steadytune.data.problem import MultiLabel
@@ -21,7 +22,8 @@ from steadytune.errors import UsageError
 from steadytune.fitting.predict_file import predict_file
 
 LABELS = [("food",), ("food", "price"), (), ("price",)]
-QUICK = {"steps": 2, "batch_size": 4, "max_length": 8, "validation_share": 0.0, "save_steps": 0, "progress": False}
+QUICK = {"steps": 2, "batch_size": 4, "max_length": 8, "validation_share": 0.0, "save_steps": 0, "progress": False,
+         "probe": False}  # fmt: skip
 ONE, BOTH = {"label": "about"}, {"label": ["food", "price"]}
 FORMS = {
     "lists": (lambda row: {"about": json.dumps(row)}, ONE),
@@ -119,6 +121,15 @@ def test_what_predict_writes_is_read_as_the_training_table_was(tmp_path, form, e
     rows = prepare(Table(kept, "t", ("text",), found.label, label_separator=found.label_separator), {},
                    validation_share=0).train  # fmt: skip
     assert rows["label"].tolist() == [LABELS[i % 4] for i in (0, 1, 2, 3, 4, 6, 7)]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_the_first_rows_may_all_be_without_labels(tmp_path, ending):
+    """Naive: Parquet fixes the type of a column by its first rows, and a list without entries has none."""
+    pd.DataFrame({"text": ["row 2", "row 6", "row 1"]}).to_csv(tmp_path / "new.csv", index=False)
+    predict_file(known("lists"), tmp_path / "new.csv", tmp_path / f"p{ending}", chunk=2)
+    found = read_rows(tmp_path / f"p{ending}")[0]["prediction"]
+    assert [list(row) for row in found] == [[], [], ["food", "price"]]
 
 
 def test_columns_of_0_and_1_are_written_as_whole_numbers(tmp_path):

@@ -119,8 +119,7 @@ class Writer:
         try:
             if self._parquet is None:
                 table = pa.Table.from_pandas(frame, preserve_index=False)
-                # a column without a value so far gets the type of strings
-                fields = [f.with_type(pa.string()) if pa.types.is_null(f.type) else f for f in table.schema]
+                fields = [field.with_type(_known(field.type)) for field in table.schema]
                 self._parquet = pq.ParquetWriter(self.path, pa.schema(fields))
             schema = self._parquet.schema
             self._parquet.write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False))
@@ -129,3 +128,10 @@ class Writer:
                 f"a column has cells of several types, which Parquet refuses ({one_line(error)[:200]}): write .jsonl, "
                 "or leave the column out with --keep."
             ) from error
+
+
+def _known(kind: pa.DataType) -> pa.DataType:
+    """The type of a column that may have no value so far, or empty lists only: these are strings, or lists of them."""
+    if pa.types.is_list(kind):
+        return pa.list_(_known(kind.value_type))
+    return pa.string() if pa.types.is_null(kind) else kind
