@@ -196,7 +196,7 @@ def verdict(fitted: Fitted) -> str:
     metric = fitted.words(fitted.metric)
     return (
         f"{metric[0].upper()}{metric[1:]} is {number(value, DIGITS)}{sure} on the {scores['rows']:,} rows of {name}"
-        f"{_against_baseline(fitted, name, value, bounds)}.{flattered}"
+        f"{_against_baseline(fitted, name, value, bounds)}.{_against_probe(fitted, name, value)}{flattered}"
     )
 
 
@@ -217,6 +217,16 @@ def _against_baseline(fitted: Fitted, name: str, value: float, bounds: tuple[flo
     if not ahead:
         return f", no better than {trivial}"
     return f", {'clearly ' if clear else ''}better than {trivial}" + ("" if clear or bounds is None else ", not surely")
+
+
+def _against_probe(fitted: Fitted, name: str, value: float) -> str:
+    """As in " A linear probe on the frozen encoder has 0.7374 there."; empty without a probe."""
+    probed = (fitted.sets[name].get("probe") or {}).get(fitted.metric)
+    if probed is None:
+        return ""
+    ahead = value < probed if smaller_is_better(fitted.metric) else value > probed
+    told = "" if ahead else ", so fine-tuning the encoder has gained nothing"
+    return f" A linear probe on the frozen encoder has {number(probed, DIGITS)} there{told}."
 
 
 def baseline_score(fitted: Fitted, name: str, metric: str) -> float | None:
