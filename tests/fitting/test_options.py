@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fit_helpers import save_tiny_bert, toy
-from steadytune import SteadyClassifier, fit
+from steadytune import DPSDense, SteadyClassifier, fit
 from steadytune.config import ALIASES, defaults
 from steadytune.errors import UsageError
 from steadytune.fitting import make_plan
@@ -97,3 +97,36 @@ def test_random_state_takes_the_forms_of_scikit_learn(tmp_path, state):
     model.fit(table["text"], table["label"])
     seed = model.result_.runs[0]["seeds"]["init"]
     assert seed == 4 if isinstance(state, np.int64) else 0 <= seed < 2**31
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"lr": float("inf")}, "lr must be a finite number, got inf"),
+        ({"methods": [DPSDense]}, "methods must hold names .*, got the class DPSDense"),
+        ({"methods": {"dps_dense": {}}}, r"methods must hold names .*, got \{'dps_dense'"),
+        ({"methods": ["ema", 3]}, "methods must hold names .*, got 3"),
+        ({"model": torch.nn.Linear(1, 1)}, "model must be a directory .*, got a Linear: save it with save_pretrained"),
+        ({"tests": toy(8)}, r"tests must be a dictionary .*, got DataFrame: as in tests=\{'test': table\}"),
+        ({"tests": [toy(8)]}, "tests must be a dictionary .*, got list"),
+        ({"tests": "test.csv"}, "tests must be a dictionary .*, got str"),
+    ],
+)
+def test_what_is_no_method_model_or_dictionary_of_tests_is_one_error(given, part):
+    """Naive: AttributeError, "File name too long", or a run that cannot write its record at the end."""
+    with pytest.raises(UsageError, match=part):
+        make_plan(toy(40), **{"model": "bert", "steps": 2, **given})
+
+
+def test_no_methods_and_tests_called_by_numbers_are_taken():
+    plan = make_plan(toy(40), model="bert", steps=2, methods=None, tests={1: toy(8, start=100)})
+    assert plan.methods == []
+    assert set(plan.data.tests) == {"1", "validation"}
+
+
+def test_a_length_that_leaves_no_word_is_refused(tmp_path):
+    """Naive: the model trains on the marks of beginning and end, with a warning that texts are cut."""
+    bert = save_tiny_bert(tmp_path / "bert")
+    with pytest.raises(UsageError, match=r"max_length must be above 2, .* got 2: no word would be read"):
+        fit(toy(40), model=bert, output=tmp_path / "out", steps=1, max_length=2, progress=False)
+    assert not (tmp_path / "out").exists()

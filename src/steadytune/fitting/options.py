@@ -195,6 +195,8 @@ def python_value(name: str, value: Any, hint: Any) -> Any:
         whole = number and (isinstance(value, Integral) or float(value).is_integer())
         return _of_type(name, value, whole, int, "a whole number")
     if hint is float:
+        if number and math.isinf(value):
+            raise UsageError(f"{name} must be a finite number, got {value}.")
         return _of_type(name, value, number, int if isinstance(value, Integral) else float, "a number")
     if hint is str:
         return _of_type(name, value, isinstance(value, str), str, "text")

@@ -80,7 +80,7 @@ def make_plan(
     label: str | Sequence[str] | None = None,
     label_separator: str | None = None,
     group: str | None = None,
-    methods: str | Method | Sequence[str | Method] = (),
+    methods: str | Method | Sequence[str | Method] | None = (),
     procedure: str | Procedure | None = None,
     tests: Mapping[str, Any] | None = None,
     validation: Any = None,
@@ -102,6 +102,15 @@ def make_plan(
     Raises:
         UsageError: What was asked for cannot be done.
     """
+    if not isinstance(model, (str, Path)):
+        raise UsageError(
+            f"model must be a directory or a name on the hub, got a {type(model).__name__}: save it with "
+            "save_pretrained (its tokenizer too) and give the directory, or train it with steadytune.Trainer."
+        )
+    if tests is not None and not isinstance(tests, Mapping):
+        raise UsageError(
+            f"tests must be a dictionary of name and table, got {type(tests).__name__}: as in tests={{'test': table}}."
+        )
     checked = Options.of(options)
     if refit and not checked.evaluations:
         checked = dataclasses.replace(checked, evaluations=REFIT_EVALUATIONS)
@@ -124,7 +133,7 @@ def make_plan(
     table = Table.of(train, columns, label, "train", kind, group, label_separator)
     data = prepare(
         table,
-        {name: Table.of(t, columns, label, name) for name, t in (tests or {}).items()},
+        {str(name): Table.of(t, columns, label, str(name)) for name, t in (tests or {}).items()},
         None if validation is None else Table.of(validation, columns, label, "validation"),
         train_size=checked.train_size,
         validation_share=0.0 if refit else checked.validation_share,

@@ -404,5 +404,11 @@ def token_limit(
         limit = min(limit, table.num_embeddings - table.padding_idx - 1)
     if wanted is not None and wanted > limit:
         raise UsageError(f"max_length must be at most {int(limit)}, the model's limit, got {wanted}.")
+    special = tokenizer.num_special_tokens_to_add()
+    if wanted is not None and wanted <= special:
+        raise UsageError(
+            f"max_length must be above {special}, as so many tokens of a row mark its beginning and end, got {wanted}: "
+            "no word would be read."
+        )
     trained = MAX_LENGTH if sentence is None else sentence.max_length or MAX_LENGTH
     return int(min(wanted or min(MAX_LENGTH, trained), limit))

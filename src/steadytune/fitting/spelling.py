@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UsageError, one_line
 from ..spelling import as_methods, parse_method
 
 if TYPE_CHECKING:
@@ -31,11 +32,24 @@ def method_record(method: Method) -> dict[str, Any]:
     return {"name": names.get(type(method), kind), "options": options | infinite}
 
 
-def make_methods(methods: str | Method | Sequence[str | Method]) -> list[Method]:
-    """Methods from instances and names with options."""
+def make_methods(methods: str | Method | Sequence[str | Method] | None) -> list[Method]:
+    """Methods from instances and names with options; none of None.
+
+    Raises:
+        UsageError: What `as_methods` raises, or something that is neither a name nor a method.
+    """
+    from ..core import Method
     from ..methods import METHODS
 
-    return as_methods(methods, METHODS)
+    made = [] if methods is None else as_methods(methods, METHODS)
+    for method in made:
+        if not isinstance(method, Method):
+            given = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
+            raise UsageError(
+                f"methods must hold names with options, such as 'dps_dense:keep=0.7', or methods, such as "
+                f"DPSDense(keep=0.7), got {one_line(given, 60)}."
+            )
+    return made
 
 
 def make_procedure(procedure: str | Procedure | None) -> Procedure | None:
