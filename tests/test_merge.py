@@ -352,7 +352,7 @@ def test_models_of_other_labels_or_heads_are_refused(desk, tmp_path):
     (tmp_path / "two" / "config.json").write_text(json.dumps(config))
     for name, seed in (("one", 0), ("two", 1)):
         (tmp_path / name / "steadytune.json").write_text(json.dumps({"recipe": {"seeds": {"init": seed}}}))
-    assert "drawn with different seeds (one with 0, two with 1)" in desk("one", "two", "--output", "x").stderr
+    assert "drawn with different seeds (one with seed 0, two with seed 1)" in desk("one", "two", "--output", "x").stderr
 
 
 def test_a_failed_write_leaves_nothing(desk, tmp_path, monkeypatch):

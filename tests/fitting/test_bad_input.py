@@ -200,7 +200,7 @@ OPTIONS = {
         ["needs validation rows"],
     ),
     "refit and calibrate": (["--refit", "--calibrate"], ["refit", "calibrate"]),
-    "class weights": (["--class-weights", "some"], ["class_weights must be none or balanced"]),
+    "class weights": (["--class-weights", "some"], ["class_weights must be one of none, balanced", "some"]),
     "negative checkpoint steps": (["--save-steps", "-1"], ["save_steps must be 0"]),
     "seed": (["--seed", "-1"], ["seed must be between 0"]),
 }
