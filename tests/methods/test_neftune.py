@@ -87,6 +87,11 @@ def test_only_the_tasks_own_forward_has_noise():
     assert not run.model.embedding._forward_hooks
 
 
+def test_the_description_says_when_it_acts():
+    """Naive: "before the first step", as of a method without any verb of a step."""
+    assert seeing(NEFTune()).describe() == "1. NEFTune(alpha=5.0): before_batch"
+
+
 def test_each_copy_each_micro_batch_and_each_step_has_noise_of_its_own():
     run, batch = seeing(NEFTune(), RDrop()), batches(1)[0]
     for _ in range(2):

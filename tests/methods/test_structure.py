@@ -151,7 +151,7 @@ def test_models_that_a_method_cannot_act_on(method, model, message):
 @pytest.mark.parametrize("method", [ReInit(), TopLayers(1), BitFit(), Adapters(), LLRD()])
 def test_there_is_nothing_to_restrict(method):
     with pytest.raises(
-        ValueError, match=f"{type(method).__name__} adds a penalty to the loss, or acts before the first"
+        ValueError, match=f"{type(method).__name__} acts on the forward, on the loss, or before the first"
     ):
         only(method, lambda w: True)
 

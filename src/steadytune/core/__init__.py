@@ -7,6 +7,7 @@ from ..fields import Within as Within
 from ..fields import check_fields as check_fields
 from . import shards as shards
 from .method import SCOPES as SCOPES
+from .method import VERBS as VERBS
 from .method import WEIGHT_VERBS as WEIGHT_VERBS
 from .method import Method as Method
 from .method import Scope as Scope

@@ -172,7 +172,11 @@ def overrides(method: Method | type[Method], verb: str) -> bool:
     return getattr(kind, verb) is not getattr(Method, verb)
 
 
-WEIGHT_VERBS = ("before_forward", "after_backward", "pull_back", "before_step", "after_step", "evaluated")
+VERBS = (  # in the order of a step
+    *("before_forward", "before_batch", "penalty", "after_backward"),
+    *("pull_back", "before_step", "after_step", "evaluated"),
+)
+WEIGHT_VERBS = tuple(verb for verb in VERBS if verb not in ("before_batch", "penalty"))
 
 
 def acts_on_weights(method: Method | type[Method]) -> bool:
@@ -184,12 +188,12 @@ def only(method: M, where: Callable[[Weight], bool]) -> M:
     """A copy of ``method`` that acts on the weights for which ``where(weight)`` holds, and on no other.
 
     Raises:
-        ValueError: The method is a pure penalty, which acts on no weights.
+        ValueError: The method acts on no weights in a step.
     """
     if not acts_on_weights(method):
         raise ValueError(
-            f"only() restricts methods that act on weights in a step; {type(method).__name__} adds a penalty to the "
-            "loss, or acts before the first step: use it without only()"
+            f"only() restricts methods that act on weights in a step; {type(method).__name__} acts on the forward, on "
+            "the loss, or before the first step: use it without only()"
         )
     restricted = copy.deepcopy(method)
     earlier = restricted.where

@@ -48,7 +48,7 @@ from .guards import (
     refuse_saving,
     unscale,
 )
-from .method import WEIGHT_VERBS, M, Method, Weight, acts_on_weights, entry, overrides
+from .method import VERBS, WEIGHT_VERBS, M, Method, Weight, acts_on_weights, entry, overrides
 from .step import (
     Compute,
     Inputs,
@@ -711,7 +711,7 @@ class Run(Binding):
         rows = []
         for i, method in enumerate(self.methods):
             fields = ", ".join(f"{k}={v!r}" for k, v in entry(method).items() if k != "name")
-            verbs = [v for v in (*WEIGHT_VERBS, "penalty") if overrides(method, v)]
+            verbs = [v for v in VERBS if overrides(method, v)]
             line = f"{i + 1}. {type(method).__name__}({fields}): {', '.join(verbs) or 'before the first step'}"
             if any(v in WEIGHT_VERBS for v in verbs):
                 weights = self.weights(method, getattr(method, "scope", "all"))

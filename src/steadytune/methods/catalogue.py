@@ -14,14 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import fields
-from ..core import Method, overrides
+from ..core import VERBS, Method, overrides
 from ..core.facts import Cost, Paper
 from . import METHODS
 
-VERBS = (
-    *("before_forward", "before_batch", "penalty", "after_backward"),
-    *("pull_back", "before_step", "after_step", "evaluated"),
-)
 HEADER = """\
 # Methods
 
