@@ -56,6 +56,11 @@ BAD_FILES = {
     "zero bytes": ("t.jsonl", b'{"text": "a\0b"}', "zero bytes"),
     "Parquet of another name": ("t.csv", b"PAR1 and so on", ".parquet"),
     "columns of pandas": ("t.json", rows().to_json(), "orient='records', lines=True"),
+    "a comma in a cell without marks": (
+        "t.csv", csv_of(["text,label", *PLAIN[:3], "one, two,pos"]),
+        "line 5 has 3 cells, the header 'text,label' has 2. Put cells that hold ','"),
+    "a line above the header": ("t.csv", csv_of(["# exported", "text,label", *PLAIN]), "begin with the header"),
+    "marks of another kind": ("t.csv", csv_of(["text,label", *(f"'{p}'" for p in PLAIN), "'a, b',pos"]), "double quot"),
     "a field twice": ("t.jsonl", '{"text": "a", "label": "p", "label": "q"}\n', "2 fields of one JSON object"),
 }  # fmt: skip
 
@@ -78,6 +83,9 @@ def test_a_folder_is_told_from_a_file(tmp_path):
 GOOD_FILES = {
     "Excel's own line": ("t.csv", csv_of(["sep=;", "text;label", *(p.replace(",", ";") for p in PLAIN)])),
     "the header again": ("t.csv", csv_of(["text,label", *PLAIN[:12], "text,label", *PLAIN[12:]])),
+    "spaces in the header": ("t.csv", csv_of([" text, label ", *PLAIN])),
+    "spaces before marks": (
+        "t.csv", csv_of(['"text", "label"', *(f'"{t}", "{x}"' for t, x in zip(TEXTS, LABELS, strict=True))])),
     "a comma in a quoted name": ("t.csv", csv_of(['text,"label"', *PLAIN])),
     "line ends in quoted cells": (
         "t.tsv", csv_of(["text\tlabel", *(f'"{t}\nsecond line"\t{x}' for t, x in zip(TEXTS, LABELS, strict=True))])),
@@ -91,7 +99,7 @@ GOOD_FILES = {
 @pytest.mark.parametrize(("name", "content"), GOOD_FILES.values(), ids=GOOD_FILES)
 def test_every_row_of_a_good_file_is_read(tmp_path, name, content):
     (tmp_path / name).write_text(content, encoding="utf-8")
-    table = read_table(tmp_path / name)
+    table, _ = read_rows(tmp_path / name)
     assert table.columns.tolist() == ["text", "label"]
     assert table["label"].tolist() == LABELS
 
@@ -129,6 +137,8 @@ NO_ROWS = {
     "None": (None, "must be a list of texts"),
     "a number": (3, "must be a list of texts"),
     "nothing": ([], "no rows"),
+    "a set": ({"one text", "another"}, "has no order: give a list"),
+    "an array of one text": (np.array("a text"), "put a single text into a list"),
     "three cells": ([("a", "b", "c")], r"rows of \[3\] cells"),
     "some pairs": ([("a", "b"), "c"], r"rows of \[1, 2\] cells"),
 }
@@ -170,6 +180,35 @@ def test_columns_called_by_no_strings_are_called_by_strings():
     assert read_rows(pd.DataFrame({"text": TEXTS, None: LABELS}))[0].columns.tolist() == ["text", "nan"]
     with pytest.raises(UsageError, match="2 levels"):
         read_rows(pd.concat({"a": rows()}, axis=1))
+
+
+def test_white_space_around_column_names_is_no_part_of_them():
+    frame = pd.DataFrame({" text": TEXTS, "label ": LABELS})
+    for text, label in ((None, None), (("text",), "label"), ((" text",), "label ")):
+        assert problem(frame, text=text, label=label).names == ("neg", "pos")
+    both = pd.DataFrame({"text": TEXTS, "label": LABELS, "label ": LABELS[::-1]})
+    assert read_rows(both)[0].columns.tolist() == ["text", "label", "label "]  # two columns, told apart by a space
+
+
+def test_a_table_whose_texts_are_its_index_says_so(tmp_path):
+    """Naive: the index is dropped, and the table "has no rows"."""
+    with pytest.raises(UsageError, match=r"there are no columns, only the index \(text\): give frame.reset_index"):
+        read_rows(pd.DataFrame({"text": TEXTS}).set_index("text"))
+
+
+def test_a_column_without_a_name_is_not_taken_for_the_label(tmp_path):
+    """A title above the header: its line names one column, and the real header would be a row."""
+    (tmp_path / "t.csv").write_text(csv_of(["Our survey,", "text,label", *PLAIN]))
+    with pytest.raises(UsageError, match=r"gives column 2 no name.* lines above the header"):
+        problem(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("blank", ["\u200b", "\ufeff", " \u00a0\u2060"])
+def test_what_cannot_be_seen_is_empty(blank):
+    with pytest.raises(UsageError, match="label column 'label' is empty in 1 of 24 rows"):
+        problem(rows([blank, *LABELS[1:]]))
+    with pytest.raises(UsageError, match="text column 'text' is empty in 1 of 24 rows"):
+        problem(rows().assign(text=[blank, *TEXTS[1:]]))
 
 
 def test_a_dictionary_of_columns_is_a_table_and_one_of_splits_is_not():
@@ -226,6 +265,14 @@ def test_whole_numbers_written_as_fractions_are_one_class():
     ]  # fmt: skip
 
 
+def test_numbers_are_alike_by_their_exact_value():
+    """Naive: floats of large numbers, or six digits of them, are equal."""
+    for names in (("9007199254740993", "9007199254740992"), ("1234567", "1234568"), (str(10**30), str(10**30 + 1))):
+        assert not [message for message in warned([*names] * 12) if "look the same" in message]
+        assert problem(rows([*names] * 12)).names == problem(rows([*names[::-1]] * 12)).names == tuple(sorted(names))
+    assert [message for message in warned(["1", "01", "1e0"] * 8) if "'1e0'" in message and "'01'" in message]
+
+
 @pytest.mark.parametrize("name", ["N/A", "nan", "none", "-", "?", "NULL"])
 def test_classes_that_stand_for_no_label_are_said(name):
     assert any(repr(name) in message and "no label" in message for message in warned([name, "a", "b"] * 8))
@@ -233,10 +280,13 @@ def test_classes_that_stand_for_no_label_are_said(name):
 
 def test_minus_one_beside_class_numbers_is_said():
     assert any("'-1'" in message for message in warned([-1, 0, 1] * 8))
-    assert not any("no label" in message for message in warned([-1, 1, -2] * 8))
+    for labels in ([-1, 1, -2], [-1, 1, -1]):
+        assert not any("no label" in message for message in warned(labels * 8))
 
 
 NUMBERS = {
+    "thousands": ([f"{i + 1},000" for i in range(24)], r"a comma before three digits \('1,000'\).* write 1000 for"),
+    "bytes": ([b"pos", b"neg"] * 12, r"is bytes \(b'pos'\) in 24 of 24 rows.*Decode them"),
     "decimal commas": ([f"{i % 5},5" for i in range(24)], r"decimal comma \('0,5'\)"),
     "per cent": ([f"{i % 5}%" for i in range(24)], r"per cent sign \('0%'\)"),
     "a few N/A": ([*(f"{i / 2}" for i in range(22)), "N/A", "?"], r"'N/A', '\?' in 2 of 24 rows"),
@@ -253,6 +303,29 @@ def test_numbers_in_other_clothes_never_become_classes(labels, part):
 def test_regression_on_decimal_commas_shows_a_value_and_the_remedy():
     with pytest.raises(UsageError, match=r"\('0,5', .*with a point instead of a comma"):
         problem(rows([f"{i % 5},5" for i in range(24)]), kind="regression")
+
+
+def test_commas_between_thousands_are_not_to_be_written_as_points():
+    """Naive: "write a point instead of the comma" makes 1.5 of 1,500."""
+    with pytest.raises(UsageError, match="without commas between thousands, as in 1000"):
+        problem(rows([f"1,{i:03}" for i in range(24)]), kind="regression")
+
+
+def test_targets_of_another_scale_are_said():
+    """Stars from 1 to 5 in training, per cent in the test file: RMSE and R2 would be of two units."""
+
+    def said(labels):
+        data = prepare(
+            Table(rows([i % 5 + 1.5 for i in range(24)]), "t", ("text",), "label", "regression"),
+            {"later": Table(rows(labels).assign(text=[f"{t} later" for t in TEXTS]), "later.csv", ("text",), "label")},
+            validation_share=0,
+        )
+        return [finding.message for finding in inspect(data, standardize=True) if "far outside" in finding.message]
+
+    (message,) = said([20.0 * (i % 5) + 10 for i in range(24)])
+    assert "later.csv: targets of 24 of 24 rows" in message
+    assert "1.5 to 5.5" in message
+    assert said([i % 7 for i in range(24)]) == []
 
 
 def test_stars_with_a_few_words_stay_classes():

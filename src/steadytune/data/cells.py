@@ -14,12 +14,13 @@ import pandas as pd
 from ..errors import UsageError, first_rows
 
 WHOLE = re.compile(r"-?\d+\.0+")  # a whole number written as a fraction
+INVISIBLE = re.compile(r"[\s\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]*")  # white space and signs of no width
 LISTS = (list, tuple, set, frozenset, np.ndarray)
 
 
 def is_empty(values: pd.Series) -> pd.Series:
-    """Which cells are missing or hold white space only."""
-    return values.isna() | values.map(lambda value: not str(value).strip()).astype(bool)
+    """Which cells are missing, or hold nothing that can be seen: white space and characters of no width."""
+    return values.isna() | values.map(lambda value: INVISIBLE.fullmatch(str(value)) is not None).astype(bool)
 
 
 def refuse(bad: pd.Series, what: str, how: str, origin: str, remedy: str = "Fill them in or take them out.") -> None:

@@ -48,7 +48,7 @@ def read_rows(source: Any, called: str = "the table") -> tuple[pd.DataFrame, str
         UsageError: There is no such source, it cannot be read, or its columns have no names of their own.
     """
     if isinstance(source, pd.DataFrame):
-        return named_columns(source.reset_index(drop=True), called), called
+        return named_columns(source, called).reset_index(drop=True), called
     if isinstance(source, (str, Path)):
         read = read_hub if str(source).startswith(HUB) else read_table
         return named_columns(read(str(source)), str(source)), str(source)
@@ -67,6 +67,10 @@ def sequence_rows(rows: Any, called: str) -> pd.DataFrame:
             f"{called} must be a list of texts, a list of pairs of texts, or a table, got {type(rows).__name__}: put a "
             "single text into a list."
         )
+    if isinstance(rows, (set, frozenset)):
+        raise UsageError(f"{called} are a {type(rows).__name__}, which has no order: give a list.")
+    if isinstance(rows, np.ndarray) and rows.ndim == 0:
+        raise UsageError(f"{called} are an array without rows: put a single text into a list.")
     cells = [list(row) if isinstance(row, (list, tuple, np.ndarray)) else [row] for row in rows]
     if not cells:
         raise UsageError(f"{called}: there are no rows.")
@@ -79,17 +83,31 @@ def sequence_rows(rows: Any, called: str) -> pd.DataFrame:
 
 
 def named_columns(frame: pd.DataFrame, called: str) -> pd.DataFrame:
-    """The frame with strings as column names, which options, records and model cards need.
+    """The frame with strings for column names, which options, records and model cards can hold.
+
+    White space around a name is left out, unless two names differ by it alone.
 
     Raises:
-        UsageError: The column names have several levels.
+        UsageError: The names have several levels, or the frame has an index and no column.
     """
     if isinstance(frame.columns, pd.MultiIndex):
         raise UsageError(
             f"{called}: the column names have {frame.columns.nlevels} levels: give each column one name, as with "
             "frame.columns = ['_'.join(name) for name in frame.columns]."
         )
-    return _whole_characters(frame.set_axis([str(name) for name in frame.columns], axis=1), called)
+    if frame.columns.empty and frame.index.names != [None]:
+        levels = ", ".join(map(str, frame.index.names))
+        raise UsageError(f"{called}: there are no columns, only the index ({levels}): give frame.reset_index().")
+    names = [str(name) for name in frame.columns]
+    stripped = [column_name(name) for name in names]
+    if len({*stripped}) == len({*names}):  # "text, label" in a header, spaces at the end of a cell
+        names = stripped
+    return _whole_characters(frame.set_axis(names, axis=1), called)
+
+
+def column_name(given: Any) -> str:
+    """A column's name as `read_rows` writes it: a string without white space around it."""
+    return str(given).strip()
 
 
 def _whole_characters(frame: pd.DataFrame, called: str) -> pd.DataFrame:
@@ -161,7 +179,9 @@ def readable(path: Path) -> Iterator[None]:
         return
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: text must be UTF-8 ({error}). Convert it first, for example with iconv.") from error
-    except (ValueError, OSError, pd.errors.ParserWarning) as error:  # parser errors are ValueErrors
+    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
+        raise UsageError(f"{path}: not a readable {path.suffix} file: {_ragged(path) or one_line(error)}") from error
+    except (ValueError, OSError) as error:
         raise UsageError(f"{path}: not a readable {path.suffix} file: {one_line(error)}") from error
 
 
@@ -211,7 +231,22 @@ def csv_dialect(path: Path) -> dict[str, Any]:
     if named := re.fullmatch(r"sep=(.)\r?\n?", first):  # Excel writes such a line
         sep, skipped = named[1], 1
     _check_delimiter(path, sep, skipped)
-    return {"sep": sep, "skiprows": skipped, **({"escapechar": "\\"} if _backslashes(path, sep) else {})}
+    spaced = _spaced_quotes(path, sep)
+    options = {"skipinitialspace": True} if spaced else {"escapechar": "\\"} if _backslashes(path, sep) else {}
+    return {"sep": sep, "skiprows": skipped, **options}
+
+
+def _spaced_quotes(path: Path, sep: str) -> bool:
+    """Whether quoted cells stand behind a delimiter and a space: read as they are, their marks would be text."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = [line for line in itertools.islice(file, 200) if line.strip("\r\n")]
+    if not any(f'{sep} "' in line for line in lines):
+        return False
+    try:
+        counts = {len(row) for row in csv.reader(lines, delimiter=sep, skipinitialspace=True, strict=True)}
+    except csv.Error:
+        return False
+    return len(counts) == 1
 
 
 def checked_rows(frame: pd.DataFrame, path: Path, sep: str) -> pd.DataFrame:
@@ -334,6 +369,22 @@ def _lacks_cells(path: Path, sep: str) -> bool:
             return any(count < header for count in counts)
     finally:
         csv.field_size_limit(limit)
+
+
+def _ragged(path: Path) -> str | None:
+    """The first row of a CSV or TSV file with more cells than the header, in words."""
+    sep = "\t" if path.suffix.lower() == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=sep)
+        header = next(reader, [])
+        for row in reader:
+            if len(row) > len(header):
+                return (
+                    f"line {reader.line_num} has {len(row)} cells, the header {sep.join(header)[:60]!r} has "
+                    f"{len(header)}. Put cells that hold {sep!r} in double quotation marks, and let the file begin "
+                    "with the header."
+                )
+    return None
 
 
 def _swallowed(frame: pd.DataFrame, sep: str) -> np.ndarray:

@@ -201,7 +201,7 @@ def separator_hint(names: Iterable[str]) -> str:
 def as_label(given: Any) -> Label | None:
     """The label columns that an option or a record names, one or a list of them, as strings."""
     one = given is None or isinstance(given, str) or not isinstance(given, Iterable)
-    names = tuple(str(name) for name in ([given] if one else given) if name is not None)
+    names = tuple(str(name).strip() for name in ([given] if one else given) if name is not None)
     return names if len(names) > 1 else names[0] if names else None
 
 

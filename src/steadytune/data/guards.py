@@ -10,6 +10,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
 import numpy as np
@@ -66,6 +67,7 @@ def inspect(data: Data, *, standardize: bool = False) -> list[Finding]:
         *(() if standardize else _scale(data)),
         *_few_validation_rows(data),
         *(finding for name in data.tests for finding in (*_shared_texts(data, name), *_shared_groups(data, name))),
+        *(finding for name in data.tests for finding in _other_scale(data, name)),
         *(finding for name in ("train", *data.tests) for finding in _garbled(data, name)),
     ]
     return sorted(found, key=lambda finding: finding.level != "error")
@@ -208,21 +210,22 @@ def _twins(data: Data) -> Iterator[Finding]:
         yield _finding("warning", before, bad, "", "write them alike if they are one class", data.train.index)
 
 
-def _folded(name: str) -> str:
-    """A label normalised in case, spaces, and forms of characters and numbers."""
+def _folded(name: str) -> str | Decimal:
+    """A label without what a reader does not see; a number becomes its exact value."""
     seen = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
     seen = " ".join(seen.split()).casefold()
     try:
-        return f"{float(seen):g}"
-    except ValueError:
+        number = Decimal(seen)
+    except InvalidOperation:
         return seen
+    return number if number.is_finite() else seen
 
 
 def _placeholders(data: Data) -> Iterator[Finding]:
     """Classes that stand for no label: words such as N/A, and -1 beside other whole numbers."""
     names = data.problem.names
     others = [name for name in names if name != "-1"]
-    numbers = bool(others) and all(name.isdigit() for name in others)
+    numbers = others not in ([], ["1"]) and all(name.isdigit() for name in others)  # -1 and 1 are two classes
     for name in names:
         if name.strip().casefold() in PLACEHOLDERS or (numbers and name == "-1"):
             bad = data.problem.membership(data.train["label"])[:, names.index(name)]
@@ -305,6 +308,19 @@ def _scale(data: Data) -> Iterator[Finding]:
         remedy = "models learn best near 0 and 1, leave out --no-standardize or rescale them"
         every = np.ones(len(labels), dtype=bool)
         yield _finding("warning", f"{_origin(data, 'train')}: the targets of", every, after, remedy, data.train.index)
+
+
+def _other_scale(data: Data, name: str) -> Iterator[Finding]:
+    """Numbers most of which lie further from those of training than these are apart: stars beside per cent."""
+    if not data.problem.ordered:
+        return
+    known, labels = (rows["label"].to_numpy(dtype=float) for rows in (data.train, data.tests[name]))
+    low, high = known.min(), known.max()
+    bad = (labels < 2 * low - high) | (labels > 2 * high - low)
+    if bad.mean() > 0.5:
+        after = f"lie far outside {low:g} to {high:g}, between which all training targets lie"
+        remedy = "give both in the same units"
+        yield _finding("warning", f"{_origin(data, name)}: targets of", bad, after, remedy, data.tests[name].index)
 
 
 def _garbled(data: Data, name: str) -> Iterator[Finding]:

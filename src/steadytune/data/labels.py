@@ -10,7 +10,7 @@ import pandas as pd
 from ..errors import UsageError, first_rows, suggest
 from .cells import label_name, list_of, numbers_of
 from .forms import separator_hint
-from .problem import DECIMAL_COMMA, PERCENT, Classification, MultiLabel, Problem, Regression, label_sets
+from .problem import DECIMAL_COMMA, PERCENT, THOUSANDS, Classification, MultiLabel, Problem, Regression, label_sets
 from .tables import MANY_CLASSES, Kind
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def _check_numbers_as_text(labels: pd.Series, where: str) -> None:
     """
     written = labels.astype(str)
     for pattern, what, remedy in (
+        (THOUSANDS, "a comma before three digits", "write 1000 for a thousand, and 1.000 for a decimal comma"),
         (DECIMAL_COMMA, "a decimal comma", "write them with a point, as in 0.5"),
         (PERCENT, "a per cent sign", "write them without it"),
     ):
@@ -132,4 +133,5 @@ def _class_order(names: Mapping[str, Any], table: Table, where: str) -> tuple[st
     if isinstance(dtype, pd.CategoricalDtype) and dtype.ordered and not table.form.several:
         return tuple(name for name in map(label_name, dtype.categories) if name in names)
     numeric = numbers_of(pd.Series(list(names), dtype=object)).notna().all()
-    return tuple(sorted(names, key=float) if numeric else sorted(names))
+    # by text too: floats of large numbers are equal, and the order of rows must not decide
+    return tuple(sorted(names, key=lambda name: (float(name), name)) if numeric else sorted(names))

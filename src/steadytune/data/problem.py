@@ -22,6 +22,7 @@ from .metrics import METRICS, Metric, members
 from .tables import Table
 
 DECIMAL_COMMA = r"\s*[-+]?\d+,\d+\s*%?"
+THOUSANDS = r"\s*[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?\s*"
 PERCENT = r"\s*[-+]?\d+([.,]\d+)?\s*%"
 
 
@@ -378,7 +379,9 @@ class Regression(Problem):
         bad = ~np.isfinite(numbers)
         values = rows["label"][bad].astype(str)
         remedy = "Fill them in or take them out; if they are classes say --kind classification."
-        if values.str.fullmatch(DECIMAL_COMMA).any():
+        if values.str.fullmatch(THOUSANDS).any():
+            remedy = "Write numbers without commas between thousands, as in 1000."
+        elif values.str.fullmatch(DECIMAL_COMMA).any():
             remedy = "Write numbers with a point instead of a comma, as in 0.5."
         elif values.str.fullmatch(PERCENT).any():
             remedy = "Write numbers without the per cent sign."

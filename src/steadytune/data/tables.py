@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import pandas as pd
 
 from ..errors import UsageError, suggest
 from .cells import is_empty, label_name, list_of, numbers_of, refuse, shown
-from .files import read_rows
+from .files import column_name, read_rows
 from .forms import Form, Label, as_label, form_of, is_indicator
 
 logger = logging.getLogger("steadytune")
@@ -38,6 +39,9 @@ TEXTS = (
     ("text",),
     ("sentence", "review", "tweet", "comment", "content", "body", "message", "utterance", "document", "question"),
 )
+
+
+UNNAMED = re.compile(r"column \d+")  # what a column is called that the header leaves without a name
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,13 +103,13 @@ class Table:
         if isinstance(data, Table):
             return data
         frame, origin = read_rows(data, f"the {name} table")
-        named = None if text is None else tuple(map(str, text))
+        named = None if text is None else tuple(map(column_name, text))
         return cls(frame, origin, named, as_label(label), kind, group=_string(group), label_separator=label_separator)
 
 
 def _string(name: Any) -> str | None:
     """A column name as `read_rows` writes it."""
-    return None if name is None else str(name)
+    return None if name is None else column_name(name)
 
 
 def resolve(table: Table, other: Sequence[str] = ()) -> Table:
@@ -136,6 +140,12 @@ def resolve(table: Table, other: Sequence[str] = ()) -> Table:
     label = label or _label_by_shape([column for column in free if column not in text], table)
     if label is None:
         raise UsageError(f"{table.origin}: no column looks like a label{_choose('label', free)}")
+    nameless = [name for name in (*text, *_tuple(label)) if UNNAMED.fullmatch(name)]
+    if nameless and None in (table.text, table.label):
+        raise UsageError(
+            f"{table.origin}: the first line gives {nameless[0]} no name, so that it may not be the header: take out "
+            f"lines above the header, or name the columns with --text and --label."
+        )
     found = " and ".join(map(repr, text)), ", ".join(map(repr, _tuple(label)))
     logger.info("%s: text from %s, label from %s", table.origin, *found)
     return dataclasses.replace(table, text=text, label=label)
@@ -305,6 +315,8 @@ def _check_header(labels: pd.Series, text: Sequence[str], label: str, origin: st
     refuse(
         objects, f"label column {label!r}", f"an object ({shown(labels[objects])})", origin, "Give a name or a number."
     )
+    encoded = labels.map(lambda value: isinstance(value, (bytes, bytearray))).astype(bool)
+    refuse(encoded, f"label column {label!r}", f"bytes ({shown(labels[encoded])})", origin, "Decode them to strings.")
     names = set(map(str, labels))
     prose = all(len(name.split()) >= 3 for name in text)
     if (label in names and len(names) > 1) or (prose and _number(label) and labels.map(_number).all()):
