@@ -1,6 +1,6 @@
 """The core: a `Run` binds a list of methods to any model, optimizer and training loop.
 
-`Method` is what a method overrides, `Weight` and `Step` are what its verbs are given, `Run` carries them out.
+`Method` is the base class of methods. Its verbs get a `Weight` or a `Step`. `Run` calls them.
 """
 
 from ..fields import Within as Within

@@ -1,7 +1,7 @@
-"""What every parameter of a model is: which kind of weight, in which transformer block, and whether it is a new head.
+"""Anatomy of a model: kind and transformer block of each parameter, and whether it belongs to a new head.
 
-Everything is read off the modules, not off a table of architectures, and parameters are matched by identity, so that
-wrappers (DDP's `module.`, torch.compile's `_orig_mod.`, PEFT's `base_model.model.`) change names and nothing else.
+All facts come from the modules, not from a table of architectures. Parameters are matched by identity, so that wrappers
+(DDP's `module.`, torch.compile's `_orig_mod.`, PEFT's `base_model.model.`) change names only.
 """
 
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from typing import Any, Literal
 from torch import nn
 
 Kind = Literal["linear", "embedding", "norm", "bias", "other"]
-POOLING = "pooling_block"  # in a config: the last block was added for pooling, see `steadytune.heads.pooling`
+POOLING = "pooling_block"  # config entry: the last block was added for pooling, see `steadytune.heads.pooling`
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one parameter is.
+    """Facts about one parameter.
 
     Attributes:
         kind: `"linear"`: a matrix of `nn.Linear` (LoRA's pair and its base too), of GPT-2's `Conv1D`, or of
@@ -27,7 +27,7 @@ class Part:
         block: Index of the transformer block, counted from the input; None outside the blocks and in heads. Decoder
             blocks continue after the encoder's (BART-base: 0-5 and 6-11). Layers that share weights count once
             (ALBERT: 0).
-        head: True for what a pre-trained checkpoint does not hold; the rule stands in `anatomy`.
+        head: Whether pre-trained checkpoints do not contain it; see the rule in `anatomy`.
         input_dim: The axis of a linear weight that runs over input features: 0 for `Conv1D`, which computes `x @ W`.
     """
 
@@ -38,9 +38,9 @@ class Part:
 
 
 def anatomy(model: nn.Module) -> dict[str, Part]:
-    """Tell kind, block and head of every parameter, under the names and in the order of `model.named_parameters()`.
+    """Kind, block and head of each parameter, with the names and in the order of `model.named_parameters()`.
 
-    A tensor with several names stands once, under its first.
+    A tensor with several names occurs once, under its first name.
 
     A parameter is a head if it lies outside the base model of a transformers model (`base_model_prefix`), or, where a
     transformers model is a part of somebody's own module, outside that part. So BERT's pooler is no head, DeBERTa's is.
@@ -56,7 +56,7 @@ def anatomy(model: nn.Module) -> dict[str, Part]:
             kind = _kind(module, leaf, p.dim())
             if kind == "linear" and "Conv1D" in _classes(module):
                 transposed.add(id(p))
-            if kind == "embedding" or id(p) not in kinds:  # a tied table is a table whichever name comes first
+            if kind == "embedding" or id(p) not in kinds:  # a tied table is an embedding in any order of its names
                 kinds[id(p)] = kind
     body = _body(model) - {id(p) for module in _pooling_blocks(model) for p in module.parameters()}
     owners: dict[int, int] = {}
@@ -70,19 +70,19 @@ def anatomy(model: nn.Module) -> dict[str, Part]:
 
 
 def blocks(model: nn.Module) -> list[list[nn.Module]]:
-    """The modules of each transformer block, from the input on: one, or several where a model cuts its blocks (XLM)."""
+    """Modules of each transformer block, from the input on: one, or several if a model splits its blocks (XLM)."""
     body, added = _body(model), _pooling_blocks(model)
     found = [block for root in _roots(model) or [model] for block in _blocks(root, body)]
     return [block for block in found if block[0] not in added]
 
 
 def depths(model: nn.Module) -> dict[str, int]:
-    """How far up the model each parameter acts, under the names of `anatomy`.
+    """Depth of each parameter in the model, with the names of `anatomy`.
 
-    The index of its block; -1 for embeddings, what is named for them (BART registers its `layernorm_embedding` behind
-    its blocks) and all else that stands before the blocks; the number of blocks for heads and what stands after the
-    blocks (pooler, last norm). What stands between blocks (the end of an encoder that a decoder follows) belongs to
-    the block before it.
+    It is the index of the block. It is -1 for embeddings, for modules named after them (BART registers its
+    `layernorm_embedding` after its blocks), and for everything before the blocks. It is the number of blocks for heads
+    and for everything after the blocks (pooler, last norm). A module between blocks (the end of an encoder before a
+    decoder) has the depth of the block before it.
     """
     parts, count = anatomy(model), len(blocks(model))
     last = max((i for i, part in enumerate(parts.values()) if part.block is not None), default=-1)
@@ -101,8 +101,8 @@ def depths(model: nn.Module) -> dict[str, int]:
 def input_embedding(model: nn.Module) -> nn.Module:
     """Find the module whose output is the token embedding: the encoder's, if encoder and decoder have their own.
 
-    That is `get_input_embeddings()` where the model has it, else the `nn.Embedding` with most rows. Its output has the
-    shape (batch, length, width), but (length, batch, width) in XLNet.
+    It is `get_input_embeddings()` if the model has that, otherwise the `nn.Embedding` with most rows. Its output has
+    the shape (batch, length, width), or (length, batch, width) in XLNet.
 
     Raises:
         ValueError: There is no token embedding, or more than one and nothing says which.
@@ -119,7 +119,7 @@ def input_embedding(model: nn.Module) -> nn.Module:
         except NotImplementedError as error:  # CANINE hashes characters into several tables
             raise ValueError(f"{name} has no token embedding: get_input_embeddings() is not implemented") from error
         inner = set(chosen.modules())
-        # BART and T5 answer with `shared`, which holds the table but is never called: its first twin is the encoder's.
+        # BART and T5 return `shared`, which has the table but is never called; its first twin is the encoder's
         twins = [m for m in tables if m.weight is getattr(chosen, "weight", None) and m not in inner]
         return twins[0] if twins else chosen
     rows = max((m.num_embeddings for m in tables), default=0)
@@ -151,14 +151,14 @@ def _kind(owner: nn.Module, leaf: str, dim: int) -> Kind:
 
 
 def _roots(module: nn.Module) -> list[Any]:
-    """The outermost transformers models; the class attribute tells them from wrappers that pass attributes through."""
+    """The outermost transformers models, found by a class attribute, because wrappers pass instance attributes on."""
     if hasattr(type(module), "base_model_prefix"):
         return [module]
     return [root for child in module.children() for root in _roots(child)]
 
 
 def _body(model: nn.Module) -> set[int]:
-    """Identities of the parameters that a pre-trained checkpoint holds: all, where there is no transformers model."""
+    """Identities of the parameters in pre-trained checkpoints; all parameters without a transformers model."""
     roots = _roots(model)
     found = (p for root in roots for p in _pretrained(root)) if roots else model.parameters()
     return {id(p) for p in found}
@@ -186,7 +186,7 @@ def _pretrained(root: Any) -> Iterator[nn.Parameter]:
 
 
 def _blocks(root: nn.Module, body: set[int]) -> list[list[nn.Module]]:
-    """The modules of each block, from the input on: the entries of the body's outermost lists that hold real layers."""
+    """Modules of each block, from the input on: the entries of the body's outermost lists of layers."""
     stacks = [stack for stack in _stacks(root) if all(id(p) in body for p in stack.parameters())]
     sizes = [sum(p.numel() for p in stack.parameters()) / len(stack) for stack in stacks]
     stacks = [stack for stack, size in zip(stacks, sizes, strict=True) if size >= max(sizes) / 8]
@@ -207,14 +207,14 @@ def _blocks(root: nn.Module, body: set[int]) -> list[list[nn.Module]]:
 
 
 def _pooling_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks that were added for pooling, which configs tell of."""
+    """Blocks that were added for pooling, as marked in configs."""
     body = _body(model)
     pooled = [root for root in _roots(model) if getattr(root.config, POOLING, None) is not None]
     return [_blocks(root, body)[-1][0] for root in pooled]
 
 
 def _stacks(module: nn.Module) -> list[nn.ModuleList]:
-    """The outermost lists of layers; a list of single matrices (several heads, convolutions) is none."""
+    """The outermost lists of layers. A list of single matrices (several heads, convolutions) does not count."""
     if isinstance(module, nn.ModuleList) and not any(isinstance(entry, nn.ModuleList) for entry in module):
         matrices = sum(p.dim() > 1 for p in module.parameters())
         return [module] if matrices >= 2 * len({*module}) > 0 else []

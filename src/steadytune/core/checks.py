@@ -1,4 +1,4 @@
-"""Set-ups that cannot work, each with one error that names the thing, the rule, the value and the remedy."""
+"""Checks for combinations that cannot work. Each error names the thing, the rule, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def check_unwrapped(wrapper: Any, name: str) -> None:
 
 
 def check_order(methods: Sequence[Any]) -> None:
-    """Raise for a method that changes the model behind the back of one that has looked at its weights."""
+    """Raise for a method that changes the model after another one has read its weights."""
     for earlier, later in pairwise(methods):
         if later.structure and not earlier.structure:
             first, second = type(later).__name__, type(earlier).__name__
@@ -91,7 +91,7 @@ def check_order(methods: Sequence[Any]) -> None:
 
 
 def check_structure(methods: Sequence[Method], wrapped: bool) -> None:
-    """Raise for a method that changes a model which is ``wrapped``: the wrapper has looked at the weights already."""
+    """Raise for a method that changes a wrapped model, because the wrapper has already read the weights."""
     changing = [type(m).__name__ for m in methods if m.structure]
     if changing and wrapped:
         raise ValueError(
@@ -101,7 +101,7 @@ def check_structure(methods: Sequence[Method], wrapped: bool) -> None:
 
 
 def check_added(added: Iterable[str], model: nn.Module, optimizer: Optimizer) -> None:
-    """Raise for an optimizer built too early: it would never train what methods ``added``."""
+    """Raise for an optimizer that was built before methods ``added`` weights, which it would not train."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     lost = sorted(n for n in added if id(model.get_parameter(n)) not in held)
     if lost:
@@ -112,10 +112,10 @@ def check_added(added: Iterable[str], model: nn.Module, optimizer: Optimizer) ->
 
 
 def check_exclusive(claims: Iterable[tuple[Method, Sequence[Weight], bool]]) -> None:
-    """Raise when two methods want to be the only one of their kind on a weight.
+    """Raise if two methods of the same exclusive kind act on a weight.
 
     Args:
-        claims: Methods, the weights each acts on, and whether `only` can restrict the method.
+        claims: Method, weights that it acts on, and whether `only` can restrict it.
     """
     owners: dict[tuple[str, str], Method] = {}
     for method, weights, restrictable in claims:
@@ -133,7 +133,7 @@ def check_exclusive(claims: Iterable[tuple[Method, Sequence[Weight], bool]]) -> 
 
 
 def check_shapes(before: Mapping[str, Sequence[int]], model: nn.Module) -> None:
-    """Raise for a model resized after the methods looked at it (``before``: shapes by weight name)."""
+    """Raise for a model that was resized after the run was made (``before``: shapes by weight name)."""
     for name, p in model.named_parameters():
         if name in before and tuple(p.shape) != tuple(before[name]):
             raise UsageError(
@@ -143,7 +143,7 @@ def check_shapes(before: Mapping[str, Sequence[int]], model: nn.Module) -> None:
 
 
 def check_targets(inputs: Mapping[str, Any]) -> None:
-    """Raise for numeric labels that hold NaN. Labels on a device are not looked at, which would wait for it."""
+    """Raise for NaN in numeric labels. Labels on a device are not checked, because that would wait for the device."""
     labels = inputs.get("labels")
     if isinstance(labels, Tensor) and labels.is_floating_point() and labels.is_cpu and bool(labels.isnan().any()):
         row = int(labels.isnan().nonzero()[0, 0]) if labels.dim() else 0
@@ -154,7 +154,7 @@ def check_targets(inputs: Mapping[str, Any]) -> None:
 
 
 def check_wrapper(wrapper: Any) -> None:
-    """Raise for a wrapper that would not see what methods write, or cannot accumulate."""
+    """Raise for a wrapper that does not see changes of weights, or cannot accumulate."""
     check_model(wrapper)
     if getattr(wrapper, "static_graph", False) and not getattr(wrapper, "require_backward_grad_sync", True):
         raise RuntimeError(
@@ -202,5 +202,5 @@ def check_methods(methods: Sequence[Method], saved: Sequence[Mapping[str, Any]])
 
 
 def has_stepped(optimizer: Optimizer) -> bool:
-    """Whether there is state of a step taken; Adagrad, for one, makes its state before its first."""
+    """Whether the optimizer has taken a step. State alone is no sign: Adagrad makes its state before the first step."""
     return any(float(state.get("step", 1)) != 0 for state in optimizer.state.values() if state)

@@ -1,4 +1,4 @@
-"""What is known about a method before it runs: where it comes from and what it costs. No torch here."""
+"""Facts about a method that do not depend on a run: its paper and its cost. No torch here."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Paper:
-    """The paper a method is written from.
+    """The paper that describes a method.
 
     Attributes:
-        authors: "Given Family", or "Family, Given" where the family name has several words; in the paper's order.
-        title: As printed.
-        booktitle: The proceedings, written out.
-        venue: Their short name, as in "NeurIPS".
+        authors: Authors in the paper's order, as "Given Family", or "Family, Given" if the family name has several
+            words.
+        title: Title as printed.
+        booktitle: Full name of the proceedings.
+        venue: Short name of the proceedings, such as "NeurIPS".
         year: Year of the proceedings.
         arxiv: The arXiv identifier, as in "2211.01642".
     """
@@ -33,13 +34,13 @@ class Paper:
 
     @property
     def short(self) -> str:
-        """As in "Zhang et al., NeurIPS 2022"; two authors are both named."""
+        """Short citation, such as "Zhang et al., NeurIPS 2022"; two authors are both named."""
         names = self.families
         who = " and ".join(names) if len(names) < 3 else f"{names[0]} et al."
         return f"{who}, {self.venue} {self.year}"
 
     def __str__(self) -> str:
-        """The reference on one line, as docstrings show it."""
+        """The reference on one line, for docstrings."""
         return f"{', '.join(self.families)}: {self.title}. {self.venue} {self.year}, arXiv {self.arxiv}."
 
     @property
@@ -49,11 +50,11 @@ class Paper:
 
     @property
     def key(self) -> str:
-        """The BibTeX key, as in "zhang2022neurips"."""
+        """BibTeX key, such as "zhang2022neurips"."""
         return f"{self.families[0]}{self.year}{self.venue}".replace(" ", "").lower()
 
     def bibtex(self) -> str:
-        """The entry for a reference list."""
+        """BibTeX entry."""
         fields = {
             "title": f"{{{self.title}}}",
             "author": " and ".join(self.authors),
@@ -68,12 +69,13 @@ class Paper:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method costs beside plain fine-tuning.
+    """Cost of a method in addition to plain fine-tuning.
 
     Attributes:
-        passes: Forward and backward passes of one step, in those of a plain step.
-        held: Bytes per float32 weight acted on that stay between steps, by stage of the run; one stage is "".
-        during: More bytes per weight acted on while a step is under way.
+        passes: Passes of one step, as a multiple of those of a plain step.
+        held: Bytes between steps for each float32 weight that the method acts on, by stage of the run; "" for a single
+            stage.
+        during: Further bytes for each such weight during a step.
     """
 
     passes: float = 1.0
@@ -82,6 +84,6 @@ class Cost:
 
     @property
     def memory(self) -> str:
-        """The bytes in words, as in "8 (stage I), 9 (stage II), +4 during a step"."""
+        """The bytes in words, such as "8 (stage I), 9 (stage II), +4 during a step"."""
         held = ", ".join(f"{size} ({stage})" if stage else str(size) for stage, size in self.held.items())
         return f"{held}, +{self.during} during a step" if self.during else held

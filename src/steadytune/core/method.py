@@ -1,4 +1,4 @@
-"""What a method is: the moments of a step it may act at, and the weights it sees there."""
+"""The base class of methods, with the moments of a step at which they act, and the weights that they get."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ M = TypeVar("M", bound="Method")
 
 @dataclass(slots=True)
 class Weight:
-    """What a method sees of a parameter: plain local tensors, also on a shard. Write in place only.
+    """A parameter as methods see it: plain local tensors, also on a shard. Write to them in place only.
 
     Attributes:
-        name: The parameter's name in the unwrapped model.
-        parameter: The parameter itself. Methods use ``data``: its live values, detached (on a shard: this rank's
-            piece).
-        grad: Gradient of the same shape, or None before the backward pass.
+        name: Name of the parameter in the unwrapped model.
+        parameter: The parameter. Methods use ``data``, its live values, detached; on a shard, the piece of this
+            process.
+        grad: Gradient of the same shape; None before the backward pass.
         group: The optimizer's parameter group (current ``lr``, ``weight_decay``); empty before `Run.attach`.
-        kind: What the parameter is, see `steadytune.anatomy`.
-        block: Index of its transformer block, or None.
+        kind: Kind of weight, see `steadytune.anatomy`.
+        block: Index of its transformer block; None outside the blocks.
         head: Whether it belongs to a new task head.
         input_dim: The axis of a linear weight that runs over input features (0 for transformers' Conv1D).
     """
@@ -53,7 +53,7 @@ class Weight:
 
     @property
     def data(self) -> Tensor:
-        """The live values: what is live may move between the moments of a step, so ask anew at each."""
+        """The live values. The tensor may change between the moments of a step, so do not keep it."""
         return shards.local(self.parameter.detach())
 
 
@@ -66,7 +66,7 @@ SCOPES: dict[str, Callable[[Weight], bool]] = {
 
 
 class Method:
-    """A robust fine-tuning method: a dataclass of hyperparameters whose verbs are the moments of a step.
+    """A fine-tuning method: a dataclass of hyperparameters. Its verbs are called at the moments of a step.
 
     Every verb is optional. Fields are hyperparameters only; what changes during training is kept in attributes
     made in `setup` and returned by `state_dict`. The type of a field declares what it may hold
@@ -77,13 +77,13 @@ class Method:
     copies: ClassVar[int] = 1  # copies of the batch in the one forward (R-Drop: 2)
     hidden_states: ClassVar[bool] = False  # whether the task's outputs must hold those of all blocks
     null: ClassVar[dict[str, Any] | None] = None  # the setting at which it is plain fine-tuning, bit for bit
-    implied: ClassVar[dict[str, Any]] = {}  # fields added later: the value that records and states without them mean
+    implied: ClassVar[dict[str, Any]] = {}  # values of later fields that older records and states imply
     exclusive: ClassVar[str | None] = None  # at most one method of this name acts on a weight ("anchor", "average")
-    structure: ClassVar[bool] = False  # changes the model or what of it is trained: before all that look at weights
-    draws_weights: ClassVar[bool] = False  # its weights depend on the methods' seed from the start: no soup over seeds
-    conflicts: ClassVar[tuple[str, ...]] = ()  # what else it cannot be combined with, in words
-    paper: ClassVar[Paper | None] = None  # where it comes from; None for one of your own
-    cost: ClassVar[Cost] = Cost()  # what it costs beside plain fine-tuning
+    structure: ClassVar[bool] = False  # changes the model or the choice of trained weights, so it must come first
+    draws_weights: ClassVar[bool] = False  # its initial weights depend on the methods' seed: no soup over seeds
+    conflicts: ClassVar[tuple[str, ...]] = ()  # further things that it cannot be combined with, in words
+    paper: ClassVar[Paper | None] = None  # paper that describes it; None for a method of your own
+    cost: ClassVar[Cost] = Cost()  # cost in addition to plain fine-tuning
     where: Callable[[Weight], bool] | None = None  # set by `only`
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -93,7 +93,7 @@ class Method:
             cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\nSource:\n{source}"
 
     def __post_init__(self) -> None:
-        """Check every field against its type. A subclass that has a check of its own calls this first."""
+        """Check each field against its type. A subclass with its own checks calls this first."""
         check_fields(self)
 
     @property
@@ -103,24 +103,24 @@ class Method:
 
     @property
     def full_precision(self) -> bool:
-        """Whether it subtracts gradients, which in half precision would leave their rounding."""
+        """Whether it subtracts gradients, whose difference in half precision would be rounding noise."""
         return False
 
     @property
     def input_columns(self) -> tuple[str, ...]:
-        """Columns of a batch that the method reads and the model never sees."""
+        """Columns of a batch that the method reads and the model does not get."""
         return ()
 
     def setup(self, run: Run) -> None:
-        """Before the optimizer exists: structure, re-initialisation, freezing, references."""
+        """Prepare before the optimizer exists: structure, re-initialisation, freezing, references."""
 
     def attach(self, run: Run) -> None:
-        """Optimizer exists and is empty: parameter groups, taking over decay."""
+        """Prepare after the optimizer exists and before its first step: parameter groups, taking over decay."""
 
     def before_forward(self, run: Run, weights: Sequence[Weight]) -> None:
         """Build the forward view through `Run.show` and `Run.mix`, in list order.
 
-        Must be a pure function of (state, ``run.index``): it may run again for the same index.
+        It must be a pure function of (state, ``run.index``), because it may run again for the same index.
         """
 
     def before_batch(self, step: Step) -> Mapping[nn.Module, Tensor] | None:
@@ -132,7 +132,7 @@ class Method:
         return None
 
     def penalty(self, step: Step) -> Tensor | None:
-        """A scalar added to the loss of one micro-batch."""
+        """A scalar to add to the loss of one micro-batch; None for nothing."""
 
     def after_backward(self, run: Run, weights: Sequence[Weight]) -> None:
         """Replace the step's gradient by another through `Run.look_again`, after the last backward pass, in list order.
@@ -141,29 +141,31 @@ class Method:
         """
 
     def pull_back(self, run: Run, weights: Sequence[Weight]) -> None:
-        """Turn ``.grad`` of what it showed into ``.grad`` of what it was given, in reverse list order."""
+        """Convert the gradient of the weights it showed to that of the weights it was given, in reverse list order."""
 
     def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
-        """Edit ``.grad`` (of the raw weights; synced, unscaled), in list order. Live is R."""
+        """Edit ``.grad`` of the raw weights (synced, unscaled), in list order. The raw weights R are live."""
 
     def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
-        """After the optimizer moved R, which is live, in list order. Stage transitions belong here."""
+        """Act after the step of the optimizer, in list order. R is live. Change stages here."""
 
     def evaluated(self, run: Run, weights: Sequence[Weight]) -> Mapping[str, Tensor | float] | None:
-        """What to evaluate instead of R, by weight name: a tensor, which is copied, or the rate of a
-        running average that the core keeps, ``average += rate * (R - average)``, starting at R.
+        """Values to evaluate instead of R, by weight name.
+
+        A value is a tensor, which is copied, or the rate of a running average that the core keeps: ``average += rate *
+        (R - average)``, starting at R.
         """
         return None
 
     def finish(self, run: Run) -> None:
-        """Once, at the end, in reverse list order."""
+        """Act once at the end of the training, in reverse list order."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only."""
+        """State of the method: tensors and plain values only."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore a state from `state_dict`."""
 
 
 def overrides(method: Method | type[Method], verb: str) -> bool:
@@ -207,9 +209,10 @@ def gradients(weights: Iterable[Weight]) -> list[Tensor]:
 
 
 def multiply(weights: Iterable[Weight], factors: list[Tensor] | float) -> None:
-    """``g <- g * factor`` in place; nothing when the step gave these weights no gradient.
+    """``g <- g * factor`` in place, for weights with a gradient.
 
-    Masks are factors too: `torch.where` takes three times as long on a CPU, which cannot foresee a random mask.
+    Masks are applied as factors because `torch.where` takes three times as long on a CPU: its branches on a random mask
+    cannot be predicted.
     """
     found = gradients(weights)
     if found:
@@ -217,7 +220,7 @@ def multiply(weights: Iterable[Weight], factors: list[Tensor] | float) -> None:
 
 
 def select(weights: Iterable[Weight], scope: Scope) -> list[Weight]:
-    """The weights that a scope admits: ``"linear"``, ``"encoder"``, ``"all"`` or a predicate over `Weight`."""
+    """The weights in a scope: ``"linear"``, ``"encoder"``, ``"all"``, or a function `Weight` -> bool."""
     check("scope", scope, Scope)
     admits = SCOPES[scope] if isinstance(scope, str) else scope
     return [w for w in weights if admits(w)]
@@ -235,7 +238,7 @@ def entry(method: Method) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON and ``torch.load(weights_only=True)`` take: names for functions, Python's numbers for NumPy's."""
+    """A value fit for JSON and ``torch.load(weights_only=True)``: names of functions, Python's numbers for NumPy's."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, Mapping):  # of weight names to tensors

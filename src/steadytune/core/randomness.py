@@ -1,4 +1,4 @@
-"""Randomness of the methods: generators that need no saving, and torch's own random state, kept and put back."""
+"""Randomness of the methods: generators that need no saving, and torch's random state, saved and restored."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def generator(device: torch.device, seed: int) -> torch.Generator:
 
 
 def occurrence(methods: Sequence[Any], method: Any) -> tuple[str, int]:
-    """Class of a method and its place among those of its class: other methods of the list do not change its draws."""
+    """Class of a method and its place among those of its class, so that other methods do not change its draws."""
     same = [m for m in methods if type(m) is type(method)]
     return type(method).__name__, next(i for i, m in enumerate(same) if m is method)
 
 
 def draw_seed(seed: int, index: int, micro: int, *key: Any) -> int:
-    """A seed that depends on the run's seed, the step, the micro-batch and ``key``, and on nothing else."""
+    """A seed that depends only on the run's seed, the step, the micro-batch and ``key``."""
     return hashed(seed, index, micro, *key)
 
 
@@ -33,19 +33,19 @@ def _devices(device: torch.device) -> list[int]:
 
 
 def forked(device: torch.device) -> contextlib.AbstractContextManager:
-    """Leave torch's random state as it was before, on the CPU and on ``device``."""
+    """Restore torch's random state at the end of the block, on the CPU and on ``device``."""
     return torch.random.fork_rng(devices=_devices(device))
 
 
 class RandomState:
-    """Torch's random state at this moment, on the CPU and on ``device``; `restore` sets it again."""
+    """Copy of torch's random state on the CPU and on ``device``."""
 
     def __init__(self, device: torch.device) -> None:
         self._devices = _devices(device)
         self._states: list[Tensor] = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self._devices)]
 
     def restore(self) -> None:
-        """Set the random state to what it was when this object was made."""
+        """Set torch's random state to this copy."""
         torch.set_rng_state(self._states[0])
         for device, state in zip(self._devices, self._states[1:], strict=True):
             torch.cuda.set_rng_state(state, device)

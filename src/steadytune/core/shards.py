@@ -1,4 +1,4 @@
-"""Several processes: weights that lie in pieces (FSDP2), statistics over all pieces, and the wrappers of a model."""
+"""Several processes: sharded weights (FSDP2), statistics over all shards, and wrappers of a model."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def unwrap(model: Any) -> nn.Module:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's piece, sharing memory; a plain tensor is its own piece."""
+    """The piece of a tensor on this process, sharing its memory; a plain tensor is its own piece."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor, gathered from all ranks if it lies in pieces."""
+    """The full tensor, gathered from all processes if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def piece(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's piece of a full-sized tensor, cut as ``like`` is; axes of size 1 that broadcast are left whole.
+    """This process's piece of a full tensor, cut like ``like``; broadcast axes of size 1 stay whole.
 
-    Nothing is communicated: ranks may ask for different tensors (a row vector's only row lies on one rank alone).
+    It does not communicate, so processes may cut different tensors (the only row of a row vector is on one process).
     """
     full = full.to(like.device)
     if not isinstance(like, DTensor):
@@ -60,7 +60,7 @@ def shard_group(parameters: Sequence[Tensor]) -> dist.ProcessGroup | None:
     """The group of ranks that hold the pieces of sharded parameters; None when nothing is sharded.
 
     Raises:
-        ValueError: Parameters sharded over more than one axis of a device mesh.
+        ValueError: Parameters are sharded over more than one axis of a device mesh.
     """
     for p in parameters:
         if isinstance(p, DTensor):
@@ -76,7 +76,7 @@ def shard_group(parameters: Sequence[Tensor]) -> dist.ProcessGroup | None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Give up full parameters that an evaluation forward left gathered: writes to the pieces would not be seen."""
+    """Free full parameters that an evaluation forward left gathered, because they would hide writes to the pieces."""
     if FSDPModule == ():
         return
     for module in model.modules():
@@ -125,9 +125,9 @@ def norms(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Te
 
 
 def total_norm(gradients: Sequence[Tensor], group: dist.ProcessGroup | None) -> Tensor:
-    """A norm of all gradients together, over all ranks, as a 0-d tensor: finite if and only if their L2 norm is.
+    """A norm of all gradients over all processes, as a 0-d tensor; it is finite if and only if their L2 norm is.
 
-    In half precision, where the L2 norm of good gradients may overflow, it is made of their largest entries.
+    In half precision it uses the largest entries, because the L2 norm of good gradients may overflow.
     """
     dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
     if any(g.dtype == torch.float16 for g in dense):
@@ -164,7 +164,7 @@ def average(tensors: Sequence[Tensor]) -> None:
 def no_sync(wrapper: nn.Module) -> Iterator[None]:
     """Backward passes inside add to local gradients only (DDP and FSDP2); nothing changes on one process."""
     if isinstance(wrapper, nn.parallel.DistributedDataParallel):
-        # with a static graph torch fails inside no_sync; synced sums of micro-batches are as right, only slower
+        # with a static graph torch fails inside no_sync; synced sums of micro-batches are also correct, only slower
         with contextlib.nullcontext() if wrapper.static_graph else wrapper.no_sync():
             yield
     elif FSDPModule != () and isinstance(wrapper, FSDPModule):
@@ -188,13 +188,13 @@ def sync(wrapper: nn.Module) -> Iterator[None]:
             wrapper.require_backward_grad_sync = before
     else:
         if FSDPModule != () and isinstance(wrapper, FSDPModule):
-            wrapper.set_requires_gradient_sync(True)  # it stays: a micro-batch reduced too early is as right
+            wrapper.set_requires_gradient_sync(True)  # it stays on: reducing a micro-batch early is also correct
         yield
 
 
 @contextlib.contextmanager
 def set_aside(parameters: Sequence[nn.Parameter], views: bool) -> Iterator[None]:
-    """No ``.grad`` inside, and the same as before afterwards; ``views``: of memory that must stay theirs."""
+    """Remove all ``.grad`` inside the block and restore them; with ``views``, into the same memory."""
     parked = [p.grad.clone() if views and p.grad is not None else p.grad for p in parameters]
     for p in parameters:
         p.grad = None

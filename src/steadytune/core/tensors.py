@@ -1,4 +1,4 @@
-"""What the core does to tensors in place, and the thresholds, hashes and masks that it shares with the methods."""
+"""Operations of the core on tensors in place, and thresholds, hashes and masks for core and methods."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 18  # elements moved at once by `exchange`: one megabyte of float32, small enough for a core's cache
-WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+CHUNK = 1 << 18  # number of elements that `exchange` moves at once: 1 MB of float32, which fits a core's cache
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer type by size in bytes
 
 
 def kept(n: int, keep: float) -> int:
-    """Number of entries of ``n`` that a share ``keep`` in [0, 1] leaves: the ceiling of ``n * keep``.
+    """Number of entries that a share ``keep`` in [0, 1] of ``n`` leaves: the ceiling of ``n * keep``.
 
     Rounding noise is removed first: 100 * 0.29 is 28.999999999999996 in floating point and counts as 29.
     """
@@ -41,13 +41,13 @@ def byte_mask(shape: Sequence[int], share: float, generator: torch.Generator) ->
 
 
 def hashed(*parts: Any) -> int:
-    """A seed of 63 bits that depends on the parts, plain values, and on nothing else."""
+    """A seed of 63 bits that depends only on the parts, which are plain values."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def checksum(tensor: Tensor) -> str:
-    """64 bits that tell one tensor's bytes from another's."""
+    """Checksum of a tensor's bytes, 64 bits."""
     data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     return hashlib.blake2b(data.tobytes(), digest_size=8).hexdigest()
 
@@ -64,17 +64,17 @@ def exchange(a: Tensor, b: Tensor) -> None:
 
 
 def put_back(live: Tensor, before: Tensor, mask: Tensor) -> None:
-    """``live`` becomes ``before`` where ``mask`` is False, bit for bit, in place; ``before`` may be overwritten.
+    """Set ``live`` to ``before`` where ``mask`` is False, bit for bit, in place; ``before`` may be overwritten.
 
     Args:
-        live: Any shape and dtype; contiguous for a mask of indices.
-        before: Like ``live``.
-        mask: Boolean, broadcastable to ``live``, or flat indices (int64) of the entries that stay.
+        live: Tensor of any shape and dtype; contiguous for a mask of indices.
+        before: Tensor like ``live``.
+        mask: Boolean, broadcastable to ``live``; or flat indices (int64) of the entries of ``live`` that stay.
     """
     if mask.dtype != torch.bool:
         before.view(-1).index_copy_(0, mask, live.view(-1).index_select(0, mask))
         live.copy_(before)
-    elif live.is_cpu and mask.dim():  # torch.where is up to three times slower, as nothing foresees a random mask
+    elif live.is_cpu and mask.dim():  # torch.where is up to three times slower with a random mask
         bits, others = (t.view(WORDS[t.element_size()]) for t in (live, before))
         bits.bitwise_xor_(others).mul_(mask).bitwise_xor_(others)
     else:
@@ -89,7 +89,7 @@ def zero_others(tensor: Tensor, entries: Tensor) -> None:
 
 
 def boolean(mask: Tensor, shape: Sequence[int]) -> Tensor:
-    """A mask as boolean entries, one given as flat indices (int64) too."""
+    """A mask as boolean entries; the given mask may be flat indices (int64)."""
     if mask.dtype == torch.bool:
         return mask
     flat = torch.zeros(math.prod(shape), dtype=torch.bool, device=mask.device)
@@ -109,7 +109,7 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 def on_devices(value: Any, live: Mapping[str, Tensor], device: torch.device | None = None) -> Any:
-    """A copy of a method's state, tensors under a weight's name on that weight's device."""
+    """A copy of a method's state, with tensors under a weight's name on that weight's device."""
     if isinstance(value, Tensor):
         return value.to(device, copy=True) if device is not None else value.clone()
     if isinstance(value, Mapping):

@@ -1,6 +1,6 @@
-"""The three views of each weight: which values are live, and where the others are kept.
+"""The three views of each weight, of which one is live (in the model) and the others are stored.
 
-R raw (what the optimizer moves), F forward (what the forward sees), E evaluated (live between steps).
+R, raw: the optimizer moves it. F, forward: the forward uses it. E, evaluated: live between steps.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ class Views:
     """Stores raw weights while others are in the model, averages while they are not in use, and frozen entries.
 
     Attributes:
-        averages: Tensors of the averaging method by weight name: R between steps, E during one.
+        averages: Tensors of the averaging method by weight name. They contain R between steps and E during a step.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.averages: dict[str, Tensor] = {}
-        self._raw: dict[str, Tensor] = {}  # of weights that show something else; empty between steps
+        self._raw: dict[str, Tensor] = {}  # R of weights whose live values are others; empty between steps
         self._frozen: dict[str, Tensor] = {}  # masks by weight name, False where the weight stays
-        self._frozen_state: dict[str, Tensor] = {}  # the same for its optimizer state
+        self._frozen_state: dict[str, Tensor] = {}  # the same for the optimizer state of the weight
         self._held: list[tuple[Tensor, Tensor, Tensor]] = []  # (live tensor, mask of what may change, copy)
 
     def live(self, name: str) -> Tensor:
@@ -45,7 +45,7 @@ class Views:
         return self.live(name) if held is None else held
 
     def show(self, weight: Weight, value: Tensor, *, own: bool) -> None:
-        """Make ``value`` live, R kept; ``own``: that tensor itself where it can take the weight's place."""
+        """Make ``value`` live and store R. With ``own``, the tensor itself replaces the weight's memory if possible."""
         name, live = weight.name, weight.data
         if own and name not in self._raw and self._movable(name) and alike(value, live):
             self._raw[name] = self._place(name, value)
@@ -54,12 +54,12 @@ class Views:
             weight.data.copy_(value)
 
     def mix(self, weight: Weight, anchor: Tensor, mask: Tensor, keep: float) -> None:
-        """Make a mixture of ``anchor`` and the live values live, R kept."""
+        """Make a mixture of ``anchor`` and the live values live, and store R."""
         given = self._keep(weight)
         mix(anchor, given, mask, keep, out=weight.data)
 
     def _keep(self, weight: Weight) -> Tensor:
-        """Put R aside once; returns what was live. What is live afterwards is to be written."""
+        """Store R once, and return the values that were live. The caller then writes the live tensor."""
         name = weight.name
         if name in self._raw:
             return weight.data
@@ -70,7 +70,7 @@ class Views:
         return self._raw[name]
 
     def restore(self) -> None:
-        """Live <- R."""
+        """Make R live."""
         for name, raw in self._raw.items():
             if self._movable(name):
                 self._place(name, raw)
@@ -100,12 +100,12 @@ class Views:
             torch.clear_autocast_cache()
             yield
         finally:
-            for live, before in reversed(held):  # two weights may share memory: the earliest copy counts
+            for live, before in reversed(held):  # two weights may share memory, so the earliest copy comes last
                 live.copy_(before)
             torch.clear_autocast_cache()
 
     def evaluate(self, found: Mapping[str, Tensor | float]) -> None:
-        """Make the evaluated view live: tensors given, or running averages that move by the rates given."""
+        """Make E live: the given tensors, or running averages updated with the given rates."""
         for name in found:
             if name not in self.averages:
                 copy = self.live(name).clone()
@@ -119,17 +119,18 @@ class Views:
         self.exchange()
 
     def _movable(self, name: str) -> bool:
-        """Whether another tensor may take a weight's place in memory during a step, which saves the copies.
+        """Whether another tensor may replace a weight's memory during a step, which saves copies.
 
-        Only on a CPU, where no recorded graph knows addresses, and for weights that share their memory with nothing.
-        Between steps each weight is where it always was, so that nobody outside a step can tell.
+        This is possible only on a CPU, where no recorded graph contains addresses, and for weights that share their
+        memory with no other tensor. Between steps each weight is in its own memory again, so code outside a step sees
+        no difference.
         """
         p = self.model.get_parameter(name)
         return p.device.type == "cpu" and not p.is_shared() and name in self._alone
 
     @cached_property
     def _alone(self) -> set[str]:
-        """Names of unsharded weights whose memory belongs to no other tensor of the model."""
+        """Names of unsharded weights that share their memory with no other tensor of the model."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         owners = Counter(shards.local(t.detach()).untyped_storage().data_ptr() for t in tensors)
         names = set()
@@ -141,15 +142,15 @@ class Views:
         return names
 
     def _place(self, name: str, tensor: Tensor) -> Tensor:
-        """Put a tensor in a weight's place; returns what was there."""
+        """Replace a weight's memory by that of a tensor; return the former tensor."""
         p = self.model.get_parameter(name)
         live = p.detach()
         p.data = tensor
-        torch.autograd.graph.increment_version(p)  # a backward pass that comes too late must fail
+        torch.autograd.graph.increment_version(p)  # so that a backward pass through the old values fails
         return live
 
     def freeze(self, weight: Weight, mask: Tensor, *, state: bool = True) -> None:
-        """Ask for the entries where ``mask`` is False to stay; masks of several calls intersect."""
+        """Freeze the entries where ``mask`` is False in this step; masks of several calls intersect."""
         for frozen in (self._frozen, self._frozen_state) if state else (self._frozen,):
             other = frozen.get(weight.name)
             if other is not None:
@@ -157,12 +158,12 @@ class Views:
             frozen[weight.name] = mask
 
     def hold(self, weights: Sequence[Weight], optimizer: Optimizer) -> None:
-        """Copy weights of which entries are asked for, and their optimizer state.
+        """Copy weights with frozen entries, and their optimizer state.
 
-        Whole, as gathering the entries alone takes ten times as long.
+        It copies whole tensors, because gathering the entries alone takes ten times as long.
 
         Raises:
-            ValueError: Packed or factored optimizer state.
+            ValueError: The optimizer state is packed or factored.
         """
         for w in weights:
             if w.name in self._frozen:
@@ -185,29 +186,29 @@ class Views:
             self._hold(value, mask)
 
     def _hold(self, live: Tensor, mask: Tensor) -> None:
-        """Copy a tensor, unless all of it may change and to know so takes no waiting for a device."""
+        """Copy a tensor, unless it is on a CPU and all its entries may change; on a device that check would wait."""
         if mask.dim() or not mask.is_cpu or not mask:
             self._held.append((live, mask, live.clone()))
 
     def put_back(self) -> None:
-        """Restore the entries asked for; the earliest copy counts."""
+        """Restore frozen entries; the earliest copy counts."""
         for live, mask, before in reversed(self._held):
             put_back(live, before, mask)
         self._held = []
 
     def abandon(self) -> None:
-        """Live <- E, in the middle of a step that will not be taken."""
+        """Make E live in the middle of a step that will not be taken."""
         self.restore()
         self.exchange()
         self._frozen, self._frozen_state, self._held = {}, {}, []
 
     def tensors(self) -> list[Tensor]:
-        """All that is kept now."""
+        """All stored tensors."""
         return [*self.averages.values(), *self._raw.values(), *(before for _, _, before in self._held)]
 
 
 def alike(tensor: Tensor, other: Tensor) -> bool:
-    """Whether a tensor lies in its memory as another does, and has it for itself."""
+    """Whether two tensors have the same strides, and the first one fills its memory alone."""
     return (
         (tensor.shape, tensor.stride(), tensor.dtype) == (other.shape, other.stride(), other.dtype)
         and tensor.device == other.device
@@ -217,11 +218,11 @@ def alike(tensor: Tensor, other: Tensor) -> bool:
 
 
 class References:
-    """Pre-trained weights, taken in setup and never later: taken on resume they would be half-trained."""
+    """Pre-trained weights, copied in setup only: on resume, later copies would be of half-trained weights."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.open = False  # whether new ones may be taken
+        self.open = False  # whether new references may be copied
         self.tensors: dict[str, Tensor] = {}
         self.checksums: dict[str, str] = {}
 
@@ -238,7 +239,7 @@ class References:
         return held
 
     def check(self, saved: Mapping[str, str]) -> None:
-        """Raise unless the references taken here have the checksums saved."""
+        """Raise unless the references have the saved checksums."""
         for name, value in saved.items():
             if self.checksums.get(name) != value:
                 path = getattr(getattr(self.model, "config", None), "_name_or_path", "") or "unnamed"

@@ -1,4 +1,4 @@
-"""What no hook tells: weights that something else than the attached optimizer moves, gradients that are not finite."""
+"""Detect faults that no hook reports: weights moved by other code than the optimizer, gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .method import Weight
 
 logger = logging.getLogger(__name__)
 IN_A_ROW = 5  # steps without a finite gradient after which training has stalled
-SAMPLED = 4  # weights of which some entries are copied at each step
-ENTRIES = 64  # of each
+SAMPLED = 4  # number of weights of which entries are copied at each step
+ENTRIES = 64  # number of entries of each
 
 
 class Watch:
-    """Tells whether weights were written since it was made.
+    """Detects weights that were written since it was made.
 
-    Torch counts the writes to a tensor, which costs nothing to read. Writes through ``parameter.data`` are not counted:
-    a few entries of a few weights are copied to find those.
+    Torch counts the writes to a tensor, and reading the count is free. Writes through ``parameter.data`` are not
+    counted, so copies of a few entries of a few weights detect those.
     """
 
     def __init__(self, weights: Sequence[Weight]) -> None:
@@ -38,13 +38,13 @@ class Watch:
         return {name: w.data._version for name, w in self._weights.items()}
 
     def written(self, names: Iterable[str] | None = None) -> str | None:
-        """A weight (of those named) that was written; None when none was."""
+        """Name of a weight that was written (among ``names``, if given); None if there is none."""
         now = self._count()
         looked_at = self._weights if names is None else names
         return next((n for n in looked_at if n in now and now[n] != self._versions[n]), None)
 
     def differs(self) -> str | None:
-        """A weight whose sampled entries differ; None when none does. Waits for the device."""
+        """Name of a weight whose sampled entries differ; None if there is none. It waits for the device."""
         return next(
             (n for n, before in self._sample.items() if not torch.equal(before, _first(self._weights[n]))), None
         )
@@ -55,7 +55,7 @@ def _first(weight: Weight) -> Tensor:
 
 
 def renormalised(model: nn.Module) -> set[str]:
-    """Names of the embeddings that their own forward writes (``max_norm``)."""
+    """Names of embeddings whose own forward changes them (``max_norm``)."""
     return {
         f"{name}.weight".lstrip(".")
         for name, module in model.named_modules()
@@ -64,10 +64,10 @@ def renormalised(model: nn.Module) -> set[str]:
 
 
 class RateRatios:
-    """The ratios of the groups' learning rates that methods set, which a scheduler must keep.
+    """Ratios between learning rates of parameter groups that methods set; a scheduler must keep them.
 
     Args:
-        optimizer: After `Method.attach`.
+        optimizer: The optimizer after `Method.attach`.
         method: Name of the method that set the rates.
     """
 
@@ -77,17 +77,17 @@ class RateRatios:
         self._said = False
 
     def _measure(self) -> list[float] | None:
-        """The rates divided by the largest; None while all are zero, and for tensors, which may be on a device."""
+        """Rates divided by the largest; None while all are zero, and for tensors, which may be on a device."""
         rates = [group["lr"] for group in self._optimizer.param_groups]
         if any(isinstance(rate, Tensor) for rate in rates) or not max(rates) > 0:
             return None
         return [rate / max(rates) for rate in rates]
 
     def check(self, *, first: bool) -> None:
-        """Compare; later than at the ``first`` step, when somebody may have wanted the change, warn once.
+        """Compare the ratios. After the first step a difference gives one warning, because it may be intended.
 
         Raises:
-            UsageError: Other ratios at the first step.
+            UsageError: The ratios differ at the first step.
         """
         now, before = self._measure(), self._ratios
         if self._said or now is None or before is None:
@@ -106,13 +106,13 @@ class RateRatios:
 
 
 class FiniteGradients:
-    """Counts the optimizer steps that were skipped as their gradient was not finite, and ends a training of such steps.
+    """Skips and counts optimizer steps whose gradient is not finite, and raises after several in a row.
 
-    On a CPU a step is skipped: its gradients are dropped before anything sees them. Elsewhere the host would have to
-    wait for the device at each step; it looks one step later, when the step cannot be taken back, and raises.
+    On a CPU the gradients of such a step are dropped before anything uses them. On a device, checking would wait for
+    the device at each step. So the check comes one step later, when the step cannot be undone, and raises.
 
     Attributes:
-        skipped: Optimizer steps skipped so far.
+        skipped: Number of optimizer steps skipped so far.
     """
 
     def __init__(self) -> None:
@@ -124,7 +124,7 @@ class FiniteGradients:
         """Whether step ``index``, one of whose gradients has this norm, must not be taken.
 
         Raises:
-            UsageError: Too many such steps in a row; or, off the CPU, the step before was one.
+            UsageError: There were too many such steps in a row; or, on a device, the step before was one.
         """
         if norm.is_cuda:
             self.settle(but=index)
@@ -140,7 +140,7 @@ class FiniteGradients:
         self._in_a_row += 1
         if self._in_a_row >= IN_A_ROW:
             raise UsageError(
-                f"the gradients of {IN_A_ROW} optimizer steps in a row were not finite (norm {float(norm)}), so that "
+                f"the gradients of {IN_A_ROW} optimizer steps in a row were not finite (norm {float(norm)}), so "
                 "nothing is trained any more: lower the learning rate, and look for NaN or huge values in inputs, "
                 "labels and weights"
             )
@@ -155,7 +155,7 @@ class FiniteGradients:
         return True
 
     def taken(self) -> None:
-        """A step was taken: those that were skipped before it are in a row no longer."""
+        """Note that a step was taken, which ends a row of skipped steps."""
         self._in_a_row = 0
 
     def settle(self, *, but: int | None = None) -> None:
@@ -165,7 +165,7 @@ class FiniteGradients:
             but: Index of the step under way, whose norms may not be known yet without waiting for the device.
 
         Raises:
-            UsageError: A step that was taken had a gradient that is not finite.
+            UsageError: A step that was taken had a gradient that was not finite.
         """
         while self._late and self._late[0][2] != but:
             flag, event, index = self._late.pop(0)

@@ -1,4 +1,4 @@
-"""From a table to a fine-tuned model: what `fit` is asked for, its trainings, the folder it writes."""
+"""From a table to a fine-tuned model: the plan of a fit, its trainings, and its folder."""
 
 from .main import dry_run as dry_run
 from .main import fit as fit

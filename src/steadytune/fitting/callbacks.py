@@ -1,4 +1,4 @@
-"""What watches a training: progress, interruption, early end, the best weights so far."""
+"""Callbacks of a training: progress, interruption, early stopping, best weights."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ logger = logging.getLogger("steadytune")
 
 
 FAILING, FAILING_AFTER = 0.9, 0.2  # share of log K, share of the steps (Dodge et al. 2020, arXiv 2002.06305)
-LEAST = 10  # steps before any run is judged
-SILENT = 30.0  # seconds between two lines of the log where there is no bar
+LEAST = 10  # smallest number of steps after which a run can be judged as failing
+SILENT = 30.0  # seconds between two lines of the log, without a bar
 
 
 class Interrupted(KeyboardInterrupt):
@@ -36,12 +36,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 def judged_at(steps: int) -> int:
-    """The step at which a run is judged failing or not."""
+    """Step at which a run is judged as failing or not."""
     return max(LEAST, int(FAILING_AFTER * steps))
 
 
 def _failing(state: Any, classes: int, after: int) -> bool:
-    """From the log, which travels in checkpoints: whether no logged loss so far was below the threshold."""
+    """Whether no logged loss was below the threshold so far; the log is part of checkpoints."""
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     return state.global_step >= after and bool(losses) and min(losses) > FAILING * math.log(classes)
 
@@ -59,7 +59,7 @@ class StopFailing(TrainerCallback):
 
 
 class Begun(TrainerCallback):
-    """Whether a first step has begun, that is, everything was read."""
+    """Notes whether a first step has begun, which means that the checkpoint was read."""
 
     yes = False
 
@@ -78,14 +78,14 @@ class StopAt(TrainerCallback):
 
 
 def best_moment(log: Sequence[Mapping[str, Any]], metric: str) -> int:
-    """The step of the best evaluation in a Trainer's log; of equal scores the lower loss, then the later step wins.
+    """Step of the best evaluation in a Trainer's log; of equal scores, the lower loss wins, then the later step.
 
-    A score such as Matthews' correlation stays at 0 until the model tells two classes apart, while its loss falls from
-    the first step on: the first of equals would be the least trained.
+    A score such as Matthews' correlation stays at 0 until the model separates two classes, while its loss falls from
+    the first step on. The first of equals would be the least trained model.
 
     Args:
-        log: `TrainerState.log_history`; it travels in checkpoints.
-        metric: That selects; there is at least one evaluation with it.
+        log: `TrainerState.log_history`, which is part of checkpoints.
+        metric: Metric used for selection, with at least one evaluation.
     """
     sign = -1 if smaller_is_better(metric) else 1
 
@@ -97,7 +97,7 @@ def best_moment(log: Sequence[Mapping[str, Any]], metric: str) -> int:
 
 
 class Patience(TrainerCallback):
-    """End a training after so many evaluations without a new best; those in the warm-up do not count."""
+    """End a training after a number of evaluations without a new best; those in the warm-up do not count."""
 
     def __init__(self, metric: str, patience: int) -> None:
         self.metric, self.patience = metric, patience
@@ -109,7 +109,7 @@ class Patience(TrainerCallback):
 
 
 class KeepBest(TrainerCallback):
-    """The best of the evaluated weights in memory, for trainings that write no checkpoints."""
+    """Keep the best evaluated weights in memory, for trainings without checkpoints."""
 
     def __init__(self, metric: str) -> None:
         self.metric, self.step = metric, 0
@@ -122,7 +122,7 @@ class KeepBest(TrainerCallback):
 
 
 class KeepOutputs(TrainerCallback):
-    """The outputs of every evaluation in a file of its own: the predictions of cross-validation at any step."""
+    """Write the outputs of each evaluation to its own file, so that cross-validation has predictions at any step."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -140,7 +140,7 @@ class KeepOutputs(TrainerCallback):
 
 
 class Interrupt(TrainerCallback):
-    """Ctrl-C and SIGTERM end the training after a checkpoint; a second one ends it at once."""
+    """End the training after a checkpoint on Ctrl-C or SIGTERM; a second signal ends it at once."""
 
     received: int | None = None
 
@@ -148,7 +148,9 @@ class Interrupt(TrainerCallback):
         control.should_save |= self.received is not None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop |= self.received is not None  # not in the checkpoint: the training is not over
+        control.should_training_stop |= (
+            self.received is not None
+        )  # set after the checkpoint was written, because the training is not over
 
     @classmethod
     def listening(cls, trainer: FitTrainer) -> _Listening:
@@ -157,7 +159,7 @@ class Interrupt(TrainerCallback):
 
 @dataclass
 class _Listening:
-    """While open, signals wait for the end of the step. Only a main thread gets signals; elsewhere nothing changes."""
+    """Delay signals until the end of the step. Only the main thread gets signals; in others nothing changes."""
 
     interrupt: Interrupt
     before: dict[int, Any] = field(default_factory=dict)
@@ -171,7 +173,7 @@ class _Listening:
             self._restore()
             raise KeyboardInterrupt
         self.interrupt.received = number
-        logger.warning("stopping after this step and its checkpoint (once more: at once)")
+        logger.warning("stopping after this step and its checkpoint (a second signal stops at once)")
 
     def _restore(self) -> None:
         for number, handler in self.before.items():
@@ -184,7 +186,7 @@ class _Listening:
 
 
 class Progress(TrainerCallback):
-    """One bar over optimizer steps with the running loss; where no bar is seen, a line of the log now and then."""
+    """A bar over optimizer steps with the current loss; without a terminal, a line in the log every 30 seconds."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -15,7 +15,7 @@ from ..errors import UsageError
 def tokenise(
     rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int | None, prompt: str = ""
 ) -> list[dict[str, Any]]:
-    """One feature dictionary per row, unpadded, cut to ``max_length`` tokens (None: whole).
+    """One feature dictionary for each row, unpadded and cut to ``max_length`` tokens (None does not cut).
 
     The prompt stands before the first text of each row.
     """
@@ -33,7 +33,7 @@ def token_counts(
     limit: int,
     prompt: str = "",
 ) -> list[int]:
-    """Tokens of every row before anything is cut at ``limit``; only rows of that length are tokenised again."""
+    """Number of tokens of each row before it is cut at ``limit``; only rows of that length are tokenised again."""
     counts = np.array([len(feature["input_ids"]) for feature in features])
     full = np.flatnonzero(counts == limit)
     if len(full):
@@ -42,10 +42,10 @@ def token_counts(
 
 
 def check_vocabulary(features: Sequence[dict[str, Any]], model: Any, what: str, index: Any) -> None:
-    """Every token must have a row in the model's table of embeddings.
+    """Raise unless each token has a row in the model's embedding table.
 
     Raises:
-        UsageError: A token has none; the message names the first row with it.
+        UsageError: A token has no row; the message names the first text with it.
     """
     rows = model.get_input_embeddings().num_embeddings
     largest = [max(feature["input_ids"], default=0) for feature in features]
@@ -58,7 +58,7 @@ def check_vocabulary(features: Sequence[dict[str, Any]], model: Any, what: str, 
 
 
 def unknown_share(features: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> float:
-    """Share of tokens that the tokenizer does not know, special ones not counted."""
+    """Share of unknown tokens, without special tokens."""
     ids = np.concatenate([f["input_ids"] for f in features])
     ids = ids[~np.isin(ids, [i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id])]
     return float((ids == tokenizer.unk_token_id).mean()) if tokenizer.unk_token_id is not None and len(ids) else 0.0

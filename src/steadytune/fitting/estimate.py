@@ -1,4 +1,4 @@
-"""What a `fit` would take, from three measured steps: time, memory, files."""
+"""Estimate the time, memory and files of a `fit` from three measured steps."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from .training import Job, Setup
 if TYPE_CHECKING:
     from .plan import Plan
 
-MEASURED = 3  # steps, after one that warms up
-FORWARD = 1 / 3  # of a training step's time: the backward pass costs twice the forward
+MEASURED = 3  # number of measured steps, after one for warming up
+FORWARD = 1 / 3  # share of the forward in a training step: the backward pass costs twice as much
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a `fit` would take.
+    """Estimated cost of a `fit`.
 
     Attributes:
-        trainings: Folds and runs together.
-        steps: Optimizer steps of one training, at most.
-        seconds_per_step: On this machine, for batches of mean length.
+        trainings: Number of trainings: folds and runs.
+        steps: Largest number of optimizer steps of one training.
+        seconds_per_step: Seconds of a step with batches of mean length, on this machine.
         minutes: Minutes for all trainings and evaluations.
-        memory: Peak in bytes; of the accelerator, if there is one, else of this process.
-        files: What will be written -> bytes.
+        memory: Peak memory in bytes, of the accelerator if there is one, otherwise of this process.
+        files: Size in bytes of each kind of file that will be written.
     """
 
     trainings: int

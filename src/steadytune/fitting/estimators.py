@@ -37,7 +37,7 @@ SET_HERE = {
 
 
 class _Steady(BaseEstimator):
-    """What both estimators share."""
+    """Base of both estimators."""
 
     _kind: Kind = "auto"
 
@@ -83,7 +83,7 @@ class _Steady(BaseEstimator):
         self.options = options
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Parameters by name; deep: each entry of ``options`` too, as ``options__NAME``, which grids may name."""
+        """Parameters by name; with ``deep``, also the entries of ``options`` as ``options__NAME``, for grids."""
         params = super().get_params(deep)
         if deep:
             params |= {f"options__{name}": value for name, value in (self.options or {}).items()}
@@ -145,7 +145,7 @@ class _Steady(BaseEstimator):
 
 
 def _seed(random_state: Any) -> Any:
-    """A number as it is; scikit-learn's other forms draw one."""
+    """The seed of a random state: a number stays, scikit-learn's other forms draw one."""
     if random_state is None or isinstance(random_state, np.random.RandomState):
         return int(check_random_state(random_state).randint(2**31))
     return random_state
@@ -158,20 +158,20 @@ class SteadyClassifier(ClassifierMixin, _Steady):
         model: Hugging Face model directory or hub name.
         methods: See `steadytune.fit`.
         lr: Peak learning rate.
-        batch_size: Rows per step.
-        steps: Optimizer steps; by default 20 epochs, at least 400 and at most 2,000.
-        epochs: Instead of steps.
-        max_length: Tokens per row; by default 128.
-        dropout: By default as the model's config says.
-        bf16: bfloat16 autocast.
+        batch_size: Number of rows per step.
+        steps: Number of optimizer steps; by default those of 20 epochs, but between 400 and 2,000.
+        epochs: Number of epochs, instead of steps.
+        max_length: Largest number of tokens per row; by default 128.
+        dropout: Dropout probability; by default that of the model's config.
+        bf16: Whether to use bfloat16 autocast.
         validation_share: Share of the rows given to `fit` that is held out for selection; 0 trains on all of them.
-        evaluations: How often to score that share; the best weights are kept.
-        patience: Evaluations without a new best before stopping.
+        evaluations: Number of evaluations on that share; the best weights are kept.
+        patience: Number of evaluations without a new best after which training stops.
         num_seeds: Number of runs that are combined.
         combine: ``"soup"``, ``"ensemble"`` or ``"best"`` (needs a validation share).
-        random_state: The seed, a generator that draws it, or None for another seed each time.
+        random_state: The seed, a generator that draws it, or None for a new seed at each `fit`.
         output: Folder of the model and its records, replaced at each `fit`; by default nothing stays on disk.
-        progress: Show bars.
+        progress: Whether to show bars.
         options: Further arguments of `steadytune.fit`, for example ``{"class_weights": "balanced"}``.
 
     Attributes:
@@ -192,7 +192,7 @@ class SteadyClassifier(ClassifierMixin, _Steady):
         Args:
             X: Texts.
             y: Labels.
-            sample_weight: Not supported; here so that giving it is one clear error.
+            sample_weight: Not supported; giving it raises a clear error.
 
         Raises:
             UsageError: What `steadytune.fit` refuses, and weights of rows.
@@ -227,7 +227,7 @@ class SteadyClassifier(ClassifierMixin, _Steady):
         return (self.options or {}).get("label_separator")
 
     def _columns(self) -> None:
-        """Where each of ``classes_`` stands among the model's outputs."""
+        """Positions of ``classes_`` among the model's outputs."""
         columns = {name: i for i, name in enumerate(self.model_.problem.names)}
         self._order = [columns[_name(label)] for label in self.classes_]
 
@@ -253,11 +253,11 @@ class SteadyClassifier(ClassifierMixin, _Steady):
         return np.fromiter(rows, dtype=object, count=len(member))
 
     def _member(self, X: Any) -> np.ndarray:
-        """Truth values (rows, classes): which of several labels each row is given, columns as `classes_`."""
+        """Truth values (rows, classes) of predictions with several labels a row, columns as `classes_`."""
         return self.model_.problem.membership(self.model_.predict(self._rows(X)))[:, self._order]
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Accuracy; of several labels a row, the share of rows whose labels are all right."""
+        """Accuracy; for several labels a row, the share of rows with all labels correct."""
         check_is_fitted(self, "model_")
         if not self.model_.problem.several:
             return super().score(X, y, sample_weight)
@@ -307,19 +307,19 @@ class SteadyRegressor(RegressorMixin, _Steady):
 
 
 def _frame(X: Any) -> pd.DataFrame:
-    """Texts as a frame whose columns are all text."""
+    """Texts as a frame with text columns only."""
     if isinstance(X, pd.DataFrame):
         return named_columns(X.reset_index(drop=True), "X")
     return sequence_rows(X, "X")
 
 
 def _name(label: Any) -> str:
-    """The name under which a label is learnt."""
+    """Name of a label as a class."""
     return str(whole_characters(label_name(label)))
 
 
 def _sorted(labels: set[Any]) -> list[Any]:
-    """Labels in their own order, or that of their names where they are of several types."""
+    """Sorted labels; labels of several types are sorted by name."""
     try:
         return sorted(labels)
     except TypeError:

@@ -1,4 +1,4 @@
-"""The Trainer of `fit`: rows of like length together, a loss with class weights, what a job leaves."""
+"""The Trainer of `fit`, with batches of similar length, a loss with class weights, and the result of a job."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from .pretrained import quiet
 logger = logging.getLogger("steadytune")
 
 
-# What is kept of a Trainer's log, under the names of this package.
+# Entries of a Trainer's log that are kept, and their names in this package.
 HISTORY = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm", "forwards": "forwards",
            "backwards": "backwards"}  # fmt: skip
 SOFT = "soft"  # column of training rows: probabilities (classes) to learn in place of the label
-WINDOW = 50  # batches whose rows are sorted by length together
+WINDOW = 50  # number of batches whose rows are sorted by length together
 
 
 @dataclass(eq=False)
@@ -42,19 +42,20 @@ class Trained:
     """A finished job.
 
     Attributes:
-        model: In evaluation mode; plain, unless it has adapters that cannot be merged.
-        steps: Optimizer steps behind the model.
+        model: The model in evaluation mode; a plain one, unless it has adapters that cannot be merged.
+        steps: Number of optimizer steps of the model.
         seconds: Seconds of training, over all legs of a resumed one.
-        curve: (step, score on the select split).
-        seeds: Those in force after restarts.
-        failures: Runs that were stopped because their loss did not fall.
-        failing: Whether the loss of this one did not fall either.
+        curve: Pairs (step, score on the select split).
+        seeds: Seeds of the last start.
+        failures: Number of earlier starts that were stopped because their loss did not fall.
+        failing: Whether the loss of the last start did not fall either.
         loss: The last training loss logged, a mean over 2 % of the steps, penalties included.
-        skipped: Optimizer steps that were skipped because their gradient was not finite.
-        passes: Forward and backward passes of a step in those of a plain one, counted since the last resume.
-        hopeless: Why the model is worth nothing (it gives every row the same answer, or scores below a constant one);
-            None if it is not.
-        history: (step, name, value) of loss, lr, grad_norm, forwards, backwards, and scores on the select split.
+        skipped: Number of optimizer steps that were skipped because their gradient was not finite.
+        passes: Passes of a step as a multiple of a plain step's, counted since the last resume.
+        hopeless: Why the model is useless (it gives every row the same answer, or is worse than a constant one); None
+            if it is not.
+        history: Triples (step, name, value) of loss, lr, grad_norm, forwards, backwards, and scores on the select
+            split.
         state: State of core and methods at the end, as `Run.state_dict` gives it; empty unless the setup keeps it.
     """
 
@@ -73,18 +74,18 @@ class Trained:
     state: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """All but tensors and history, for JSON."""
+        """Everything but tensors and history, ready for JSON."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in ("model", "state", "history")]
         return {name: getattr(self, name) for name in names}
 
 
 def only_logits(logits: Any, labels: Any) -> Any:
-    """Encoder-decoders return more than logits."""
+    """Logits alone; encoder-decoders return more."""
     return logits[0] if isinstance(logits, (tuple, list)) else logits
 
 
 def weighted_loss(options: Options, rows: pd.DataFrame, problem: Problem) -> Callable[..., Tensor] | None:
-    """The loss with class weights, or of probabilities in place of labels; None for the model's own."""
+    """Loss with class weights, or with probabilities instead of labels; None for the model's own loss."""
     if options.class_weights == "none" and SOFT not in rows:
         return None
     function = getattr(nn.functional, problem.loss)
@@ -150,10 +151,10 @@ def arguments(
 
 
 class ByLength(Sampler):
-    """Rows in random order, those of like length in one batch, which spares padding.
+    """Sampler of rows in random order that puts rows of similar length into one batch, which saves padding.
 
-    Batches of `WINDOW` together are drawn at random and sorted by length, then the batches are shuffled. A function of
-    (seed, epoch) alone: nothing to save, and neighbouring seeds share no order.
+    The rows of `WINDOW` batches are drawn at random and sorted by length; then the batches are shuffled. The order
+    depends only on (seed, epoch), so there is no state to save, and neighbouring seeds have different orders.
 
     Args:
         lengths: Lengths of the rows, in tokens.
@@ -165,7 +166,7 @@ class ByLength(Sampler):
         self.lengths, self.batch_size, self.seed, self.epoch = np.asarray(lengths), batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch."""
+        """Set the epoch; the Trainer calls it before each one."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -188,7 +189,7 @@ class ByLength(Sampler):
 
 
 class FitTrainer(Trainer):
-    """Our Trainer with rows of like length together, and what a job wants to know of it."""
+    """Our Trainer with batches of similar length, and with the results of a job."""
 
     ended = False  # whether the checkpoint resumed from was the last one of its training
 
@@ -198,7 +199,7 @@ class FitTrainer(Trainer):
         return ByLength(lengths, self.args.train_batch_size, self.args.data_seed or 0)
 
     def train_here(self, checkpoint: Path | None) -> float:
-        """Train from a checkpoint, or from the start; returns the seconds of training, those before it included.
+        """Train from a checkpoint or from the start; return the seconds of training, also those before the checkpoint.
 
         With 0 steps nothing is trained: the model is left with the head that it begins with.
 
@@ -225,7 +226,7 @@ class FitTrainer(Trainer):
         return self.seconds
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As `best_moment` says, where the stock Trainer keeps the first of equals."""
+        """Choose the best evaluation by `best_moment`; the stock Trainer keeps the first of equals."""
         metric = str(self.args.metric_for_best_model)
         best = best_moment(self.state.log_history, metric) == self.state.global_step
         if best:
@@ -233,7 +234,7 @@ class FitTrainer(Trainer):
         return best
 
     def history(self) -> list[tuple[int, str, float]]:
-        """(step, name, value) of what the log says of the training and of the scores on the select split."""
+        """Triples (step, name, value) from the log: training, and scores on the select split."""
         names = {**HISTORY, "eval_loss": "eval_loss", f"eval_{(m := self.args.metric_for_best_model)}": f"eval_{m}"}
         return [
             (int(entry["step"]), name, float(entry[key]))
@@ -246,11 +247,11 @@ class FitTrainer(Trainer):
         return super()._over() or self.ended
 
     def failing(self, classes: int) -> bool:
-        """Whether the loss never fell below 0.9 log K after 20 % of the steps."""
+        """Whether the loss was never below 0.9 log K in the first 20 % of the steps or later."""
         return bool(classes) and _failing(self.state, classes, judged_at(self.args.max_steps))
 
     def trained(self, seeds: dict[str, int], seconds: float, failures: int, failing: bool) -> Trained:
-        """The model as it is now, and how it came about."""
+        """Result of the job: the present model and the facts of its training."""
         assert self.model is not None
         key = f"eval_{self.args.metric_for_best_model}"
         curve = [(int(entry["step"]), entry[key]) for entry in self.state.log_history if key in entry]
@@ -271,6 +272,6 @@ class FitTrainer(Trainer):
 
 
 def was_stopped(checkpoint: Path) -> bool:
-    """Whether a callback (early stopping, the step chosen, a loss that did not fall) had ended the training there."""
+    """Whether a callback ended the training at a checkpoint, such as early stopping or a loss that did not fall."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     return bool(state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"])

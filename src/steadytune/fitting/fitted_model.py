@@ -1,4 +1,4 @@
-"""What `fit` leaves behind: a model that predicts labels for tables of text, from memory or from its folder."""
+"""The result of `fit` as a model that predicts labels for tables of text, from memory or from its folder."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ Rows = str | Path | pd.DataFrame | Table | Sequence[str] | Sequence[Sequence[str
 
 
 class FittedModel:
-    """One model, or several whose answers are averaged.
+    """A model, or several models whose predictions are averaged.
 
     Attributes:
         models: transformers models, plain unless they have adapters that cannot be merged.
-        tokenizer: Theirs.
-        problem: What is predicted; ``problem.names`` are the columns of probabilities.
+        tokenizer: Tokenizer of the models.
+        problem: The problem; ``problem.names`` are the columns of probabilities.
         text: The text columns of tables: one, or two for pairs.
         label: The label column, or one column per class.
         form: How labels are written in tables, and predictions by `predict_table`.
-        max_length: Tokens per row.
-        prompt: What stands before the first text of every row.
-        bf16: bfloat16 autocast, as in training.
-        constant: What a model answers that reads no text, as `Problem.constant` gives it for the training rows; it is
-            the baseline of scores.
+        max_length: Largest number of tokens per row.
+        prompt: Text before the first text of each row.
+        bf16: Whether to use bfloat16 autocast, as in training.
+        constant: Answer without reading a text, from `Problem.constant` on the training rows; it is the baseline of
+            scores.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class FittedModel:
         """Read what `fit` wrote.
 
         Raises:
-            UsageError: No finished run there.
+            UsageError: The folder has no finished run.
         """
         record = read_record(folder)
         recipe, columns = record["recipe"], record["columns"]

@@ -1,7 +1,7 @@
-"""A linear probe beside every fit: what the frozen encoder is worth, before it is fine-tuned.
+"""A linear probe for each fit, which scores the frozen encoder before fine-tuning.
 
-The probe reads what enters the last linear layer of the model at step 0 and costs one pass over the rows. It sees the
-training rows alone. A fine-tuned model that scores no better has gained nothing over it.
+The probe reads the inputs of the last linear layer at step 0, and costs one pass over the rows. It is fitted on the
+training rows alone. If the fine-tuned model scores no better, fine-tuning has gained nothing.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ logger = logging.getLogger("steadytune")
 
 @dataclass(frozen=True, eq=False)
 class FrozenProbe:
-    """What a linear probe answers.
+    """Answers and scores of a linear probe.
 
     Attributes:
-        scores: Set -> activated outputs (rows, outputs), for every set that is scored, ``cross-validation`` included.
-        crossed: Every metric on the training rows, each judged by a probe that did not see it. The penalty was chosen
-            on the same rows, so that these are slightly too good.
+        scores: Activated outputs (rows, outputs) of each scored set, including ``cross-validation``.
+        crossed: Every metric on the training rows, each row predicted by a probe that was not fitted on it. The penalty
+            was chosen on the same rows, so these scores are slightly too good.
     """
 
     scores: dict[str, np.ndarray]
@@ -48,8 +48,8 @@ class FrozenProbe:
         """Every metric of the probe on a set.
 
         Args:
-            name: Of the set.
-            problem: What is predicted.
+            name: Name of the set.
+            problem: The problem.
             labels: Gold labels (rows,) in the order of the set.
             coarser: Class name to the coarser name it is scored under.
         """
@@ -59,14 +59,14 @@ class FrozenProbe:
 
 
 def frozen_probe(plan: Plan, pretrained: Pretrained, model: Any) -> FrozenProbe | None:
-    """Fit a probe on the training rows and let it judge every set.
+    """Fit a probe on the training rows, and predict every set with it.
 
-    The model is left as it was, and no random number is drawn.
+    The model does not change, and no random number is drawn.
 
     Args:
-        plan: Of the fit.
-        pretrained: Its model, opened.
-        model: As it is trained, before the first step.
+        plan: Plan of the fit.
+        pretrained: The pre-trained model, opened.
+        model: The model to train, before the first step.
 
     Returns:
         The probe's answers; None, and a line in the log, for a model whose logits are not those of a last linear layer.

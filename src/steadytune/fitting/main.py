@@ -1,6 +1,6 @@
 """From a table to a fine-tuned model: `fit`, its runs and how they are combined, and the folder it writes.
 
-torch and transformers are imported inside the functions that use them: command-line help and data errors come at once.
+torch and transformers are imported inside the functions that use them, so that help and data errors appear at once.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ logger = logging.getLogger("steadytune")
 
 
 def _with_arguments_of_plan(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Show the arguments of `make_plan`, which are listed there alone, in the signature of what takes them all."""
+    """Give a function the signature of `make_plan`, the only place that lists the arguments."""
     own, planned = (inspect.signature(f).parameters for f in (function, make_plan))
     shown = {**planned, **{name: p for name, p in own.items() if p.kind is not p.VAR_KEYWORD}}
     ordered = sorted(shown.values(), key=lambda p: (p.kind, p.default is not p.empty))
@@ -68,9 +68,8 @@ def fit(
 ) -> FitResult:
     """Fine-tune a pre-trained model on a table of labelled text and evaluate it.
 
-    By default the last weights of one run are kept: nothing is selected. ``evaluations``, ``combine="best"`` and
-    ``calibrate`` select on the validation rows, never on a test set; scores on rows that selected are marked in the
-    model card.
+    By default the last weights of one run are kept, without selection. ``evaluations``, ``combine="best"`` and
+    ``calibrate`` select on the validation rows, never on a test set. The model card marks scores on rows that selected.
 
     Args:
         train: A CSV, TSV, JSON-lines or Parquet file, a data frame, a `datasets.Dataset`, a data set of the hub
@@ -81,34 +80,35 @@ def fit(
         label: The label column, found likewise; or, for several labels a row, one column of 0 and 1 for each class.
         label_separator: What stands between several labels in one cell, as in ``"food|price"``. Without it a cell is
             one label, or a list of labels.
-        group: A column whose equal values keep rows on one side of every split.
-        methods: Methods, or their names with options (``"dps_dense:keep=0.7"``), in order of action.
-        procedure: Several trainings in place of one: ``"mixup-blo:folds=5"``, see `steadytune.procedures`.
-        tests: Name -> table; columns as in `train`.
-        validation: A table; without one ``validation_share`` of the training rows is held out.
-        validation_column: Instead, a column of `train` that names each row's split.
+        group: Column of groups; rows of one group stay on one side of each split.
+        methods: Methods, or their names with options (``"dps_dense:keep=0.7"``). They run in list order.
+        procedure: Several trainings instead of one: ``"mixup-blo:folds=5"``, see `steadytune.procedures`.
+        tests: Test tables by name, with the columns of `train`.
+        validation: Validation table; without one, ``validation_share`` of the training rows is held out.
+        validation_column: Column of `train` that names the split of each row, instead of a validation table.
         kind: Classification, multilabel or regression; decided from the labels by default.
-        metric: The metric that selects and is reported first; by default the first of the kind.
-        num_seeds: Number of runs; they share the head and differ in row order, dropout and draws of the methods.
-        combine: What several runs become: a ``"soup"`` (the mean of their weights; Wortsman et al., ICML 2022, arXiv
-            2203.05482), the ``"best"`` on the validation rows, or an ``"ensemble"`` (the mean of their probabilities).
-        distil: Train one model on the answers of the ensemble to the training rows, and keep that.
-        probe: Fit a linear probe on the frozen features of the training rows, whose scores stand beside the model's.
-        refit: Choose the number of steps by cross-validation, then train on all rows; the score of each row by the fold
-            that left it out is the result.
+        metric: Metric used for selection and reported first; by default the first of the kind.
+        num_seeds: Number of runs. They start with the same head, and differ in row order, dropout and draws of the
+            methods.
+        combine: How to combine several runs: ``"soup"`` is the mean of their weights (Wortsman et al., ICML 2022, arXiv
+            2203.05482), ``"best"`` the best run on the validation rows, ``"ensemble"`` the mean of their probabilities.
+        distil: Whether to train one model on the answers of the ensemble to the training rows, and keep that model.
+        probe: Whether to fit a linear probe on frozen features of the training rows, and report its scores too.
+        refit: Whether to choose the number of steps by cross-validation, and then train on all rows. The reported score
+            is that of the rows left out of each fold.
         folds: Number of folds of the cross-validation.
-        resume: Go on from the last checkpoint in `output`.
-        overwrite: Replace the run in `output`.
-        save_steps: Steps between checkpoints; with evaluations there is one at each of them instead. 0 writes none, and
-            the best weights are kept in memory.
-        progress: Show bars.
-        push_to_hub: A repository to upload the finished folder to.
+        resume: Whether to continue from the last checkpoint in `output`.
+        overwrite: Whether to replace the run in `output`.
+        save_steps: Number of steps between checkpoints. With evaluations, there is a checkpoint at each of them
+            instead. 0 writes none and keeps the best weights in memory.
+        progress: Whether to show bars.
+        push_to_hub: Repository on the hub to which the finished folder is uploaded.
         **wanted: Further fields of `Options`, under their own names or those of transformers (lr or learning_rate):
             lr, batch_size, steps, epochs, max_length, dropout, bf16, lora, peft, head, pooling, class_weights,
             evaluations, patience, calibrate, restarts, train_size, validation_share, seed ...
 
     Raises:
-        UsageError: What was asked for cannot be done; raised before training starts.
+        UsageError: The arguments or the data are not right; it is raised before training starts.
         KeyboardInterrupt: After a checkpoint, on Ctrl-C or SIGTERM.
 
     Example:
@@ -135,7 +135,7 @@ def dry_run(
     push_to_hub: str | None = None,
     **wanted: Any,
 ) -> Estimate:
-    """What `fit` with the same arguments would take: steps, minutes (from three measured steps), memory, files.
+    """Estimate the steps, minutes, memory and files of `fit` with the same arguments, from three measured steps.
 
     Raises:
         UsageError: As `fit`.
@@ -159,10 +159,10 @@ def dry_run(
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """What a method refuses (this model, or another method beside it) is the user's mistake, not ours.
+    """Turn the ValueError of a method that refuses a model or another method into a UsageError.
 
     Raises:
-        UsageError: In place of a ValueError.
+        UsageError: Instead of a ValueError.
     """
     try:
         yield
@@ -173,7 +173,7 @@ def _refusals() -> Iterator[None]:
 
 
 def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResult:
-    """Load, train, evaluate, write; everything about the data has been checked."""
+    """Load, train, evaluate and write; the data has been checked."""
     from .frozen_probe import frozen_probe
     from .rehearsal import rehearse
     from .scale import check_scale
@@ -203,7 +203,7 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
         record["drawn"] = drawn(trainer.model, pretrained, plan.options)
         record["cut"] = rehearse(plan, pretrained, trainer.model, record)
         probe = frozen_probe(plan, pretrained, trainer.model) if plan.probe and plan.steps else None
-        made = [trainer]  # taken out where it is used: no model is held beside the next
+        made = [trainer]  # emptied where it is used, so that no model stays in memory beside the next
         del trainer, features
         folder.sweep()
         if previous is None:
@@ -232,7 +232,7 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
 
 
 def _check_tokens(features: Any, pretrained: Pretrained) -> None:
-    """A directory without tokenizer files gives a tokenizer without words."""
+    """Warn or raise if many tokens are unknown: a directory without tokenizer files gives a tokenizer without words."""
     from .encoding import unknown_share
 
     share = unknown_share(features, pretrained.tokenizer)
@@ -247,7 +247,7 @@ def _check_tokens(features: Any, pretrained: Pretrained) -> None:
 
 
 def _best_step(tried: Sequence[Trained], plan: Plan) -> int:
-    """The step with the best mean score over folds; of equals the lower mean loss, then the later step."""
+    """Step with the best mean score over folds; of equals, the lower mean loss wins, then the later step."""
     metric = plan.data.problem.metric(plan.metric)
     steps = [step for step, _ in tried[0].curve]
     means = {step: float(np.mean([dict(t.curve)[step] for t in tried])) for step in steps}
@@ -299,7 +299,7 @@ def _finish(
     history: pd.DataFrame,
     probe: FrozenProbe | None,
 ) -> FitResult:
-    """Combine, calibrate, evaluate, write."""
+    """Combine, calibrate, evaluate and write."""
     import pandas as pd
 
     from .memory import peak_memory
@@ -360,7 +360,7 @@ def _finish(
 
 
 def _troubles(trained: Trained) -> Iterator[str]:
-    """What is wrong with a training, in sentences."""
+    """Faults of a training, in sentences."""
     if trained.failing:
         yield "the training loss never fell below 0.9 log K: try --restarts 2, another lr or more steps"
     if trained.hopeless:
@@ -368,7 +368,7 @@ def _troubles(trained: Trained) -> Iterator[str]:
 
 
 def _mean_scores(model: FittedModel, tables: Sequence[pd.DataFrame], plan: Plan) -> dict[str, np.ndarray]:
-    """What an ensemble answers to every set, from the predictions of its members."""
+    """Predictions of an ensemble for every set, from those of its members."""
     return {
         name: np.mean([model.scores_of(table[table["set"] == name]) for table in tables], axis=0)
         for name in plan.data.tests
@@ -376,7 +376,7 @@ def _mean_scores(model: FittedModel, tables: Sequence[pd.DataFrame], plan: Plan)
 
 
 def _calibrate(trained: Trained, plan: Plan, pretrained: Pretrained) -> float:
-    """Fit a temperature on the validation rows and take it into the model."""
+    """Fit a temperature on the validation rows, and put it into the model."""
     from .outputs import logits
     from .scale import rescale, temperature
 
@@ -421,7 +421,7 @@ def spread(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _announce(plan: Plan) -> None:
-    """Say what is about to happen."""
+    """Log the plan."""
     data, rows_per_step = plan.data, plan.options.batch_size * plan.options.accumulation
     sizes = ", ".join(f"{name} {len(rows)}" for name, rows in data.tests.items()) or "no test set"
     logger.info("%s, %d training rows (%s)", data.problem.kind, len(data.train), sizes)

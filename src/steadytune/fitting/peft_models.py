@@ -1,4 +1,4 @@
-"""Models with adapters of PEFT or of our own: made, merged, written and read."""
+"""Make, merge, write and read models with adapters of PEFT or of this package."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .pretrained import quiet
 logger = logging.getLogger("steadytune")
 
 
-LORA_ABOVE = 1_000_000_000  # parameters from which on adapters are trained unless told otherwise
-PEFT_CONFIG = "adapter_config.json"  # what makes a folder one of PEFT's
+LORA_ABOVE = 1_000_000_000  # number of parameters above which adapters are the default
+PEFT_CONFIG = "adapter_config.json"  # file by which a folder of PEFT is known
 
 
 def adapted(model: PreTrainedModel, lora: bool | None, kind: str | None = None) -> nn.Module:
-    """The model with adapters and a trainable head, if wanted or too large to train whole; needs the extra ``peft``.
+    """Add adapters to a model, if wanted or if it is too large to train whole; needs the extra ``peft``.
 
     Args:
-        model: Changed in place.
-        lora: The same as the kind ``"lora"``; None: for models of more than a billion weights.
+        model: The model, which is changed in place.
+        lora: True is the kind ``"lora"``; None is ``"lora"`` for models with more than a billion weights.
         kind: ``"lora"``, of rank 16, alpha 32 and dropout 0.05 on all linear layers (Hu et al., ICLR 2022, arXiv
             2106.09685; on all layers as Dettmers et al., NeurIPS 2023, arXiv 2305.14314); ``"ia3"``, factors of keys,
             values and feed-forward (Liu et al., NeurIPS 2022, arXiv 2205.05638); ``"prefix"``, 20 keys and values of
@@ -74,7 +74,7 @@ def adapted(model: PreTrainedModel, lora: bool | None, kind: str | None = None) 
 
 
 def unfit(model: Any, kind: str | None, why: str) -> UsageError:
-    """The error of a model that does not work with adapters of this kind, or, without a kind, with such long rows."""
+    """Error of a model that fails with adapters of this kind, or, without a kind, on its longest row."""
     if kind is None:
         return UsageError(f"a {model.config.model_type} model fails on the longest row ({why}): lower max_length.")
     return UsageError(
@@ -83,13 +83,13 @@ def unfit(model: Any, kind: str | None, why: str) -> UsageError:
 
 
 def merged(model: nn.Module) -> PreTrainedModel:
-    """A plain model: adapters taken into the weights, where they can be (LoRA, IA3)."""
+    """A plain model, with adapters merged into the weights if possible (LoRA, IA3)."""
     unload: Any = getattr(model, "merge_and_unload", None)
     return unload() if unload else model  # type: ignore[return-value]
 
 
 def write_model(model: Any, folder: str | Path) -> None:
-    """A plain model directory; of a model whose adapters cannot be merged, what was trained alone."""
+    """Write a plain model directory; if adapters cannot be merged, only the trained weights."""
     if adapter_size(model) is None:
         model.save_pretrained(folder)  # PEFT's writes its adapters
     else:
@@ -98,7 +98,7 @@ def write_model(model: Any, folder: str | Path) -> None:
 
 
 def read_model(folder: str | Path, base: Callable[[], PreTrainedModel]) -> nn.Module:
-    """What `write_model` wrote, in float32; ``base`` loads the pre-trained model, for adapters."""
+    """Read a folder of `write_model` in float32; ``base`` loads the pre-trained model for adapters."""
     with quiet():
         if Path(folder, ADAPTERS).is_file():
             return load_adapters(folder, base())

@@ -1,4 +1,4 @@
-"""What `fit` was asked for, checked before anything is trained."""
+"""The plan of a fit: arguments and data, checked before training."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ logger = logging.getLogger("steadytune")
 
 Combine = Literal["best", "soup", "ensemble"]
 COMBINE = ("best", "soup", "ensemble")
-CROSS_VALIDATION = "cross-validation"  # the set of rows that were scored by the fold that left them out
-REFIT_EVALUATIONS = 10  # moments of a fold at which training may end
+CROSS_VALIDATION = "cross-validation"  # name of the training rows as scored by the fold that left them out
+REFIT_EVALUATIONS = 10  # number of evaluations of a fold, which are the candidates for the number of steps
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What `fit` was asked for, checked and resolved."""
+    """Checked and resolved arguments of `fit`."""
 
     model: str
     methods: list[Method]
@@ -61,14 +61,14 @@ class Plan:
 
     @property
     def selects(self) -> bool:
-        """Whether anything is chosen by the scores of the rows of `select`."""
+        """Whether anything is selected by scores on the rows of `select`."""
         several = self.num_seeds > 1 and self.combine == "best"
         options = self.options
         return bool(options.evaluations or options.calibrate or several or options.threshold == "tune")
 
     @property
     def select(self) -> pd.DataFrame | None:
-        """The rows on which runs and moments are chosen: never trained on, and no test set."""
+        """Rows for selecting runs and steps; they are not trained on and are not a test set."""
         return self.data.tests.get("validation")
 
 
@@ -216,7 +216,7 @@ def _check_selection(plan: Plan) -> None:
 
 
 def open_model(plan: Plan) -> Pretrained:
-    """Config and tokenizer of the model, before its weights, and what its head is to read."""
+    """Read the config and tokenizer of the model, and choose the inputs of its head, without reading weights."""
     from .pretrained import Pretrained
     from .start import chosen_pooling
 
@@ -230,7 +230,7 @@ def open_model(plan: Plan) -> Pretrained:
 
 
 def make_setup(plan: Plan, pretrained: Pretrained, checkpoints: Path) -> Setup:
-    """What all trainings share."""
+    """Setup that all trainings share."""
     from .start import first_methods
     from .training import Setup
 
@@ -245,7 +245,7 @@ def make_setup(plan: Plan, pretrained: Pretrained, checkpoints: Path) -> Setup:
 
 
 def runs(plan: Plan, stop_at: int | None = None) -> list[Job]:
-    """The trainings whose models are combined: same head, other orders, dropout and draws."""
+    """Jobs whose models are combined: the same head, but different row orders, dropout and draws."""
     from .training import Job
 
     def seeds(i: int) -> dict[str, int]:
@@ -289,7 +289,7 @@ def fitted_model(plan: Plan, pretrained: Pretrained, models: Sequence[Any]) -> F
 
 
 def tune_threshold(model: FittedModel, plan: Plan) -> None:
-    """Let a model decide with the threshold that is best on the validation rows, if that was asked for."""
+    """Set the threshold that is best on the validation rows, if the options ask for it."""
     if plan.options.threshold != "tune":
         return
     assert plan.select is not None
@@ -305,13 +305,13 @@ def tune_threshold(model: FittedModel, plan: Plan) -> None:
 def evaluate(
     model: FittedModel, data: Data, progress: bool = False, known: Mapping[str, np.ndarray] | None = None
 ) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
-    """Predictions of all sets, one under the other, and the scores of each.
+    """Predictions of all sets in one frame, and the scores of each set.
 
     Args:
-        model: Predicts, and says how its outputs are read.
-        data: With the sets.
-        progress: Show bars.
-        known: By set, what `FittedModel.scores` would give; then nothing is predicted again.
+        model: Model that predicts.
+        data: Data with the sets.
+        progress: Whether to show bars.
+        known: Results of `FittedModel.scores` by set, if they are known; then nothing is predicted again.
     """
     tables, scores = [], {}
     for name, rows in data.tests.items():

@@ -1,4 +1,4 @@
-"""Predictions for a table of any size: read, predicted and written a few thousand rows at a time."""
+"""Predict a table of any size: it is read, predicted and written a few thousand rows at a time."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ ON_EMPTY = ("skip", "error")
 
 @dataclass
 class Predicted:
-    """What `predict_file` has done.
+    """Counts of `predict_file`.
 
     Attributes:
-        rows: Rows of the table, all of which were written.
+        rows: Number of rows of the table; all were written.
         empty: Numbers of the rows without a text, which have no prediction.
         cut: Numbers of the rows with more tokens than the model reads.
     """
@@ -55,7 +55,7 @@ def check_output(
         endings: Endings that the file may have.
 
     Raises:
-        UsageError: An unknown ending, a missing folder, an existing file, or one of the inputs by any of its names.
+        UsageError: The ending is unknown, the folder is missing, the file exists, or it is one of the inputs.
     """
     if output.suffix.lower() not in endings:
         raise UsageError(f"output {output}: files end in {', '.join(endings)}.{suggest(output.suffix, endings)}")
@@ -71,7 +71,7 @@ def check_output(
 
 
 def _is_part_of(output: Path, source: Path) -> bool:
-    """Whether an output is an input file, or a file of the model in an input folder, whatever links lead there."""
+    """Whether an output is an input file, or a file of the model in an input folder, also through links."""
     if not output.exists() or not source.exists():
         return False
     if source.is_dir():
@@ -92,25 +92,25 @@ def predict_file(
     progress: bool = False,
     chunk: int = CHUNK_ROWS,
 ) -> Predicted:
-    """Write a table with its predictions: one row per row, in their order; whole or not at all.
+    """Write a table with its predictions, row by row in the same order, atomically.
 
     Several labels a row are written as the training rows had them: as lists (JSON in files of text), joined by the
     separator, or in one column of 0 and 1 for each class. Where the table has such columns of its own, those of the
     predictions are called ``prediction_<column>``.
 
     Args:
-        model: Predicts.
+        model: Model that predicts.
         source: File, or data set of the hub (`hub:owner/name`).
         output: File to write: .csv, .tsv, .jsonl or .parquet.
-        text: Text columns, if they are called otherwise than in training.
-        keep: Columns of the table that are written beside the predictions; by default all.
-        on_empty: ``"skip"`` writes rows without a text without a prediction, ``"error"`` raises.
-        overwrite: Replace the output.
-        progress: Show a bar.
-        chunk: Rows in memory at a time.
+        text: Text columns, if their names differ from training.
+        keep: Columns of the table to write with the predictions; by default all.
+        on_empty: ``"skip"`` leaves the prediction of a row without a text empty, ``"error"`` raises.
+        overwrite: Whether to replace the output.
+        progress: Whether to show a bar.
+        chunk: Number of rows in memory at a time.
 
     Raises:
-        UsageError: The table cannot be read, lacks a column or holds cells that are no text, or the output cannot be
+        UsageError: The table cannot be read, lacks a column, or has a cell that is not text; or the output cannot be
             written.
     """
     check_output(output, [source], overwrite)

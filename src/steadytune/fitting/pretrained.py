@@ -1,4 +1,4 @@
-"""Model, tokens and labels: what a table and a model directory become before training."""
+"""Open a pre-trained model with its tokenizer and a head for the problem."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from .scale import output_layer, rescale
 logger = logging.getLogger("steadytune")
 
 MAX_LENGTH = 128
-NAMED = "name:"  # how a prompt begins that stands in the folder of a sentence encoder
-SHOWN = 4  # names of weights in a message
+NAMED = "name:"  # prefix of the name of a prompt in the folder of a sentence encoder
+SHOWN = 4  # largest number of names in a message
 
 
 @contextlib.contextmanager
 def quiet(warnings: bool = False) -> Iterator[None]:
-    """Silence transformers' own bars and tables for a while; what matters in them is said in our words."""
+    """Silence bars and tables of transformers inside the block; our own messages say what matters in them."""
     level, bars = hub_logging.get_verbosity(), hub_logging.is_progress_bar_enabled()
     hub_logging.disable_progress_bar()
     if not warnings:
@@ -57,16 +57,16 @@ def quiet(warnings: bool = False) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Pretrained:
-    """A pre-trained model, opened: every `load` is the same model with a head drawn anew.
+    """An opened pre-trained model; each `load` returns the same model with a new random head.
 
     Attributes:
         name: Directory or hub name.
-        config: With a head for the problem and the dropout wanted.
-        tokenizer: With a padding token; it agrees with the config (see `agree`).
-        max_length: Tokens per row.
-        dropout: The settings in force.
+        config: Configuration with a head for the problem, and with the dropout of the options.
+        tokenizer: Tokenizer with a padding token, in agreement with the config (see `agree`).
+        max_length: Largest number of tokens per row.
+        dropout: Dropout probabilities in use.
         classes: Class names of the head in the checkpoint, in its order.
-        prompt: What stands before the first text of every row.
+        prompt: Text before the first text of each row.
         sentence: What a sentence-transformers folder says; None where the model is no such folder.
         pooling: What the head reads, see `start.chosen_pooling`.
     """
@@ -96,7 +96,7 @@ class Pretrained:
         """Read config and tokenizer, and what a sentence-transformers folder says beside them.
 
         Raises:
-            UsageError: No such model, no model, or one that cannot do what was asked for.
+            UsageError: There is no such model, or it cannot do what the options ask for.
         """
         if name.startswith((".", "/", "~")) and not Path(name).is_dir():
             raise UsageError(f"model {name!r}: no such directory.")
@@ -149,14 +149,14 @@ class Pretrained:
         return frozenset(self._new)
 
     def load(self, seed: int, problem: Problem | None = None) -> PreTrainedModel:
-        """The model in float32, new weights drawn with ``seed``; a head that is not new goes to the problem's scale.
+        """Load the model in float32, with new weights drawn with ``seed``, and the head of a checkpoint rescaled.
 
-        Whatever the checkpoint's precision, the weights that AdamW moves are float32: at 2e-5 bfloat16 rounds most
-        updates to nothing. The head of a checkpoint is kept where its classes have the same names (its rows are put
-        in the order of the new classes), and drawn anew where they have others; either is logged.
+        Weights are float32 at any precision of the checkpoint, because at a rate of 2e-5 bfloat16 rounds most updates
+        of AdamW to nothing. The head of a checkpoint is kept if its classes have the same names, with its rows in the
+        order of the new classes. Otherwise it is drawn at random. Either is logged.
 
         Raises:
-            UsageError: Weights of the body are not in the checkpoint: they would be drawn at random.
+            UsageError: The checkpoint lacks weights of the body, which would be random.
         """
         model, new = self.read(seed)
         self._new.update(new)
@@ -191,7 +191,7 @@ class Pretrained:
     def _check_body(
         self, model: PreTrainedModel, missing: Collection[str], mismatched: Collection[str], unused: Collection[str]
     ) -> None:
-        """Only a head may be new, or a pooler that the checkpoint has under no name; only a head may change its size.
+        """Raise unless only a head is new or of another size; a pooler that the checkpoint lacks may be new too.
 
         Raises:
             UsageError: Another weight is new.
@@ -238,7 +238,7 @@ class Pretrained:
         self._say(f"the head of the checkpoint is kept for the classes {_some(names)}{moved}")
 
     def _say(self, message: str, level: int = logging.INFO) -> None:
-        """Log a message once, however often the model is loaded."""
+        """Log a message once, even if the model is loaded several times."""
         if message not in self._said:
             self._said.add(message)
             logger.log(level, "%s", message)
@@ -251,7 +251,7 @@ def _skeleton(config: Any) -> PreTrainedModel:
 
 
 def matching(old: Sequence[str], new: Sequence[str]) -> list[int] | None:
-    """For every new class the number of the old class of its name (case and outer spaces aside); None if they differ.
+    """For each new class the old class of the same name, ignoring case and outer spaces; None if names differ.
 
     >>> matching(["NEGATIVE", "POSITIVE"], ["positive", "negative"])
     [1, 0]
@@ -284,7 +284,7 @@ def _some(names: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """Whatever the library says when a directory or hub model cannot be read, in one sentence.
+    """Replace errors of the library about an unreadable model by one sentence.
 
     Raises:
         UsageError: Instead.
@@ -319,16 +319,16 @@ def set_dropout(config: Any, probability: float | None) -> dict[str, float]:
 def agree(config: Any, tokenizer: PreTrainedTokenizerBase, model: nn.Module, name: str) -> None:
     """Make config and tokenizer agree on the padding token and on special tokens inside texts.
 
-    Decoders take their answer from the last token that is not padding, and models like RoBERTa count positions over
-    such tokens, by the number in their config: it must be the one that the tokenizer pads with. Encoder-decoders take
-    it from the last end token and refuse rows with different numbers of them: the string of a special token inside a
-    text is read as text.
+    Decoders take their answer from the last token that is not padding, and models like RoBERTa count positions without
+    padding. Both know padding by the number in their config, which must be that of the tokenizer. Encoder-decoders take
+    their answer from the last end token, and refuse rows with different numbers of them. Therefore the string of a
+    special token inside a text is read as text.
 
     Args:
         config: Configuration of the model; its padding number is set.
-        tokenizer: Its padding token is set.
-        model: With embeddings of the right sizes; its weights are not read.
-        name: What messages call the model.
+        tokenizer: Tokenizer; its padding token is set.
+        model: Model with embeddings of the right sizes; its weights are not read.
+        name: Name of the model in messages.
 
     Raises:
         UsageError: There is no padding token, or none that both know.
