@@ -1,4 +1,4 @@
-"""The command line: flags in, tables out. Nothing heavy is imported before a command needs it."""
+"""The command line. Commands import what they need inside their functions, so that help appears at once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ app = typer.Typer(
 
 
 class _OneName(typer.core.TyperCommand):
-    """A command whose options may have two names, of which a call gives one."""
+    """A command whose options may have two names; a call may give one of them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given = {word.partition("=")[0] for word in args}
@@ -45,7 +45,7 @@ def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
 
 
 def _configure(context: typer.Context, file: Path | None) -> Path | None:
-    """Make what a YAML file says the command's defaults, before its other options are read."""
+    """Make the options of a YAML file the command's defaults, before its other options are read."""
     if file is not None:
         with _errors_in_one_line():
             from .config import defaults
@@ -85,21 +85,24 @@ def fit(
     label: LabelColumns = None,
     label_separator: LabelSeparator = None,
     group: Annotated[
-        str | None, _option(INPUT, "Column whose equal values keep rows on one side of every split.")
+        str | None, _option(INPUT, "Column of groups; rows of one group stay on one side of each split.")
     ] = None,
     kind: Annotated[str, _option(INPUT, "auto, classification, multilabel or regression.")] = "auto",
-    metric: Annotated[str | None, _option(INPUT, "Metric that selects and is shown first.")] = None,
+    metric: Annotated[str | None, _option(INPUT, "Metric used for selection and shown first.")] = None,
     test: Annotated[list[str] | None, _option(INPUT, "Test file, or NAME=FILE; repeatable.")] = None,
     validation: Annotated[Path | None, _option(INPUT, "Validation file.")] = None,
     validation_column: Annotated[
-        str | None, _option(INPUT, "Instead: column that names each row's split (train, validation, test).")
+        str | None,
+        _option(
+            INPUT, "Column that names the split of each row (train, validation, test), instead of a validation file."
+        ),
     ] = None,
     validation_share: Annotated[
-        float, _option(INPUT, "Without a validation file: share of the training rows to hold out; 0 for none.")
+        float, _option(INPUT, "Share of the training rows to hold out if there is no validation file; 0 for none.")
     ] = 0.1,
     train_size: Annotated[int | None, _option(INPUT, "Draw this many training rows, stratified.")] = None,
     task: Annotated[
-        str | None, _option(INPUT, "A benchmark task instead of a file: see [b]steadytune tasks[/].")
+        str | None, _option(INPUT, "Benchmark task, instead of a file: see [b]steadytune tasks[/].")
     ] = None,
     data_root: Annotated[
         Path | None, _option(INPUT, "Folder of the benchmark tasks.", envvar="STEADYTUNE_DATA")
@@ -109,12 +112,12 @@ def fit(
         list[str] | None,
         _option(
             TRAINING,
-            "A method, with options: dps_dense:keep=0.7,update_ratio=0.05. Repeatable, in order of action; none is "
+            "Method with options: dps_dense:keep=0.7,update_ratio=0.05. Repeatable; methods run in list order. None is "
             "plain fine-tuning. See [b]steadytune methods[/].",
         ),
     ] = None,
     procedure: Annotated[
-        str | None, _option(TRAINING, "Several trainings in place of one, with options: mixup-blo:folds=1,order=first.")
+        str | None, _option(TRAINING, "Several trainings instead of one, with options: mixup-blo:folds=1,order=first.")
     ] = None,
     steps: Annotated[
         int | None,
@@ -161,7 +164,7 @@ def fit(
         str,
         _option(
             TRAINING,
-            "How the output layer begins: random, or as a linear probe on frozen features (logistic; ridge is faster "
+            "Initial output layer: random, or a linear probe on frozen features (logistic; ridge is faster "
             "with many classes).",
         ),
     ] = "random",
@@ -169,7 +172,7 @@ def fit(
         str,
         _option(
             TRAINING,
-            "What the head reads: model (as it is), mean (over tokens), cls (first token, without the dense layer), or "
+            "Input of the head: model (unchanged), mean (over tokens), cls (first token, without the dense layer), or "
             "auto: mean for sentence encoders trained so.",
         ),
     ] = "auto",
@@ -183,22 +186,25 @@ def fit(
     class_weights: Annotated[str, _option(TRAINING, "none, or balanced: by inverse frequency.")] = "none",
     bf16: Annotated[bool, _option(TRAINING, "bfloat16 autocast; weights stay float32.")] = False,
     evaluations: Annotated[
-        int, _option(SELECTION, "Score the validation rows this often while training and keep the best weights.")
+        int,
+        _option(SELECTION, "Number of evaluations on the validation rows during training; the best weights are kept."),
     ] = 0,
-    patience: Annotated[int | None, _option(SELECTION, "Stop after this many evaluations without a new best.")] = None,
+    patience: Annotated[
+        int | None, _option(SELECTION, "Number of evaluations without a new best after which training stops.")
+    ] = None,
     num_seeds: Annotated[int, _option(SELECTION, "Number of runs with the same head; see --combine.")] = 1,
     combine: Annotated[
         str,
         _option(
             SELECTION,
-            "What several runs become: soup (the mean of their weights), best (on the validation rows) or ensemble.",
+            "How to combine several runs: soup (the mean of their weights), best (on the validation rows) or ensemble.",
         ),
     ] = "soup",
     distil: Annotated[
         bool, _option(SELECTION, "Train one model on the answers of the ensemble, and keep that.", "--distil")
     ] = False,
     refit: Annotated[
-        bool, _option(SELECTION, "Choose the number of steps by cross-validation, train on all rows.", "--refit")
+        bool, _option(SELECTION, "Choose the number of steps by cross-validation, then train on all rows.", "--refit")
     ] = False,
     folds: Annotated[int, _option(SELECTION, "Folds of the cross-validation.")] = 5,
     probe: Annotated[
@@ -216,7 +222,8 @@ def fit(
         ),
     ] = None,
     restarts: Annotated[
-        int, _option(SELECTION, "Begin anew this often when the loss stays above 0.9 log K after 20 % of the steps.")
+        int,
+        _option(SELECTION, "Number of restarts of a run whose loss is still above 0.9 log K after 20 % of the steps."),
     ] = 0,
     seed: Annotated[int, _option(SEEDS, "Seed of everything that has no seed of its own.")] = 0,
     init_seed: Annotated[int | None, _option(SEEDS, "Seed of the new head.")] = None,
@@ -228,11 +235,11 @@ def fit(
     method_seed: Annotated[int | None, _option(SEEDS, "Seed of the methods' masks and noise.")] = None,
     save_steps: Annotated[int, _option(OUTPUT, "Steps between checkpoints; 0 for none.")] = 200,
     resume: Annotated[
-        bool, _option(OUTPUT, "Go on from the last checkpoint in the output directory.", "--resume")
+        bool, _option(OUTPUT, "Continue from the last checkpoint in the output directory.", "--resume")
     ] = False,
     overwrite: Annotated[bool, _option(OUTPUT, "Replace the run in the output directory.", "--overwrite")] = False,
     dry_run: Annotated[
-        bool, _option(OUTPUT, "Say what it would take (steps, minutes, memory, files); train nothing.", "--dry-run")
+        bool, _option(OUTPUT, "Estimate steps, minutes, memory and files without training.", "--dry-run")
     ] = False,
     push_to_hub: Annotated[str | None, _option(OUTPUT, "Upload the finished folder to this repository.")] = None,
     quiet: Annotated[bool, _option(OUTPUT, "No plan, no progress bar.", "--quiet")] = False,
@@ -288,9 +295,7 @@ def predict(
     output: Annotated[
         Path, _option(OUTPUT, "File to write: .csv, .tsv, .jsonl or .parquet, one row per row of the table.")
     ] = Path("predictions.csv"),
-    text: Annotated[
-        list[str] | None, _option(INPUT, "Text column, if it is called otherwise than in training.")
-    ] = None,
+    text: Annotated[list[str] | None, _option(INPUT, "Text column, if its name differs from training.")] = None,
     keep: Annotated[
         str | None,
         _option(OUTPUT, "Columns to write beside the predictions, as in id,text. [dim]\\[default: all][/]"),
@@ -332,7 +337,7 @@ def probe(
     ] = None,
     label: LabelColumns = None,
     label_separator: LabelSeparator = None,
-    group: Annotated[str | None, _option(INPUT, "Column whose equal values keep rows in one fold.")] = None,
+    group: Annotated[str | None, _option(INPUT, "Column of groups; rows of one group stay in one fold.")] = None,
     kind: Annotated[str, _option(INPUT, "auto, classification, multilabel or regression.")] = "auto",
     metric: Annotated[str | None, _option(INPUT, "Metric that ranks.")] = None,
     test: Annotated[list[str] | None, _option(INPUT, "Test file, or NAME=FILE; repeatable.")] = None,
@@ -341,7 +346,7 @@ def probe(
         str,
         _option(
             TRAINING,
-            "What is read of a model: mean (over tokens), cls (the first one), model (what its head reads), or auto: "
+            "Features of a model: mean (over tokens), cls (the first one), model (the input of its head), or auto: "
             "as its sentence-transformers folder says, else model.",
         ),
     ] = "auto",
@@ -384,7 +389,7 @@ def probe(
 
 
 def _models(given: list[str]) -> list[str] | dict[str, str]:
-    """Models as given, or by name where one of them has a name."""
+    """Models as given, or by name if one of them has a name."""
     from .errors import UsageError
 
     pairs = [_pair(item) for item in given]
@@ -440,7 +445,9 @@ def bench(
     data_root: Annotated[
         Path | None, _option(INPUT, "Folder of the benchmark tasks.", envvar="STEADYTUNE_DATA")
     ] = None,
-    seeds: Annotated[int | None, _option(SEEDS, "Seeds 0 to this less one, instead of the study's.")] = None,
+    seeds: Annotated[
+        int | None, _option(SEEDS, "Number of seeds, instead of the study's: N does runs with seeds 0 to N-1.")
+    ] = None,
     filters: Annotated[
         list[str] | None,
         _option(
@@ -449,17 +456,17 @@ def bench(
             "--filter",
         ),
     ] = None,
-    workers: Annotated[int, _option(TRAINING, "Processes; they share cores and GPUs.")] = 1,
+    workers: Annotated[int, _option(TRAINING, "Number of worker processes; they share cores and GPUs.")] = 1,
     timeout: Annotated[float | None, _option(TRAINING, "Seconds after which a run counts as failed.")] = None,
     retry_failed: Annotated[bool, _option(TRAINING, "Do failed runs again.", "--retry-failed")] = False,
     dry_run: Annotated[
         bool,
-        _option(OUTPUT, "List the runs and their minutes; train a few steps only.", "--dry-run"),
+        _option(OUTPUT, "List the runs and estimate their minutes from a few steps.", "--dry-run"),
     ] = False,
     quiet: Annotated[bool, _option(OUTPUT, "No progress.", "--quiet")] = False,
     config: Config = None,
 ) -> None:
-    """Run a study: models x tasks x sizes x recipes x seeds, one record each. What has a record is not run again.
+    """Run a study: models x tasks x sizes x recipes x seeds, with one record for each run. Recorded runs are skipped.
 
     Example: steadytune bench stick --model bert-base-uncased --data-root data --workers 2; then: steadytune report
     runs/stick
@@ -490,7 +497,7 @@ def _pair(item: str) -> tuple[str, str]:
 
 
 def _show_runs(study: Any, folder: Path, data_root: Path | None, filters: list[str]) -> None:
-    """What a study would do, and how long it would take."""
+    """Print the runs of a study, and how long they would take."""
     from .bench.forecast import forecast
     from .bench.store import Store
     from .bench.study import chosen
@@ -515,7 +522,7 @@ def report(
     ] = None,
     config: Config = None,
 ) -> None:
-    """Report a bench or a fit on pages that need nothing else: no scripts, no network.
+    """Report a bench or a fit on self-contained pages, without scripts or network.
 
     Of a bench: report.html with tables, paired comparisons and figures, the same as report.md, and the numbers as
     runs.csv (a row per run and set) and summary.csv. Of a fit: report.html, which every fit also writes itself.
@@ -557,7 +564,7 @@ def _named(tests: list[str]) -> dict[str, Path]:
 
 
 def _from_task(given: dict[str, Any], tests: dict[str, Any]) -> tuple[Any, str, dict[str, Any]]:
-    """Training table, metric and test tables of `--task`; flags that would contradict the task are errors."""
+    """Training table, metric and test tables of `--task`; flags that contradict the task are errors."""
     from . import tasks
     from .errors import UsageError
 
@@ -704,7 +711,7 @@ def _show_files(name: str) -> None:
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check versions, devices and everything that steadytune relies on; exit code 1 when something fails."""
     with _errors_in_one_line():

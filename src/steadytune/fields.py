@@ -1,4 +1,4 @@
-"""What the fields of a dataclass may hold: declared once, by the type, then checked, shown and explained from there.
+"""Ranges and choices of the fields of a dataclass. The type declares them, and checks, messages and pages read them.
 
     keep: Annotated[float, Within("(0, 1]")] = 0.7
     threshold: Literal["tensor", "global"] = "tensor"
@@ -22,10 +22,10 @@ from .errors import UsageError
 
 @dataclass(frozen=True)
 class Within:
-    """The interval that a number must lie in.
+    """Interval of a number.
 
     Attributes:
-        interval: Written as in mathematics, for example ``"(0, 1]"`` or ``"[1, inf)"``.
+        interval: The interval as in mathematics, for example ``"(0, 1]"`` or ``"[1, inf)"``.
     """
 
     interval: str
@@ -51,10 +51,10 @@ class Within:
 
 
 def check_fields(instance: Any) -> None:
-    """Raise for the first field of a dataclass whose value its type does not allow.
+    """Raise for the first field of a dataclass with a value that its type does not allow.
 
     Raises:
-        UsageError: It names the field, what is allowed, the value, and the nearest choice.
+        UsageError: The message names the field, the allowed values, the value, and the nearest choice.
     """
     declared = hints(type(instance))
     for field in dataclasses.fields(instance):
@@ -63,7 +63,7 @@ def check_fields(instance: Any) -> None:
 
 
 def check(name: str, value: Any, hint: Any) -> None:
-    """Raise unless ``hint`` allows ``value``; ``name`` is what the message calls it.
+    """Raise unless ``hint`` allows ``value``; ``name`` is its name in the message.
 
     Raises:
         UsageError: See `check_fields`.
@@ -73,7 +73,7 @@ def check(name: str, value: Any, hint: Any) -> None:
 
 
 def allows(hint: Any, value: Any) -> bool:
-    """Whether a value is of a type, and in its interval. NumPy's numbers count as Python's."""
+    """Whether a value has a type and is in its interval. NumPy's numbers count as Python's."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         base, *rest = arguments
@@ -91,7 +91,7 @@ def allows(hint: Any, value: Any) -> bool:
 
 
 def rule(hint: Any) -> str:
-    """What a type allows, in words that follow "must be": "a number in (0, 1]", "one of 'a', 'b'"."""
+    """Words for a type after "must be": "a number in (0, 1]", "one of 'a', 'b'"."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         base, *rest = arguments
@@ -114,13 +114,13 @@ def rule(hint: Any) -> str:
 
 
 def nearest(hint: Any, value: Any) -> str:
-    """A hint at the choice that was probably meant, or nothing."""
+    """A hint at the nearest choice, or "" if none is near."""
     near = difflib.get_close_matches(str(value), list(map(str, choices(hint))), 1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def choices(hint: Any) -> list[Any]:
-    """The values that a type names, wherever in it they stand."""
+    """All literal values in a type."""
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         return list(arguments)
@@ -128,14 +128,14 @@ def choices(hint: Any) -> list[Any]:
 
 
 def interval(hint: Any) -> str:
-    """The interval that a type declares for a number, or ""."""
+    """Interval of a number type, or ""."""
     if isinstance(hint, Within):
         return hint.interval
     return next(filter(None, map(interval, typing.get_args(hint))), "")
 
 
 def spell(hint: Any) -> str:
-    """A type as code would write it, without its interval: ``float | None``, ``'a' | 'b'``, ``function``."""
+    """A type as in code, without its interval: ``float | None``, ``'a' | 'b'``, ``function``."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         return spell(arguments[0])
@@ -148,8 +148,8 @@ def spell(hint: Any) -> str:
 
 
 def hints(cls: Any) -> dict[str, Any]:
-    """Types of the fields of a class by name; none where they name what only its author can look up."""
+    """Types of the fields of a class by name; empty if they refer to names that cannot be looked up."""
     try:
         return typing.get_type_hints(cls, include_extras=True)
-    except NameError:  # a class that was defined inside a function
+    except NameError:  # the class was defined inside a function
         return {}

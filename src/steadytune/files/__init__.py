@@ -1,1 +1,1 @@
-"""Files that are written whole or not at all, and read without unpickling."""
+"""Files that are written atomically and read without unpickling."""

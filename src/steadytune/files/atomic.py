@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A full disk or a missing permission, in one sentence.
+    """Turn the error of a full disk or a missing permission into one sentence.
 
     Raises:
         UsageError: Instead of what the libraries raise.
@@ -49,8 +49,8 @@ def write_whole(path: Path, writer: Callable[[Path], Any]) -> None:
     """Let ``writer`` make a file or a folder under a name beside ``path``, then rename it to ``path``.
 
     Args:
-        path: The final place: a file, which is replaced, or a folder, which must be new or empty.
-        writer: Is given the name to write under; what it has written is removed if it fails.
+        path: Final path: a file, which is replaced, or a folder, which must be new or empty.
+        writer: Function that gets the path to write to; if it fails, its output is removed.
     """
     part = part_of(path)
     try:
@@ -67,9 +67,9 @@ def write_into(folder: Path, writer: Callable[[Path], Any], last: str) -> list[s
     """Let ``writer`` fill a new folder inside ``folder``, then move its files up into ``folder``, one by one.
 
     Args:
-        folder: The final place of the files; what it holds beside them stays.
-        writer: Is given the new folder.
-        last: Name of the file that is moved last, so that its presence says that the others are complete.
+        folder: Final folder of the files; its other contents stay.
+        writer: Function that gets the new folder.
+        last: Name of the file that is moved last; its presence shows that the others are complete.
 
     Returns:
         The names of the files, in the order in which they were moved.
@@ -92,7 +92,7 @@ def part_of(path: Path) -> Path:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written in a folder."""
+    """Remove half-written files of a killed process from a folder."""
     for part in folder.glob(".*.part"):
         remove(part)
 
@@ -112,6 +112,6 @@ def _umask() -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON, whole or not at all."""
+    """Write JSON atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))

@@ -1,6 +1,6 @@
-"""Sparse deltas: a fine-tuned model as what differs from its base, bit for bit, in one safetensors file.
+"""Sparse deltas: the exact difference between a fine-tuned model and its base, in one safetensors file.
 
-For runs that leave most entries alone (`SIFT`, Child-Tuning-D and DPS with ``frozen=True``, frozen layers).
+They are for runs that do not change most entries (`SIFT`, Child-Tuning-D and DPS with ``frozen=True``, frozen layers).
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ FORMAT = 1
 
 
 def save_delta(path: str | os.PathLike, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> Path:
-    """Write what turns the state dict ``base`` into ``tuned``, whole or not at all.
+    """Write the difference between the state dicts ``base`` and ``tuned``, atomically.
 
     Entries that differ in any bit are stored by index and value; tensors that ``base`` lacks or has in another shape
     or type (a new head) are stored whole.
 
     Args:
-        path: A file, or a directory, in which it is called `delta.safetensors`.
+        path: File, or directory in which the file is called `delta.safetensors`.
         base: State dict of the pre-trained model.
-        tuned: State dict of the fine-tuned one.
+        tuned: State dict of the fine-tuned model.
 
     Returns:
-        The file.
+        Path of the file.
     """
     file = Path(path, FILE) if os.path.isdir(path) else Path(path)
     comparable = {n for n, t in tuned.items() if n in base and same_kind(base[n], t)}
@@ -49,14 +49,14 @@ def save_delta(path: str | os.PathLike, base: Mapping[str, Tensor], tuned: Mappi
 
 
 def apply_delta(path: str | os.PathLike, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The fine-tuned state dict, bit for bit, on the devices of ``base``, which stays as it is.
+    """The fine-tuned state dict, bit for bit, on the devices of ``base``, which does not change.
 
     Args:
-        path: What `save_delta` wrote, or the directory of it.
+        path: File that `save_delta` wrote, or its directory.
         base: State dict of the same pre-trained model.
 
     Raises:
-        ValueError: Another base, a newer format, or a damaged file.
+        ValueError: The base differs, the format is newer, or the file is damaged.
     """
     file = Path(path, FILE) if os.path.isdir(path) else Path(path)
     tree = state.load(file)
@@ -81,7 +81,7 @@ def apply_delta(path: str | os.PathLike, base: Mapping[str, Tensor]) -> dict[str
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """64 bits that tell one state dict (names, types, shapes, bytes) from another, whatever its order."""
+    """Checksum of a state dict (names, types, shapes, bytes), 64 bits, independent of its order."""
     found = [(n, str(t.dtype), list(t.shape), checksum(t)) for n, t in sorted(tensors.items())]
     return hashlib.blake2b(json.dumps(found).encode(), digest_size=8).hexdigest()
 
@@ -92,7 +92,7 @@ def same_kind(a: Tensor, b: Tensor) -> bool:
 
 
 def changes(base: Tensor, tuned: Tensor) -> dict[str, Tensor]:
-    """Flat indices and new values of entries that differ in any bit (so -0.0 is not 0.0, a NaN is itself)."""
+    """Flat indices and new values of entries that differ in any bit: -0.0 differs from 0.0, and a NaN equals itself."""
     old, new = (t.detach().cpu().contiguous().view(-1) for t in (base, tuned))
     differ = (old.view(torch.uint8) != new.view(torch.uint8)).view(new.numel(), new.element_size())
     indices = differ.any(1).nonzero().view(-1)

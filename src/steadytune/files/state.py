@@ -15,21 +15,21 @@ from torch import Tensor
 from .atomic import write_whole
 
 KEY = "steadytune"
-MARK = "tensor:"  # a string of the tree that stands for a tensor of the file
+MARK = "tensor:"  # prefix of a string in the tree that stands for a tensor of the file
 
 
 def save(tree: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Write ``tree`` (nested dicts with string keys, lists, tensors, JSON values) to ``path``, whole or not at all."""
+    """Write ``tree`` (nested dicts with string keys, lists, tensors, JSON values) to ``path``, atomically."""
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_pack(tree, "", tensors))
     write_whole(Path(path), lambda part: save_file(tensors, part, metadata={KEY: plain}))
 
 
 def load(path: str | os.PathLike) -> dict[str, Any]:
-    """Read what `save` wrote, tensors on the CPU.
+    """Read a file of `save`, with tensors on the CPU.
 
     Raises:
-        ValueError: The file is damaged or another program's.
+        ValueError: The file is damaged, or of another program.
     """
     try:
         with safe_open(path, "pt") as file:

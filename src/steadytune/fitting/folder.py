@@ -1,4 +1,4 @@
-"""The folder of one run: what may be in it, what goes on, and files that appear whole or not at all."""
+"""The output folder of a run: check it, lock it, and write its files atomically."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RECORD = "steadytune.json"
-MEMBERS = "members"  # the models of an ensemble
+MEMBERS = "members"  # folder of the models of an ensemble
 
 
 class Output:
-    """The folder of one run: a model directory with the run's records beside it, `checkpoints/` while it trains.
+    """The output folder of a run: a model directory with the run's records, and `checkpoints/` during training.
 
-    Every file appears whole or not at all: written under another name, then renamed.
+    Files are written atomically: under another name, then renamed.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -32,7 +32,7 @@ class Output:
         self.checkpoints = self.path / "checkpoints"
 
     def check(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-        """The record of the run to resume, None for a fresh start; an error where something is in the way."""
+        """Return the record of the run to resume, or None for a fresh start; raise if other files are in the folder."""
         if resume and overwrite:
             raise UsageError("give --resume (go on) or --overwrite (start anew), not both.")
         if self.path.exists() and not self.path.is_dir():
@@ -51,7 +51,7 @@ class Output:
         return None
 
     def _in_use(self) -> bool:
-        """Whether the folder holds anything but what a run leaves that was killed before it had written its record."""
+        """Whether the folder has other files than those of a run that was killed before it wrote its record."""
         if not self.path.is_dir():
             return False
         others = any(p != self.checkpoints and not p.name.startswith(f".{RECORD}") for p in self.path.iterdir())
@@ -78,10 +78,10 @@ class Output:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other runs out of the folder while this one writes, also after a crash of this one.
+        """Lock the folder against other runs; the system releases the lock if this run crashes.
 
         Raises:
-            UsageError: Another run holds it, or it cannot be written.
+            UsageError: Another run holds the lock, or the folder cannot be written.
         """
         fresh = not self.path.exists()
         with writing(self.path):
@@ -101,7 +101,7 @@ class Output:
                     self._forget_empty()
 
     def clear(self) -> None:
-        """Remove what an earlier run recorded as its own; nothing else is touched."""
+        """Remove the files that an earlier run recorded as its own, and no others."""
         record = self._record()
         for name in record["files"] if record else ():
             (self.path / Path(name).name).unlink(missing_ok=True)
@@ -109,11 +109,11 @@ class Output:
             shutil.rmtree(folder, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Remove what a killed run left half-written."""
+        """Remove half-written files of a killed run."""
         sweep(self.path)
 
     def _forget_empty(self) -> None:
-        """Take back folders that were made for nothing."""
+        """Remove empty folders that this run made."""
         with contextlib.suppress(OSError):
             for folder in self.checkpoints.glob("*/"):
                 folder.rmdir()
@@ -123,7 +123,7 @@ class Output:
                 self.path.rmdir()
 
     def save_model(self, write: Callable[[str], Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Let ``write`` fill a folder with the model; `config.json` comes last: it loads only when it is complete."""
+        """Let ``write`` fill a folder with the model, `config.json` last, so that an incomplete model does not load."""
 
         def fill(folder: Path) -> None:
             write(str(folder))
@@ -136,7 +136,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """The record of a finished run.
 
     Raises:
-        UsageError: There is none.
+        UsageError: The folder has no finished run.
     """
     file = Path(folder, RECORD)
     try:

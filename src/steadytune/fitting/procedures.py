@@ -1,6 +1,6 @@
-"""What is several trainings: from the jobs of a `fit` to one trained model, by way of others.
+"""Procedures: several trainings that give one trained model.
 
-A procedure is called with what all trainings share, whose `train` does one of them, and with the job to be done.
+A procedure is called with the setup of all trainings, whose `train` does one of them, and with the job.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class MixupBLO:
-    """Search the shares of `WeightMixup` on splits of the rows, average what was found, fine-tune with the shares kept.
+    """Search the shares of `WeightMixup` on splits of the rows, average the results, and fine-tune with fixed shares.
 
     Somayajula, Liang, Zhang, Singh, Xie: Generalizable and Stable Finetuning of Pretrained Language Models on
     Low-Resource Texts. NAACL 2024, arXiv 2403.12918.
 
-    Each search starts from the pre-trained model, on a split of its own: the weights learn on one part of the rows, the
-    shares on the other. The means of weights and shares over the searches are where the last training starts: on all
-    rows, for as many steps as any other recipe.
+    Each search starts from the pre-trained model and has its own split: the weights learn on one part of the rows, the
+    shares on the other. The last training starts from the means of weights and shares over the searches. It uses all
+    rows and as many steps as any other recipe.
 
     Args:
-        folds: Searches; the authors' 5. The mean of several is a model soup besides.
-        search_epochs: Passes of each over its rows; the authors' 3.
+        folds: Number of searches; 5 in the paper. The mean of several is also a model soup.
+        search_epochs: Number of epochs of each search; 3 in the paper.
         outer_share: Share of the rows that the mixing shares learn on.
         order: Order of the shares' gradient, see `WeightMixup`; the authors' is ``"difference"``.
         convex: See `WeightMixup`.
@@ -68,16 +68,16 @@ class MixupBLO:
         self.mixup()
 
     def mixup(self, alpha: Mapping[str, Sequence[Tensor]] | None = None) -> WeightMixup:
-        """The method of a search, or, with shares, of the last training."""
+        """The method of a search; with shares, that of the last training."""
         return WeightMixup(self.outer_share, alpha, order=self.order, convex=self.convex, lr=self.lr)
 
     def __call__(self, setup: Setup, job: Job, made: list[FitTrainer] | None = None) -> Trained:
         """Do the job.
 
         Args:
-            setup: What its trainings share.
-            job: A training of `fit`; the searches never see the rows that select.
-            made: The Trainer of the first search, if there is one already; it is taken out of the list.
+            setup: Setup of all trainings.
+            job: A training of `fit`; the searches do not use its selection rows.
+            made: List with the Trainer of the first search, if it was made already; it is emptied.
         """
         found = self.search(setup, job, made)
         last = dataclasses.replace(setup, methods=[*setup.methods, self.mixup(found.shares)])
@@ -86,35 +86,35 @@ class MixupBLO:
         return dataclasses.replace(trained, passes=passes, seconds=trained.seconds + found.seconds)
 
     def search(self, setup: Setup, job: Job, made: list[FitTrainer] | None = None) -> Found:
-        """What all searches found together."""
+        """Result of all searches together."""
         weights, alphas, passes, seconds = zip(*self.searches(setup, job, made), strict=True)
         return Found(uniform(weights), mean_shares(alphas), sum(passes), sum(seconds))
 
     def first(self, setup: Setup, job: Job) -> Setup:
-        """What the searches share, which come first."""
+        """Setup of the searches."""
         inside = len(job.rows) - round(self.outer_share * len(job.rows))
         steps = dataclasses.replace(setup.options, steps=None, epochs=self.search_epochs).total_steps(inside)
         return dataclasses.replace(setup, methods=[*setup.methods, self.mixup()], steps=steps, keep=True, states=True)
 
     def job_of(self, job: Job, i: int) -> Job:
-        """The job of a search: it selects nothing, and has a split of its own."""
+        """Job of a search, without selection and with its own split."""
         seeds = {name: seed if name == "init" else seed + i for name, seed in job.seeds.items()}
         return dataclasses.replace(job, name=f"{job.name}-search-{i}", select=None, seeds=seeds, stop_at=None)
 
     def searches(self, setup: Setup, job: Job, made: list[FitTrainer] | None = None) -> Iterator[Found]:
-        """What one search after the other found; those that are finished are read."""
+        """Yield the results of the searches in turn; finished ones are read from disk."""
         search = self.first(setup, job)
-        for i in range(self.folds):  # no name for what was trained: its model would be held beside the next
+        for i in range(self.folds):  # no name for the trained search, so that its model is freed before the next
             yield found_by(search.train(self.job_of(job, i), made.pop() if made else None))
 
 
 def found_by(search: Trained) -> Found:
-    """What is needed of a finished search."""
+    """Result of a finished search."""
     return Found(raw_weights(search), shares(search.state), search.passes * search.steps, search.seconds)
 
 
 def raw_weights(found: Trained) -> dict[str, Tensor]:
-    """What the optimizer moved, where the model shows mixtures; on the CPU."""
+    """Raw weights, which the optimizer moves, instead of the mixtures in the model; on the CPU."""
     return {name: t.cpu() for name, t in {**found.model.state_dict(), **found.state["raw"]}.items()}
 
 

@@ -1,4 +1,4 @@
-"""Progress bars where somebody watches: terminals and notebooks, and no log files."""
+"""Progress bars in terminals and notebooks, but not in log files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from tqdm.auto import tqdm
 
 
 def progress_bar(*args: Any, **options: Any) -> Any:
-    """A bar of tqdm; where stderr is no terminal (a log file, a pipe) it stays silent."""
+    """A bar of tqdm, which is silent if stderr is not a terminal (a log file, a pipe)."""
     notebook = "notebook" in tqdm.__mro__[1].__module__  # there is no terminal, and bars are seen
     return tqdm(*args, disable=False if notebook else None, **options)

@@ -1,4 +1,4 @@
-"""The caller's random state and torch settings, which a training must leave as they were."""
+"""The caller's random state and torch settings, which a training must not change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @contextlib.contextmanager
 def as_found() -> Iterator[None]:
-    """Give Python, NumPy and torch back their random states, and torch its settings, whatever happens inside."""
+    """Restore the random states of Python, NumPy and torch, and torch's settings, also after an error in the block."""
     import torch
 
     python, numpy, own = random.getstate(), np.random.get_state(), torch.get_rng_state()

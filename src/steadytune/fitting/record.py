@@ -1,4 +1,4 @@
-"""What a fit leaves: its result, record, card and files."""
+"""The result of a fit, its record, and its files."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from .pretrained import Pretrained
 
 
-PRIVATE = [MISTAKES, PAGE]  # files that show texts of the user's data: `upload` leaves them here
+PRIVATE = [MISTAKES, PAGE]  # files with texts of the user's data, which `upload` leaves out
 
 
 @dataclass(frozen=True, eq=False)
 class FitResult:
-    """What `fit` leaves behind.
+    """Result of `fit`.
 
     Attributes:
         output: A plain Hugging Face model directory, with README.md (model card), `metrics.json`,
@@ -44,14 +44,14 @@ class FitResult:
             high), ``baseline`` and ``probe`` by metric, ``classes``, ``per_class``, ``confusion``, ``selected`` and
             ``notes``, see `steadytune.data.scores.full_scores`, and with several runs ``runs``, each metric's mean and
             spread.
-        metric: The one to look at first.
-        predictions: A row for every row of the sets: set, row, label, prediction, probabilities.
-        runs: One record per training: seeds, steps, seconds, failures, scores.
-        steps: Optimizer steps behind the model.
-        seconds: Seconds of training alone, all runs, all legs of resumed ones.
-        history: Run, step, name and value of what was logged while training: loss, lr, grad_norm, scores on the select
-            split (``eval_...``), passes.
-        warnings: What is wrong with the model as far as its scores tell, in sentences.
+        metric: Metric to show first.
+        predictions: Predictions for all rows of the sets: set, row, label, prediction, probabilities.
+        runs: One record for each training: seeds, steps, seconds, failures, scores.
+        steps: Number of optimizer steps of the model.
+        seconds: Seconds of training, over all runs and all legs of resumed ones.
+        history: Log of the trainings with run, step, name and value: loss, lr, grad_norm, scores on the select split
+            (``eval_...``), passes.
+        warnings: Faults of the model according to its scores, in sentences.
         probe: Every metric of a linear probe on frozen features, on the training rows by cross-validation; None without
             a probe.
     """
@@ -86,7 +86,7 @@ class FitResult:
 
 
 def _record(plan: Plan, pretrained: Pretrained) -> dict[str, Any]:
-    """All that is needed to run it again, as JSON; `recipe` decides the weights, together with the training rows."""
+    """Everything to repeat the fit, as JSON. Its entry `recipe` and the training rows decide the weights."""
     import torch
     import transformers
 
@@ -132,7 +132,7 @@ def _record(plan: Plan, pretrained: Pretrained) -> dict[str, Any]:
 
 
 def _write(folder: Output, result: FitResult, record: dict[str, Any], sets: Mapping[str, pd.DataFrame]) -> None:
-    """Write the model, the results, and last of all the record that calls the run finished."""
+    """Write the model, the results, and last the record, which marks the run as finished."""
     from .peft_models import write_model
     from .pretrained import quiet
 
@@ -169,13 +169,13 @@ def _write(folder: Output, result: FitResult, record: dict[str, Any], sets: Mapp
 
 
 def storable(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Tuples of labels as lists: Parquet has no tuples."""
+    """Convert tuples of labels to lists, because Parquet has no tuples."""
     several = [str(c) for c in predictions if predictions[c].map(lambda v: isinstance(v, tuple)).any()]
     return predictions.assign(**{c: predictions[c].map(list) for c in several})
 
 
 def history_table(history: Mapping[str, Sequence[tuple[int, str, float]]]) -> pd.DataFrame:
-    """What was logged while training, one row for each run, step and name."""
+    """Log of the trainings, one row for each run, step and name."""
     rows = [(run, *point) for run, points in history.items() for point in points]
     return pd.DataFrame(rows, columns=["run", "step", "name", "value"]).astype({"step": int, "value": float})
 
@@ -184,7 +184,7 @@ def upload(folder: Path, repository: str) -> None:
     """Upload a finished folder to the hub, without the files that show texts of the data.
 
     Raises:
-        UsageError: It cannot; the folder stays as it is.
+        UsageError: The upload failed; the folder does not change.
     """
     from huggingface_hub import HfApi
 

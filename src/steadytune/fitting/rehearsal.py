@@ -1,4 +1,4 @@
-"""The end before the beginning: what would fail after hours of training is tried on a few rows before step 1."""
+"""Rehearsal of the end of a fit on a few rows before step 1, so that its errors do not come after hours of training."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("steadytune")
 
-NEIGHBOUR = 3  # padding tokens beside a row, which must not change its outputs
+NEIGHBOUR = 3  # number of padding tokens after a row, which must not change its outputs
 
 
 def rehearse(plan: Plan, pretrained: Pretrained, model: Any, record: Mapping[str, Any]) -> dict[str, int]:
-    """Go to the end of the fit with the longest row of every set: predict, score, write the card and the predictions.
+    """Predict and score the longest row of each set, and write the card and the predictions.
 
-    The model is left as it was; no random number of the caller is drawn.
+    The model does not change, and no random number of the caller is drawn.
 
     Args:
         plan: Plan of the fit.
-        pretrained: Its model, opened.
-        model: As it will be trained, with its adapters.
-        record: As it is written before training.
+        pretrained: The pre-trained model, opened.
+        model: The model to train, with its adapters.
+        record: The record that is written before training.
 
     Returns:
         Number of rows of each set that are longer than the model reads.
 
     Raises:
-        UsageError: Something fails that training would only have delayed.
+        UsageError: A step fails that would also fail after training.
     """
     chosen: dict[str, pd.DataFrame] = {}
     ends, cut = [], {}
@@ -83,9 +83,9 @@ def check_padding(
     """Try a model on its longest row, and on its shortest alone and padded.
 
     Args:
-        model: As it will be trained; left in the mode in which it was.
+        model: The model to train; its mode does not change.
         features: Tokenised rows.
-        tokenizer: Theirs.
+        tokenizer: Tokenizer of the rows.
         peft: Kind of its adapters.
 
     Raises:
@@ -117,7 +117,7 @@ def check_padding(
 
 
 def _end(plan: Plan, pretrained: Pretrained, model: Any, record: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
-    """What follows training, on these rows and in memory."""
+    """The end of a fit after training, on a few rows and in memory."""
     if hasattr(model, "merge_and_unload") and sum(p.numel() for p in model.parameters()) < LORA_ABOVE:
         merged(copy.deepcopy(model))
     fitted = fitted_model(plan, pretrained, [model])

@@ -1,7 +1,7 @@
-"""The page of a fit, report.html: what the model can do, how sure that is, where it errs, and what it took.
+"""The page of a fit, report.html: scores and their intervals, mistakes, training, data and cost.
 
-The page is made from the files of the output folder alone, so `steadytune report` can make it again. It needs nothing
-else: no scripts, no network. The same folder gives the same bytes. No torch here.
+The page is made from the files of the output folder alone, so `steadytune report` can make it again. It is
+self-contained, without scripts or network. Equal folders give equal pages, byte for byte. No torch here.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from .folder import read_record
 PAGE, METRICS, PREDICTIONS, HISTORY, MISTAKES = (
     "report.html", "metrics.json", "predictions.parquet", "history.parquet", "mistakes.parquet",
 )  # fmt: skip
-SHOWN_MISTAKES = 10  # of each set
+SHOWN_MISTAKES = 10  # largest number of mistakes of each set
 SHOWN_CLASSES = 15  # in a confusion matrix; of more classes only the most frequent confusions are listed
 SHOWN_CONFUSIONS = 20
-TEXT = 400  # characters of a text on the page
-BINS = 10  # of a calibration curve, of equal width
+TEXT = 400  # largest number of characters of a text on the page
+BINS = 10  # number of equally wide bins of a calibration curve
 DIGITS = 4
 SCORE_NOTE = (
     "Bold: the metric to look at first. The interval is for other rows of the same kind. A constant answer reads "
@@ -49,7 +49,7 @@ PROBE_NOTE = "The frozen probe is a linear model on the features of the encoder 
 
 
 class Fitted:
-    """What the output folder of a finished fit holds.
+    """Contents of the output folder of a finished fit.
 
     Args:
         folder: The output of `fit`.
@@ -83,12 +83,12 @@ class Fitted:
 
     @property
     def selected(self) -> bool:
-        """Whether the validation rows chose something, so that scores on them flatter."""
+        """Whether the validation rows were used for selection, so that scores on them are too good."""
         return selected(self.recipe)
 
     @property
     def headline(self) -> str | None:
-        """The set whose score speaks for the model: the first test set, else the validation rows."""
+        """The set whose score describes the model: the first test set, otherwise the validation rows."""
         return next((name for name in self.sets if name != "validation"), next(iter(self.sets), None))
 
     def rows(self, name: str) -> pd.DataFrame:
@@ -101,7 +101,7 @@ class Fitted:
 
 
 def selected(recipe: Mapping[str, Any]) -> bool:
-    """Whether a fit with this recipe chose anything by its validation rows."""
+    """Whether a fit with this recipe used its validation rows for selection."""
     best_of_several = recipe["runs"] > 1 and recipe["combine"] == "best"
     tuned = recipe.get("threshold") == "tune"
     return bool(recipe["evaluations"] or recipe["calibrate"] or best_of_several or tuned)
@@ -131,7 +131,7 @@ def write_page(folder: str | Path, record: Mapping[str, Any] | None = None, outp
 
 
 def mistakes(predictions: pd.DataFrame, sets: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """The rows of each set in which the model is wrong and most sure of it; with numbers, those that it misses most.
+    """The most confident mistakes of each set; for numbers, the largest errors.
 
     Args:
         predictions: As `fit` writes them: columns set, row, label, prediction, and for classes their probabilities.
@@ -182,7 +182,7 @@ def _label(value: Any) -> str:
 
 
 def verdict(fitted: Fitted) -> str:
-    """What the fit shows, in one or two sentences."""
+    """Result of the fit, in one or two sentences."""
     name = fitted.headline
     value = None if name is None else fitted.sets[name].get(fitted.metric)
     if name is None:
@@ -205,7 +205,7 @@ def _flatters(fitted: Fitted, name: str) -> bool:
 
 
 def _against_baseline(fitted: Fitted, name: str, value: float, bounds: tuple[float, float] | None) -> str:
-    """As in ", clearly above the 0.5092 of always answering the most frequent class"."""
+    """A phrase such as ", clearly above the 0.5092 of always answering the most frequent class"."""
     baseline = baseline_score(fitted, name, fitted.metric)
     if baseline is None:
         return ""
@@ -321,7 +321,7 @@ def _errors(fitted: Fitted) -> Iterator[Block]:
 
 
 def _classes(rows: pd.DataFrame, name: str) -> Iterator[Block]:
-    """Scores of each class, and which classes are taken for which."""
+    """Scores of each class, and confusions between classes."""
     classes = sorted({*rows["label"], *rows["prediction"]})
     counts = pd.crosstab(rows["label"], rows["prediction"]).reindex(index=classes, columns=classes, fill_value=0)
     matrix = counts.to_numpy()
@@ -361,7 +361,7 @@ def _class_row(matrix: np.ndarray, i: int, label: str) -> list[str]:
 
 
 def _calibration(rows: pd.DataFrame) -> tuple[str, float]:
-    """The curve of how often the model is right where it gives a probability, and its distance from the diagonal."""
+    """Calibration curve, and its distance from the diagonal."""
     probability = rows.filter(regex="^probability_").max(axis=1)
     right = rows["label"] == rows["prediction"]
     bins = np.minimum((probability * BINS).astype(int), BINS - 1)

@@ -27,7 +27,7 @@ def output_layer(model: Any, what: str) -> nn.Linear:
 
 
 def rescale(model: Any, spread: float, mean: float, what: str) -> None:
-    """Outputs become ``spread * outputs + mean`` for good, in the output layer: any user of the model sees it.
+    """Change the output layer so that outputs become ``spread * outputs + mean``.
 
     Raises:
         UsageError: The model's outputs do not come from one linear layer.
@@ -59,15 +59,15 @@ def temperature(logits: np.ndarray, labels: Sequence[int]) -> float:
 
 
 def check_scale(model: Any, feature: dict[str, Any], what: str) -> None:
-    """Try on one row that `rescale` does what it says to this model, and put its weights back.
+    """Check on one row that `rescale` works with this model, then restore its weights.
 
     Args:
-        model: As it will be trained; with adapters it is not tried.
+        model: The model to train; a model with adapters is not checked.
         feature: A tokenised row.
-        what: Is asked for.
+        what: The option that needs it, named in errors.
 
     Raises:
-        UsageError: The logits are computed otherwise.
+        UsageError: The logits are computed in another way.
     """
     if hasattr(model, "peft_config"):
         return

@@ -1,4 +1,4 @@
-"""One training of `fit`: a job in, a trained model out, resumable at every checkpoint."""
+"""One training of `fit`, from a job to a trained model; it can resume from every checkpoint."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("steadytune")
 
 RESULT, STATE, OUTPUTS = "result.json", "methods.safetensors", "outputs"
-TRIED = 256  # rows of a set that tell whether a model gives every row the same answer
-CONSTANT = 1e-3  # spread of predicted numbers, in spreads of the labels, below which they are one number
+TRIED = 256  # number of rows that show whether a model gives every row the same answer
+CONSTANT = 1e-3  # predicted numbers with less than this share of the labels' spread count as equal
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +53,11 @@ class Job:
 
     Attributes:
         name: Name of its folder among the checkpoints.
-        rows: To train on.
-        select: To score while training, never trained on; None for no selection.
+        rows: Rows to train on.
+        select: Rows to score during training, which are not trained on; None for no selection.
         seeds: Seeds of head, data order, dropout and methods.
-        stop_at: End after this step of the schedule; None for its end.
-        start: Weights to begin with; methods have taken the pre-trained ones for their references.
+        stop_at: Step of the schedule after which training ends; None for the end of the schedule.
+        start: Initial weights; the references of methods stay the pre-trained weights.
     """
 
     name: str
@@ -70,21 +70,21 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """What all trainings of one `fit` share.
+    """Setup that all trainings of one `fit` share.
 
     Attributes:
         pretrained: The pre-trained model.
         methods: The recipe's methods.
-        options: Those of the fit.
-        problem: What is predicted; in the scale of the training, which `in_units` takes back.
-        steps: Steps of the schedule.
-        metric: That selects.
+        options: Options of the fit.
+        problem: The problem, in the scale of the training; `in_units` undoes the scale.
+        steps: Number of steps of the schedule.
+        metric: Metric used for selection.
         folder: Folder of the checkpoints.
-        save_steps: Between checkpoints, 0 for none.
+        save_steps: Number of steps between checkpoints; 0 for none.
         progress: Whether to show a bar.
-        keep: Whether finished jobs stay on disk, because others follow.
-        states: Whether the state of the methods is kept too.
-        moments: Whether the outputs of every evaluation are kept, for `outputs_at`.
+        keep: Whether to keep finished jobs on disk, because others follow.
+        states: Whether to keep the state of the methods too.
+        moments: Whether to keep the outputs of every evaluation, for `outputs_at`.
     """
 
     pretrained: Pretrained
@@ -101,10 +101,10 @@ class Setup:
     moments: bool = False
 
     def train(self, job: Job, trainer: FitTrainer | None = None) -> Trained:
-        """Train, restarting with other seeds while a run fails, from the last checkpoint there is.
+        """Train from the last checkpoint, and restart with other seeds if a run fails.
 
         Args:
-            job: What to train.
+            job: The job.
             trainer: Trainer of the job, if it was made already.
 
         Raises:
@@ -142,11 +142,11 @@ class Setup:
         raise AssertionError("the last attempt returns")
 
     def hopeless(self, found: Trained, job: Job) -> str | None:
-        """Why a model is worth nothing, or None.
+        """Why a model is useless, or None.
 
-        It gives the same answer to rows that have several, or its score on the select split is below that of the most
-        frequent class of the training rows. Rows that a class is rare in may well get one answer: hence training rows
-        besides.
+        A model is useless if it gives the same answer to rows with different labels, or if its score on the select
+        split is below that of the most frequent class of the training rows. Selection rows with a rare class may
+        rightly get one answer, so training rows are tried too.
         """
         parts = [job.rows] if job.select is None else [job.select, job.rows]
         rows = pd.concat(
@@ -169,7 +169,7 @@ class Setup:
         return "scores below the most frequent class on the validation rows" if below else None
 
     def in_units(self, trained: Trained) -> Trained:
-        """With the outputs of its model in the units of the labels."""
+        """The trained model with outputs in the units of the labels."""
         if isinstance(self.problem, Regression) and self.problem.scaled:
             rescale(trained.model, self.problem.spread, self.problem.mean, "standardize")
         return trained
@@ -183,7 +183,7 @@ class Setup:
         """The Trainer of one attempt.
 
         Raises:
-            ValueError: A method that cannot act on this model, or two that exclude each other.
+            ValueError: A method cannot act on this model, or two methods exclude each other.
         """
         model = adapted(self.pretrained.load(seeds["init"], self.problem), self.options.lora, self.options.peft)
         callbacks: list[TrainerCallback] = [Interrupt()]
@@ -222,17 +222,17 @@ class Setup:
             method_seed=seeds["method"],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.create_optimizer()  # attaches the methods: what they refuse is known before anything is written
+        trainer.create_optimizer()  # attaches the methods, so that they refuse before anything is written
         if job.start is not None:
             model.load_state_dict(job.start)
         return trainer
 
     def outputs_at(self, job: Job, step: int) -> np.ndarray:
-        """Outputs (rows, outputs) of a finished job for the rows that it selected on, as evaluated at a step."""
+        """Outputs (rows, outputs) of a finished job for its selection rows, from the evaluation at a step."""
         return np.load(self.folder / job.name / OUTPUTS / f"{step}.npy", allow_pickle=False)
 
     def hold_out(self, job: Job) -> tuple[list[Method], pd.DataFrame]:
-        """The methods, those that learn on a share of the rows provided with it, and the rows that are left."""
+        """Methods, with held-out rows for those that learn on a share of them, and the remaining rows."""
         methods, rows = [], job.rows
         for method in self.methods:
             if isinstance(method, BiLevel) and method.learns and isinstance(method.outer, float):
@@ -243,7 +243,7 @@ class Setup:
         return methods, rows
 
     def batches(self, rows: pd.DataFrame) -> Callable[[], Iterable[Any]]:
-        """A function that gives batches of all rows, in another order each time."""
+        """A function that returns batches of all rows, in another order at each call."""
         features: Any = self.features(rows)
         collator = DataCollatorWithPadding(self.pretrained.tokenizer)
         return lambda: DataLoader(features, self.options.batch_size, shuffle=True, collate_fn=collator)
@@ -255,7 +255,7 @@ class Setup:
         return [{**feature, "labels": label} for feature, label in zip(features, labels, strict=True)]
 
     def measure(self, predicted: Any) -> dict[str, float]:
-        """The metric that selects, on the select split; where it is undefined, the worst there is."""
+        """The selection metric on the select split; its worst value if it is undefined."""
         metric = self.problem.metric(self.metric)
         gold = self.problem.read(predicted.label_ids)
         scores = self.problem.activate(predicted.predictions)
@@ -264,7 +264,7 @@ class Setup:
         return {self.metric: metric.worst if value is None or not math.isfinite(value) else value}
 
     def _write(self, found: Trained, folder: Path) -> None:
-        """The result comes last: without it the job is not finished."""
+        """Write a finished job, with the result last, because it marks the job as finished."""
         with quiet():
             write_model(found.model, folder / "model")
         if self.states:

@@ -1,1 +1,1 @@
-"""Pages that need nothing else: what they are made of, and how their plots are drawn. No torch here."""
+"""Self-contained pages: their contents and their plots. No torch here."""

@@ -1,6 +1,6 @@
 """A page: sections of text, tables and figures, printed as HTML or Markdown. No torch here.
 
-The template escapes every text. Only the drawings, which this package makes itself, stand on the page as they are.
+The template escapes every text. Only drawings, which this package makes itself, are inserted unescaped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 
 class Cell(NamedTuple):
-    """One cell of a table: what counts, and small print below it."""
+    """One cell of a table: its text, and small print below it."""
 
     text: str
     notes: tuple[str, ...] = ()
@@ -33,21 +33,21 @@ class Text:
 
 @dataclass(frozen=True)
 class Warning(Text):
-    """A paragraph that must not be overlooked."""
+    """A highlighted paragraph."""
 
     kind: ClassVar[str] = "warning"
 
 
 @dataclass(frozen=True)
 class Code(Text):
-    """Lines as they are."""
+    """Preformatted lines."""
 
     kind: ClassVar[str] = "code"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table: rows in groups, each under a title that may be empty; ``words`` are the columns that hold no numbers."""
+    """A table: rows in groups, each with a title that may be empty; ``words`` are the columns without numbers."""
 
     kind: ClassVar[str] = "grid"
     caption: str
@@ -58,7 +58,7 @@ class Grid:
 
     @property
     def stacked(self) -> bool:
-        """Whether a narrow screen shows each row as a list of cells: several columns of words do not fit beside."""
+        """Whether a narrow screen shows each row as a list of cells, because several columns of words do not fit."""
         return len(self.head) > 2 and len(self.words) > 1
 
 
@@ -77,7 +77,7 @@ Block = Text | Grid | Figures
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and the blocks below it."""
 
     title: str
     blocks: Sequence[Block]
@@ -88,19 +88,19 @@ class Section:
 
 
 def html(title: str, sections: Sequence[Section], lead: str = "") -> str:
-    """One page without scripts, that loads nothing.
+    """One self-contained page without scripts.
 
     Args:
         title: Heading of the page.
-        sections: What stands on it.
-        lead: What the page shows, in words, above all else.
+        sections: Sections of the page.
+        lead: Summary at the top of the page.
     """
     template = _environment(autoescape=True).get_template("page.html.j2")
     return template.render(title=title, sections=sections, lead=lead)
 
 
 def markdown(title: str, sections: Sequence[Section], lead: str = "") -> str:
-    """The same without its figures, as GitHub reads it; arguments as of `html`."""
+    """The page as GitHub's Markdown, without figures; the arguments are those of `html`."""
     template = _environment(autoescape=False).get_template("page.md.j2")
     return template.render(title=title, sections=sections, lead=lead)
 
@@ -120,16 +120,16 @@ def _environment(autoescape: bool) -> Environment:
 
 
 def _drawing(svg: str, number: int) -> Markup:
-    """A drawing whose ids no other one on the page has; text, where ``<`` is escaped, stays as it is."""
+    """A drawing with ids that are unique on the page. Its text does not change, because ``<`` is escaped there."""
     ids = re.compile(r'(\bid="|href="#|url\(#)')
     return Markup(re.sub(r"<[^>]+>", lambda tag: ids.sub(rf"\1d{number}_", tag[0]), svg))
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown takes for text, on one line, also inside a table."""
+    """Text on one line with Markdown's characters escaped, also for tables."""
     return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", " ".join(text.split()))
 
 
 def _fence(text: str) -> str:
-    """Backticks enough to enclose a text."""
+    """A fence with enough backticks to enclose a text."""
     return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))

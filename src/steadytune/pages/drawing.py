@@ -1,6 +1,6 @@
-"""How plots are drawn as small SVG panels that a page lays out side by side. No torch, no pyplot.
+"""Draw plots as small SVG panels, which a page lays out side by side. No torch, no pyplot.
 
-The same data give the same bytes.
+Equal data give equal panels, byte for byte.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 WIDTH = 3.6  # inches; also about the width of a phone
-LABEL = 26  # characters of a name in a plot
+LABEL = 26  # largest number of characters of a name in a plot
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: the page's own font, small files, words that can be searched
     "font.size": 8.5,
@@ -43,7 +43,7 @@ STYLE: dict[Any, Any] = {
 
 
 class Look(NamedTuple):
-    """How a recipe is drawn."""
+    """Colour and marker of a recipe."""
 
     colour: str
     marker: str
@@ -68,9 +68,9 @@ def marker(look: Look) -> str:
 def panel(
     width: float, height: float, title: str, margins: tuple[float, float, float, float] = (0.62, 0.12, 0.48, 0.27)
 ) -> Iterator[tuple[Figure, Axes]]:
-    """An empty plot of that many inches, with these left, right, bottom and top; names are never read as formulas.
+    """An empty plot with a size and margins (left, right, bottom, top) in inches; names are not read as formulas.
 
-    Margins are given, not found by a layout engine, which would draw every panel twice.
+    The margins are given because a layout engine would draw every panel twice.
     """
     left, right, bottom, top = margins
     with mpl.rc_context(STYLE), warnings.catch_warnings():
@@ -95,7 +95,7 @@ def shortened(label: str) -> str:
 
 
 def lines(axes: Axes, labels: Sequence[str]) -> None:
-    """One horizontal line a label, the first on top; where some are indented the others are headings."""
+    """One horizontal line for each label, the first on top; if some are indented, the others are headings."""
     headed = any(label.startswith(" ") for label in labels)
     axes.set_yticks([])
     axes.set_ylim(len(labels) - 0.4, -0.6)
@@ -108,7 +108,7 @@ def lines(axes: Axes, labels: Sequence[str]) -> None:
 
 
 def svg(figure: Figure, description: str) -> str:
-    """The figure as an element to stand inside a page: it scales, and has ids only where they are referred to."""
+    """The figure as an element for a page: it scales, and has only ids that are referred to."""
     text = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": description}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})

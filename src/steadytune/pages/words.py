@@ -1,4 +1,4 @@
-"""Numbers, scores and methods as words: the same in the terminal, in the model card and on the pages."""
+"""Texts for numbers, scores and methods, equal in the terminal, in the model card and on the pages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NONE = "–"
 
 
 def number(value: float | None, digits: int, signed: bool = False) -> str:
-    """A dash where there is none."""
+    """A number with a number of digits; a dash for None."""
     if value is None or not math.isfinite(value):
         return NONE
     text = f"{value:{'+' if signed else ''}.{digits}f}"
@@ -18,7 +18,7 @@ def number(value: float | None, digits: int, signed: bool = False) -> str:
 
 
 def interval(low: float, high: float, digits: int, signed: bool = False) -> str:
-    """As in "[0.4, 2.1]"."""
+    """An interval such as "[0.4, 2.1]"."""
     if not (math.isfinite(low) and math.isfinite(high)):
         return NONE
     return f"[{number(low, digits, signed)}, {number(high, digits, signed)}]"
@@ -30,12 +30,12 @@ def chance(p: float) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """As in "1 run", "2 runs"."""
+    """A count such as "1 run" or "2 runs"."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def listed(names: Iterable[str]) -> str:
-    """As in "a, b and c"."""
+    """A list such as "a, b and c"."""
     *most, last = names
     return f"{', '.join(most)} and {last}" if most else last
 
