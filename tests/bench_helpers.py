@@ -57,7 +57,7 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def comparable(folder: Path) -> dict[str, dict[str, Any]]:
-    """All but times and places."""
+    """A record without times and places."""
     found = records(folder)
     return {id: {k: v for k, v in record.items() if k not in TIMINGS} for id, record in found.items()}
 

@@ -21,7 +21,7 @@ MISSING = "recorded trajectory"  # begins the reason of each test skipped becaus
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Say how much of what the authors' code did was not checked: skipped tests do not stand out."""
+    """Print the number of recorded trajectories that were not checked, because skipped tests are easily overlooked."""
     reasons = [str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", []) if report.longrepr]
     missing = [reason for reason in reasons if MISSING in reason]
     if missing:

@@ -67,7 +67,7 @@ def toy(rows: int = 40, pair: bool = False, start: int = 0) -> pd.DataFrame:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """What a folder that `fit` wrote holds."""
+    """Contents of a folder that `fit` wrote."""
     return load_file(folder / "model.safetensors")
 
 

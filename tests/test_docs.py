@@ -1,4 +1,4 @@
-"""The documentation is true: Python blocks run, commands parse, YAML is a valid config, links lead somewhere."""
+"""Checks of the documentation: Python blocks run, commands parse, YAML is a valid config, links have a target."""
 
 import re
 import shlex
@@ -49,7 +49,7 @@ def bert(tmp_path_factory):
 
 @pytest.fixture
 def desk(bert, tmp_path, monkeypatch):
-    """A directory with the files that the documentation speaks of; fits take 4 steps."""
+    """A directory with the files that the documentation mentions; fits take 4 steps."""
     (tmp_path / "bert-base-uncased").symlink_to(bert)
     toy(30).to_csv(tmp_path / "train.csv", index=False)
     toy(9).to_csv(tmp_path / "test.csv", index=False)

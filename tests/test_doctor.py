@@ -1,4 +1,4 @@
-"""steadytune doctor: silent when all is well, and it names what broke and what that breaks."""
+"""steadytune doctor: without faults it reports none; otherwise it names each fault and its consequence."""
 
 import inspect
 import json

@@ -1,4 +1,4 @@
-"""Command-line help, data errors and reports come at once: what they need loads no torch and no pydantic."""
+"""Modules for help, data errors and reports load neither torch nor pydantic, so that they respond at once."""
 
 from __future__ import annotations
 

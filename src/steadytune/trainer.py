@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer with methods: few overrides, everything else stock."""
+"""The Hugging Face Trainer with methods. It overrides few parts; everything else is stock."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from .spelling import as_methods
 
 logger = logging.getLogger(__name__)
 SIDE_FILE = "steadytune.safetensors"
-EDITING = ("before_forward", "after_backward", "pull_back", "before_step")  # verbs that decide what is clipped
+EDITING = ("before_forward", "after_backward", "pull_back", "before_step")  # verbs that change the clipped gradient
 
 
 class Trainer(transformers.Trainer):
     """`transformers.Trainer` that trains with a list of methods.
 
     Args:
-        *args: As of `transformers.Trainer`.
-        methods: In order of action, each an instance or its name with options, as in ``"dps_dense:keep=0.5"``.
-            Deep-copied: ``trainer.run[DPSDense]`` is the copy that ran.
+        *args: Arguments of `transformers.Trainer`.
+        methods: Methods in list order, each an instance or its name with options, such as ``"dps_dense:keep=0.5"``.
+            They are deep-copied; ``trainer.run[DPSDense]`` is the copy.
         clip: ``"list"`` moves ``args.max_grad_norm`` to the end of the list as `ClipNorm` while training, if a method
             edits gradients or forward weights (mask, then clip; `Run.describe` shows it); ``"trainer"`` keeps
             Hugging Face's order (clip, then mask).
         method_seed: Seed of the methods' own draws; by default ``args.seed``.
-        **kwargs: As of `transformers.Trainer`.
+        **kwargs: Arguments of `transformers.Trainer`.
 
     Checkpoints gain one file, ``steadytune.safetensors``; their model files are plain and hold the evaluated weights
     (with `Adapters` no plain model exists: ``adapters.safetensors`` is for `load_adapters`, and there is no
@@ -61,7 +61,7 @@ class Trainer(transformers.Trainer):
         run: The `Run` of the model that is trained.
 
     Raises:
-        ValueError: A set-up in which methods cannot act on weights (DataParallel, DeepSpeed, FSDP1).
+        ValueError: Methods cannot act on weights in this set-up (DataParallel, DeepSpeed, FSDP1).
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Trainer(transformers.Trainer):
     # ------------------------------------------------------------------ binding
 
     def _bind(self, model: nn.Module) -> None:
-        """Make the Run for the model that will be trained."""
+        """Make the Run of the model to train."""
         self._check_setup()
         self.run = Run(model, self.methods, seed=self._method_seed(), data=self._first_look)
         self._own_clip = self._counts = None
@@ -134,7 +134,7 @@ class Trainer(transformers.Trainer):
             raise ValueError("FSDP1 flattens weights before the methods can see them: set fsdp_version to 2")
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keep the columns that methods read: the stock Trainer drops what the model has no argument for."""
+        """Keep the columns that methods read. The stock Trainer drops columns that are not arguments of the model."""
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
         columns += [name for m in self.methods for name in m.input_columns if name not in columns]
@@ -145,8 +145,8 @@ class Trainer(transformers.Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Leave the division by the accumulation steps to the Trainer: transformers 5.3 lets accelerate divide too.
 
-        The norm that clipping computes at each step is handed to the Run: after clipping, an infinite norm cannot be
-        told from zero gradients.
+        The Run gets the norm that clipping computes at each step, because after clipping an infinite norm looks like
+        zero gradients.
         """
         super().create_accelerator_and_postprocess()
         self.accelerator.gradient_accumulation_steps = 1
@@ -167,7 +167,7 @@ class Trainer(transformers.Trainer):
         return model
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Attach to the optimizer, whoever made it; start again if this is another training of one Trainer."""
+        """Attach to the optimizer, also to one that the user made; restart if the Trainer trains once more."""
         optimizer = super().create_optimizer(*args, **kwargs)
         assert self.run is not None
         self.run.seed = self._method_seed()  # a hyperparameter search fills args only now
@@ -179,7 +179,7 @@ class Trainer(transformers.Trainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
-        """Tell the methods how many steps there will be."""
+        """Pass the number of steps to the methods."""
         assert self.run is not None
         self.run.total_steps = num_training_steps
         return super().create_scheduler(num_training_steps, *args, **kwargs)
@@ -225,7 +225,7 @@ class Trainer(transformers.Trainer):
     # ------------------------------------------------------------------ training
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.Trainer.train`; an interruption leaves the evaluated weights live."""
+        """Train as `transformers.Trainer.train`; after an interruption the evaluated weights are live."""
         self._began, self._ended = time.perf_counter(), 0.0
         try:
             result = super().train(*args, **kwargs)
@@ -240,7 +240,7 @@ class Trainer(transformers.Trainer):
 
     @property
     def seconds(self) -> float:
-        """Seconds of training so far, those before the checkpoints it was resumed from included."""
+        """Seconds of training so far, including those before the checkpoints it resumed from."""
         return (self._ended or time.perf_counter()) - self._began
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor | int | None]:
@@ -256,21 +256,21 @@ class Trainer(transformers.Trainer):
         return batches, None if self._counts is False else items
 
     def _declares_scale(self) -> bool:
-        """Whether a subclass says itself that its loss is, or is not, scaled for gradient accumulation."""
+        """Whether a subclass declares that its loss is, or is not, scaled for gradient accumulation."""
         return getattr(type(self), "loss_is_scaled_for_ga", None) is not None
 
     def _decide(self, counts: bool | None) -> None:
-        """Take over whether the loss uses the token count; None: not known yet."""
+        """Set whether the loss uses the token count; None while unknown."""
         self._counts = counts
         if not self._declares_scale():
             self.loss_is_scaled_for_ga = False if counts is False else None  # heeded from transformers 5.19 on
 
     def _over(self) -> bool:
-        """Whether the last step was taken: resumed from its checkpoint, the stock Trainer would take one more."""
+        """Whether the last step was taken. On resume from its checkpoint, the stock Trainer would take one more."""
         return 0 < self.state.max_steps <= self.state.global_step
 
     def _uses_count(self, batch: dict[str, Any], items: Any) -> bool | None:
-        """Whether the loss of a batch halves when the count doubles; None when this batch cannot tell."""
+        """Whether the loss of a batch halves if the count doubles; None if this batch does not show it."""
         assert self.run is not None
         model: Any = self.model
         inputs: Any = self._prepare_inputs(batch)
@@ -288,7 +288,7 @@ class Trainer(transformers.Trainer):
         return halves(once, twice)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the loss inside `Run.loss`, also where somebody's own ``compute_loss`` replaces the one below."""
+        """Compute the loss inside `Run.loss`, also if a subclass overrides ``compute_loss``."""
         own = self.compute_loss
         if getattr(own, "__func__", None) is Trainer.compute_loss:
             return super().training_step(*args, **kwargs)
@@ -308,7 +308,7 @@ class Trainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss with all penalties in training mode, the stock one otherwise."""
+        """Compute the loss with all penalties in training mode, the stock loss otherwise."""
         if not model.training or self.run is None or self._in_run:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return self._with_methods(super().compute_loss, model, inputs, return_outputs, num_items_in_batch)
@@ -321,7 +321,7 @@ class Trainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss that ``task``, a ``compute_loss``, computes, with all penalties."""
+        """Loss of ``task``, a ``compute_loss``, with all penalties."""
         assert self.run is not None
         outputs = []
         devices: Any = self.args.world_size if self.args.average_tokens_across_devices else 1
@@ -358,7 +358,7 @@ class Trainer(transformers.Trainer):
         return Path(folder, SIDE_FILE.replace(".", f"{rank}.", 1))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Checkpoints gain the methods' state; a model saved by the user is plain, unless it has `Adapters`."""
+        """Save the model, and in checkpoints the methods' state. A model is saved plain, unless it has `Adapters`."""
         now = self.args.max_grad_norm
         self.args.max_grad_norm = now if self._taken_norm is None else self._taken_norm  # args are saved as given
         try:
@@ -405,7 +405,7 @@ class Trainer(transformers.Trainer):
 def halves(once: float, twice: float) -> bool | None:
     """Whether a loss is divided by a count, from its values at a count and at twice the count.
 
-    None when they do not tell: the loss is zero (nothing in the batch is labelled), not finite, or partly divided.
+    None if they do not show it: the loss is zero (no label in the batch), not finite, or divided in part.
     """
     if once == 0 or not (math.isfinite(once) and math.isfinite(twice)):
         return None
@@ -414,7 +414,7 @@ def halves(once: float, twice: float) -> bool | None:
 
 
 class _Leave(transformers.TrainerCallback):
-    """A step that GradScaler skipped fires no hook: the evaluated weights come back here."""
+    """Restore the evaluated weights after a step that GradScaler skipped, which calls no hook."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -426,5 +426,5 @@ class _Leave(transformers.TrainerCallback):
 
 
 def _heeds_flag() -> bool:
-    """Whether this transformers divides by the accumulation steps as ``loss_is_scaled_for_ga`` says (5.19)."""
+    """Whether this transformers uses ``loss_is_scaled_for_ga`` for dividing by the accumulation steps (5.19)."""
     return hasattr(transformers.Trainer, "loss_is_scaled_for_ga")

@@ -86,7 +86,7 @@ def test_folds_are_the_same_for_every_recipe_and_keep_groups_together(folder):
 
 
 def plain(found: Study) -> dict:
-    """What a study file would say."""
+    """Contents of a study file."""
     import yaml
 
     return yaml.safe_load(found.text())
@@ -140,7 +140,7 @@ def test_several_labels_have_records_too(folder):
 
 
 def test_every_form_of_several_labels_gives_the_same_scores(folder):
-    """The form is part of a run's specification, so that its id tells the tables apart."""
+    """The form of the labels is part of a run's specification, so runs on other forms have other ids."""
     up, new = [int(i % 3 > 0) for i in range(24)], [int(i % 2) for i in range(24)]
     joined = ["; ".join(["new"] * b + ["up"] * a) for a, b in zip(up, new, strict=True)]
     toy(24).assign(about=joined, new=new, up=up).drop(columns=["score", "label"]).to_csv("tables/sets.csv")

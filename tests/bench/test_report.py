@@ -571,7 +571,7 @@ def test_a_report_loads_no_torch_and_no_pyplot(tmp_path):
 
 
 def lead(folder):
-    """The first sentence of a page."""
+    """First sentence of a page."""
     return html.unescape(re.search(r'<p class="lead">(.*?)</p>', write_report(folder).read_text(), re.S)[1]).strip()
 
 

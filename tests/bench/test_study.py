@@ -116,7 +116,7 @@ def test_places_of_this_machine_stay_out_of_the_study(root, monkeypatch):
 
 
 def test_an_option_that_is_not_in_use_is_no_part_of_a_run(root):
-    """So that one that a later version adds does not make all runs new."""
+    """An option of None is left out of the id, so that an option of a later version does not change all ids."""
     (run, *_), (same, *_) = (
         small(root, seeds=1, options={"steps": 6, **more}).runs(root) for more in ({}, {"peft": None})
     )
@@ -148,7 +148,7 @@ def test_methods_make_a_recipe_each_and_recipes_win(root):
 
 
 def test_studies_that_were_published_still_mean_what_their_records_say():
-    """What a method is gains an option, or another default: the files name it, and the ids of old records stay."""
+    """A method that gains an option, or another default, does not change the ids of old records."""
     results = Path(__file__).parents[2] / "docs" / "results"
     published = [file for file in results.glob("*.yaml") if (results / file.stem / "records").is_dir()]
     assert len(published) >= 8
@@ -402,7 +402,7 @@ def test_epochs_are_epochs_of_the_rows_that_imbalance_leaves(root):
 
 
 def test_runs_of_thinned_classes_that_were_trained_for_other_steps_are_other_runs(root):
-    """Before, steps were counted on the rows before thinning; steps that are given were right and keep their names."""
+    """Earlier versions counted steps on the rows before thinning. Runs with given steps keep their ids."""
     given, counted = (
         small(root, seeds=1, recipes={"plain": {}}, imbalance=0.1, options=options).runs(root)[0].spec
         for options in ({"steps": 6}, {"epochs": 2})
@@ -465,7 +465,7 @@ def test_workers_give_the_same_records_as_this_process(root, finished, tmp_path)
 
 
 def test_killed_at_random_moments_all_records_equal_an_uninterrupted_study(root, tmp_path):
-    """None lost, none double, none half: the log of each process names the runs that it brought to their end."""
+    """No run is lost, done twice or half-written: the log of each process names the runs that it finished."""
     processes = multiprocessing.get_context("forkserver")  # imports once: moments of runs are hit, not of imports
     processes.set_forkserver_preload(
         ["steadytune.fitting.training", "steadytune.bench.run", "steadytune.fitting.fitted_model"]
@@ -512,7 +512,7 @@ def test_two_invocations_on_one_folder_share_the_work(root, tmp_path):
 
 
 def test_a_run_that_another_invocation_holds_is_waited_for(root, tmp_path, monkeypatch):
-    """It dies without a record: the run is done here."""
+    """A worker that dies leaves no record, so the run is done in this process."""
     study = small(root, seeds=1, recipes={"plain": {}})
     (run,) = study.runs(root)
     other = Store(tmp_path)

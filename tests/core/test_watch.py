@@ -286,7 +286,7 @@ def test_schedulers_that_keep_the_ratios_are_left_alone(kind, recwarn):
 
 
 def test_ratios_that_are_lost_later_are_warned_of_once():
-    """A floor of the rates is somebody's will: it is said, and training goes on."""
+    """A lower limit of the rates may be intended, so it gives a warning and training continues."""
     model, data = bert(), batches(4)
     run = train(attached(model, LLRD(decay=0.5)), data[:1])
     for group in run.optimizer.param_groups:

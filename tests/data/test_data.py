@@ -359,7 +359,7 @@ def test_columns_of_one_name_are_refused_only_where_they_are_read():
 
 
 def test_test_tables_follow_the_training_columns():
-    """By themselves the test rows would give another text column and another label."""
+    """Without the training table, other text and label columns would be found in the test rows."""
     train = pd.DataFrame({"review": PROSE, "stars": YES_NO, "shop": list("aabb") * 3})
     test = train.assign(text=OTHER_PROSE, label=["maybe"] * 12)
     tables = {"t": Table(test, "t", None, None), "u": Table(train.drop(columns="shop"), "u", None, None)}

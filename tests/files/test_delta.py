@@ -1,4 +1,4 @@
-"""Sparse deltas: bit for bit back from the base, small, refused for another base, whole or not at all."""
+"""Sparse deltas: they restore the model bit for bit, are small, refuse another base, and are written atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything a user can get wrong: one clear error, exit code 2, no traceback, nothing half-written."""
+"""Mistakes of users: each gives one clear error and exit code 2, without a traceback or half-written files."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def labels(*head, rest="up") -> list:
 
 
 class Bomb:
-    """What a hostile pickle does when it is loaded."""
+    """Side effect that a hostile pickle has when it is loaded."""
 
     def __reduce__(self):
         return (os.mkdir, ("exploded",))
@@ -333,7 +333,7 @@ def test_a_state_of_another_recipe_is_named(here, interrupted):
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS], ids=os.strerror)
 @pytest.mark.parametrize("when", ["checkpoint", "model", "records"])
 def test_a_full_disk_or_a_missing_permission(here, monkeypatch, code, when):
-    """What was saved before is whole, and --resume goes on when there is room."""
+    """Files that were saved before are complete, and --resume continues when there is room."""
 
     def fail(*args, **kwargs):
         raise OSError(code, os.strerror(code), "out")

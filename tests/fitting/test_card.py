@@ -64,7 +64,7 @@ def test_what_is_recorded_beside_the_metrics_is_no_metric():
 
 
 def test_scores_alone_make_a_card():
-    """As of folders from before intervals were recorded."""
+    """Scores as in folders from before intervals were recorded."""
     assert "- test (later.csv, 40 rows): f1 (yes) 0.8000\n" in card({"test": {"rows": 40, "f1": 0.8}})
 
 

@@ -186,7 +186,7 @@ def test_child_tuning_d_masks_the_blocks_with_one_threshold_and_decay_still_move
 )
 @pytest.mark.parametrize("beside", [[], [L2SP(scope="linear", decoupled=False)]], ids=["alone", "decay"])
 def test_entries_that_are_masked_for_good_stay_under_any_optimizer(method, optimizer, beside):
-    """Their moments may move: no step ever uses them."""
+    """The moments of masked entries may change, because no step uses them."""
     model = bert()
     before = copied(model)
     run = run_of([copy.deepcopy(method), *beside], model, optimizer=optimizer(model.parameters(), lr=0.05))

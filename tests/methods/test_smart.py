@@ -393,7 +393,7 @@ def test_zero_noise_reproduces_the_logits_bit_for_bit(name, side):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_inputs_embeds_would_pool_another_position(name):
-    """What the hook on the embedding is for: decoders look for padding in `input_ids`."""
+    """Decoders look for padding in `input_ids`; this is why the noise is added by a hook on the embedding."""
     model, inputs = family(name).eval(), padded("right", tokens=False)
     embedded = model.get_input_embeddings()(inputs["input_ids"])
     with torch.no_grad():

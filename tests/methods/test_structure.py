@@ -1,4 +1,4 @@
-"""Methods that change the model, or what of it is trained, before the first step."""
+"""Methods that change the model, or the choice of trained weights, before the first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model directories in, one model directory out: what `steadytune merge` does with the functions of `merge`."""
+"""Merge model directories into one: `steadytune merge`, with the functions of `merge`."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def merge_folders(
     label_separator: str | None = None,
     metric: str | None = None,
 ) -> str:
-    """Merge Hugging Face model directories into a new one, which appears whole or not at all.
+    """Merge Hugging Face model directories into a new one, atomically.
 
-    Config, tokenizer and, where the base has none, the head are those of the first model. Where a fit made the first
-    model, the folder is one that `steadytune predict` reads: it has a record, a model card and `metrics.json`.
+    Config and tokenizer are those of the first model, and so is the head if the base has none. If a fit made the first
+    model, `steadytune predict` can read the new folder: it has a record, a model card and `metrics.json`.
 
     Args:
         models: Directories of fine-tuned models of one architecture.
@@ -46,16 +46,17 @@ def merge_folders(
         validation: Tables of labelled text as `fit` takes them; the merged model is scored on them, and ``"greedy"``
             and ``"paint"`` choose by the mean score. The rows that choose cannot tell how good the choice is: keep
             others for the test.
-        text: Their text columns; by default those of the fit behind the first model, else found.
-        label: Their label column, or one column per class; likewise.
+        text: Text columns of the tables; by default those of the fit that made the first model, otherwise they are
+            found.
+        label: Label column of the tables, or one column per class; found in the same way.
         label_separator: What stands between several labels in one cell; likewise.
         metric: The score; by default the first of the model's kind.
 
     Returns:
-        What was chosen, in a sentence; empty where nothing was.
+        The choice in a sentence; empty if there was none.
 
     Raises:
-        UsageError: What was asked for cannot be done; nothing is written.
+        UsageError: The models cannot be merged in this way; nothing is written.
     """
     from .. import merge
 
@@ -175,7 +176,7 @@ class _Judge:
         )  # fmt: skip
 
     def goodness(self, state: dict[str, Any]) -> float:
-        """The mean score of a state dict over the tables; larger is better."""
+        """Mean score of a state dict over the tables, with the sign with which larger is better."""
         self.model.load_state_dict(state)
         found = [self.fitted.evaluate(table)[self.metric] for table in self.tables]
         return sum(self.problem.metric(self.metric).goodness(value) for value in found) / len(found)
@@ -190,13 +191,13 @@ class _Judge:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    """The record of the fit behind a model directory; empty where there is none."""
+    """Record of the fit that made a model directory; empty without one."""
     file = folder / RECORD
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _load(path: Path, kind: Any = None) -> tuple[Any, set[str]]:
-    """A model, and the names of weights that its directory lacks."""
+    """Load a model; return it with the names of weights that its directory lacks."""
     import transformers
 
     from .pretrained import quiet
@@ -229,9 +230,9 @@ def _check_labels(paths: Sequence[Path], models: Sequence[Any]) -> None:
 
 
 def _check_heads(paths: Sequence[Path]) -> None:
-    """Heads that began differently have nothing in common to average; told from the records of fits.
+    """Raise if the records of fits show heads with different initial values, whose mean has no meaning.
 
-    Heads that began as a probe are alike, whatever their seeds.
+    Heads that started as a probe are alike with any seeds.
     """
     seeds = {
         path: f"seed {record['recipe']['seeds']['init']}" if record.get("drawn", True) else "a probe"
@@ -248,15 +249,15 @@ def _check_heads(paths: Sequence[Path]) -> None:
 def _write(
     model: Any, source: Path, output: Path, about: dict[str, Any], metric: str | None, sets: dict[str, dict[str, Any]]
 ) -> None:
-    """Model, tokenizer and what is known of them, beside the final place first.
+    """Write model, tokenizer and record, atomically.
 
     Args:
-        model: The merged one.
-        source: Folder of the first model, whose tokenizer and record it has.
-        output: The final place.
-        about: How it was merged.
-        metric: To be shown first.
-        sets: Its scores.
+        model: The merged model.
+        source: Folder of the first model, whose tokenizer and record are used.
+        output: Final folder.
+        about: Facts about the merge.
+        metric: Metric to show first.
+        sets: Scores of the model.
     """
     from transformers import AutoTokenizer
 

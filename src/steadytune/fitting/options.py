@@ -13,8 +13,8 @@ from typing import Any, Literal
 from ..config import ALIASES, options
 from ..errors import UsageError, suggest
 
-# The strong baseline for small data: 20 epochs, but never so few steps that training stops half way, and a ceiling
-# where a table is large enough to need no repetition (Mosbach et al. 2021; Zhang et al. 2021).
+# The strong baseline for small data is 20 epochs (Mosbach et al. 2021; Zhang et al. 2021). The smallest number of steps
+# keeps training from ending half way; the largest is for tables that need no repetition.
 EPOCHS, MIN_STEPS, MAX_STEPS = 20, 400, 2000
 
 PEFT = ("lora", "ia3", "prefix", "prompt")
@@ -30,49 +30,49 @@ class Options:
 
     Attributes:
         lr: Peak learning rate.
-        weight_decay: Decoupled, on weight matrices only.
-        warmup: Share of the steps, in [0, 1).
-        max_grad_norm: Clipping of the gradient's norm; 0 switches it off.
-        batch_size: Rows per forward.
-        accumulation: Forwards per optimizer step.
+        weight_decay: Decoupled weight decay, on weight matrices only.
+        warmup: Share of the steps with a rising rate, in [0, 1).
+        max_grad_norm: Largest norm of the gradient; 0 disables clipping.
+        batch_size: Number of rows per forward.
+        accumulation: Number of forwards per optimizer step.
         steps: Optimizer steps; by default 20 epochs, at least 400 and at most 2,000 steps. 0 leaves the encoder as it
             is and keeps the head that `head` gives it.
-        epochs: Instead of steps.
-        max_length: Tokens per row, longer ones are cut; by default 128, or less where the model has fewer positions or
-            its sentence-transformers folder says fewer.
-        prompt: Text that stands before the first text of every row, in training and in `predict`, as in ``"query: "``;
+        epochs: Number of epochs, instead of steps.
+        max_length: Largest number of tokens per row; longer rows are cut. By default 128, or fewer if the model has
+            fewer positions or its sentence-transformers folder says so.
+        prompt: Text before the first text of each row, in training and in `predict`, such as ``"query: "``;
             ``"name:query"`` takes the prompt of that name from a sentence-transformers folder.
-        dropout: One probability for every dropout of the model; by default as its config says.
-        bf16: bfloat16 autocast; the weights themselves stay float32.
-        lora: Train low-rank adapters instead of all weights and merge them at the end; by default for models of more
-            than a billion weights. Needs the extra ``peft``.
-        peft: Train adapters of this kind: ``"lora"``, ``"ia3"`` (both merged at the end), ``"prefix"`` or ``"prompt"``
-            (never merged: the output holds them alone, in PEFT's format, and `predict` puts them into the base model).
-        head: How the output layer begins: ``"random"``, or as a linear probe on the frozen features of the training
-            rows, ``"logistic"`` or ``"ridge"`` (for numbers ridge in both cases); see `methods.HeadInit`.
-        pooling: What the head reads: ``"model"`` leaves it as it is, ``"mean"`` takes the mean over tokens, ``"cls"``
-            the first token without the dense layer before the head; see `methods.Pooling`. ``"auto"`` takes the mean
-            for a sentence encoder that was trained so and whose dense layer was not.
-        class_weights: ``"balanced"`` weighs classes by inverse frequency.
-        standardize: Train on numbers less their mean, in units of their standard deviation, and take both back into
-            the output layer at the end, after the last checkpoint; for regression.
-        evaluations: How often the validation rows are scored while training; the best weights of those moments are
-            kept. 0: the last weights are kept, nothing is selected.
-        patience: Stop after this many evaluations without a new best.
-        calibrate: Fit a temperature on the validation rows and divide the output layer by it.
-        threshold: Probability above which a class is given (for two classes the second one), 0.5 by default; or
-            ``"tune"``, which takes the one that is best on the validation rows by the metric that selects. For two
-            classes and for several labels a row.
-        restarts: How often a run whose training loss (penalties included) stays above 0.9 log K after 20 % of its
-            steps is stopped and begun anew with other seeds; for classification.
-        train_size: Draw this many rows, stratified, and forget the others.
-        validation_share: Carved out of the training rows where no validation table is given.
-        seed: Seed of everything below that is not set.
-        init_seed: New weights (the head).
-        subset_seed: Subset and validation split; by default the data seed.
-        data_seed: Order of rows.
-        dropout_seed: Dropout.
-        method_seed: Draws of the methods (masks, noise).
+        dropout: Probability of every dropout of the model; by default those of its config.
+        bf16: Whether to use bfloat16 autocast; the weights stay float32.
+        lora: Whether to train low-rank adapters instead of all weights, and merge them at the end; by default for
+            models with more than a billion weights. Needs the extra ``peft``.
+        peft: Kind of adapters to train: ``"lora"`` or ``"ia3"`` (merged at the end), ``"prefix"`` or ``"prompt"`` (not
+            merged: the output contains only them, in PEFT's format, and `predict` adds them to the base model).
+        head: Initial output layer: ``"random"``, or a linear probe on the frozen features of the training rows,
+            ``"logistic"`` or ``"ridge"`` (for numbers ridge in both cases); see `methods.HeadInit`.
+        pooling: Input of the head: ``"model"`` does not change it, ``"mean"`` is the mean over tokens, ``"cls"`` the
+            first token without the dense layer before the head; see `methods.Pooling`. ``"auto"`` is the mean for a
+            sentence encoder that was trained with it and whose dense layer was never trained.
+        class_weights: ``"balanced"`` weights classes by inverse frequency.
+        standardize: Whether to train on standardised numbers. The output layer takes over mean and standard deviation
+            at the end, after the last checkpoint; for regression.
+        evaluations: Number of evaluations on the validation rows during training; the best weights are kept. 0 keeps
+            the last weights, without selection.
+        patience: Number of evaluations without a new best after which training stops.
+        calibrate: Whether to fit a temperature on the validation rows and divide the output layer by it.
+        threshold: Probability above which a class is predicted (of two classes, the second); 0.5 by default. ``"tune"``
+            takes the best threshold on the validation rows by the selection metric. For two classes and for several
+            labels a row.
+        restarts: Largest number of restarts with other seeds, for a run whose training loss (with penalties) is still
+            above 0.9 log K after 20 % of its steps; for classification.
+        train_size: Number of training rows to draw, stratified; the others are not used.
+        validation_share: Share of the training rows to hold out if there is no validation table.
+        seed: Seed that replaces each of the following if it is not set.
+        init_seed: Seed of new weights (the head).
+        subset_seed: Seed of subset and validation split; by default the data seed.
+        data_seed: Seed of the row order.
+        dropout_seed: Seed of dropout.
+        method_seed: Seed of the methods' draws (masks, noise).
     """
 
     lr: float = 2e-5

@@ -1,1 +1,1 @@
-"""The start of a fine-tuning: what the head reads, a linear probe on it, and heads that begin as that probe."""
+"""The start of fine-tuning: the inputs of the head, linear probes on them, and heads that start as a probe."""

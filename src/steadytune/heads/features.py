@@ -1,8 +1,8 @@
-"""Features: what enters the last linear layer of a classifier, or its token states as one vector, in evaluation mode.
+"""Features of rows in evaluation mode: inputs of a classifier's last linear layer, or pooled token states.
 
-For the first, the layer is made to hand on its input for a while, so that whatever the model does with the layer's
-outputs (a decoder picks those of the last token) it does with the features. One rule serves every architecture; it is
-checked on the first batch that the features, times the layer's weights, are the model's own logits.
+For the first, the layer returns its input for the time of the pass. So everything that the model does with the layer's
+outputs (a decoder picks those of the last token) happens to the features. One rule serves every architecture. The first
+batch is checked: features times the layer's weights must equal the model's logits.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-CHECKED = 4  # rows of the first batch whose logits are computed as well
-TOLERANCE = 1e-3  # between logits and features times weights, as a share of the largest logit
+CHECKED = 4  # number of rows of the first batch that are checked
+TOLERANCE = 1e-3  # largest difference of logits in the check, as a share of the largest logit
 
 
 def last_linear(model: Any) -> nn.Linear | None:
@@ -41,9 +41,9 @@ def output_layer(model: Any) -> nn.Linear:
 
 @torch.no_grad()
 def features(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
-    """What enters the model's last linear layer, one row per row of the batches.
+    """Inputs of the model's last linear layer, one row for each row of the batches.
 
-    The model is left in the mode in which it was. Dropout is off, and no random number is drawn.
+    The model's mode does not change. Dropout is off, and no random number is drawn.
 
     Args:
         model: A classifier, on any device.
@@ -73,10 +73,10 @@ def features(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Tenso
 
 @torch.no_grad()
 def pooled_features(model: Any, batches: Iterable[Mapping[str, Tensor]], how: Literal["mean", "cls"]) -> Tensor:
-    """Token states after the last block as one vector a row, whatever the model's own head reads.
+    """Token states after the last block, pooled to one vector a row.
 
-    Of an encoder-decoder they are those of the encoder. The model is left in the mode in which it was, dropout is off,
-    and no random number is drawn.
+    For an encoder-decoder they are those of the encoder. The model's mode does not change, dropout is off, and no
+    random number is drawn.
 
     Args:
         model: A classifier, on any device.
@@ -87,7 +87,7 @@ def pooled_features(model: Any, batches: Iterable[Mapping[str, Tensor]], how: Li
         (rows, width), float64 on the CPU.
 
     Raises:
-        ValueError: The model has not one state per token, or there is no batch.
+        ValueError: The model does not have one state for each token, or there is no batch.
     """
     body = model.base_model
     if model.config.is_encoder_decoder:
@@ -110,7 +110,7 @@ def pooled_features(model: Any, batches: Iterable[Mapping[str, Tensor]], how: Li
 
 
 def _check(model: nn.Module, layer: nn.Linear, logits: Tensor, rows: Tensor) -> None:
-    """Raise unless the layer makes the model's logits of these features."""
+    """Raise unless features times the layer's weights are the model's logits."""
     bias = None if layer.bias is None else layer.bias.double()
     if rows.shape == (len(logits), layer.in_features):
         difference = (nn.functional.linear(rows, layer.weight.double(), bias) - logits).abs().max()
@@ -124,7 +124,7 @@ def _check(model: nn.Module, layer: nn.Linear, logits: Tensor, rows: Tensor) -> 
 
 @contextlib.contextmanager
 def _handing_on(layer: nn.Linear) -> Iterator[None]:
-    """While open, the layer's output is its input."""
+    """Make the layer return its input inside the block."""
     handle = layer.register_forward_hook(lambda module, args, output: args[0])
     try:
         yield
@@ -134,7 +134,7 @@ def _handing_on(layer: nn.Linear) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """While open, the model is in evaluation mode; each module's own mode is restored."""
+    """Set the model to evaluation mode inside the block; restore the mode of each module."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

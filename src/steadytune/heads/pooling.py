@@ -1,4 +1,4 @@
-"""Mean pooling inside a plain folder, and dense layers that hand on what they are given.
+"""Mean pooling by one more stock block, and dense layers that pass their input on.
 
 A stock BERT classifier reads the state of its first token, through a dense layer that many checkpoints never trained.
 One more block of the model's own kind can put the mean over tokens there instead, with stock weights and stock code:
@@ -29,11 +29,11 @@ from .features import evaluating, output_layer
 
 Pool = Literal["mean", "cls"]
 
-REST = 5e-4  # what the first token's own state may weigh beside the mean
-TOLERANCE = 1e-2  # between the block's output and LN(mean), as a share of its largest entry
+REST = 5e-4  # largest weight of the first token's own state in relation to the mean
+TOLERANCE = 1e-2  # largest difference between the block's output and LN(mean), as a share of its largest entry
 SQUEEZE = 0.3  # weight of a dense layer before tanh: nearly linear for states of spread 1
 
-# What a block is made of, by path: BERT, RoBERTa, XLM-R, ELECTRA, ERNIE, DeBERTa; DistilBERT.
+# Parts of a block by path: BERT, RoBERTa, XLM-R, ELECTRA, ERNIE, DeBERTa; DistilBERT.
 SCORES = ("query", "key", "q_lin", "k_lin", "query_proj", "key_proj", "pos_query_proj", "pos_key_proj")
 VALUE = ("value", "v_lin", "value_proj")
 MIXED = ("attention.output.dense", "attention.out_lin")
@@ -42,12 +42,12 @@ NORMS = ("attention.output.LayerNorm", "sa_layer_norm", "output.LayerNorm", "out
 
 
 def untrained_dense(model: nn.Module, missing: frozenset[str] = frozenset()) -> str | None:
-    """Name of the dense layer before the head that no pre-training has trained, or None.
+    """Name of the dense layer before the head if it was never trained, or None.
 
-    It was never trained if its bias is exactly 0 everywhere, or if the checkpoint does not hold it.
+    It was never trained if its bias is exactly 0 everywhere, or if the checkpoint lacks it.
 
     Args:
-        model: A classifier as it was loaded.
+        model: A classifier after loading.
         missing: Names of weights that were not in the checkpoint.
     """
     name = dense_before(model)
@@ -73,7 +73,7 @@ def dense_before(model: nn.Module) -> str | None:
 
 
 def pooling_block_names(model: nn.Module) -> set[str]:
-    """Names of the weights of a pooling block; none without one."""
+    """Names of the weights of a pooling block; empty without one."""
     stack = _stack(model)
     if stack is None or getattr(model.config, POOLING, None) is None:
         return set()
@@ -86,11 +86,11 @@ def pooling_block_names(model: nn.Module) -> set[str]:
 
 @torch.no_grad()
 def add_pooling_block(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[str]:
-    """Append a block after which the first token holds LN(mean over tokens), to the model and to its config.
+    """Append a block to the model and its config whose output at the first token is LN(mean over tokens).
 
     Args:
         model: A classifier; it is changed in place.
-        batches: A few rows of the training data, on which c is chosen and the result is checked.
+        batches: A few rows of the training data, for choosing c and checking the result.
 
     Returns:
         Names of the new weights.
@@ -127,7 +127,7 @@ def add_pooling_block(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> li
 
 
 def _stack(model: nn.Module) -> nn.ModuleList | None:
-    """The list that holds the last block, if each of its entries is one block."""
+    """The list of the last block, if each of its entries is one block."""
     found = blocks(model)
     if not found or len(found[-1]) != 1:
         return None
@@ -135,7 +135,7 @@ def _stack(model: nn.Module) -> nn.ModuleList | None:
 
 
 def _states(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-    """The states after the last block (rows, tokens, width), and which tokens count."""
+    """States after the last block (rows, tokens, width), and the mask of the tokens that count."""
     inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
     with evaluating(model):
         states = getattr(model(**inputs, output_hidden_states=True), "hidden_states", None)
@@ -150,14 +150,14 @@ def _mean(states: Tensor, mask: Tensor) -> Tensor:
 
 
 def _factor(states: Tensor, mask: Tensor) -> float:
-    """c: the first token's own state, centred, becomes a share of `REST` of the centred mean; a power of two."""
+    """c, a power of two with which the first token's own state has at most a share `REST` of the mean, both centred."""
     spread = _mean(states, mask).std(-1, correction=0).clamp_min(1e-6)
     ratio = (states[:, 0].std(-1, correction=0) / spread).max()
     return float(torch.exp2((ratio / REST).log2().ceil()))
 
 
 def _fill(block: nn.Module, factor: float) -> bool:
-    """Write the weights of a pooling block; whether all of them were found."""
+    """Write the weights of a pooling block; return whether all were found."""
     for p in block.parameters():
         p.requires_grad_(True)
     written = set()
@@ -188,7 +188,7 @@ def _fill(block: nn.Module, factor: float) -> bool:
 
 
 def _pools(model: Any, batch: Mapping[str, Tensor], states: Tensor, mask: Tensor) -> bool:
-    """Whether the first token now holds LN(mean) of the states before."""
+    """Whether the state of the first token is now LN(mean) of the earlier states."""
     after = _states(model, batch)
     if after is None:
         return False
@@ -202,20 +202,20 @@ def _pools(model: Any, batch: Mapping[str, Tensor], states: Tensor, mask: Tensor
 
 @torch.no_grad()
 def bypass(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[str]:
-    """Let the dense layer before the head hand on what it is given, as nearly as its activation allows.
+    """Make the dense layer before the head pass its input on, as exactly as its activation allows.
 
-    Before tanh it becomes ``0.3 I``; before a rectifier (ReLU, GELU) the identity, moved to where the rectifier is
-    linear. It trains on as any other weight.
+    Before tanh its weight becomes ``0.3 I``. Before a rectifier (ReLU, GELU) it becomes the identity, shifted to where
+    the rectifier is linear. It then trains like any other layer.
 
     Args:
         model: A classifier; it is changed in place.
-        batches: A few rows, by which the activation is told and the move is chosen.
+        batches: A few rows, for detecting the activation and choosing the shift.
 
     Returns:
         Names of the weights that were written; empty without such a layer.
 
     Raises:
-        ValueError: An activation that is neither bounded nor a rectifier.
+        ValueError: The activation is neither bounded nor a rectifier.
     """
     name = dense_before(model)
     if name is None:
@@ -245,7 +245,7 @@ def bypass(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[str]:
 
 
 def _largest_input(model: Any, layer: nn.Module, batch: Mapping[str, Tensor]) -> float:
-    """The largest absolute value that enters a layer."""
+    """Largest absolute value of a layer's input."""
     seen: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].abs().max()))
     try:
@@ -256,7 +256,7 @@ def _largest_input(model: Any, layer: nn.Module, batch: Mapping[str, Tensor]) ->
 
 
 def _activated(model: Any, layer: Any, batch: Mapping[str, Tensor], value: float) -> float:
-    """What enters the head when the layer's output is one value everywhere."""
+    """Input of the head if the layer's output is one value everywhere."""
     seen: list[Tensor] = []
     fill = layer.register_forward_hook(lambda module, args, output: torch.full_like(output, value))
     read = output_layer(model).register_forward_pre_hook(lambda module, args: seen.append(args[0]))

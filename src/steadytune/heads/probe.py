@@ -1,7 +1,7 @@
-r"""Linear probes: the best head on frozen features, and an honest estimate of what it is worth.
+r"""Linear probes: the best head on frozen features, and an unbiased estimate of its score.
 
-Features are centred and divided by one number, the spread over all entries. Dividing each feature by its own spread
-would blow up those that hardly vary: three of MiniLM's have a spread near zero.
+Features are centred and divided by one number, the spread over all entries. Each feature's own spread would enlarge
+features that hardly vary; three of MiniLM's have a spread near zero.
 
     Z = (Phi - m) / s
 
@@ -28,9 +28,9 @@ from dataclasses import dataclass
 import numpy as np
 
 STRENGTHS = np.logspace(-4, 4, 9)  # C of the logistic probes
-WORSE = 2  # values of C in a row without a better log-loss, after which larger ones, which take longest, are not tried
+WORSE = 2  # after this many C in a row without a better log-loss, larger ones, which take longest, are skipped
 PENALTIES = np.logspace(-4, 3, 15)  # lambda of ridge, in units of the mean eigenvalue of Z'Z
-MISSING = 2.0  # how far the bias of a class without rows lies below the lowest other one
+MISSING = 2.0  # distance of the bias of a class without rows below the lowest other bias
 
 Parts = Sequence[tuple[np.ndarray, np.ndarray]]
 
@@ -42,9 +42,9 @@ class Probe:
     Attributes:
         weight: (outputs, width), float64.
         bias: (outputs,), zeros for a head without bias.
-        out_of_fold: (rows, outputs), what heads say that did not see the row. The strength of the penalty was chosen on
-            these, so that their score is slightly too good.
-        strength: The penalty that was chosen: C, the mean C over several labels, or lambda.
+        out_of_fold: (rows, outputs) of heads that were not fitted on the row. The strength of the penalty was chosen on
+            these, so their score is slightly too good.
+        strength: Chosen strength of the penalty: C, the mean C over several labels, or lambda.
     """
 
     weight: np.ndarray
@@ -67,7 +67,7 @@ def logistic(features: np.ndarray, labels: np.ndarray, classes: int, parts: Part
     Args:
         features: (rows, width).
         labels: (rows,) class numbers; classes may be missing.
-        classes: How many outputs the head has, two or more.
+        classes: Number of outputs of the head, two or more.
         parts: Folds, as pairs of positions to fit on and positions to judge on; each row is judged once.
         bias: Whether the head has one. Without it, features are not centred.
     """
@@ -87,7 +87,7 @@ def logistic(features: np.ndarray, labels: np.ndarray, classes: int, parts: Part
 
 
 def logistic_each(features: np.ndarray, labels: np.ndarray, parts: Parts, *, bias: bool = True) -> Probe:
-    """One logistic regression per class, each with a penalty of its own.
+    """One logistic regression for each class, each with its own penalty.
 
     A class that all rows or none have gets no weights, and a bias of its (smoothed) rate.
 
@@ -160,7 +160,7 @@ def ridge_classes(features: np.ndarray, labels: np.ndarray, classes: int, *, bia
 def _standardised(features: np.ndarray, *, centred: bool) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
     """Standardised features in a basis of at most as many directions as there are rows, mean, spread, that basis.
 
-    Penalised solutions lie in the span of the rows, so that the change of basis is exact and only saves time.
+    Penalised solutions lie in the span of the rows, so the change of basis is exact. It saves time.
     """
     phi = np.asarray(features, dtype=float)
     m = phi.mean(axis=0) if centred else np.zeros(phi.shape[1])
@@ -175,7 +175,7 @@ def _standardised(features: np.ndarray, *, centred: bool) -> tuple[np.ndarray, n
 def _path(
     z: np.ndarray, labels: np.ndarray, classes: int, strengths: np.ndarray, bias: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Weights (classes, width) and biases for each C, from the smallest on, each begun at the one before."""
+    """Weights (classes, width) and biases for each C, from the smallest on, each starting from the one before."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -207,7 +207,7 @@ def _all_classes(
 
 
 def _undone(w: np.ndarray, b: np.ndarray, m: np.ndarray, s: float, out_of_fold: np.ndarray, strength: float) -> Probe:
-    """The head on the features themselves."""
+    """The head for features that are not standardised."""
     weight = w / s
     return Probe(weight, b - weight @ m, out_of_fold, strength)
 

@@ -1,4 +1,4 @@
-"""Heads that begin as a linear probe: which probe suits the labels, and how it gets into the model."""
+"""Heads that start as a linear probe: choose the probe by the labels, and write it into the model."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ FOLDS = 5
 
 
 def fit_probe(phi: np.ndarray, labels: np.ndarray, outputs: int, *, how: How, bias: bool, parts: Parts) -> Probe:
-    """The probe that suits the labels.
+    """Fit the probe for a kind of labels.
 
     Args:
         phi: Features (rows, width).
         labels: Class numbers (rows,); 0 and 1 (rows, classes) for several labels; or floats (rows,).
-        outputs: Outputs of the head.
-        how: Kind of probe for classes. Numbers always take ridge, several labels always logistic regressions.
+        outputs: Number of outputs of the head.
+        how: Kind of probe for classes. Numbers always use ridge, several labels always logistic regressions.
         bias: Whether the head has one.
         parts: Folds of the logistic probes, as of `probe.logistic`.
     """
@@ -42,7 +42,7 @@ def fit_probe(phi: np.ndarray, labels: np.ndarray, outputs: int, *, how: How, bi
 
 
 def cross_fitted(phi: np.ndarray, fit: Callable[[np.ndarray], Probe], parts: Parts) -> np.ndarray:
-    """Outputs (rows, outputs) of probes that saw the row nowhere: neither for their weights nor for their penalty.
+    """Outputs (rows, outputs) of probes whose weights and penalty were chosen without the row.
 
     `Probe.out_of_fold` is cheaper, but its penalty was chosen on the same rows, which makes its score too good.
 
@@ -57,15 +57,15 @@ def cross_fitted(phi: np.ndarray, fit: Callable[[np.ndarray], Probe], parts: Par
 
 
 def even_parts(labels: np.ndarray, seed: int, folds: int = FOLDS, keys: Sequence[bytes] = ()) -> Parts:
-    """Folds of like sizes, each with like shares of the classes where the labels are class numbers.
+    """Folds of similar sizes, with similar shares of the classes if labels are class numbers.
 
-    Rows are shuffled, sorted by class, and dealt out like cards.
+    Rows are shuffled, sorted by class, and dealt out in turn.
 
     Args:
         labels: (rows,) or (rows, classes).
-        seed: Of the shuffle.
-        folds: How many, or as many as there are different rows.
-        keys: What the rows are told apart by; rows of equal keys share a fold.
+        seed: Seed of the shuffle.
+        folds: Number of folds; at most the number of different rows.
+        keys: Key of each row; rows with equal keys share a fold.
     """
     numbers: dict[bytes, int] = {}
     unit = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
@@ -83,12 +83,12 @@ def even_parts(labels: np.ndarray, seed: int, folds: int = FOLDS, keys: Sequence
 
 @torch.no_grad()
 def set_head(model: nn.Module, probe: Probe, scale: float = 1.0) -> None:
-    """Make the probe the model's last linear layer.
+    """Write the probe into the model's last linear layer.
 
     Args:
         model: A classifier with as many outputs as the probe.
-        probe: Its bias is left out where the layer has none.
-        scale: Factor on weights and bias. Below 1 the head starts less sure of itself, and the body moves faster.
+        probe: The probe; its bias is left out if the layer has none.
+        scale: Factor of weights and bias. Below 1 the first predictions are less certain, and the body changes faster.
     """
     layer = output_layer(model)
     layer.weight.copy_(torch.from_numpy(scale * probe.weight))
@@ -98,12 +98,12 @@ def set_head(model: nn.Module, probe: Probe, scale: float = 1.0) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """Features and labels of rows, in an order that depends on the rows alone.
+    """Features and labels of rows, with keys for an order that depends on the rows alone.
 
     Attributes:
         phi: Features (rows, width).
         labels: Class numbers or floats (rows,), or 0 and 1 (rows, classes).
-        keys: What the order is by: the tokens of each row.
+        keys: Tokens of each row, by which rows are ordered.
     """
 
     phi: np.ndarray
@@ -115,7 +115,7 @@ class Labelled:
         """Pass the batches, or lists of micro-batches, through the model.
 
         Raises:
-            ValueError: Batches without labels, or labels of another shape than one, or one per output, a row.
+            ValueError: Batches have no labels, or not one label, or one label per output, for each row.
         """
         held: list[Inputs] = []
         for given in batches:
@@ -131,7 +131,7 @@ class Labelled:
         return cls(features(model, held).numpy(), labels, keys)
 
     def together(self) -> Labelled:
-        """With the rows of all ranks."""
+        """The rows of all processes together."""
         if not (dist.is_available() and dist.is_initialized()):
             return self
         parts: list[Any] = [None] * dist.get_world_size()
@@ -140,16 +140,16 @@ class Labelled:
         return Labelled(np.concatenate(phi), np.concatenate(labels), [key for part in keys for key in part])
 
     def probe(self, outputs: int, *, how: How, bias: bool, seed: int = 0) -> Probe:
-        """The probe on these rows.
+        """Fit the probe on these rows.
 
-        Rows are sorted by their tokens before they are dealt into folds: folds, and so the penalty, do not depend on
-        how a loader shuffles. ``out_of_fold`` is in the order of the rows as they are here.
+        Rows are sorted by their tokens before they are dealt into folds, so that the folds and the penalty do not
+        depend on the order of a loader. ``out_of_fold`` has the order of the rows here.
 
         Args:
             outputs: Outputs of the head.
             how: Kind of probe for classes.
             bias: Whether the head has one.
-            seed: Of the folds.
+            seed: Seed of the folds.
         """
         order = np.array(sorted(range(len(self.keys)), key=self.keys.__getitem__))
         parts = even_parts(self.labels[order], seed, keys=[self.keys[i] for i in order])
@@ -172,7 +172,7 @@ def token_key(ids: Any) -> bytes:
 
 
 def probe_of_batches(model: Any, batches: Iterable[Inputs | Sequence[Inputs]], *, how: How, seed: int = 0) -> Probe:
-    """The probe of a model on labelled batches, those of all ranks together.
+    """Fit the probe of a model on labelled batches of all processes.
 
     Args:
         model: A classifier.
