@@ -690,3 +690,11 @@ def test_a_class_of_copies_with_other_labels_stays_in_training():
     for seed in range(20):
         data = prepare(Table(frame, "t"), {}, validation_share=0.5, seed=seed)
         assert "c" in set(data.train["label"])
+
+
+def test_a_class_of_one_row_has_no_validation_share():
+    table = Table(pd.DataFrame({"text": [f"text {i}" for i in range(11)], "label": ["a"] * 10 + ["b"]}), "t.csv")
+    with pytest.raises(UsageError, match=r"^class 'b' has 1 row only .* set --validation-share 0\."):
+        prepare(table, {}, validation_share=0.2)
+    with pytest.raises(UsageError, match=r"^of the 6 rows drawn by --train-size: class 'b' has 1 row only"):
+        prepare(table, {}, validation_share=0.2, train_size=6)

@@ -238,3 +238,10 @@ def test_quoted_cells_of_a_tsv_file_are_read_beside_empty_last_cells(tmp_path):
     rows.to_csv(tmp_path / "t.tsv", sep="\t", index=False)
     assert read_table(tmp_path / "t.tsv")["label"].tolist() == ['["a"]', '["b"]']
     assert read_table(tmp_path / "t.tsv")["text"].tolist() == ['he said "no"', "a b"]
+
+
+def test_a_text_longer_than_the_limit_of_a_csv_cell_is_read(tmp_path):
+    """Naive: Python's csv stops at 131,072 characters while the delimiter is checked."""
+    text = "word " * 30_000
+    (tmp_path / "t.csv").write_text(f"text,label;x\n{text},a\nb,c\n")
+    assert read_table(tmp_path / "t.csv")["text"].tolist() == [text, "b"]

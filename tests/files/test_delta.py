@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from helpers import assert_same, batches, bert
 from steadytune import SIFT, ChildTuningD, DPSDense, Run, apply_delta, save_delta
+from steadytune.files import state
 from steadytune.files.delta import FILE
 
 
@@ -131,3 +132,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         save_delta(tmp_path, base, {"w": torch.full((4,), 3.0)})
     assert [p.name for p in tmp_path.iterdir()] == [FILE]
     assert_same(apply_delta(tmp_path, base), {"w": torch.zeros(4)})
+
+
+def test_a_delta_of_a_newer_format_is_refused(tmp_path):
+    """Naive: it is applied as if its format were known."""
+    base = bert().state_dict()
+    save_delta(tmp_path, base, base)
+    state.save({**state.load(tmp_path / FILE), "format": 2}, tmp_path / FILE)
+    with pytest.raises(ValueError, match="has format 2, this version reads deltas of format 1"):
+        apply_delta(tmp_path, base)
