@@ -10,18 +10,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ..data.metrics import smaller_is_better
 from ..files.atomic import write_whole
 from .progress import progress_bar
-
-if TYPE_CHECKING:
-    from .fit_trainer import FitTrainer
 
 logger = logging.getLogger("steadytune")
 
@@ -153,7 +150,7 @@ class Interrupt(TrainerCallback):
         )  # set after the checkpoint was written, because the training is not over
 
     @classmethod
-    def listening(cls, trainer: FitTrainer) -> _Listening:
+    def listening(cls, trainer: Trainer) -> _Listening:
         return _Listening(next(c for c in trainer.callback_handler.callbacks if isinstance(c, cls)))
 
 

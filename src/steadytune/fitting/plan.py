@@ -226,7 +226,7 @@ def open_model(plan: Plan) -> Pretrained:
     )
     for note in pretrained.notes(options.max_length, options.prompt):
         logger.info("%s", note)
-    return dataclasses.replace(pretrained, pooling=chosen_pooling(plan, pretrained))
+    return dataclasses.replace(pretrained, pooling=chosen_pooling(pretrained, options, plan.methods, plan.data.train))
 
 
 def make_setup(plan: Plan, pretrained: Pretrained, checkpoints: Path) -> Setup:

@@ -6,6 +6,7 @@ Both options stand for methods, `Pooling` and `HeadInit`, which act before those
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..core import Method
@@ -15,8 +16,9 @@ from ..methods.head_init import HeadInit
 from ..methods.pooling import Pooling
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from .options import Options
-    from .plan import Plan
     from .pretrained import Pretrained
 
 logger = logging.getLogger("steadytune")
@@ -26,47 +28,53 @@ TRIED = 8  # rows on which a pooling block is tried
 Pooled = Literal["model", "mean", "cls"]
 
 
-def chosen_pooling(plan: Plan, pretrained: Pretrained) -> Pooled:
+def chosen_pooling(pretrained: Pretrained, options: Options, methods: Sequence[Method], rows: pd.DataFrame) -> Pooled:
     """What the head reads, with ``"auto"`` decided.
 
     ``"auto"`` takes the mean over tokens where the folder of a sentence encoder says so, the head would read a dense
     layer that was never trained, and the model can pool so. Everything else stays as the model has it.
+
+    Args:
+        pretrained: The model, opened.
+        options: Of the fit.
+        methods: Of the recipe.
+        rows: Training rows, on the first of which a pooling block is tried.
     """
-    wanted = plan.options.pooling
+    wanted = options.pooling
     if wanted != "auto":
         return wanted
-    if any(isinstance(method, Pooling) for method in plan.methods):
+    if any(isinstance(method, Pooling) for method in methods):
         return "model"
     if pretrained.sentence is None or pretrained.sentence.pooling != "mean":
         return "model"
-    model, new = pretrained.read(plan.options.seeds["init"])
+    model, new = pretrained.read(options.seeds["init"])
     untrained = untrained_dense(model, new)
     if untrained is None and not hasattr(model.config, "classifier_pooling"):
         return "model"
-    if plan.options.peft or plan.options.lora:
+    if options.peft or options.lora:
         logger.warning(
             "this sentence encoder pools by the mean, the head reads %s: with adapters pooling cannot be changed",
-            untrained,
+            untrained or "the first token",
         )
         return "model"
-    if not _can_pool(model, plan, pretrained):
+    if not _can_pool(model, pretrained, rows.head(TRIED)):
         logger.warning(
-            "this sentence encoder pools by the mean, the head reads %s, which was never trained: a %s cannot take the "
-            "mean instead",
-            untrained, type(model).__name__,
+            "this sentence encoder pools by the mean, the head reads %s: a %s cannot take the mean instead",
+            untrained or "the first token", type(model).__name__,
         )  # fmt: skip
         return "model"
-    logger.info("pooling: the mean over tokens, as the encoder was trained; %s was never trained", untrained)
+    why = "" if untrained is None else f"; {untrained} was never trained"
+    logger.info("pooling: the mean over tokens, as the encoder was trained%s", why)
     return "mean"
 
 
-def _can_pool(model: Any, plan: Plan, pretrained: Pretrained) -> bool:
+def _can_pool(model: Any, pretrained: Pretrained, rows: pd.DataFrame) -> bool:
     """Whether `Pooling` can give the head the mean; the model is spent."""
     if hasattr(model.config, "classifier_pooling"):
         return True
-    rows = pretrained.tokenise(plan.data.train.head(TRIED))
+    batch: Any = pretrained.tokenizer.pad(pretrained.tokenise(rows), return_tensors="pt")
     try:
-        add_pooling_block(model, [pretrained.tokenizer.pad(rows, return_tensors="pt")])
+        add_pooling_block(model, [batch])
     except ValueError:
         return False
     return True
