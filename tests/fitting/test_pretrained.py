@@ -78,6 +78,41 @@ def test_a_config_of_another_size_is_an_error(bert, settings):
         Pretrained.open(bert, TWO).load(0)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"return_dict": False}, {"output_hidden_states": True, "output_attentions": True}]
+)
+def test_a_folder_that_asks_for_other_outputs_is_trained_and_written(bert, tmp_path, settings):
+    """Naive: a tuple has no logits; the folder cannot be written at the end, as sdpa gives no attentions."""
+    configured(bert, **settings)
+    fitted = fit(toy(40), model=str(bert), output=tmp_path / "out", steps=1, progress=False, probe=False)
+    assert len(fitted.predict(["a text"])) == 1
+
+
+@pytest.mark.parametrize("names", [{"1": "a", "2": "b"}, {"7": "a"}])
+def test_class_numbers_with_gaps_are_no_error(bert, tmp_path, names):
+    configured(bert, id2label=names, label2id={name: int(i) for i, name in names.items()})
+    fit(toy(40), model=str(bert), output=tmp_path / "out", steps=1, progress=False, probe=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named_before_training(bert, tmp_path, value):
+    """Naive: "training diverged. Lower lr", before the first step."""
+    file = Path(bert, "model.safetensors")
+    held = load_file(file)
+    name = next(key for key in held if key.endswith("layer.0.output.dense.bias"))
+    save_file({**held, name: held[name] + value}, file, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=rf"1 of its weights hold values that are not finite \(.*{name}\)"):
+        fit(toy(40), model=str(bert), output=tmp_path / "out", steps=1, progress=False)
+
+
+def test_layers_that_the_config_leaves_out_are_said(bert, tmp_path, caplog):
+    """A config of another model: half of the layers would be dropped without a word."""
+    configured(bert, num_hidden_layers=1)
+    with caplog.at_level("INFO", "steadytune"):
+        fit(toy(40), model=str(bert), output=tmp_path / "out", steps=1, progress=False, probe=False)
+    assert "16 weights of the checkpoint have no place in the model and are not used" in caplog.text
+
+
 def test_a_pooler_that_no_checkpoint_of_the_kind_holds_may_be_new(tmp_path):
     BertForMaskedLM(BertConfig(**SIZE)).save_pretrained(tmp_path)
     word_tokenizer().save_pretrained(tmp_path)

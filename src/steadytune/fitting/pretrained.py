@@ -105,13 +105,15 @@ class Pretrained:
         with quiet(), _loading(name):
             before = AutoConfig.from_pretrained(name)
             config = AutoConfig.from_pretrained(name, **problem.head_options)
+            # only logits are read, and by name; a folder may ask for tuples, or for outputs that its attention lacks
+            config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
             tokenizer = AutoTokenizer.from_pretrained(name)
             in_force = set_dropout(config, dropout)
             skeleton = _skeleton(config)
         agree(config, tokenizer, skeleton, name)
         sentence = sentence_folder(name)
         length = token_limit(max_length, config, tokenizer, skeleton, sentence)
-        classes = tuple(str(before.id2label[i]) for i in range(before.num_labels))
+        classes = tuple(str(before.id2label.get(i, f"LABEL_{i}")) for i in range(before.num_labels))
         return cls(name, config, tokenizer, length, in_force, classes, chosen_prompt(prompt, sentence, name), sentence)
 
     def tokenise(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
@@ -194,9 +196,21 @@ class Pretrained:
         """Raise unless only a head is new or of another size; a pooler that the checkpoint lacks may be new too.
 
         Raises:
-            UsageError: Another weight is new.
+            UsageError: Another weight is new, or a weight is not finite.
         """
         heads = {name for name, part in anatomy(model).items() if part.head}
+        broken = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+        if broken:
+            raise UsageError(
+                f"model {self.name!r}: {len(broken)} of its weights hold values that are not finite "
+                f"({_some(broken)}): its training diverged, or the file is damaged. Give another checkpoint."
+            )
+        prefix, body = f"{model.base_model_prefix}.", dict(model.base_model.named_children())
+        parts = {key: key.removeprefix(prefix).split(".")[0] for key in unused}
+        left = sorted(key for key, part in parts.items() if part in body and part != "pooler")
+        if left:
+            self._say(f"{len(left)} weights of the checkpoint have no place in the model and are not used "
+                      f"({_some(left)}): config.json may be of a smaller model")  # fmt: skip
 
         def may_be_new(name: str) -> bool:
             pooler = ".pooler." in f".{name}" and not any(key.endswith(_tail(name)) for key in unused)
