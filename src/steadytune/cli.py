@@ -173,7 +173,7 @@ def fit(
         _option(
             TRAINING,
             "Input of the head: model (unchanged), mean (over tokens), cls (first token, without the dense layer), or "
-            "auto: mean for sentence encoders trained so.",
+            "auto: mean for single texts and sentence encoders trained so.",
         ),
     ] = "auto",
     peft: Annotated[

@@ -177,7 +177,7 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
     from .frozen_probe import frozen_probe
     from .rehearsal import rehearse
     from .scale import check_scale
-    from .start import drawn
+    from .start import drawn, warn_of_start
 
     pretrained = open_model(plan)
     record = _record(plan, pretrained)
@@ -200,6 +200,7 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
         assert trainer.run is not None
         logger.info("%s", trainer.run.describe())
         _announce(plan)
+        warn_of_start(trainer.model, pretrained, plan.options)
         record["drawn"] = drawn(trainer.model, pretrained, plan.options)
         record["cut"] = rehearse(plan, pretrained, trainer.model, record)
         probe = frozen_probe(plan, pretrained, trainer.model) if plan.probe and plan.steps else None

@@ -51,8 +51,8 @@ class Options:
         head: Initial output layer: ``"random"``, or a linear probe on the frozen features of the training rows,
             ``"logistic"`` or ``"ridge"`` (for numbers ridge in both cases); see `methods.HeadInit`.
         pooling: Input of the head: ``"model"`` does not change it, ``"mean"`` is the mean over tokens, ``"cls"`` the
-            first token without the dense layer before the head; see `methods.Pooling`. ``"auto"`` is the mean for a
-            sentence encoder that was trained with it and whose dense layer was never trained.
+            first token without the dense layer before the head; see `methods.Pooling`. ``"auto"`` is the mean for
+            single texts and a sentence encoder that was trained with it and whose dense layer was never trained.
         class_weights: ``"balanced"`` weights classes by inverse frequency.
         standardize: Whether to train on standardised numbers. The output layer takes over mean and standard deviation
             at the end, after the last checkpoint; for regression.
