@@ -476,13 +476,13 @@ def bench(
         from .bench.study import run_study
 
         models = None if not model else dict(_pair(item) for item in model)
-        found = Study.read(study, models=models, seeds=seeds)
-        folder = output or Path("runs", found.name)
+        plan = Study.read(study, models=models, seeds=seeds)
+        folder = output or Path("runs", plan.name)
         if dry_run:
-            return _show_runs(found, folder, data_root, filters or [])
+            return _show_runs(plan, folder, data_root, filters or [])
         with _speaking(quiet):
             result = run_study(
-                found, folder, data_root=data_root, workers=workers, filters=filters or [], timeout=timeout,
+                plan, folder, data_root=data_root, workers=workers, filters=filters or [], timeout=timeout,
                 retry_failed=retry_failed, progress=not quiet,
             )  # fmt: skip
     typer.echo(f"{result.done} runs done, {result.failed} failed: {result.folder}")
@@ -574,9 +574,9 @@ def _from_task(given: dict[str, Any], tests: dict[str, Any]) -> tuple[Any, str, 
             raise UsageError(f"--task brings its own data: leave {flag} out.")
     if given["data_root"] is None:
         raise UsageError("--task needs the folder that holds the tasks: --data-root DIR, or STEADYTUNE_DATA.")
-    found = tasks.find(given["task"])
-    source, tests = tasks.load(found.name, given["data_root"], beyond=given["out_of_domain"])
-    return source, found.metric, tests
+    benchmark = tasks.find(given["task"])
+    source, tests = tasks.load(benchmark.name, given["data_root"], beyond=given["out_of_domain"])
+    return source, benchmark.metric, tests
 
 
 @app.command()

@@ -168,8 +168,8 @@ def _needed(name: str) -> Any:
     from packaging.specifiers import SpecifierSet
 
     declared = (metadata.requires("steadytune") or []) if _installed() else []
-    found = (Requirement(line) for line in declared)
-    return next((needed.specifier for needed in found if needed.name == name), SpecifierSet())
+    parsed = (Requirement(line) for line in declared)
+    return next((needed.specifier for needed in parsed if needed.name == name), SpecifierSet())
 
 
 def _installed() -> bool:
@@ -354,15 +354,15 @@ def _half_moved(trainer: Trainer, checkpoint: Path) -> Check:
     before = load_file(checkpoint)
     pairs = [(w.data.cpu(), before[w.name]) for w in trainer.run.weights(scope="linear")]
     share = sum(int((now != then).sum()) for now, then in pairs) / sum(now.numel() for now, _ in pairs)
-    found = f"{trainer.run.index} steps, {share:.0%} of the linear weights moved in the second"
+    summary = f"{trainer.run.index} steps, {share:.0%} of the linear weights moved in the second"
     fits = trainer.run.index == 2 and abs(share - 0.5) < 0.02
-    return Check("DPSDense(keep=0.5)", fits, found, "methods do not act on the weights that are trained")
+    return Check("DPSDense(keep=0.5)", fits, summary, "methods do not act on the weights that are trained")
 
 
 def _resumed(first: Trainer, again: Trainer) -> Check:
     apart = _apart(first, again)
-    found = f"with and without interruption differ by {apart:.1g}"
-    return Check("resume", apart < 1e-6, found, "a resumed run differs from an uninterrupted one")
+    summary = f"with and without interruption differ by {apart:.1g}"
+    return Check("resume", apart < 1e-6, summary, "a resumed run differs from an uninterrupted one")
 
 
 def _accumulated(folder: Path) -> Check:
@@ -377,8 +377,8 @@ def _accumulated(folder: Path) -> Check:
         trainers[-1].train()
     apart = _apart(*trainers)
     flag = "heeded" if hasattr(trainers[0], "loss_is_scaled_for_ga") else "unknown here"
-    found = f"1 x 4 and 2 x 2 rows differ by {apart:.1g}; loss_is_scaled_for_ga is {flag}"
-    return Check("accumulation", apart < 1e-6, found, "accumulated gradients are scaled wrongly")
+    summary = f"1 x 4 and 2 x 2 rows differ by {apart:.1g}; loss_is_scaled_for_ga is {flag}"
+    return Check("accumulation", apart < 1e-6, summary, "accumulated gradients are scaled wrongly")
 
 
 def _drawn_anew(checkpoint: Path) -> Check:
@@ -388,12 +388,12 @@ def _drawn_anew(checkpoint: Path) -> Check:
     from .core import Run
     from .methods import ReInit
 
-    found = ""
+    summary = ""
     try:
         Run(BertForSequenceClassification.from_pretrained(checkpoint), [ReInit()])
     except (ValueError, AttributeError) as error:
-        found = str(error)
-    return Check("_init_weights", not found, found, "ReInit could not reset layers")
+        summary = str(error)
+    return Check("_init_weights", not summary, summary, "ReInit could not reset layers")
 
 
 def _apart(one: Trainer, other: Trainer) -> float:

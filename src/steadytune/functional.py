@@ -49,10 +49,10 @@ def contraction(
     factors: Sequence[Tensor], gradient: Tensor, value: Tensor, reference: Tensor, *, convex: bool
 ) -> list[Tensor]:
     """Gradient of each factor, in its shape, from the gradient of `mixture` with the same arguments."""
-    found = _by_others(factors, gradient * (value - reference if convex else value))
+    slopes = _by_others(factors, gradient * (value - reference if convex else value))
     if convex:
-        return found
-    return [f - g for f, g in zip(found, _by_others([1 - f for f in factors], gradient * reference), strict=True)]
+        return slopes
+    return [f - g for f, g in zip(slopes, _by_others([1 - f for f in factors], gradient * reference), strict=True)]
 
 
 def _by_others(factors: Sequence[Tensor], own: Tensor) -> list[Tensor]:

@@ -169,13 +169,13 @@ def slope(
         return group["lr"] * (1 + group["momentum"] if group["nesterov"] else 1)
     (b1, b2), t = group["betas"], state["step"].to(gradient.device)
     c1, c2 = 1 - b1**t, 1 - b2**t
-    found = torch.empty_like(gradient) if out is None else out
-    for here, g, first, second in blocks(found, gradient, state["exp_avg"], state["exp_avg_sq"]):
+    result = torch.empty_like(gradient) if out is None else out
+    for here, g, first, second in blocks(result, gradient, state["exp_avg"], state["exp_avg_sq"]):
         root = corrected_root(group, state["step"], second)
         denominator = root + group["eps"]
         bend = torch.mul(first, g, out=here).div_(root).div_(denominator).mul_((1 - b2) / (c1 * c2))
         bend.neg_().add_((1 - b1) / c1).div_(denominator).mul_(group["lr"]).masked_fill_(root == 0, 0.0)
-    return found
+    return result
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -318,7 +318,7 @@ def unroll(
     state = update.start(weights) if state is None else state
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         for _ in range(steps):
-            found = torch.autograd.grad(inner(weights, alphas), weights, create_graph=True, materialize_grads=True)
-            weights, state = update(weights, found, state)
+            grads = torch.autograd.grad(inner(weights, alphas), weights, create_graph=True, materialize_grads=True)
+            weights, state = update(weights, grads, state)
         total = torch.autograd.grad(outer(weights, alphas), alphas, materialize_grads=True)
     return list(total), [w.detach() for w in weights]

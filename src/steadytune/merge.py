@@ -58,9 +58,9 @@ def greedy(
     chosen, soup, best = order[:1], dict(states[order[0]]), alone[order[0]]
     for i in order[1:]:
         candidate = uniform([states[j] for j in (*chosen, i)])
-        found = score(candidate)
-        if found > best or (found == best and not strict):
-            chosen, soup, best = [*chosen, i], candidate, found
+        candidate_score = score(candidate)
+        if candidate_score > best or (candidate_score == best and not strict):
+            chosen, soup, best = [*chosen, i], candidate, candidate_score
     return soup, chosen
 
 
@@ -110,8 +110,8 @@ def paint(
     Returns:
         State dict of the merged model, and its alpha.
     """
-    found = {alpha: score(interpolate(start, end, alpha)) for alpha in sorted(alphas)}
-    best = max(found, key=lambda alpha: found[alpha])
+    score_of = {alpha: score(interpolate(start, end, alpha)) for alpha in sorted(alphas)}
+    best = max(score_of, key=lambda alpha: score_of[alpha])
     return interpolate(start, end, best), best
 
 

@@ -330,10 +330,10 @@ class Trainer(transformers.Trainer):
             items = None if num_items_in_batch is None else num_items_in_batch * copies
             self._in_run = True
             try:  # tasks pop labels: a copy
-                found = task(model, dict(inputs), return_outputs=True, num_items_in_batch=items)
+                task_loss = task(model, dict(inputs), return_outputs=True, num_items_in_batch=items)
             finally:
                 self._in_run = False
-            loss, out = found if isinstance(found, tuple) else (found, None)
+            loss, out = task_loss if isinstance(task_loss, tuple) else (task_loss, None)
             if return_outputs:  # the Run keeps this function for the length of a step
                 outputs.append(out)
             if items is not None and isinstance(out, MutableMapping) and out.get("loss") is loss:

@@ -138,11 +138,11 @@ def measure(run: Trial) -> Pace:
     with silent():
         plan = make_plan(run)
         pretrained = planning.open_model(plan)
-        found = estimate(lambda folder: planning.make_setup(plan, pretrained, folder), planning.runs(plan), plan)
+        measured = estimate(lambda folder: planning.make_setup(plan, pretrained, folder), planning.runs(plan), plan)
     at_once = min(plan.options.batch_size, len(plan.data.train)) * plan.options.accumulation
-    training = found.steps * found.seconds_per_step
-    per_row = found.seconds_per_step / at_once / passes(run.methods)
-    return Pace(len(plan.data.train), per_row, 60 * found.minutes - training)
+    training = measured.steps * measured.seconds_per_step
+    per_row = measured.seconds_per_step / at_once / passes(run.methods)
+    return Pace(len(plan.data.train), per_row, 60 * measured.minutes - training)
 
 
 def passes(methods: Iterable[str]) -> float:

@@ -19,12 +19,12 @@ def expanded(path: str | Path) -> str:
     Raises:
         UsageError: A variable is not set.
     """
-    found = os.path.expandvars(path)
-    if unset := re.search(r"\$\{?(\w+)", found):
+    filled = os.path.expandvars(path)
+    if unset := re.search(r"\$\{?(\w+)", filled):
         raise UsageError(
             f"the environment variable {unset[1]} in {str(path)!r} is not set: {unset[1]}=DIR steadytune ..."
         )
-    return str(found)
+    return str(filled)
 
 
 def fingerprint_files(files: Iterable[Path], remedy: str = "check its path in the study") -> str:

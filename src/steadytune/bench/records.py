@@ -109,10 +109,10 @@ def read_records(folder: str | Path) -> tuple[list[dict[str, Any]], list[Problem
 def planned(folder: str | Path) -> dict[str, str]:
     """Map the id of every planned run, done or not, to its title; empty without a readable `planned.json`."""
     try:
-        found = json.loads((Path(folder) / PLANNED).read_text(encoding="utf-8"))
+        ids = json.loads((Path(folder) / PLANNED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {str(id): str(title) for id, title in found.items()} if isinstance(found, dict) else {}
+    return {str(id): str(title) for id, title in ids.items()} if isinstance(ids, dict) else {}
 
 
 def _read(file: Path) -> dict[str, Any]:

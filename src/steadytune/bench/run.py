@@ -264,10 +264,10 @@ def context() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    found = None
+    match = None
     if Path("/proc/cpuinfo").is_file():
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    return found[1] if found else platform.processor() or platform.machine()
+        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    return match[1] if match else platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

@@ -111,7 +111,7 @@ def mean_interval(values: ArrayLike, *, seed: int = 0) -> Array:
     n = x.shape[-1]
     if n < BOOTSTRAP_FROM:
         return _t_interval(x)
-    found = np.full((*x.shape[:-1], 2), np.nan)
+    bounds = np.full((*x.shape[:-1], 2), np.nan)
     spread = _spreads(x)
     if spread.any():
         wider = stats.t.isf((1 - LEVEL) / 2, n - 1) * math.sqrt(n / (n - 1))
@@ -124,8 +124,8 @@ def mean_interval(values: ArrayLike, *, seed: int = 0) -> Array:
             method="BCa",
             random_state=np.random.default_rng(seed),
         ).confidence_interval
-        found[spread] = np.stack([low, high], -1)
-    return found
+        bounds[spread] = np.stack([low, high], -1)
+    return bounds
 
 
 # ---------------------------------------------------------------- two recipes
@@ -232,13 +232,13 @@ def stratified_interval(differences: Sequence[ArrayLike]) -> Array:
     Returns:
         Shape (..., 2), NaN where all differences of every task are equal.
     """
-    found = [_finite("differences", d, least=2) for d in differences]
-    n = np.array([d.shape[-1] for d in found])
-    variances = np.stack([np.where(_spreads(d), d.var(-1, ddof=1), 0.0) for d in found], -1) / n
+    strata = [_finite("differences", d, least=2) for d in differences]
+    n = np.array([d.shape[-1] for d in strata])
+    variances = np.stack([np.where(_spreads(d), d.var(-1, ddof=1), 0.0) for d in strata], -1) / n
     total = variances.sum(-1)
     total = np.where(total > 0, total, np.nan)
     freedom = total**2 / (variances**2 / (n - 1)).sum(-1)
-    centre = np.mean([d.mean(-1) for d in found], axis=0)
+    centre = np.mean([d.mean(-1) for d in strata], axis=0)
     return np.stack(stats.t.interval(LEVEL, freedom, centre, np.sqrt(total) / len(n)), -1)
 
 
@@ -249,8 +249,10 @@ def stratified_sign_flip(differences: Sequence[ArrayLike], *, seed: int = 0) -> 
         differences: One array for each task, shape (..., n) with its own n.
         seed: Seed of random sign flips.
     """
-    found = [_finite("differences", d) for d in differences]
-    return sign_flip(np.concatenate([d / d.shape[-1] for d in found], -1), seed=seed)  # sum of means, one weight a task
+    strata = [_finite("differences", d) for d in differences]
+    return sign_flip(
+        np.concatenate([d / d.shape[-1] for d in strata], -1), seed=seed
+    )  # sum of means, one weight a task
 
 
 def sign_flip(differences: ArrayLike, *, seed: int = 0) -> Array:
@@ -270,11 +272,11 @@ def sign_flip(differences: ArrayLike, *, seed: int = 0) -> Array:
     n = x.shape[-1]
     # the tolerance counts flips that tie with the observed sum but for rounding
     least = (np.abs(x.sum(-1)) - 1e-12 * np.abs(x).sum(-1))[..., None]
-    found, flips = np.zeros(x.shape[:-1]), 0
+    as_large, flips = np.zeros(x.shape[:-1]), 0
     for signs in _signs(n, seed, BLOCK // max(n, x.size // n)):
-        found += (np.abs(x @ signs.T) >= least).sum(-1)
+        as_large += (np.abs(x @ signs.T) >= least).sum(-1)
         flips += len(signs)
-    return found / flips if n <= EXACT else (found + 1) / (flips + 1)
+    return as_large / flips if n <= EXACT else (as_large + 1) / (flips + 1)
 
 
 def proportion_interval(share: ArrayLike, n: ArrayLike) -> Array:
@@ -471,8 +473,8 @@ def spread_sources(scores: ArrayLike) -> tuple[tuple[float, ...], float]:
     squares = [x.size / len(means) * float(means @ means) for means in levels]
     freedom = x.size - 1 - sum(n - 1 for n in x.shape)
     rest = max(0.0, float((x**2).sum()) - sum(squares)) / freedom
-    found = [(s / (n - 1) - rest) * n / x.size for s, n in zip(squares, x.shape, strict=True)]
-    return tuple(math.sqrt(max(0.0, v)) for v in found), math.sqrt(rest)
+    variances = [(s / (n - 1) - rest) * n / x.size for s, n in zip(squares, x.shape, strict=True)]
+    return tuple(math.sqrt(max(0.0, v)) for v in variances), math.sqrt(rest)
 
 
 # ---------------------------------------------------------------- equal compute

@@ -131,10 +131,10 @@ def chosen(runs: Sequence[Trial], filters: Sequence[str]) -> list[Trial]:
     Raises:
         UsageError: No run matches, or a filter is malformed.
     """
-    found = [run for run in runs if run.matches(filters)]
-    if not found:
+    matching_runs = [run for run in runs if run.matches(filters)]
+    if not matching_runs:
         raise UsageError(f"no run matches the filter {' '.join(filters)}.")
-    return found
+    return matching_runs
 
 
 def _settle(store: Store, outcome: Outcome) -> bool:

@@ -72,8 +72,8 @@ def anatomy(model: nn.Module) -> dict[str, Part]:
 def blocks(model: nn.Module) -> list[list[nn.Module]]:
     """Modules of each transformer block, from the input on: one, or several if a model splits its blocks (XLM)."""
     body, added = _body(model), _pooling_blocks(model)
-    found = [block for root in _roots(model) or [model] for block in _blocks(root, body)]
-    return [block for block in found if block[0] not in added]
+    all_blocks = [block for root in _roots(model) or [model] for block in _blocks(root, body)]
+    return [block for block in all_blocks if block[0] not in added]
 
 
 def depths(model: nn.Module) -> dict[str, int]:
@@ -86,16 +86,16 @@ def depths(model: nn.Module) -> dict[str, int]:
     """
     parts, count = anatomy(model), len(blocks(model))
     last = max((i for i, part in enumerate(parts.values()) if part.block is not None), default=-1)
-    found, here = {}, -1
+    by_name, here = {}, -1
     for i, (name, part) in enumerate(parts.items()):
         if part.head or part.block is not None:
-            found[name] = count if part.block is None else part.block
+            by_name[name] = count if part.block is None else part.block
         elif part.kind == "embedding" or any("emb" in word for word in name.split(".")[-2:]):
-            found[name] = -1
+            by_name[name] = -1
         else:
-            found[name] = count if i > last else here
+            by_name[name] = count if i > last else here
         here = here if part.block is None else part.block
-    return found
+    return by_name
 
 
 def input_embedding(model: nn.Module) -> nn.Module:
@@ -110,8 +110,8 @@ def input_embedding(model: nn.Module) -> nn.Module:
     name = type(model).__name__
     owners = _roots(model) or [m for m in [model] if hasattr(m, "get_input_embeddings")]
     if len(owners) > 1:
-        found = ", ".join(type(owner).__name__ for owner in owners)
-        raise ValueError(f"{name} contains {len(owners)} transformers models ({found}): pass one of them")
+        owner_names = ", ".join(type(owner).__name__ for owner in owners)
+        raise ValueError(f"{name} contains {len(owners)} transformers models ({owner_names}): pass one of them")
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     if owners:
         try:
@@ -125,8 +125,8 @@ def input_embedding(model: nn.Module) -> nn.Module:
     rows = max((m.num_embeddings for m in tables), default=0)
     largest = [m for m in tables if m.num_embeddings == rows]
     if len(largest) != 1:
-        found = f"{len(largest)} embeddings of {rows} rows" if largest else "no nn.Embedding"
-        raise ValueError(f"{name} has {found}: define get_input_embeddings() to return the module of the tokens")
+        owner_names = f"{len(largest)} embeddings of {rows} rows" if largest else "no nn.Embedding"
+        raise ValueError(f"{name} has {owner_names}: define get_input_embeddings() to return the module of the tokens")
     return largest[0]
 
 
@@ -160,8 +160,8 @@ def _roots(module: nn.Module) -> list[Any]:
 def _body(model: nn.Module) -> set[int]:
     """Identities of the parameters in pre-trained checkpoints; all parameters without a transformers model."""
     roots = _roots(model)
-    found = (p for root in roots for p in _pretrained(root)) if roots else model.parameters()
-    return {id(p) for p in found}
+    body_weights = (p for root in roots for p in _pretrained(root)) if roots else model.parameters()
+    return {id(p) for p in body_weights}
 
 
 def _pretrained(root: Any) -> Iterator[nn.Parameter]:

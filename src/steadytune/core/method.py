@@ -214,9 +214,9 @@ def multiply(weights: Iterable[Weight], factors: list[Tensor] | float) -> None:
     Masks are applied as factors because `torch.where` takes three times as long on a CPU: its branches on a random mask
     cannot be predicted.
     """
-    found = gradients(weights)
-    if found:
-        torch._foreach_mul_(found, factors)
+    grads = gradients(weights)
+    if grads:
+        torch._foreach_mul_(grads, factors)
 
 
 def select(weights: Iterable[Weight], scope: Scope) -> list[Weight]:

@@ -299,13 +299,13 @@ class Run(Binding):
         left = iter(sent)
         try:
             with self._views.moved(moves):
-                found = self.gradient([micro.inputs for micro in sent], lambda _: self._repeat(next(left)))
+                grads = self.gradient([micro.inputs for micro in sent], lambda _: self._repeat(next(left)))
         finally:
             self._watch = Watch(self.weights())  # weights were written, and are what they were
         factor = torch.stack([micro.sent for micro in sent if micro.sent is not None]).mean()
         for w in self.weights():
             if w.grad is not None:
-                w.grad.copy_(found[w.name] / factor) if w.name in found else w.grad.zero_()
+                w.grad.copy_(grads[w.name] / factor) if w.name in grads else w.grad.zero_()
 
     def _repeat(self, micro: MicroBatch) -> Tensor:
         """What the loop sent back for a micro-batch, computed once more at the live weights."""
@@ -477,10 +477,10 @@ class Run(Binding):
         for method in self.methods:
             method.after_step(self, self._restrict(method, weights))
         self._views.put_back()
-        found: dict[str, Tensor | float] = {}
+        live: dict[str, Tensor | float] = {}
         for method in self.methods:
-            found.update(method.evaluated(self, self._restrict(method, weights)) or {})
-        self._views.evaluate(found)
+            live.update(method.evaluated(self, self._restrict(method, weights)) or {})
+        self._views.evaluate(live)
         self._close()
         self._watch = Watch(weights) if self._views.averages else None
         self.index += 1
@@ -621,10 +621,10 @@ class Run(Binding):
                 last = i == len(batches) - 1
                 with shards.sync(self.wrapper) if last else shards.no_sync(self.wrapper):
                     (loss(batch) / share).backward()
-            found = {n: shards.local(p.grad) for n, p in parameters.items() if p.grad is not None}
+            grads = {n: shards.local(p.grad) for n, p in parameters.items() if p.grad is not None}
             if take is None:
-                return {n: g.clone() for n, g in found.items()} if views else found
-            for n, g in found.items():
+                return {n: g.clone() for n, g in grads.items()} if views else grads
+            for n, g in grads.items():
                 take(n, g)
             return {}
 

@@ -116,10 +116,10 @@ def kth(pieces: Sequence[Tensor], keep: float, group: dist.ProcessGroup | None) 
 
 def norms(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
     """L2 norm of each tensor over all its pieces, as 0-d tensors."""
-    found = list(torch._foreach_norm(list(tensors))) if tensors else []
-    if group is None or not found:
-        return found
-    squares = torch.stack(found).square()
+    local_norms = list(torch._foreach_norm(list(tensors))) if tensors else []
+    if group is None or not local_norms:
+        return local_norms
+    squares = torch.stack(local_norms).square()
     dist.all_reduce(squares, group=group)
     return list(squares.sqrt().unbind())
 
@@ -131,13 +131,13 @@ def total_norm(gradients: Sequence[Tensor], group: dist.ProcessGroup | None) -> 
     """
     dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
     if any(g.dtype == torch.float16 for g in dense):
-        found = [torch.linalg.vector_norm(g, torch.inf) for g in dense if g.numel()]
+        local_norms = [torch.linalg.vector_norm(g, torch.inf) for g in dense if g.numel()]
         order = torch.inf
     else:
-        found, order = norms(dense, None), 2.0
-    if not found:
+        local_norms, order = norms(dense, None), 2.0
+    if not local_norms:
         return torch.zeros(())
-    total = torch.linalg.vector_norm(torch.stack([n.to(found[0].device) for n in found]), order)
+    total = torch.linalg.vector_norm(torch.stack([n.to(local_norms[0].device) for n in local_norms]), order)
     if group is not None:
         dist.all_reduce(total, group=group)  # a sum: a maximum may lose NaN
     return total

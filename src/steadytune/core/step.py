@@ -218,8 +218,8 @@ class Step:
         with torch.enable_grad(), _not_reentrant(shards.unwrap(self.model)):
             value = loss(self._forward(copies, dropout, {module: noise}))
             scale = torch.ldexp(torch.ones_like(value.detach()), -torch.frexp(value.detach()).exponent)
-            (found,) = torch.autograd.grad(value * scale, noise)
-        return torch.nan_to_num(found / scale, nan=0.0, posinf=0.0, neginf=0.0)
+            (slope,) = torch.autograd.grad(value * scale, noise)
+        return torch.nan_to_num(slope / scale, nan=0.0, posinf=0.0, neginf=0.0)
 
     def _same(self, dropout: Dropout) -> int:
         """Copies of the batch that a forward needs: the same draw takes the same shape."""
@@ -371,15 +371,15 @@ def logits_of(outputs: Any, inputs: Inputs, method: Method) -> Tensor:
         UsageError: The outputs hold no logits.
     """
     if isinstance(outputs, Mapping):
-        found = [t for t in [outputs.get("logits")] if isinstance(t, Tensor)]
+        tensors = [t for t in [outputs.get("logits")] if isinstance(t, Tensor)]
         ends = [t for t in map(outputs.get, ("start_logits", "end_logits")) if isinstance(t, Tensor)]
     else:
-        found = [t for t in outputs if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 1]
-        ends = found[:2] if "start_positions" in inputs else []
+        tensors = [t for t in outputs if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 1]
+        ends = tensors[:2] if "start_positions" in inputs else []
     if len(ends) == 2:
         return torch.stack(ends, 1)
-    if found:
-        return found[0]
+    if tensors:
+        return tensors[0]
     name = type(method).__name__
     held = ", ".join(map(str, outputs)) if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
     raise UsageError(

@@ -104,14 +104,14 @@ class Views:
                 live.copy_(before)
             torch.clear_autocast_cache()
 
-    def evaluate(self, found: Mapping[str, Tensor | float]) -> None:
+    def evaluate(self, averaged: Mapping[str, Tensor | float]) -> None:
         """Make E live: the given tensors, or running averages updated with the given rates."""
-        for name in found:
+        for name in averaged:
             if name not in self.averages:
                 copy = self.live(name).clone()
                 self.averages[name] = self._place(name, copy) if self._movable(name) else copy
-        self.averages = {name: self.averages[name] for name in found}
-        for name, value in found.items():
+        self.averages = {name: self.averages[name] for name in averaged}
+        for name, value in averaged.items():
             if isinstance(value, Tensor):
                 self.averages[name].copy_(value)
             else:

@@ -399,14 +399,14 @@ def _swallowed(frame: pd.DataFrame, sep: str) -> np.ndarray:
         return np.array([], dtype=int)
     columns = [frame.iloc[:, place].dropna() for place in range(frame.shape[1])]
     few = {place: set(cells) for place, cells in enumerate(columns) if 1 < cells.nunique() <= max(20, len(frame) // 10)}
-    found = []
+    swallowed_rows = []
     for row in np.flatnonzero(several):
         for cell in frame.iloc[row].dropna():
             for line in cell.split("\n")[:-1] if "\n" in cell else ():
                 cells = line.rstrip("\r").split(sep)
                 if len(cells) == frame.shape[1] and any(cells[place] in values for place, values in few.items()):
-                    found.append(row)
-    return np.unique(found).astype(int)
+                    swallowed_rows.append(row)
+    return np.unique(swallowed_rows).astype(int)
 
 
 def _without_headers(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
@@ -528,13 +528,13 @@ def read_hub(source: str) -> pd.DataFrame:
     except ImportError as error:
         raise UsageError(f"{source}: the hub is read with datasets: pip install 'steadytune[hub]'.") from error
     try:
-        found = datasets.load_dataset(name, options.get("config"), split=options.get("split", "train"))
+        dataset = datasets.load_dataset(name, options.get("config"), split=options.get("split", "train"))
     except Exception as error:  # the hub, its client and each file format raise their own errors
         raise UsageError(
             f"{source}: cannot be loaded ({type(error).__name__}: {one_line(error)}). Check the name, "
             "?config=NAME&split=NAME and the connection, or download the data set and give one of its files."
         ) from error
-    return _from_dataset(found, source)
+    return _from_dataset(dataset, source)
 
 
 def _from_dataset(dataset: Any, called: str) -> pd.DataFrame:

@@ -192,9 +192,9 @@ def joined_names(names: Iterable[str]) -> tuple[str, list[str]] | None:
 
 def separator_hint(names: Iterable[str]) -> str:
     """A sentence about the option that reads such names as several labels; empty where they are no such names."""
-    if (found := joined_names(names)) is None:
+    if (looks_joined := joined_names(names)) is None:
         return ""
-    separator, joined = found
+    separator, joined = looks_joined
     return f" If cells such as {joined[0]!r} hold several labels, say --label-separator {separator!r}."
 
 

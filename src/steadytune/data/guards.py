@@ -53,7 +53,7 @@ def inspect(data: Data, *, standardize: bool = False) -> list[Finding]:
     In sets of 20 rows or more, there are three errors: over half of the test or validation texts are also training
     texts, over half of the training rows have contradicting labels, and there are over half as many classes as rows.
     """
-    found = [
+    findings = [
         *_ids(data),
         *_repeated(data),
         *_contradicting(data),
@@ -70,7 +70,7 @@ def inspect(data: Data, *, standardize: bool = False) -> list[Finding]:
         *(finding for name in data.tests for finding in _other_scale(data, name)),
         *(finding for name in ("train", *data.tests) for finding in _garbled(data, name)),
     ]
-    return sorted(found, key=lambda finding: finding.level != "error")
+    return sorted(findings, key=lambda finding: finding.level != "error")
 
 
 def raise_errors(findings: Sequence[Finding]) -> list[Finding]:
@@ -235,9 +235,9 @@ def _placeholders(data: Data) -> Iterator[Finding]:
 
 def _joined_labels(data: Data) -> Iterator[Finding]:
     """Classes such as 'food|price' beside a class 'food': several labels that were read as one."""
-    found = joined_names(data.problem.names) if data.problem.classes else None
-    if found is not None:
-        separator, joined = found
+    looks_joined = joined_names(data.problem.names) if data.problem.classes else None
+    if looks_joined is not None:
+        separator, joined = looks_joined
         bad = data.train["label"].isin(joined).to_numpy(dtype=bool)
         before = f"{_origin(data, 'train')}: classes such as {joined[0]!r} look like several labels in one, in"
         remedy = f"if they are, read them with --label-separator {separator!r}"

@@ -207,8 +207,8 @@ class Problem(ABC):
         """The problem of a text classifier, as its config tells."""
         names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
         matching = (kind for kind in KINDS.values() if kind.problem_type == config.problem_type)
-        found = Regression if config.num_labels == 1 else next(matching, Classification)
-        return found() if found.ordered else found(names)
+        problem = Regression if config.num_labels == 1 else next(matching, Classification)
+        return problem() if problem.ordered else problem(names)
 
     problem_type: ClassVar[str]  # of a transformers config
 

@@ -78,10 +78,10 @@ def _by_class(problem: Problem, gold: np.ndarray, predicted: np.ndarray) -> dict
     if not problem.names:
         return {}
     has, said = problem.membership(list(gold)), problem.membership(list(predicted))
-    found: dict[str, Any] = {"per_class": per_class(problem.names, has, said)}
+    by_class: dict[str, Any] = {"per_class": per_class(problem.names, has, said)}
     if not problem.several:
-        found["confusion"] = (has.T.astype(int) @ said.astype(int)).tolist()
-    return found
+        by_class["confusion"] = (has.T.astype(int) @ said.astype(int)).tolist()
+    return by_class
 
 
 def per_class(names: Sequence[str], has: np.ndarray, said: np.ndarray) -> dict[str, dict[str, float | int | None]]:
@@ -117,12 +117,12 @@ def warnings(
         scores: As `full_scores` gives them.
         predictions: Columns ``label`` and ``prediction``.
     """
-    found = []
+    sentences = []
     answers = predictions["prediction"]
     if answers.nunique() == 1 < predictions["label"].nunique():
         answer = answers.iloc[0]
         shown = (" and ".join(map(repr, answer)) or "no label") if isinstance(answer, tuple) else repr(answer)
-        found.append(f"{name}: the model answers {shown} for all {len(answers)} rows")
+        sentences.append(f"{name}: the model answers {shown} for all {len(answers)} rows")
     trivials = scores.get("baseline") or {}
     if trivials.get(metric) is None:  # for one answer the correlation is undefined, so an error is compared
         metric = next((name for name, trivial in trivials.items() if trivial is not None), metric)
@@ -130,14 +130,16 @@ def warnings(
     chosen = problem.metric(metric)
     perfect = chosen.limits[1] if chosen.larger_is_better else 0.0
     if value is not None and trivial not in (None, perfect) and chosen.goodness(value) <= chosen.goodness(trivial):
-        found.append(f"{name}: {metric} {value:.4f} is not better than the {trivial:.4f} of one answer for all rows")
+        sentences.append(
+            f"{name}: {metric} {value:.4f} is not better than the {trivial:.4f} of one answer for all rows"
+        )
     probed = (scores.get("probe") or {}).get(metric)
     if value is not None and probed not in (None, perfect) and chosen.goodness(value) <= chosen.goodness(probed):
-        found.append(
+        sentences.append(
             f"{name}: {metric} {value:.4f} is not better than the {probed:.4f} of a linear probe, which leaves the "
             "encoder as it is: try more steps, another lr or head='logistic'"
         )
-    return found
+    return sentences
 
 
 def best_threshold(problem: Problem, gold: np.ndarray, scores: np.ndarray, metric: Metric) -> float:

@@ -146,8 +146,8 @@ def resolve(table: Table, other: Sequence[str] = ()) -> Table:
             f"{table.origin}: the first line gives {nameless[0]} no name, so that it may not be the header: take out "
             f"lines above the header, or name the columns with --text and --label."
         )
-    found = " and ".join(map(repr, text)), ", ".join(map(repr, _tuple(label)))
-    logger.info("%s: text from %s, label from %s", table.origin, *found)
+    columns_found = " and ".join(map(repr, text)), ", ".join(map(repr, _tuple(label)))
+    logger.info("%s: text from %s, label from %s", table.origin, *columns_found)
     return dataclasses.replace(table, text=text, label=label)
 
 
@@ -180,17 +180,17 @@ def _repeats(column: pd.Series) -> bool:
 def _by_name(columns: Sequence[str], known: Sequence[Sequence[str]]) -> list[str]:
     """The columns with the best known names; earlier lines of `known` are better."""
     for names in known:
-        if found := [column for column in columns if str(column).lower() in names]:
-            return found
+        if named := [column for column in columns if str(column).lower() in names]:
+            return named
     return []
 
 
-def _only(what: str, found: Sequence[str], table: Table) -> str | None:
-    if len(found) > 1:
-        one_hot = what == "label" and all(is_indicator(table.frame[column]) for column in found)
+def _only(what: str, candidates: Sequence[str], table: Table) -> str | None:
+    if len(candidates) > 1:
+        one_hot = what == "label" and all(is_indicator(table.frame[column]) for column in candidates)
         more = " For several labels a row, name the column of every class." if one_hot else ""
-        raise UsageError(f"{table.origin}: more than one column may be the {what}{_choose(what, found)}{more}")
-    return found[0] if found else None
+        raise UsageError(f"{table.origin}: more than one column may be the {what}{_choose(what, candidates)}{more}")
+    return candidates[0] if candidates else None
 
 
 def _choose(what: str, columns: Iterable[Any]) -> str:
@@ -208,8 +208,8 @@ def _find_text(columns: Sequence[str], table: Table, spare: int) -> tuple[str, .
     lower = {str(column).lower(): column for column in (*strings, table.group) if column is not None}
     pairs = [tuple(lower[name] for name in pair) for pair in PAIRS if set(pair) <= set(lower)]
     if len(pairs) > 1:
-        found = list(dict.fromkeys(column for pair in pairs for column in pair))
-        raise UsageError(f"{table.origin}: more than one pair of columns may be the text{_choose('text', found)}")
+        distinct = list(dict.fromkeys(column for pair in pairs for column in pair))
+        raise UsageError(f"{table.origin}: more than one pair of columns may be the text{_choose('text', distinct)}")
     if pairs:
         return pairs[0]
     some = [column for column in columns if table.frame[column].map(lambda value: isinstance(value, str)).any()]

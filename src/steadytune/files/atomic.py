@@ -32,10 +32,10 @@ def writing(path: Path) -> Iterator[None]:
             raise
         raise _unwritten(path, os.strerror(error.errno)) from error
     except (RuntimeError, SafetensorError) as error:  # torch and safetensors hide the system's error in a text
-        found = next((os.strerror(n) for n in WRITE_ERRORS if os.strerror(n) in str(error)), None)
-        if found is None and "PytorchStreamWriter failed writing" not in str(error):
+        reason = next((os.strerror(n) for n in WRITE_ERRORS if os.strerror(n) in str(error)), None)
+        if reason is None and "PytorchStreamWriter failed writing" not in str(error):
             raise
-        raise _unwritten(path, found or "the disk may be full") from error
+        raise _unwritten(path, reason or "the disk may be full") from error
 
 
 def _unwritten(path: Path, why: str) -> UsageError:

@@ -62,10 +62,10 @@ def apply_delta(path: str | os.PathLike, base: Mapping[str, Tensor]) -> dict[str
     tree = state.load(file)
     if tree.get("format") != FORMAT or "whole" not in tree:
         raise ValueError(f"{file} has format {tree.get('format')!r}, this version reads deltas of format {FORMAT}")
-    found = fingerprint(base)
-    if found != tree["base"]:
+    given = fingerprint(base)
+    if given != tree["base"]:
         raise ValueError(
-            f"{file} belongs to a base with hash {tree['base']}, the one given has {found}: load the pre-trained model "
+            f"{file} belongs to a base with hash {tree['base']}, the one given has {given}: load the pre-trained model "
             "that was fine-tuned, in the same dtype, before any training"
         )
     tuned = {}
@@ -82,8 +82,8 @@ def apply_delta(path: str | os.PathLike, base: Mapping[str, Tensor]) -> dict[str
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """Checksum of a state dict (names, types, shapes, bytes), 64 bits, independent of its order."""
-    found = [(n, str(t.dtype), list(t.shape), checksum(t)) for n, t in sorted(tensors.items())]
-    return hashlib.blake2b(json.dumps(found).encode(), digest_size=8).hexdigest()
+    parts = [(n, str(t.dtype), list(t.shape), checksum(t)) for n, t in sorted(tensors.items())]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
 def same_kind(a: Tensor, b: Tensor) -> bool:

@@ -122,8 +122,8 @@ class FittedModel:
 
     def _scores(self, frame: pd.DataFrame, progress: bool) -> np.ndarray:
         features = tokenise(frame, self.tokenizer, self.max_length, self.prompt)
-        found = [self.problem.activate(logits(m, self.tokenizer, features, self.bf16, progress)) for m in self.models]
-        return np.mean(found, axis=0)
+        each = [self.problem.activate(logits(m, self.tokenizer, features, self.bf16, progress)) for m in self.models]
+        return np.mean(each, axis=0)
 
     def _look_at(self, frame: pd.DataFrame) -> None:
         """Refuse tokens that the model does not have; say how many texts are longer than it reads."""
@@ -171,8 +171,8 @@ class FittedModel:
         """
         frame = self._texts(rows)
         self._look_at(frame)
-        found = self._report(self._scores(frame, progress), coarser or {})
-        return pd.concat([self.form.write(found["prediction"]), found.drop(columns="prediction")], axis=1)
+        predicted = self._report(self._scores(frame, progress), coarser or {})
+        return pd.concat([self.form.write(predicted["prediction"]), predicted.drop(columns="prediction")], axis=1)
 
     def predict_rows(self, rows: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
         """Predictions of checked rows, and the tokens (rows,) of each before it is cut.
@@ -214,11 +214,11 @@ class FittedModel:
     ) -> tuple[pd.DataFrame, dict[str, Any]]:
         """Predictions and metrics of checked rows; ``scores`` are theirs, as `scores` gives them, if they are known."""
         coarser = coarser or {}
-        found = self._report(self._scores(rows, progress) if scores is None else scores, coarser)
+        predicted = self._report(self._scores(rows, progress) if scores is None else scores, coarser)
         gold = self.problem.array(rows["label"])
-        chances = self.problem.coarser_scores(self.scores_of(found), coarser)
-        metrics = self.problem.coarser(coarser).score(gold, found["prediction"].to_numpy(), chances)
-        return found, {"rows": len(rows), **metrics}
+        chances = self.problem.coarser_scores(self.scores_of(predicted), coarser)
+        metrics = self.problem.coarser(coarser).score(gold, predicted["prediction"].to_numpy(), chances)
+        return predicted, {"rows": len(rows), **metrics}
 
     def account(
         self, predictions: pd.DataFrame, coarser: Mapping[str, str] | None = None, *, selected: bool = False

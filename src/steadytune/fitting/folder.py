@@ -154,8 +154,8 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end (the trainer's state comes last)."""
-    found = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    whole = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -311,15 +311,15 @@ def _finish(
     for model in single:
         tune_threshold(model, plan)
     judged = [evaluate(model, plan.data) for model in single]
-    scores = [found for _, found in judged]
+    scores = [scored for _, scored in judged]
     models, chosen = _combine(plan, trained, scores)
     model = fitted_model(plan, pretrained, models)
     tune_threshold(model, plan)
     if judged and chosen is not None:  # its predictions are known
         predictions, metrics = judged[chosen]
-        metrics = {name: dict(found) for name, found in metrics.items()}
+        metrics = {name: dict(scored) for name, scored in metrics.items()}
     else:
-        known = _mean_scores(model, [found for found, _ in judged], plan) if len(models) > 1 else None
+        known = _mean_scores(model, [scored for scored, _ in judged], plan) if len(models) > 1 else None
         predictions, metrics = evaluate(model, plan.data, plan.progress, known)
     details = [
         {**t.record(), **({"scores": s} if scores else {}), **({"temperature": k} if temperatures else {})}
@@ -385,10 +385,10 @@ def _calibrate(trained: Trained, plan: Plan, pretrained: Pretrained) -> float:
     features = pretrained.tokenise(plan.select)
     outputs = logits(trained.model, pretrained.tokenizer, features, plan.options.bf16)
     labels = plan.data.problem.ids(plan.select["label"].tolist())
-    found = temperature(outputs, labels)
-    rescale(trained.model, 1 / found, 0.0, "calibrate")
-    logger.info("calibrated on %d validation rows: temperature %.3f", len(labels), found)
-    return found
+    degree = temperature(outputs, labels)
+    rescale(trained.model, 1 / degree, 0.0, "calibrate")
+    logger.info("calibrated on %d validation rows: temperature %.3f", len(labels), degree)
+    return degree
 
 
 def _combine(

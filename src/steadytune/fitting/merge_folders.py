@@ -93,7 +93,9 @@ def merge_folders(
     model.load_state_dict(merged)
     sets = judge.sets(how in SCORED) if judge is not None else {}
     if judge is not None:
-        values = [found[judge.metric] for found in sets.values() if found[judge.metric] is not None]
+        values = [
+            scores_of_set[judge.metric] for scores_of_set in sets.values() if scores_of_set[judge.metric] is not None
+        ]
         mean = f"{sum(values) / len(values):.4f}" if values else "undefined"
         said = f"{said} ({judge.metric} {mean} on the validation rows)".strip()
     about = {"how": how, "models": [str(path) for path in models], "base": base and str(base), "alpha": alpha}
@@ -178,8 +180,8 @@ class _Judge:
     def goodness(self, state: dict[str, Any]) -> float:
         """Mean score of a state dict over the tables, with the sign with which larger is better."""
         self.model.load_state_dict(state)
-        found = [self.fitted.evaluate(table)[self.metric] for table in self.tables]
-        return sum(self.problem.metric(self.metric).goodness(value) for value in found) / len(found)
+        values = [self.fitted.evaluate(table)[self.metric] for table in self.tables]
+        return sum(self.problem.metric(self.metric).goodness(value) for value in values) / len(values)
 
     def sets(self, selected: bool) -> dict[str, dict[str, Any]]:
         """All scores of the model as it is, by table, which may have selected it."""
@@ -209,12 +211,12 @@ def _load(path: Path, kind: Any = None) -> tuple[Any, set[str]]:
             if kind is None:
                 raise UsageError(f"{path}: config.json names no architecture of transformers ({names[0]!r}).")
         with quiet():
-            model, found = kind.from_pretrained(path, dtype="auto", output_loading_info=True)
+            model, loading = kind.from_pretrained(path, dtype="auto", output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    return model, set(found["missing_keys"])
+    return model, set(loading["missing_keys"])
 
 
 def _body(base: Path, model: Any) -> dict[str, Any]:

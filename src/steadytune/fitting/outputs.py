@@ -37,14 +37,14 @@ def logits(
     order = _by_length(features)
     batches = _batches(features, order, tokenizer, batch_size)
     total = -(-len(order) // batch_size)
-    training, found = model.training, []
+    training, parts = model.training, []
     model.eval()
     with torch.inference_mode(), _autocast(model, bf16):
         for batch in progress_bar(batches, desc="predicting", unit="batch", total=total) if progress else batches:
             outputs = model(**batch.to(model.device)).logits
-            found.append(outputs.double().cpu().numpy())
+            parts.append(outputs.double().cpu().numpy())
     model.train(training)
-    values = np.concatenate(found)
+    values = np.concatenate(parts)
     if not np.isfinite(values).all():
         raise UsageError("the model's outputs are not numbers: training diverged. Lower lr or raise warmup.")
     return values[np.argsort(order)]
@@ -64,8 +64,8 @@ def frozen_features(
     """
     order = _by_length(features)
     batches = _batches(features, order, tokenizer, batch_size)
-    found = head_inputs(model, batches) if pooling == "model" else pooled_features(model, batches, pooling)
-    return found.numpy()[np.argsort(order)]
+    states = head_inputs(model, batches) if pooling == "model" else pooled_features(model, batches, pooling)
+    return states.numpy()[np.argsort(order)]
 
 
 def _by_length(features: list[dict[str, Any]]) -> np.ndarray:

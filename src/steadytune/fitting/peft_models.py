@@ -65,12 +65,12 @@ def adapted(model: PreTrainedModel, lora: bool | None, kind: str | None = None) 
     heads = sorted({name.split(".")[0] for name, part in anatomy(model).items() if part.head})
     try:  # PEFT knows two names of heads and would freeze, and never save, the others
         config = configs[kind](task_type=peft.TaskType.SEQ_CLS, modules_to_save=heads, **settings[kind])
-        found: Any = peft.get_peft_model(model, config)
+        wrapped: Any = peft.get_peft_model(model, config)
     except (ValueError, KeyError, AttributeError) as error:
         raise unfit(model, kind, one_line(error)[:300]) from error
-    trained = sum(p.numel() for p in found.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     logger.info("PEFT's %s: %d weights are trained instead of %d", kind, trained, size)
-    return found
+    return wrapped
 
 
 def unfit(model: Any, kind: str | None, why: str) -> UsageError:

@@ -315,9 +315,9 @@ def evaluate(
     """
     tables, scores = [], {}
     for name, rows in data.tests.items():
-        found, scores[name] = model.judge(
+        predicted, scores[name] = model.judge(
             rows, data.coarser.get(name), progress=progress, scores=None if known is None else known[name]
         )
         about = pd.DataFrame({"set": name, "row": rows.index, "label": rows["label"].to_numpy()})
-        tables.append(pd.concat([about, found], axis=1))
+        tables.append(pd.concat([about, predicted], axis=1))
     return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), scores

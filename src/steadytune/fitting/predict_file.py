@@ -131,15 +131,15 @@ def predict_file(
                 if not done.rows:
                     _tell(frame, columns, keep, str(source))
                 kept = frame if keep is None else frame[list(keep)]
-                found = _predict(model, Table(frame, str(source), columns, None), on_empty, done)
+                predicted = _predict(model, Table(frame, str(source), columns, None), on_empty, done)
                 as_text = output.suffix.lower() in (".csv", ".tsv")
-                answers = model.form.write(found.pop(PREDICTION), kept.columns, as_text=as_text)
+                answers = model.form.write(predicted.pop(PREDICTION), kept.columns, as_text=as_text)
                 if not done.rows and model.form.classes and {*model.form.columns} & {*kept.columns}:
                     names = ", ".join(map(str, answers))
                     logger.info("%s: the table has label columns of its own, predictions are in %s", source, names)
-                found = pd.concat([answers, found], axis=1)
-                _check_names(kept, found, str(source))
-                writer.write(pd.concat([kept, found], axis=1))
+                predicted = pd.concat([answers, predicted], axis=1)
+                _check_names(kept, predicted, str(source))
+                writer.write(pd.concat([kept, predicted], axis=1))
                 done.rows += len(frame)
                 if bar is not None:
                     bar.update(len(frame))
@@ -192,13 +192,13 @@ def _predict(model: FittedModel, table: Table, on_empty: str, done: Predicted) -
         dtypes = dict.fromkeys(names, float) | ({PREDICTION: object} if model.problem.names else {})
         return pd.DataFrame(index=frame.index, columns=names).astype(dtypes)
     rows = frame[~empty]
-    found, tokens = model.predict_rows(texts(dataclasses.replace(table, frame=rows)))
+    predicted, tokens = model.predict_rows(texts(dataclasses.replace(table, frame=rows)))
     done.cut.extend(rows.index[tokens > model.max_length].tolist())
-    return found.set_axis(rows.index).reindex(frame.index)
+    return predicted.set_axis(rows.index).reindex(frame.index)
 
 
-def _check_names(kept: pd.DataFrame, found: pd.DataFrame, source: str) -> None:
-    names: list[Any] = [name for name in found.columns if name in set(kept.columns)]
+def _check_names(kept: pd.DataFrame, predicted: pd.DataFrame, source: str) -> None:
+    names: list[Any] = [name for name in predicted.columns if name in set(kept.columns)]
     if names:
         raise UsageError(
             f"{source}: the table has a column {names[0]!r} of its own, which the predictions would have too: rename "

@@ -299,15 +299,15 @@ def _tokens(what: str, rows: pd.DataFrame, pretrained: Pretrained, model: Any, h
     texts = [rows]
     if "text_pair" in rows and how != "model":
         texts = [rows[["text"]], rows[["text_pair"]].set_axis(["text"], axis=1)]
-    found = []
+    encoded = []
     for some in texts:
-        found.append(pretrained.tokenise(some))
-        check_vocabulary(found[-1], model, what, rows.index)
-        counts = token_counts(some, found[-1], pretrained.tokenizer, pretrained.max_length, pretrained.prompt)
+        encoded.append(pretrained.tokenise(some))
+        check_vocabulary(encoded[-1], model, what, rows.index)
+        counts = token_counts(some, encoded[-1], pretrained.tokenizer, pretrained.max_length, pretrained.prompt)
         cut = truncated(counts, pretrained.max_length, what, list(rows.index))
         if cut is not None:
             logger.warning("%s", cut.message)
-    return found
+    return encoded
 
 
 def compared(features: Sequence[np.ndarray]) -> np.ndarray:
@@ -379,11 +379,15 @@ def difference_interval(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DegenerateDataWarning)  # a correlation that some draw has not: None below
-        found = bootstrap(
+        resampled = bootstrap(
             (np.arange(len(gold)),), difference, n_resamples=DRAWS, vectorized=False, confidence_level=LEVEL,
             method="percentile", rng=np.random.default_rng(0),
         ).confidence_interval  # fmt: skip
-    return None if math.isnan(found.low) or math.isnan(found.high) else (float(found.low), float(found.high))
+    return (
+        None
+        if math.isnan(resampled.low) or math.isnan(resampled.high)
+        else (float(resampled.low), float(resampled.high))
+    )
 
 
 def _row(
@@ -421,7 +425,10 @@ def _columns(scores: Mapping[str, Any], metric: str, of: str = "") -> dict[str, 
 def _constant_row(scores: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, Any]:
     """The last row: one answer for all rows."""
     columns = {name: "score" if name == TRAIN else f"score_{name}" for name in scores}
-    return {"name": CONSTANT, **{columns[name]: _value(found["baseline"][metric]) for name, found in scores.items()}}
+    return {
+        "name": CONSTANT,
+        **{columns[name]: _value(scores_of_set["baseline"][metric]) for name, scores_of_set in scores.items()},
+    }
 
 
 def _value(score: float | None) -> float:

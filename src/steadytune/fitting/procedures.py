@@ -79,11 +79,11 @@ class MixupBLO:
             job: A training of `fit`; the searches do not use its selection rows.
             made: List with the Trainer of the first search, if it was made already; it is emptied.
         """
-        found = self.search(setup, job, made)
-        last = dataclasses.replace(setup, methods=[*setup.methods, self.mixup(found.shares)])
-        trained = last.train(dataclasses.replace(job, start=found.weights))
-        passes = trained.passes + found.passes / trained.steps
-        return dataclasses.replace(trained, passes=passes, seconds=trained.seconds + found.seconds)
+        searched = self.search(setup, job, made)
+        last = dataclasses.replace(setup, methods=[*setup.methods, self.mixup(searched.shares)])
+        trained = last.train(dataclasses.replace(job, start=searched.weights))
+        passes = trained.passes + searched.passes / trained.steps
+        return dataclasses.replace(trained, passes=passes, seconds=trained.seconds + searched.seconds)
 
     def search(self, setup: Setup, job: Job, made: list[FitTrainer] | None = None) -> Found:
         """Result of all searches together."""
@@ -113,9 +113,9 @@ def found_by(search: Trained) -> Found:
     return Found(raw_weights(search), shares(search.state), search.passes * search.steps, search.seconds)
 
 
-def raw_weights(found: Trained) -> dict[str, Tensor]:
+def raw_weights(trained: Trained) -> dict[str, Tensor]:
     """Raw weights, which the optimizer moves, instead of the mixtures in the model; on the CPU."""
-    return {name: t.cpu() for name, t in {**found.model.state_dict(), **found.state["raw"]}.items()}
+    return {name: t.cpu() for name, t in {**trained.model.state_dict(), **trained.state["raw"]}.items()}
 
 
 def shares(state: Mapping[str, Any]) -> Shares:
@@ -125,10 +125,10 @@ def shares(state: Mapping[str, Any]) -> Shares:
     return {name: [t.cpu() for t in factors] for name, factors in held["variables"].items()}
 
 
-def mean_shares(found: Sequence[Shares]) -> Shares:
+def mean_shares(several: Sequence[Shares]) -> Shares:
     """The mean of each factor over several searches."""
-    means = uniform([{f"{n} {i}": t for n, ts in one.items() for i, t in enumerate(ts)} for one in found])
-    return {name: [means[f"{name} {i}"] for i in range(len(ts))] for name, ts in found[0].items()}
+    means = uniform([{f"{n} {i}": t for n, ts in one.items() for i, t in enumerate(ts)} for one in several])
+    return {name: [means[f"{name} {i}"] for i in range(len(ts))] for name, ts in several[0].items()}
 
 
 PROCEDURES: dict[str, type[MixupBLO]] = {"mixup-blo": MixupBLO}

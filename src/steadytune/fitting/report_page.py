@@ -145,9 +145,9 @@ def mistakes(predictions: pd.DataFrame, sets: Mapping[str, pd.DataFrame]) -> pd.
     return pd.concat(worst, ignore_index=True) if worst else pd.DataFrame()
 
 
-def _worst(found: pd.DataFrame, rows: pd.DataFrame, name: str) -> pd.DataFrame:
-    probabilities = found.filter(regex="^probability_").to_numpy()
-    label, prediction = found["label"], found["prediction"]
+def _worst(mistaken: pd.DataFrame, rows: pd.DataFrame, name: str) -> pd.DataFrame:
+    probabilities = mistaken.filter(regex="^probability_").to_numpy()
+    label, prediction = mistaken["label"], mistaken["prediction"]
     if not probabilities.size:
         size = (label - prediction).abs().to_numpy(dtype=float)
         wrong = size > 0
@@ -160,7 +160,7 @@ def _worst(found: pd.DataFrame, rows: pd.DataFrame, name: str) -> pd.DataFrame:
     texts = rows[[column for column in ("text", "text_pair") if column in rows]].iloc[places].reset_index(drop=True)
     about = {
         "set": name,
-        "row": found["row"].to_numpy()[places],
+        "row": mistaken["row"].to_numpy()[places],
         **{column: texts[column] for column in texts},
         "label": [_label(value) for value in label.iloc[places]],
         "prediction": [_label(value) for value in prediction.iloc[places]],
@@ -253,9 +253,9 @@ def _sections(fitted: Fitted) -> Iterator[Section]:
         "Cost and recipe": _cost,
     }
     for title, blocks in parts.items():
-        found = list(blocks(fitted))
-        if found:
-            yield Section(title, found)
+        contents = list(blocks(fitted))
+        if contents:
+            yield Section(title, contents)
 
 
 def _scores(fitted: Fitted) -> Iterator[Block]:
@@ -366,9 +366,9 @@ def _calibration(rows: pd.DataFrame) -> tuple[str, float]:
     right = rows["label"] == rows["prediction"]
     bins = np.minimum((probability * BINS).astype(int), BINS - 1)
     table = pd.DataFrame({"probability": probability, "right": right, "rows": 1.0}).groupby(bins)
-    found = table.agg({"probability": "mean", "right": "mean", "rows": "sum"})
-    error = float(((found["probability"] - found["right"]).abs() * found["rows"]).sum() / len(rows))
-    return figures.calibration(found, "Calibration"), error
+    by_bin = table.agg({"probability": "mean", "right": "mean", "rows": "sum"})
+    error = float(((by_bin["probability"] - by_bin["right"]).abs() * by_bin["rows"]).sum() / len(rows))
+    return figures.calibration(by_bin, "Calibration"), error
 
 
 def _mistakes(fitted: Fitted, name: str) -> Iterator[Block]:

@@ -50,12 +50,12 @@ def temperature(logits: np.ndarray, labels: Sequence[int]) -> float:
     from scipy.special import log_softmax
 
     rows = np.arange(len(labels))
-    found = minimize_scalar(
+    minimum = minimize_scalar(
         lambda power: -log_softmax(logits / np.exp(power), axis=1)[rows, labels].mean(),
         bounds=(math.log(0.05), math.log(20)),
         method="bounded",
     )
-    return float(np.exp(found.x))
+    return float(np.exp(minimum.x))
 
 
 def check_scale(model: Any, feature: dict[str, Any], what: str) -> None:

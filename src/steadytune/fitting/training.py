@@ -124,10 +124,10 @@ class Setup:
             if not last and self.classes:
                 trainer.add_callback(StopFailing(self.classes))
             seconds = trainer.train_here(last_checkpoint(folder))
-            found = trainer.trained(seeds, seconds, attempt, trainer.failing(self.classes))
-            found.hopeless = self.hopeless(found, job)
-            if (found.failing or found.hopeless) and not last:
-                why = "the training loss does not fall" if found.failing else f"the model {found.hopeless}"
+            result = trainer.trained(seeds, seconds, attempt, trainer.failing(self.classes))
+            result.hopeless = self.hopeless(result, job)
+            if (result.failing or result.hopeless) and not last:
+                why = "the training loss does not fall" if result.failing else f"the model {result.hopeless}"
                 logger.warning("%s: %s: begun anew with other seeds", job.name, why)
                 trainer = None
                 shutil.rmtree(folder, ignore_errors=True)
@@ -135,13 +135,13 @@ class Setup:
                 (folder / "failed").touch()
                 continue
             if self.states and trainer.run is not None:
-                found.state = trainer.run.state_dict()
+                result.state = trainer.run.state_dict()
             if self.keep:
-                self._write(found, done)
-            return found
+                self._write(result, done)
+            return result
         raise AssertionError("the last attempt returns")
 
-    def hopeless(self, found: Trained, job: Job) -> str | None:
+    def hopeless(self, trained: Trained, job: Job) -> str | None:
         """Why a model is useless, or None.
 
         A model is useless if it gives the same answer to rows with different labels, or if its score on the select
@@ -153,19 +153,19 @@ class Setup:
             [part.iloc[np.linspace(0, len(part) - 1, min(len(part), TRIED)).astype(int)] for part in parts]
         )
         features = self.pretrained.tokenise(rows)
-        answers = logits(found.model, self.pretrained.tokenizer, features, self.options.bf16)
+        answers = logits(trained.model, self.pretrained.tokenizer, features, self.options.bf16)
         if self.problem.ordered:
             same = bool(np.std(answers) < CONSTANT * np.std(self.problem.ids(rows["label"].tolist())))
         else:
             same = len(set(self.problem.decide(self.problem.activate(answers)))) == 1 < len(set(rows["label"]))
         if same:
             return "gives every row the same answer"
-        curve = dict(found.curve)
-        if job.select is None or not self.classes or found.steps not in curve:
+        curve = dict(trained.curve)
+        if job.select is None or not self.classes or trained.steps not in curve:
             return None
         gold, metric = self.problem.array(job.select["label"]), self.problem.metric(self.metric)
         constant = baseline(self.problem, gold, self.problem.constant(job.rows["label"]))[self.metric]
-        below = constant is not None and metric.goodness(curve[found.steps]) < metric.goodness(constant)
+        below = constant is not None and metric.goodness(curve[trained.steps]) < metric.goodness(constant)
         return "scores below the most frequent class on the validation rows" if below else None
 
     def in_units(self, trained: Trained) -> Trained:
@@ -263,15 +263,15 @@ class Setup:
         value = metric.compute(gold, given, self.problem.names)
         return {self.metric: metric.worst if value is None or not math.isfinite(value) else value}
 
-    def _write(self, found: Trained, folder: Path) -> None:
+    def _write(self, trained: Trained, folder: Path) -> None:
         """Write a finished job, with the result last, because it marks the job as finished."""
         with quiet():
-            write_model(found.model, folder / "model")
+            write_model(trained.model, folder / "model")
         if self.states:
-            state.save(found.state, folder / STATE)
+            state.save(trained.state, folder / STATE)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint, ignore_errors=True)
-        write_json(folder / RESULT, {**found.record(), "history": found.history})
+        write_json(folder / RESULT, {**trained.record(), "history": trained.history})
 
     def _read(self, folder: Path) -> Trained:
         record = json.loads((folder / RESULT).read_text(encoding="utf-8"))

@@ -128,10 +128,10 @@ def add_pooling_block(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> li
 
 def _stack(model: nn.Module) -> nn.ModuleList | None:
     """The list of the last block, if each of its entries is one block."""
-    found = blocks(model)
-    if not found or len(found[-1]) != 1:
+    all_blocks = blocks(model)
+    if not all_blocks or len(all_blocks[-1]) != 1:
         return None
-    return next((m for m in model.modules() if isinstance(m, nn.ModuleList) and found[-1][0] in list(m)), None)
+    return next((m for m in model.modules() if isinstance(m, nn.ModuleList) and all_blocks[-1][0] in list(m)), None)
 
 
 def _states(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:

@@ -100,10 +100,10 @@ def _options(model: str | Path, folder: str, name: str) -> dict[str, Any]:
         UsageError: The file holds no options.
     """
     path = str(PurePosixPath(folder, name))
-    found = _read(model, path)
-    if not isinstance(found, dict | None):
+    held = _read(model, path)
+    if not isinstance(held, dict | None):
         raise UsageError(f"model {str(model)!r}: {path} must hold names and values.")
-    return found or {}
+    return held or {}
 
 
 def _read(model: str | Path, name: str) -> Any:

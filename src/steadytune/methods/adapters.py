@@ -117,9 +117,9 @@ def insert(model: nn.Module, size: int) -> list[str]:
     Raises:
         ValueError: The model has adapters, or a block without a known attention and feed-forward output.
     """
-    name, found = type(model).__name__, blocks(model)
-    layers = [outputs(block) for block in found]
-    if not found or min(map(len, layers)) < 2:
+    name, all_blocks = type(model).__name__, blocks(model)
+    layers = [outputs(block) for block in all_blocks]
+    if not all_blocks or min(map(len, layers)) < 2:
         raise ValueError(
             f"adapters follow attention and feed-forward of each block, which are not known for {name}, or are "
             "quantised: use LoRA, or BitFit"
@@ -223,10 +223,10 @@ def load_adapters(path: str | os.PathLike, model: nn.Module) -> nn.Module:
                 f"{file} holds {name!r} of shape {tuple(tensor.shape)}, the model has {has}: load the base model with "
                 "the head that was trained (num_labels)"
             )
-    found = fingerprint({n: t for n, t in weights.items() if n not in trained})
-    if found != tree["base"]:
+    hashed = fingerprint({n: t for n, t in weights.items() if n not in trained})
+    if hashed != tree["base"]:
         raise ValueError(
-            f"{file} belongs to a base with hash {tree['base']}, the model given has {found}: load the pre-trained "
+            f"{file} belongs to a base with hash {tree['base']}, the model given has {hashed}: load the pre-trained "
             "model that the adapters were trained in, in the same dtype"
         )
     insert(model, tree["size"])

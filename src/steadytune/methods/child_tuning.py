@@ -128,8 +128,8 @@ class ChildTuningD(StaticMask):
         for batch in islice(batches, self.batches or None):
             for part in [batch] if self.per == "batch" else examples(batch):
                 seed = run.draw_seed("fisher", count, rank=True)
-                found = run.gradient(part, self.loss(run), dropout_seed=seed)
-                self.add(run, sums, {name: g for name, g in found.items() if name in scope})
+                grads = run.gradient(part, self.loss(run), dropout_seed=seed)
+                self.add(run, sums, {name: g for name, g in grads.items() if name in scope})
                 count += 1
         if not sums:
             raise ValueError(f"{type(self).__name__} found no gradient in scope {self.scope!r}: is `data` empty?")
@@ -154,11 +154,11 @@ class ChildTuningD(StaticMask):
 
     def add(self, run: Run, sums: Tensors, gradients: Tensors) -> None:
         """``sums += clipped gradient squared``."""
-        found = {n: g.to(torch.promote_types(g.dtype, torch.float32)) for n, g in gradients.items()}
+        wide = {n: g.to(torch.promote_types(g.dtype, torch.float32)) for n, g in gradients.items()}
         if self.clip < inf:
-            for g, norm in zip(found.values(), run.norms(list(found.values())), strict=True):
+            for g, norm in zip(wide.values(), run.norms(list(wide.values())), strict=True):
                 g.mul_((self.clip / (norm + 1e-6)).clamp(max=1.0))
-        for name, g in found.items():
+        for name, g in wide.items():
             if name in sums:
                 sums[name].addcmul_(g, g)
             else:

@@ -44,8 +44,8 @@ class ClipNorm(Method):
         self.norm: Tensor | None = None
 
     def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
-        found = gradients(weights)
-        if not found:
+        grads = gradients(weights)
+        if not grads:
             return
-        self.norm = torch.linalg.vector_norm(torch.stack(run.norms(found)))
-        torch._foreach_mul_(found, (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0))
+        self.norm = torch.linalg.vector_norm(torch.stack(run.norms(grads)))
+        torch._foreach_mul_(grads, (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0))

@@ -216,9 +216,9 @@ class DPSMix(DPSDense):
 
 def add_squares(squares: Tensors, weights: Sequence[Weight]) -> None:
     """``squares += g * g`` in place, in float32 or float64."""
-    found = {w.name: g.to(torch.promote_types(g.dtype, torch.float32)) for w in weights if (g := w.grad) is not None}
-    old = [name for name in found if name in squares]
-    squares.update({name: g.square() for name, g in found.items() if name not in squares})
+    wide = {w.name: g.to(torch.promote_types(g.dtype, torch.float32)) for w in weights if (g := w.grad) is not None}
+    old = [name for name in wide if name in squares]
+    squares.update({name: g.square() for name, g in wide.items() if name not in squares})
     if old:
-        again = [found[name] for name in old]
+        again = [wide[name] for name in old]
         torch._foreach_addcmul_([squares[name] for name in old], again, again)

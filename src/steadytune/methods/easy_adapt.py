@@ -132,9 +132,9 @@ class EasyAdapt(BesideHead[Domains]):
         self.beside.taking = run.model.register_forward_pre_hook(self.beside.take, with_kwargs=True)
 
     def build(self, head: nn.Linear) -> Domains:
-        found = Domains(head, self.domains, self.domain)
-        found.drop = self.drop
-        return found
+        domains_beside = Domains(head, self.domains, self.domain)
+        domains_beside.drop = self.drop
+        return domains_beside
 
     def hook(self, head: nn.Module) -> Any:
         return head.register_forward_hook(self.beside)
@@ -146,5 +146,5 @@ class EasyAdapt(BesideHead[Domains]):
         Args:
             domain: Number of the domain.
         """
-        found = {name: p + getattr(self.beside, name)[domain] for name, p in self.head.named_parameters(recurse=False)}
-        return {name: p.detach() for name, p in found.items()}
+        sums = {name: p + getattr(self.beside, name)[domain] for name, p in self.head.named_parameters(recurse=False)}
+        return {name: p.detach() for name, p in sums.items()}

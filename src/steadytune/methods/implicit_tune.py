@@ -163,8 +163,8 @@ class ImplicitTune(BiLevel):
 
     def finish(self, run: Run) -> None:
         if self.learns and run.rank == 0:
-            found = ", ".join(f"{key} {strength:.3g}" for key, strength in self.strengths().items())
-            logger.info("ImplicitTune: strengths %s", found)
+            summary = ", ".join(f"{key} {strength:.3g}" for key, strength in self.strengths().items())
+            logger.info("ImplicitTune: strengths %s", summary)
 
     # ------------------------------------------------------------------ the pull
 
@@ -196,9 +196,9 @@ class ImplicitTune(BiLevel):
 
     def hypergradient(self, run: Run, moved: Sequence[Weight]) -> list[Tensor]:
         """dL2/db of each strength, on the next outer batch."""
-        found = run.gradient(self.draw(run), dropout_seed=run.draw_seed("tune outer", rank=True))
-        weights = [w for w in moved if w.name in found]
-        directions = self.solve(run, weights, [found[w.name] for w in weights])
+        grads = run.gradient(self.draw(run), dropout_seed=run.draw_seed("tune outer", rank=True))
+        weights = [w for w in moved if w.name in grads]
+        directions = self.solve(run, weights, [grads[w.name] for w in weights])
         total = {key: torch.zeros_like(log) for key, (log,) in self.variables.items()}
         for w, q in zip(weights, directions, strict=True):
             if w.name in self.pulled:
@@ -236,8 +236,8 @@ class ImplicitTune(BiLevel):
     def scale(self, run: Run, weight: Weight) -> Tensor:
         """P of a weight, broadcastable to it."""
         assert run.optimizer is not None
-        found = preconditioner(weight.group, run.optimizer.state[weight.parameter]) if self.precondition else 1.0
-        return torch.as_tensor(found).to(weight.data)
+        diagonal = preconditioner(weight.group, run.optimizer.state[weight.parameter]) if self.precondition else 1.0
+        return torch.as_tensor(diagonal).to(weight.data)
 
     def curvature(self, run: Run, weights: Sequence[Weight], direction: list[Tensor]) -> list[Tensor]:
         """H p of the step's batch, under the same dropout at every call."""
@@ -245,8 +245,8 @@ class ImplicitTune(BiLevel):
         def gradient(by: Tensor) -> list[Tensor]:
             views = ((w, torch.addcmul(w.data, p, by)) for w, p in zip(weights, direction, strict=True))
             with run.showing(views):
-                found = run.gradient(run.batch, dropout_seed=run.draw_seed("tune inner", rank=True))
-            return [found[w.name] if w.name in found else torch.zeros_like(w.data) for w in weights]
+                grads = run.gradient(run.batch, dropout_seed=run.draw_seed("tune inner", rank=True))
+            return [grads[w.name] if w.name in grads else torch.zeros_like(w.data) for w in weights]
 
         return difference(gradient, direction)
 

@@ -68,19 +68,19 @@ class LNSR(Method):
     )
 
     def setup(self, run: Run) -> None:
-        name, found = type(run.model).__name__, blocks(run.model)
+        name, all_blocks = type(run.model).__name__, blocks(run.model)
         check_layout(run.model, "LNSR")
         check_lengths(run.model, "LNSR")
         check_hidden_states(run.model, "LNSR")
         if getattr(getattr(run.model, "config", None), "is_encoder_decoder", False):
             raise ValueError(f"LNSR needs one stack of blocks, {name} has an encoder and a decoder: use R3F or SMART")
-        self.disturbed = len(found) // 4 if self.block is None else self.block
-        if not 0 <= self.disturbed < len(found) - 1:
+        self.disturbed = len(all_blocks) // 4 if self.block is None else self.block
+        if not 0 <= self.disturbed < len(all_blocks) - 1:
             raise ValueError(
-                f"block must leave a block above it: {name} has {len(found)} blocks, counted from 0, "
+                f"block must leave a block above it: {name} has {len(all_blocks)} blocks, counted from 0, "
                 f"got {self.disturbed}"
             )
-        if len(found[self.disturbed]) > 1:
+        if len(all_blocks[self.disturbed]) > 1:
             raise ValueError(
                 f"LNSR needs blocks that are modules, those of {name} are cut into lists: use R3F or SMART"
             )
@@ -99,11 +99,11 @@ class LNSR(Method):
 
     def hidden(self, step: Step, outputs: Any) -> list[Tensor]:
         """Hidden states (batch, length, width) of all blocks, without what the model pads to (Longformer's windows)."""
-        found = outputs.get("hidden_states") if isinstance(outputs, Mapping) else None
+        states = outputs.get("hidden_states") if isinstance(outputs, Mapping) else None
         batch, length = step.shape
-        if found and all(h.dim() == 3 and h.size(0) == batch and h.size(1) >= length for h in found):
-            return [h[:, :length] for h in found]
-        held = "none of that name" if found is None else f"shapes {', '.join(str(tuple(h.shape)) for h in found)}"
+        if states and all(h.dim() == 3 and h.size(0) == batch and h.size(1) >= length for h in states):
+            return [h[:, :length] for h in states]
+        held = "none of that name" if states is None else f"shapes {', '.join(str(tuple(h.shape)) for h in states)}"
         raise UsageError(
             f"LNSR compares 'hidden_states' of shape (batch, length, width) token by token, here ({batch}, {length}, "
             f"width), and {type(step.run.model).__name__} gives {held}: use R3F or SMART"

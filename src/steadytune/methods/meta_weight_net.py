@@ -92,9 +92,9 @@ class MetaWeightNet(BiLevel):
         return weighted - step.loss
 
     def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
-        found = run.gradient(self.draw(run), dropout_seed=run.draw_seed("network outer", rank=True))
-        directions = self.follow(run, found)
-        del found
+        grads = run.gradient(self.draw(run), dropout_seed=run.draw_seed("network outer", rank=True))
+        directions = self.follow(run, grads)
+        del grads
         slopes = difference(lambda by: self.losses_at(run, directions, by), list(directions.values()))
         network = [t.detach().requires_grad_() for t in flat(self.variables)]
         with torch.enable_grad():

@@ -76,15 +76,15 @@ class ReInit(Method):
 
     def chosen(self, model: nn.Module) -> list[nn.Module]:
         """Modules to reset."""
-        found, name = blocks(model), type(model).__name__
+        stack, name = blocks(model), type(model).__name__
         if not any(isinstance(m, PreTrainedModel) for m in model.modules()):
             raise ValueError(f"ReInit needs a transformers model, which knows how to draw its weights, got {name}")
-        if self.blocks and self.blocks >= len(found):
+        if self.blocks and self.blocks >= len(stack):
             raise ValueError(
-                f"blocks must leave one that is pre-trained: {name} has {len(found)} (blocks that share weights are "
+                f"blocks must leave one that is pre-trained: {name} has {len(stack)} (blocks that share weights are "
                 f"one), got {self.blocks}"
             )
-        top = [module for block in found[len(found) - self.blocks :] for module in block]
+        top = [module for block in stack[len(stack) - self.blocks :] for module in block]
         return top + (poolers(model) if self.pooler else [])
 
     def checksums(self, run: Run) -> dict[str, str]:
@@ -114,8 +114,8 @@ class ReInit(Method):
 def poolers(model: nn.Module) -> list[nn.Module]:
     """Pre-trained poolers; that of a new head is random already."""
     parts = {id(model.get_parameter(name)): part for name, part in anatomy(model).items()}
-    found = [module for path, module in model.named_modules() if path.rpartition(".")[2] == "pooler"]
-    return [m for m in found if all(not parts[id(p)].head and parts[id(p)].block is None for p in m.parameters())]
+    named = [module for path, module in model.named_modules() if path.rpartition(".")[2] == "pooler"]
+    return [m for m in named if all(not parts[id(p)].head and parts[id(p)].block is None for p in m.parameters())]
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ class Registry(Mapping[str, "type[Method]"]):
     @functools.cached_property
     def installed(self) -> dict[str, list[EntryPoint]]:
         """What other packages offer, by name. A name of this package's own is left out with a warning."""
-        found: dict[str, list[EntryPoint]] = {}
+        by_name: dict[str, list[EntryPoint]] = {}
         for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, package(point))):
             if point.name in self.own:
                 warnings.warn(
@@ -48,9 +48,9 @@ class Registry(Mapping[str, "type[Method]"]):
                     "steadytune's own is used. Rename the entry point",
                     stacklevel=2,
                 )
-            elif point not in found.setdefault(point.name, []):
-                found[point.name].append(point)
-        return found
+            elif point not in by_name.setdefault(point.name, []):
+                by_name[point.name].append(point)
+        return by_name
 
     def __getitem__(self, name: str) -> type[Method]:
         if name in self.own:

@@ -70,12 +70,12 @@ class ROSE(Method):
             return
         # biases are left out: softmax ignores those of keys, whose gradient is round-off and would rank by chance
         weights = [w for w in select(weights, self.scope) if not w.name.endswith("bias")]
-        found = self.mask(run, weights)
+        kept = self.mask(run, weights)
         for w in weights:
-            if w.name not in found:
+            if w.name not in kept:
                 continue
             assert w.grad is not None
-            mask = self.masks[w.name] = found[w.name].to(w.data.dtype)
+            mask = self.masks[w.name] = kept[w.name].to(w.data.dtype)
             if self.soft or self.update == "authors":
                 self.before[w.name] = w.data.clone()
                 w.grad.copy_(torch.lerp(momentum(run, w), w.grad, mask))
@@ -112,10 +112,10 @@ class ROSE(Method):
 
     def first(self, run: Run, weights: Sequence[Weight]) -> Tensors:
         """M from the gradient of the divergence between two dropout draws."""
-        found = run.gradient(
+        grads = run.gradient(
             run.batch, lambda batch: divergence(run, batch, self), dropout_seed=run.draw_seed("rose", rank=True)
         )
-        return self.smallest(run, self.sizes(run, {w.name: found[w.name] for w in weights if w.name in found}))
+        return self.smallest(run, self.sizes(run, {w.name: grads[w.name] for w in weights if w.name in grads}))
 
     def second(self, run: Run, weights: Sequence[Weight], score: str) -> Tensors:
         """M from the relative change of the momentum; no masks before the first step."""

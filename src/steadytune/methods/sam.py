@@ -53,9 +53,9 @@ class SAM(Method):
     )
 
     def after_backward(self, run: Run, weights: Sequence[Weight]) -> None:
-        found = gradients(weights)
-        if not self.rho or not found:
+        grads = gradients(weights)
+        if not self.rho or not grads:
             return
-        norm = torch.linalg.vector_norm(torch.stack(run.norms(found)))
+        norm = torch.linalg.vector_norm(torch.stack(run.norms(grads)))
         scale = self.rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-        run.look_again((w, g * scale) for w, g in zip(weights, found, strict=True))
+        run.look_again((w, g * scale) for w, g in zip(weights, grads, strict=True))

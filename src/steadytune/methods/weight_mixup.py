@@ -111,7 +111,7 @@ class WeightMixup(BiLevel):
         super().setup(run)
         self.mixed = {w.name for w in run.require(self, self.scope, reference=True)}
         self.alphas: Variables = {}
-        self.found: list[Tensor] = []  # gradient of the shares on the training rows in the current step
+        self.slopes: list[Tensor] = []  # gradient of the shares on the training rows in the current step
         if self.full_precision:
             check_masters([w.data for w in run.weights()])
 
@@ -157,7 +157,7 @@ class WeightMixup(BiLevel):
     def pull_back(self, run: Run, weights: Sequence[Weight]) -> None:
         here = {w.name: w for w in self.chosen(weights)}
         if self.learns and self.rows is None:
-            self.found, take = self.collector(run, run.raw)
+            self.slopes, take = self.collector(run, run.raw)
             for name, w in here.items():
                 if w.grad is not None:
                     take(name, w.grad)
@@ -182,18 +182,18 @@ class WeightMixup(BiLevel):
 
     def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
         if self.learns:
-            self.learn(run, self.found if self.rows is None else self.hypergradient(run))
-        self.found = []
+            self.learn(run, self.slopes if self.rows is None else self.hypergradient(run))
+        self.slopes = []
 
     def collector(self, run: Run, value: Value) -> tuple[list[Tensor], Callable[[str, Tensor], None]]:
         """dL/da of all weights, initially zero, and a function (name, dL/dF) that adds to it."""
-        found = {name: [torch.zeros_like(f) for f in factors] for name, factors in self.alphas.items()}
+        sums = {name: [torch.zeros_like(f) for f in factors] for name, factors in self.alphas.items()}
 
         def take(name: str, gradient: Tensor) -> None:
-            if name in found:
-                torch._foreach_add_(found[name], self.contraction(run, name, gradient, value(name)))
+            if name in sums:
+                torch._foreach_add_(sums[name], self.contraction(run, name, gradient, value(name)))
 
-        return flat(found), take
+        return flat(sums), take
 
     def hypergradient(self, run: Run) -> list[Tensor]:
         """dL2/da at the new weights, on the next outer batch."""
@@ -221,9 +221,9 @@ class WeightMixup(BiLevel):
             def view(name: str) -> Tensor:
                 return self.mixture(run, name, value(name)) if name in self.alphas else value(name)
 
-            found, take = self.collector(run, value)
+            sums, take = self.collector(run, value)
             with run.showing((w, view(w.name)) for w in weights if w.name in {*self.alphas, *directions}):
                 run.gradient(run.batch, dropout_seed=run.draw_seed("mixup inner", rank=True), take=take)
-            return found
+            return sums
 
         return list(torch._foreach_sub(direct, difference(inner, list(directions.values()))))

@@ -28,11 +28,11 @@ def strips(scores: pd.DataFrame, recipes: Sequence[str], title: str, xlabel: str
     """
     with panel(WIDTH, 0.75 + 0.27 * len(recipes), title, beside(recipes)) as (figure, axes):
         for line, (recipe, look) in enumerate(looks(recipes).items()):
-            found = scores.loc[scores["recipe"] == recipe, "score"].to_numpy()
-            if len(found):
-                spread = np.linspace(-0.22, 0.22, len(found)) if len(found) > 1 else [0.0]
-                axes.plot(found, line + np.asarray(spread), look.marker, color=look.colour, markersize=3.6, alpha=0.75)
-                axes.plot([found.mean()] * 2, [line - 0.36, line + 0.36], color=look.colour, linewidth=2)
+            values = scores.loc[scores["recipe"] == recipe, "score"].to_numpy()
+            if len(values):
+                spread = np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else [0.0]
+                axes.plot(values, line + np.asarray(spread), look.marker, color=look.colour, markersize=3.6, alpha=0.75)
+                axes.plot([values.mean()] * 2, [line - 0.36, line + 0.36], color=look.colour, linewidth=2)
         lines(axes, recipes)
         axes.set_xlabel(xlabel)
         return svg(figure, f"{title}: scores of all seeds by recipe")
@@ -59,12 +59,12 @@ def forest(gains: pd.DataFrame, title: str, xlabel: str, limits: tuple[float, fl
     with panel(WIDTH, 0.75 + 0.21 * len(labels), title, beside(labels)) as (figure, axes):
         rows = pd.concat(ordered).assign(place=places)
         recipes: Any = rows.groupby("look", sort=False)
-        for look, found in recipes:
-            ends = found[["low", "high"]].clip(*limits)
-            axes.hlines(found["place"], ends["low"], ends["high"], look.colour, linewidth=1.6)
-            inside = found[found["gain"].between(*limits)]
+        for look, shown in recipes:
+            ends = shown[["low", "high"]].clip(*limits)
+            axes.hlines(shown["place"], ends["low"], ends["high"], look.colour, linewidth=1.6)
+            inside = shown[shown["gain"].between(*limits)]
             axes.plot(inside["gain"], inside["place"], look.marker, color=look.colour, markersize=5)
-            _arrows(axes, found, limits, look.colour)
+            _arrows(axes, shown, limits, look.colour)
         axes.axvline(0, color="#555555", linewidth=0.9)
         axes.set_xlim(*limits)
         lines(axes, labels)
@@ -97,10 +97,10 @@ def curves(means: pd.DataFrame, recipes: Sequence[str], title: str, ylabel: str)
     """
     with panel(WIDTH, 2.5, title) as (figure, axes):
         for place, (recipe, look) in enumerate(looks(recipes).items()):
-            found = means[means["recipe"] == recipe].sort_values("size")
+            line = means[means["recipe"] == recipe].sort_values("size")
             offset = 1.025 ** (place - (len(recipes) - 1) / 2)  # shifted, so that error bars do not overlap
             axes.errorbar(
-                found["size"] * offset, found["mean"], yerr=found["sd"].fillna(0), color=look.colour,
+                line["size"] * offset, line["mean"], yerr=line["sd"].fillna(0), color=look.colour,
                 marker=look.marker, markersize=4.5, capsize=2, elinewidth=0.9,
             )  # fmt: skip
         sizes = sorted(means["size"].unique())
@@ -124,10 +124,10 @@ def scatter(scores: pd.DataFrame, recipes: Sequence[str], title: str, labels: tu
     """
     with panel(WIDTH, 2.7, title) as (figure, axes):
         for recipe, look in looks(recipes).items():
-            found = scores.loc[scores["recipe"] == recipe, ["in", "out"]].to_numpy()
-            if len(found):
-                axes.plot(*found.T, look.marker, color=look.colour, markersize=3.6, alpha=0.4, markeredgewidth=0)
-                axes.plot(*found.mean(axis=0), look.marker, color=look.colour, markersize=8, markeredgecolor="white")
+            points = scores.loc[scores["recipe"] == recipe, ["in", "out"]].to_numpy()
+            if len(points):
+                axes.plot(*points.T, look.marker, color=look.colour, markersize=3.6, alpha=0.4, markeredgewidth=0)
+                axes.plot(*points.mean(axis=0), look.marker, color=look.colour, markersize=8, markeredgecolor="white")
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
         return svg(figure, f"{title}: in-domain against out-of-domain scores")
@@ -145,9 +145,9 @@ def cost(gains: pd.DataFrame, title: str, labels: tuple[str, str]) -> str:
         axes.axhline(0, color="#555555", linewidth=0.9)
         axes.axvline(1, color="#555555", linewidth=0.9)
         recipes: Any = gains.groupby("look", sort=False)
-        for look, found in recipes:
-            axes.vlines(found["cost"], found["low"], found["high"], look.colour, linewidth=1.4)
-            axes.plot(found["cost"], found["gain"], look.marker, color=look.colour, markersize=6)
+        for look, rows in recipes:
+            axes.vlines(rows["cost"], rows["low"], rows["high"], look.colour, linewidth=1.4)
+            axes.plot(rows["cost"], rows["gain"], look.marker, color=look.colour, markersize=6)
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
         return svg(figure, f"{title}: gain against cost")

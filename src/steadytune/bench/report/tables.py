@@ -67,10 +67,10 @@ def long_form(records: Sequence[Mapping[str, Any]], metric: str | None = None) -
 
 def _named_score(frame: pd.DataFrame, wanted: pd.Series, names: Sequence[str]) -> pd.Series:
     """The metric of each row that ``wanted`` names."""
-    found = pd.Series(math.nan, frame.index)
+    named = pd.Series(math.nan, frame.index)
     for name in names:
-        found = found.where(wanted != name, frame[name])
-    return found
+        named = named.where(wanted != name, frame[name])
+    return named
 
 
 _NUMBERS = (
@@ -142,15 +142,15 @@ def superseded(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     records = list(records)
     for record in sorted(records, key=lambda record: (record["finished"], record["id"])):
         newest[_cell(record)] = again[*_cell(record), seed_name(record["spec"]["seeds"])] = record
-    found = {}
+    replaced = {}
     for record in records:
         last = again[*_cell(record), seed_name(record["spec"]["seeds"])]
         differing = _differences(_configuration(record), _configuration(newest[_cell(record)]))
         if differing:
-            found[record["id"]] = ", ".join(differing)
+            replaced[record["id"]] = ", ".join(differing)
         elif last is not record:
-            found[record["id"]] = f"run again as {last['id']}"
-    return found
+            replaced[record["id"]] = f"run again as {last['id']}"
+    return replaced
 
 
 def _cell(record: Mapping[str, Any]) -> tuple[str, ...]:
@@ -184,8 +184,8 @@ def in_order(names: Iterable[str], study: str) -> list[str]:
     """Names in the order of the study file, then the others by alphabet."""
 
     def place(name: str) -> tuple[int, str]:
-        found = re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", study)
-        return (found.start() if found else len(study)), name
+        match = re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", study)
+        return (match.start() if match else len(study)), name
 
     return sorted(set(names), key=place)
 
@@ -229,7 +229,7 @@ def summaries(scores: pd.DataFrame, recipes: Sequence[str]) -> pd.DataFrame:
             for domain in DOMAINS:
                 if group[domain].isna().all() and domain == "out":
                     continue
-                found = runs[domain].dropna()
+                values = runs[domain].dropna()
                 rows.append(
                     {
                         **dict(zip(CONDITION, condition, strict=True)),
@@ -237,22 +237,22 @@ def summaries(scores: pd.DataFrame, recipes: Sequence[str]) -> pd.DataFrame:
                         "domain": domain,
                         "metric": group["metric"].iloc[0],
                         "size": group["train_size"].iloc[0],
-                        **described(found),
+                        **described(values),
                         "runs": expected,
                         "failed": int((runs["status"] == "failed").sum()),
                         "missing": expected - runs["seed"].nunique(),
-                        "undefined": int((runs["status"] == "done").sum()) - len(found),
-                        "collapsed": int(runs.loc[found.index, "collapsed"].sum()),
+                        "undefined": int((runs["status"] == "done").sum()) - len(values),
+                        "collapsed": int(runs.loc[values.index, "collapsed"].sum()),
                     }
                 )
     return pd.DataFrame(rows)
 
 
-def described(found: pd.Series) -> dict[str, Any]:
+def described(values: pd.Series) -> dict[str, Any]:
     """`stats.summary` as columns, with NaN for undefined values."""
-    if found.empty:
+    if values.empty:
         return {"n": 0, **dict.fromkeys(("mean", "sd", "low", "high", "iqm", "median", "min", "max"), math.nan)}
-    about = summary(found.to_numpy())
+    about = summary(values.to_numpy())
     low, high = about.interval or (math.nan, math.nan)
     return {
         "n": about.n,
@@ -269,7 +269,7 @@ def described(found: pd.Series) -> dict[str, Any]:
 
 def clearly_best(scores: pd.DataFrame) -> set[tuple[str, ...]]:
     """Cells (and domain) with the best mean whose paired sign-flip test against the second best has p <= 0.05."""
-    found = set()
+    best_names = set()
     for condition, group in parts(scores, CONDITION):
         for domain in DOMAINS:
             wide = group.pivot(index="seed", columns="recipe", values=domain)
@@ -281,8 +281,8 @@ def clearly_best(scores: pd.DataFrame) -> set[tuple[str, ...]]:
                 continue
             gains = (pairs[order[0]] - pairs[order[1]]).to_numpy()
             if gains.mean() > 0 and sign_flip(gains) <= ALPHA:
-                found.add((*condition, order[0], domain))
-    return found
+                best_names.add((*condition, order[0], domain))
+    return best_names
 
 
 def comparisons(scores: pd.DataFrame, recipes: Sequence[str], baseline: str) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -320,10 +320,10 @@ def _stratified(tasks: Mapping[str, pd.DataFrame], recipe: str, baseline: str) -
 
 def _compared(pairs: pd.DataFrame, compared: Comparison | None) -> dict[str, Any]:
     ours, theirs = pairs.to_numpy().T
-    found = {"n": len(pairs), **_gain(compared), "detectable": getattr(compared, "detectable", None) or math.nan}
+    row = {"n": len(pairs), **_gain(compared), "detectable": getattr(compared, "detectable", None) or math.nan}
     if compared is None:
-        found["gain"] = float((ours - theirs).mean())
-    return {**found, **_steadier(steadiness(ours, theirs) if len(pairs) > 2 else None)}
+        row["gain"] = float((ours - theirs).mean())
+    return {**row, **_steadier(steadiness(ours, theirs) if len(pairs) > 2 else None)}
 
 
 def _gain(compared: Any) -> dict[str, Any]:
@@ -341,15 +341,15 @@ def _gain(compared: Any) -> dict[str, Any]:
     }
 
 
-def _steadier(found: Steadiness | None) -> dict[str, Any]:
+def _steadier(steadiness: Steadiness | None) -> dict[str, Any]:
     """Ratio of the SDs, below 1 if the recipe is steadier."""
-    log_ratio = math.nan if found is None or found.log_ratio is None else found.log_ratio
-    low, high = getattr(found, "interval", None) or (math.nan, math.nan)
+    log_ratio = math.nan if steadiness is None or steadiness.log_ratio is None else steadiness.log_ratio
+    low, high = getattr(steadiness, "interval", None) or (math.nan, math.nan)
     return {
         "sd_ratio": math.exp(log_ratio),
         "ratio_low": math.exp(low),
         "ratio_high": math.exp(high),
-        "sd_p": getattr(found, "p", math.nan),
+        "sd_p": getattr(steadiness, "p", math.nan),
     }
 
 
@@ -414,13 +414,17 @@ def matched(scores: pd.DataFrame, recipes: Sequence[str], plain: Sequence[str], 
             pairs = wide[[recipe, *longer]].dropna()
             trained = {str(name): Trained(pairs[name].tolist(), float(passes[str(name)])) for name in pairs}
             ours = {recipe: trained.pop(recipe)}
-            found = compute_matched(ours, trained if len(pairs) > 1 else {})[0]
+            matched_row = compute_matched(ours, trained if len(pairs) > 1 else {})[0]
             rows.append(
                 {
                     **dict(zip(CONDITION, condition, strict=True)),
                     **{"recipe": recipe, "metric": group["metric"].iloc[0], "n": len(pairs)},
-                    **{"passes": found.passes, "against": found.baseline, "against_passes": found.baseline_passes},
-                    **_gain(found.comparison),
+                    **{
+                        "passes": matched_row.passes,
+                        "against": matched_row.baseline,
+                        "against_passes": matched_row.baseline_passes,
+                    },
+                    **_gain(matched_row.comparison),
                 }
             )
     return pd.DataFrame(rows)
@@ -437,7 +441,7 @@ def sources(scores: pd.DataFrame, recipes: Sequence[str]) -> pd.DataFrame:
             if len(factors) < 2 or len(runs) != math.prod(levels) or runs.duplicated(factors).any():
                 continue
             grid = runs.sort_values(factors)["in"].to_numpy().reshape(levels)
-            found, rest = spread_sources(grid)
+            components, rest = spread_sources(grid)
             names = (name.removesuffix("_seed") for name in factors)
             rows.append(
                 {
@@ -445,7 +449,7 @@ def sources(scores: pd.DataFrame, recipes: Sequence[str]) -> pd.DataFrame:
                     "recipe": recipe,
                     "metric": group["metric"].iloc[0],
                     "runs": len(runs),
-                    "sources": dict(zip(names, found, strict=True)),
+                    "sources": dict(zip(names, components, strict=True)),
                     "rest": rest,
                 }
             )
@@ -454,19 +458,19 @@ def sources(scores: pd.DataFrame, recipes: Sequence[str]) -> pd.DataFrame:
 
 def contexts(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
     """Values of each entry of the context, with the number of runs that had each."""
-    found: dict[str, dict[str, int]] = {}
+    by_context: dict[str, dict[str, int]] = {}
     for record in records:
         for name, value in record["context"].items():
-            counts = found.setdefault(name, {})
+            counts = by_context.setdefault(name, {})
             text = "unknown" if value is None else str(value)
             counts[text] = counts.get(text, 0) + 1
-    return found
+    return by_context
 
 
 def seen(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[str]]:
     """Training sets of the pre-trained model that overlap with a task or its tests, by (model, task)."""
-    found: dict[tuple[str, str], set[str]] = {}
+    sets_seen: dict[tuple[str, str], set[str]] = {}
     for record in records:
         spec = record["spec"]
-        found.setdefault((spec["model"]["name"], spec["task"]["name"]), set()).update(map(str, record["seen"]))
-    return {pair: sorted(names) for pair, names in sorted(found.items())}
+        sets_seen.setdefault((spec["model"]["name"], spec["task"]["name"]), set()).update(map(str, record["seen"]))
+    return {pair: sorted(names) for pair, names in sorted(sets_seen.items())}

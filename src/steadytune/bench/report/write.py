@@ -69,7 +69,7 @@ class Bench:
 
     def _ordered(self, scores: pd.DataFrame) -> pd.DataFrame:
         ranks = {
-            name: {found: rank for rank, found in enumerate(tables.in_order(scores[name], self.study))}
+            name: {recipe_name: rank for rank, recipe_name in enumerate(tables.in_order(scores[name], self.study))}
             for name in ("model", "task")
         }
         order = pd.DataFrame({name: scores[name].map(rank) for name, rank in ranks.items()}).assign(
@@ -160,8 +160,8 @@ def make_sections(bench: Bench) -> list[Section]:
         "Cost": _costs,
         "Context": _context,
     }
-    found = {title: list(blocks(bench)) for title, blocks in parts.items()}
-    return [Section(title, blocks) for title, blocks in found.items() if blocks]
+    contents = {title: list(blocks(bench)) for title, blocks in parts.items()}
+    return [Section(title, blocks) for title, blocks in contents.items() if blocks]
 
 
 # ---- what was run -----------------------------------------------------------------------------------------------
@@ -233,9 +233,9 @@ def _warnings(bench: Bench) -> Iterator[Warning]:
 
 
 def _contamination(bench: Bench) -> Iterator[Text]:
-    found = tables.seen(bench.records)
-    touched = [f"{model} on {task} ({listed(names)})" for (model, task), names in found.items() if names]
-    clean = [f"{model} on {task}" for (model, task), names in found.items() if not names]
+    sets_seen = tables.seen(bench.records)
+    touched = [f"{model} on {task} ({listed(names)})" for (model, task), names in sets_seen.items() if names]
+    clean = [f"{model} on {task}" for (model, task), names in sets_seen.items() if not names]
     if touched:
         yield Text(
             f"Contamination: the model was pre-trained on data of the task or its tests: {'; '.join(touched)}. "
@@ -298,10 +298,10 @@ def _marks(bench: Bench, model: str, domain: str) -> dict[tuple[str, str, str], 
     """Sign of each gain that is probably not an accident, by (setting, recipe, task)."""
     if bench.gains.empty:
         return {}
-    found = bench.gains[(bench.gains["model"] == model) & (bench.gains["domain"] == domain)]
+    compared = bench.gains[(bench.gains["model"] == model) & (bench.gains["domain"] == domain)]
     return {
         (row.setting, row.recipe, row.task): " " + ("△▲" if row.gain > 0 else "▽▼")[row.holm <= tables.ALPHA]
-        for row in tables.rows_of(found)
+        for row in tables.rows_of(compared)
         if row.p <= tables.ALPHA
     }
 
@@ -345,14 +345,14 @@ def _every_set(bench: Bench) -> Iterator[Grid]:
         if sets["set"].nunique() < 2:
             continue
         factor, digits = unit(sets["metric"].iloc[0])
-        found = sets.groupby(["setting", "set", "recipe"])["score"].agg(["count", "mean", "std"])
+        by_set = sets.groupby(["setting", "set", "recipe"])["score"].agg(["count", "mean", "std"])
         cells = {
             key: Cell(
                 number(row["mean"] * factor, digits)
                 + (f" ± {number(row['std'] * factor, digits)}" if row["count"] > 1 else ""),
                 (f"n = {row['count']:.0f}",),
             )
-            for key, row in found.iterrows()
+            for key, row in by_set.iterrows()
         }
         none = Cell(NONE, ("n = 0",))
         groups = [
@@ -538,10 +538,10 @@ def _steadiness(bench: Bench) -> Iterator[Block]:
 
 def _sources(bench: Bench) -> Iterator[Grid]:
     """Tables of the spread due to each seed, one table for each set of crossed seeds."""
-    found = tables.sources(bench.scores, bench.recipes)
-    if found.empty:
+    components = tables.sources(bench.scores, bench.recipes)
+    if components.empty:
         return
-    for names, rows in tables.parts(found.assign(names=found["sources"].map(tuple)), "names"):
+    for names, rows in tables.parts(components.assign(names=components["sources"].map(tuple)), "names"):
         groups = []
         for condition, part in tables.parts(rows, tables.CONDITION):
             factor, digits = unit(part["metric"].iloc[0])
@@ -620,11 +620,11 @@ def _drawn(caption: str, panels: Iterable[Callable[[], str]], legend: Bench | No
 
 
 def _costs(bench: Bench) -> Iterator[Block]:
-    found = tables.costs(bench.scores, bench.recipes, bench.baseline)
-    if found.empty:
+    costs_table = tables.costs(bench.scores, bench.recipes, bench.baseline)
+    if costs_table.empty:
         return
     groups = []
-    for key, rows in tables.parts(found, ["model", "setting"]):
+    for key, rows in tables.parts(costs_table, ["model", "setting"]):
         lines = [
             [row.recipe, str(row.n), number(row.time, 1), f"{number(row.times, 2)} ({row.pairs})",
              number(row.passes, 2), number(row.steps, 0), number(row.peak_memory / 2**20, 0)]
@@ -637,11 +637,11 @@ def _costs(bench: Bench) -> Iterator[Block]:
         groups=groups,
         note="Passes: forward and backward passes, as a multiple of a plain step's. Seconds: training without tests.",
     )
-    yield from _cost_figure(bench, found)
+    yield from _cost_figure(bench, costs_table)
     yield from _compute_matched(bench)
 
 
-def _cost_figure(bench: Bench, found: pd.DataFrame) -> Iterator[Figures]:
+def _cost_figure(bench: Bench, costs_table: pd.DataFrame) -> Iterator[Figures]:
     """Gain over all tasks, or on the only task, against seconds."""
     if bench.gains.empty:
         return
@@ -651,7 +651,7 @@ def _cost_figure(bench: Bench, found: pd.DataFrame) -> Iterator[Figures]:
         else bench.gains.assign(smaller=bench.gains["metric"].map(smaller_is_better).astype(bool))
     )
     gains = gains[(gains["domain"] == "in") & ~gains["smaller"]]
-    both = gains.merge(found[["model", "setting", "recipe", "times"]], on=["model", "setting", "recipe"])
+    both = gains.merge(costs_table[["model", "setting", "recipe", "times"]], on=["model", "setting", "recipe"])
     both = both[both["times"].notna()].rename(columns={"times": "cost"})
     if both.empty:
         return
@@ -670,19 +670,19 @@ def _compute_matched(bench: Bench) -> Iterator[Block]:
     """Compare recipes with plain fine-tuning of at least the same compute."""
     methods = {record["spec"]["recipe"]: record["spec"]["methods"] for record in bench.records}
     plain = [recipe for recipe in bench.recipes if not methods[recipe]]
-    found = tables.matched(bench.scores, bench.recipes, plain, bench.baseline)
-    if found.empty:
+    matched_rows = tables.matched(bench.scores, bench.recipes, plain, bench.baseline)
+    if matched_rows.empty:
         yield Text(f"Compute: no recipe takes more passes than {bench.baseline}, so gains are at equal compute.")
         return
-    costly = listed(found["recipe"].unique())
-    if found["against"].isna().all():
+    costly = listed(matched_rows["recipe"].unique())
+    if matched_rows["against"].isna().all():
         yield Text(
             f"Compute is not matched: {costly} took more passes than {bench.baseline}, and no plain recipe took as "
             "many. The gain of longer plain fine-tuning is unknown."
         )
         return
     groups = []
-    for condition, rows in tables.parts(found, tables.CONDITION):
+    for condition, rows in tables.parts(matched_rows, tables.CONDITION):
         factor, digits = unit(rows["metric"].iloc[0])
         lines = [
             [row.recipe, number(row.passes, 0), row.against or "none so long", number(row.against_passes, 0),
@@ -728,14 +728,14 @@ def _recipes(bench: Bench) -> Grid:
         for name, value in spec["options"].items():
             values.setdefault(name, {}).setdefault(spec["recipe"], set()).add(json.dumps(value, sort_keys=True))
     common = {
-        name: next(iter(found[bench.recipes[0]]))
-        for name, found in values.items()
-        if len(found) == len(bench.recipes) and len(set().union(*found.values())) == 1
+        name: next(iter(held[bench.recipes[0]]))
+        for name, held in values.items()
+        if len(held) == len(bench.recipes) and len(set().union(*held.values())) == 1
     }
     methods = {spec["recipe"]: "; ".join(map(call_words, spec["methods"])) or "none" for spec in specs}
     rows = [
-        [recipe, methods[recipe], "; ".join(f"{name} {listed(sorted(found[recipe]))}" for name, found in values.items()
-                                            if name not in common and recipe in found) or NONE]
+        [recipe, methods[recipe], "; ".join(f"{name} {listed(sorted(held[recipe]))}" for name, held in values.items()
+                                            if name not in common and recipe in held) or NONE]
         for recipe in bench.recipes
     ]  # fmt: skip
     alike = ", ".join(f"{name} {value}" for name, value in common.items())

@@ -76,7 +76,7 @@ class BiLevel(Method):
             batch = self.rows.next()
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
-    def follow(self, run: Run, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def follow(self, run: Run, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Directions q of `hypergradient` for the last step of the optimizer, by weight name.
 
         They are written into the weights' ``.grad``, which the step no longer needs, so that no further copy of the
@@ -84,12 +84,12 @@ class BiLevel(Method):
 
         Args:
             run: The run, inside `Method.after_step`.
-            found: Gradient of the outer loss.
+            grads: Gradient of the outer loss.
         """
         directions = {}
         for w in run.weights():
-            if w.grad is not None and w.name in found:
-                directions[w.name] = torch.mul(found[w.name], self.slope(run, w, out=w.grad), out=w.grad)
+            if w.grad is not None and w.name in grads:
+                directions[w.name] = torch.mul(grads[w.name], self.slope(run, w, out=w.grad), out=w.grad)
         return directions
 
     def slope(self, run: Run, weight: Weight, out: Tensor | None = None) -> Tensor | float:

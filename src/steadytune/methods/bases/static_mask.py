@@ -68,11 +68,11 @@ class StaticMask(Method):
     def few(self, weight: Weight) -> Tensor | None:
         """Flat indices of the entries that the mask of a weight keeps; None if they are many."""
         if weight.name not in self.indices:
-            mask, found = self.masks[weight.name], None
+            mask, positions = self.masks[weight.name], None
             dense = weight.data.is_contiguous() and (weight.grad is None or weight.grad.is_contiguous())
             if dense and mask.sum() <= FEW * mask.numel():
-                found = mask.flatten().nonzero().squeeze(-1)
-            self.indices[weight.name] = found
+                positions = mask.flatten().nonzero().squeeze(-1)
+            self.indices[weight.name] = positions
         return self.indices[weight.name]
 
     def masked(self, weights: Sequence[Weight]) -> list[Weight]:
