@@ -73,13 +73,12 @@ def frozen_probe(plan: Plan, pretrained: Pretrained, model: Any) -> FrozenProbe 
     """
     problem, rows = plan.data.problem, plan.data.train
 
-    def read(frame: pd.DataFrame) -> np.ndarray:
-        tokens = pretrained.tokenise(frame)
+    def read(tokens: list[dict[str, Any]]) -> np.ndarray:
         return frozen_features(model, pretrained.tokenizer, tokens)
 
     tokens = pretrained.tokenise(rows)
     try:
-        phi = frozen_features(model, pretrained.tokenizer, tokens)
+        phi = read(tokens)
     except ValueError as error:
         logger.info("no linear probe beside the scores: %s", error)
         return None
@@ -91,7 +90,7 @@ def frozen_probe(plan: Plan, pretrained: Pretrained, model: Any) -> FrozenProbe 
         return some.probe(len(problem.names) or 1, how="logistic", bias=output_layer(model).bias is not None)
 
     probe = fitted(range(len(rows)))
-    outputs = {name: probe.outputs(read(frame)) for name, frame in plan.data.tests.items()}
+    outputs = {name: probe.outputs(read(pretrained.tokenise(frame))) for name, frame in plan.data.tests.items()}
     if plan.refit:
         parts = folds(rows, problem, plan.folds, plan.options.seeds["subset"])
         outputs[CROSS_VALIDATION] = cross_fitted(phi, fitted, parts)
