@@ -122,7 +122,7 @@ def test_columns_and_kind_are_found_as_in_fit_and_stand_in_the_record(folder):
     toy(20).drop(columns="score").to_csv("tables/plain.csv", index=False)
     (run, *_) = study("plain.csv").runs()
     task = run.spec["task"]
-    assert (task["text"], task["label"], task["kind"], task["folds"]) == (["text"], "label", "classification", 5)
+    assert (task["text"], task["label"], task["kind"], task["folds"]) == (["text"], "label", "classification", 10)
     assert run.spec["metric"] == "accuracy"
     toy(20).drop(columns="label").to_csv("tables/numbers.csv", index=False)
     (run, *_) = study("{train: numbers.csv, label: score}").runs()
@@ -276,3 +276,34 @@ def test_the_verb_takes_own_tables_without_a_data_root(folder):
     (record,) = records(Path("runs/mine")).values()
     assert record["sets"]["test"]["rows"] == 10
     assert np.isfinite(record["sets"]["test"]["accuracy"])
+
+
+def test_a_run_is_the_same_whichever_other_recipes_run_and_is_shared_between_studies(folder):
+    """Naive: a recipe that draws from a generator of the process would change the runs after it."""
+    both = {"mixout": {"methods": ["mixout"]}, "plain": {}}
+    first = study(CROSSED, seeds=3)
+    run_study(Study.of({**plain(first), "recipes": both}), "both", workers=0, progress=False)
+    run_study(first, "alone", workers=0, progress=False)
+    alone = comparable(Path("alone"))
+    assert alone == {id: record for id, record in comparable(Path("both")).items() if id in alone}
+    for id in alone:
+        files = [Path(name, "predictions", f"{id}.parquet").read_bytes() for name in ("alone", "both")]
+        assert files[0] == files[1]
+    run_study(Study.of({**plain(first), "recipes": both}), "alone", workers=0, progress=False)
+    assert comparable(Path("alone")) == comparable(Path("both"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "folds"), [(199, 10), (200, 5), (8, 8)], ids=["few rows", "many rows", "fewer rows than folds"]
+)
+def test_the_number_of_folds_follows_from_the_rows(folder, rows, folds):
+    frame = toy(rows).assign(text=lambda table: table["text"] + [f" {i}" for i in range(rows)])
+    frame.to_csv("tables/own.csv", index=False)
+    (run, *_) = study("{train: own.csv, text: text, label: label}", seeds=1).runs()
+    assert run.spec["task"]["folds"] == folds
+
+
+def test_groups_bound_the_number_of_folds(folder):
+    toy(60).assign(shop=[i % 4 for i in range(60)]).to_csv("tables/own.csv", index=False)
+    (run, *_) = study("{train: own.csv, text: text, label: label, group: shop}", seeds=1).runs()
+    assert run.spec["task"]["folds"] == 4

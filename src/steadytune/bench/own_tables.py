@@ -18,7 +18,7 @@ import numpy as np
 from ..config import Rule, Text
 from ..data.guards import inspect, raise_errors
 from ..data.prepare import Data, prepare
-from ..data.splits import folds
+from ..data.splits import folds, usual_folds
 from ..data.tables import Kind, Table
 from .places import expanded, fingerprint_files
 
@@ -44,8 +44,9 @@ class OwnTables:
         group: Column of groups; rows of one group stay in one fold.
         kind: Kind of task; decided from the labels by default.
         metric: Metric of the task; by default the first of its kind.
-        folds: Number of folds of the cross-validation. The run with seed s holds out fold ``s % folds`` of the cut
-            number ``s // folds``, so that every block of ``folds`` seeds predicts every row once.
+        folds: Number of folds of the cross-validation; by default 5, or 10 below 200 rows. The run with seed s holds
+            out fold ``s % folds`` of the cut number ``s // folds``, so that every block of ``folds`` seeds predicts
+            every row once.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
@@ -60,7 +61,7 @@ class OwnTables:
     group: Text | None = None
     kind: Kind = "auto"
     metric: Text | None = None
-    folds: Annotated[int, Rule("a whole number from 2 on", ge=2)] = 5
+    folds: Annotated[int, Rule("a whole number from 2 on", ge=2)] | None = None
 
     @property
     def tests(self) -> dict[str, str]:
@@ -113,7 +114,7 @@ class OwnTables:
         for finding in raise_errors(inspect(data, standardize=True)):
             logger.warning("%s", finding.message)
         if self.crossed:
-            folds(data.train, data.problem, self.folds, 0)
+            folds(data.train, data.problem, self.folds or usual_folds(data.train), 0)
         return data
 
     def files(self) -> dict[str, str]:
@@ -136,7 +137,8 @@ class OwnTables:
         """
         table, _ = self.read()
         data = prepare(table, {}, validation_share=0.0)
-        _, held_out = folds(data.train, data.problem, self.folds, number // self.folds)[number % self.folds]
+        k = self.folds or usual_folds(data.train)
+        _, held_out = folds(data.train, data.problem, k, number // k)[number % k]
         marks = np.full(len(table.frame), "train", dtype=object)
         marks[data.train.index[held_out]] = HELD_OUT
         column = FOLD

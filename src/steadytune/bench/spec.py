@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ALIASES, Document, Seed, Share, Text, Truth, Whole, checked, options, read, value
+from ..data.splits import usual_folds
 from ..errors import UsageError, suggest
 from ..fitting.options import SEEDS, Options
 from ..fitting.spelling import make_methods, make_procedure, method_record, procedure_record
@@ -321,7 +322,7 @@ class Study:
             "text": list(table.text or ()),
             **table.form.record(),
             "group": own.group,
-            **({"folds": own.folds} if own.crossed else {}),
+            **({"folds": own.folds or usual_folds(data.train)} if own.crossed else {}),
         }
         return _Task(spec, data.problem.metric(self.metric or own.metric).name, not data.problem.names, own)
 

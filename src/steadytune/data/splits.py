@@ -144,6 +144,23 @@ def _groups(rows: pd.DataFrame, problem: Problem, seed: int) -> tuple[np.ndarray
     return groups, counts, np.random.default_rng(seed).permutation(len(names))
 
 
+FEW_ROWS = 200  # below this number of rows, 10 folds leave more of them for training than 5
+
+
+def usual_folds(rows: pd.DataFrame) -> int:
+    """Number of folds of a cross-validation: 5, or 10 below 200 rows; no more than there are distinct texts or groups.
+
+    Args:
+        rows: Checked rows, with ``group`` where there are groups.
+    """
+    return max(2, min(10 if len(rows) < FEW_ROWS else 5, _units(rows, _texts(rows))))
+
+
+def _units(rows: pd.DataFrame, texts: np.ndarray) -> int:
+    """Number of sets of rows that must stay together."""
+    return len(np.unique(_joined(rows, texts) if "group" in rows else texts))
+
+
 def folds(rows: pd.DataFrame, problem: Problem, k: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Cut the rows into `k` folds: for each, the positions to train on and those held out, in file order.
 
@@ -153,9 +170,9 @@ def folds(rows: pd.DataFrame, problem: Problem, k: int, seed: int) -> list[tuple
         UsageError: There are fewer rows (or groups) than folds, or a class would be missing from a training part.
     """
     texts = _texts(rows)
+    units, what = _units(rows, texts), "groups" if "group" in rows else "rows"
     if "group" in rows:
         rows = rows.assign(group=_joined(rows, texts))
-    units, what = (rows["group"].nunique(), "groups") if "group" in rows else (int(texts.max()) + 1, "rows")
     if not 2 <= k <= units:
         raise UsageError(f"folds must lie between 2 and {units}, the number of {what}, got {k}.")
     first = ~pd.Series(texts).duplicated().to_numpy()
