@@ -220,6 +220,7 @@ DDP_RECIPES = {
     "lnsr": lambda: [st.LNSR(scale=0.2)],
     "adversarial": lambda: [st.FGM(0.5), st.PGD(0.5, steps=2)],
     "sam": lambda: [st.SAM(0.3), st.R3F(scale=0.1), st.ClipNorm(0.5)],
+    "awp": lambda: [st.AWP(0.1), st.LAWA(last=2, every=2)],
     "neftune": lambda: [st.NEFTune(), st.RDrop()],
     "mixup": lambda: [st.WeightMixup(outer=outer_parts, lr=0.05)],
     "mixup_difference": lambda: [st.WeightMixup(outer=outer_parts, lr=0.05, order="difference")],

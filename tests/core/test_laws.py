@@ -43,9 +43,11 @@ from helpers import (
 )
 from recorded import make_state
 from steadytune import (
+    AWP,
     EMA,
     FGM,
     L2SP,
+    LAWA,
     LLRD,
     LNSR,
     METHODS,
@@ -178,6 +180,7 @@ SINGLE: dict[str, Row] = {
     "fgm": Row([FGM()]),
     "pgd": Row([PGD(steps=2)]),
     "sam": Row([SAM(rho=0.1)], draws=False, trainer=True),
+    "awp": Row([AWP(gamma=0.1)], draws=False),
     "neftune": Row([NEFTune()], trainer=True),
     "vibert": Row([VIBERT(beta=0.1)], plain=False, draws=False, trainer=True, tokens=False),
     "easy_adapt": Row([EasyAdapt(domain=by_first_token, drop=0.0)], plain=False, draws=False, tokens=False),
@@ -198,6 +201,7 @@ SINGLE: dict[str, Row] = {
     "clip_norm": Row([ClipNorm(max_norm=0.3)], draws=False),
     "ema": Row([EMA(decay=0.8)], draws=False, trainer=True),
     "swa": Row([SWA(start=0.25, every=2)], draws=False),
+    "lawa": Row([LAWA(last=2, every=1)], draws=False, trainer=True),
     "re_init": Row([ReInit()], refused=dict.fromkeys(("bitfit", "adapters"), DRAWN)),
     "top_layers": Row([TopLayers(blocks=1)], plain=False, draws=False),
     "bitfit": Row([BitFit()], plain=False, draws=False, tokens=False, refused={"re_init": DRAWN}),

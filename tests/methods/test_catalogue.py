@@ -76,6 +76,8 @@ def test_bytes_are_what_a_run_holds(name):
     if name.startswith("dps"):  # the first step of a stage has nothing of it yet
         keep = [t for t in range(1, 12) if t % STAGE]
         got, expected = [held[t - 1] for t in keep], [expected[t - 1] for t in keep]
+    if name == "lawa":  # its window of checkpoints fills first
+        got, expected = got[4:], expected[4:]
     assert got == pytest.approx(expected, abs=0.1)
     # in its first step a method may come into what it holds; DPSMix takes its anchors in the first step of stage II
     assert min(during[1:]) == pytest.approx(cost.during, abs=0.1)

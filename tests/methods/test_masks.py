@@ -16,6 +16,7 @@ from helpers import Net, assert_same, batches, bert, collate, copied, differs, h
 from steadytune import (
     EMA,
     L2SP,
+    LAWA,
     LLRD,
     METHODS,
     SIFT,
@@ -514,6 +515,37 @@ def test_swa_is_the_mean_of_every_second_weight_from_its_start():
         assert_same(copied(model), expected, atol=1e-14)
 
 
+def test_lawa_is_the_mean_of_the_last_checkpoints_and_stays_between_them():
+    """Naive: the mean of all checkpoints since the start, as SWA has it; or a mean that moves at every step."""
+    model = Net()
+    run = run_of(LAWA(last=2, every=3), model, total=12)
+    raw = []
+    for batch in points(12):
+        train(run, [batch])
+        raw.append({n: run.raw(n).clone() for n in copied(model)})
+        taken = raw[2::3][-2:]
+        expected = {n: torch.stack([r[n] for r in taken]).mean(0) for n in raw[0]} if taken else raw[-1]
+        assert_same(copied(model), expected, atol=1e-14)
+
+
+def test_lawa_resumed_between_two_checkpoints_is_uninterrupted():
+    """Naive: the mean is made of the checkpoints since the resume."""
+    data, options = points(8), {"last": 2, "every": 3}
+    whole, resumed = (run_of(LAWA(**options), Net(), total=8) for _ in range(2))
+    train(whole, data[:5])
+    resumed.model.load_state_dict(whole.model.state_dict())
+    resumed.optimizer.load_state_dict(copy.deepcopy(whole.optimizer.state_dict()))  # with the state of the run
+    for run in (whole, resumed):
+        train(run, data[5:])
+    assert_same(copied(resumed.model), copied(whole.model))
+
+
+def test_lawa_takes_twenty_checkpoints_of_a_training_by_default():
+    run = run_of(LAWA(), Net(), total=100)
+    assert run[LAWA].interval(run) == 5
+    assert run_of(LAWA(), Net(), total=8)[LAWA].interval(run_of(LAWA(), Net(), total=8)) == 1
+
+
 # ---------------------------------------------------------------- exclusions
 
 
@@ -526,7 +558,7 @@ PAIRS = [(kind, *pair) for kind, names in FAMILIES.items() for pair in itertools
 def test_the_families():
     assert len(FAMILIES["mask"]) == 9
     assert FAMILIES["anchor"] == ["l2sp", "recadam", "implicit_tune"]
-    assert FAMILIES["average"] == ["weight_mixup", "ema", "swa"]
+    assert FAMILIES["average"] == ["weight_mixup", "ema", "swa", "lawa"]
 
 
 @pytest.mark.parametrize(("kind", "one", "other"), PAIRS)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers import Net, arguments, assert_same, batches, bert, collate, copied, points, rows, train
-from steadytune import EMA, SAM, ClipNorm, Mixout, Run, Trainer, only
+from steadytune import AWP, EMA, PGD, SAM, ClipNorm, Mixout, Run, Trainer, only
 from steadytune.errors import UsageError
 
 
@@ -214,3 +214,46 @@ def test_the_trainer_must_not_clip_what_is_replaced_afterwards(tmp_path):
     listed = trainer(0.5, "list")
     listed.train()
     assert listed.run[ClipNorm].max_norm == 0.5
+
+
+# ---------------------------------------------------------------- AWP
+
+
+def test_awp_moves_each_tensor_by_a_share_of_its_own_norm():
+    """Naive: SAM's one norm over all weights; biases moved too; the gradient of weights that were not moved lost."""
+    data, expected = points(1)[0], Net()
+    expected(**data)["loss"].backward()
+    matrices = [expected.first.weight, expected.last.weight]
+    with torch.no_grad():
+        moves = [0.2 * p.norm() * p.grad / p.grad.norm() for p in matrices]
+        expected.zero_grad()
+        for p, move in zip(matrices, moves, strict=True):
+            p.add_(move)
+    expected(**data)["loss"].backward()
+    with torch.no_grad():
+        for p, move in zip(matrices, moves, strict=True):
+            p.sub_(move)
+        for p in expected.parameters():
+            p.sub_(0.1 * p.grad)
+    run = train(descend(Net(), AWP(gamma=0.2)), [data])
+    assert_same(copied(run.model), copied(expected), atol=1e-14)
+
+
+def test_awp_leaves_a_tensor_of_zeros_where_it_is():
+    """Naive: 0 / 0 for a weight and a gradient of norm zero."""
+    model = Net()
+    nn.init.zeros_(model.last.weight)  # so that the first layer has a gradient of exactly zero, too
+    run = train(descend(model, AWP(gamma=0.2)), points(1))
+    assert all(p.isfinite().all() for p in copied(run.model).values())
+
+
+def test_awp_climbs_the_loss_of_perturbed_inputs_too():
+    """With PGD in the list, in both orders, it is the double perturbation of the paper: other weights than of either."""
+    ends = []
+    for recipe in ([AWP(0.1), PGD()], [PGD(), AWP(0.1)], [AWP(0.1)], [PGD()]):
+        torch.manual_seed(1)
+        ends.append(copied(train(descend(bert(), *recipe), batches(1)).model))
+    assert_same(ends[0], ends[1])
+    name = "bert.pooler.dense.weight"
+    assert not torch.equal(ends[0][name], ends[2][name])
+    assert not torch.equal(ends[0][name], ends[3][name])

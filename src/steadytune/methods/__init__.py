@@ -40,6 +40,7 @@ METHODS = Registry(
         "fgm": "adversarial:FGM",
         "pgd": "adversarial:PGD",
         "sam": "sam:SAM",
+        "awp": "awp:AWP",
         "neftune": "neftune:NEFTune",
         "vibert": "vibert:VIBERT",
         "easy_adapt": "easy_adapt:EasyAdapt",
@@ -53,6 +54,7 @@ METHODS = Registry(
         "clip_norm": "clip_norm:ClipNorm",
         "ema": "ema:EMA",
         "swa": "ema:SWA",
+        "lawa": "lawa:LAWA",
     }
 )
 
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from .adapters import Adapters as Adapters
     from .adversarial import FGM as FGM
     from .adversarial import PGD as PGD
+    from .awp import AWP as AWP
     from .bi_drop import BiDrop as BiDrop
     from .child_tuning import ChildTuningD as ChildTuningD
     from .child_tuning import ChildTuningF as ChildTuningF
@@ -76,6 +79,7 @@ if TYPE_CHECKING:
     from .hypergradient_lr import HypergradientLR as HypergradientLR
     from .implicit_tune import ImplicitTune as ImplicitTune
     from .l2sp import L2SP as L2SP
+    from .lawa import LAWA as LAWA
     from .llrd import LLRD as LLRD
     from .lnsr import LNSR as LNSR
     from .meta_weight_net import MetaWeightNet as MetaWeightNet
