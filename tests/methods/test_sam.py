@@ -248,7 +248,7 @@ def test_awp_leaves_a_tensor_of_zeros_where_it_is():
 
 
 def test_awp_climbs_the_loss_of_perturbed_inputs_too():
-    """With PGD in the list, in both orders, it is the double perturbation of the paper: other weights than of either."""
+    """With PGD in the list, in both orders, it is the double perturbation of the paper: neither alone gives it."""
     ends = []
     for recipe in ([AWP(0.1), PGD()], [PGD(), AWP(0.1)], [AWP(0.1)], [PGD()]):
         torch.manual_seed(1)
