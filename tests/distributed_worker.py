@@ -227,7 +227,7 @@ DDP_RECIPES = {
     "meta_weight_net": lambda: [st.MetaWeightNet(outer=outer_parts, lr=0.05)],
     "implicit_tune": lambda: [st.ImplicitTune(outer=outer_parts, per="block", start=0.5, terms=2)],
     "penalties": lambda: [st.RDrop(), st.R3F(scale=0.1), st.LNSR(scale=0.2)],
-    "beside": lambda: [st.VIBERT(beta=0.1), st.EasyAdapt(domain=by_length, drop=0.0), st.Extrapolation(0.5)],
+    "beside": lambda: [st.VIBERT(beta=0.1), st.EasyAdapt(2, domain=by_length, drop=0.0), st.Extrapolation(0.5)],
     "structure": lambda: [st.ReInit(), st.TopLayers(1), st.LLRD(0.5), st.EMA(0.8)],
     "adapters": lambda: [st.Adapters(size=4)],
     "bitfit": lambda: [st.BitFit()],

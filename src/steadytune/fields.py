@@ -109,6 +109,7 @@ def rule(hint: Any) -> str:
         type(None): "None",
         collections.abc.Callable: "a function",
         collections.abc.Mapping: "a mapping",
+        collections.abc.Sequence: "a list",
     }
     return words.get(origin or hint, f"a {getattr(hint, '__name__', hint)}")
 

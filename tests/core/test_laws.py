@@ -70,6 +70,7 @@ from steadytune import (
     DPSMix,
     EasyAdapt,
     Extrapolation,
+    GroupWeights,
     HeadInit,
     HypergradientLR,
     ImplicitTune,
@@ -95,6 +96,7 @@ from steadytune.core.method import acts_on_weights
 from steadytune.files import state
 
 TOTAL = 8
+SOON = {"every": 2, "start": 0.2, "least": 1}  # updates after steps 2, 4, 6 and 8
 DPS = {"update_ratio": 0.25}  # stages of two steps: I 0-1, II 2-3, I 4-5, II 6-7
 
 
@@ -183,7 +185,9 @@ SINGLE: dict[str, Row] = {
     "awp": Row([AWP(gamma=0.1)], draws=False),
     "neftune": Row([NEFTune()], trainer=True),
     "vibert": Row([VIBERT(beta=0.1)], plain=False, draws=False, trainer=True, tokens=False),
-    "easy_adapt": Row([EasyAdapt(domain=by_first_token, drop=0.0)], plain=False, draws=False, tokens=False),
+    "easy_adapt": Row([EasyAdapt(2, domain=by_first_token, drop=0.0)], plain=False, draws=False, tokens=False),
+    "group_weights": Row([GroupWeights(column=by_first_token, **SOON)], draws=False, trainer=True, tokens=False),
+    "group_weights_floor": Row([GroupWeights("floor", by_first_token, share=0.99, **SOON)], draws=False, tokens=False),
     "weight_mixup": Row([WeightMixup(outer=outer_batches, lr=0.05)], trainer=True, refused=NO_BODY),
     "weight_mixup_difference": Row([WeightMixup(outer=outer_batches, lr=0.05, order="difference", convex=False)]),
     "meta_weight_net": Row([MetaWeightNet(outer=outer_batches, lr=0.05)], plain=False, trainer=True, tokens=False),

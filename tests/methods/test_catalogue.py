@@ -25,7 +25,8 @@ BATCH = {"input_ids": torch.arange(24).view(4, 6), "labels": torch.tensor([0, 1,
 
 
 SETTINGS = {
-    "easy_adapt": {"domain": lambda inputs: inputs["input_ids"][:, 0] % 2},
+    "easy_adapt": {"domains": 2, "domain": lambda inputs: inputs["input_ids"][:, 0] % 2},
+    "group_weights": {"column": lambda inputs: inputs["labels"] % 2, "least": 1, "every": 2},
     "implicit_tune": {"outer": lambda: [BATCH]},
     "meta_weight_net": {"outer": lambda: [BATCH], "hidden": 4},
     "weight_mixup": {"outer": lambda: [BATCH], "rank": "tensor"},  # at this size shares by row and column are a tenth

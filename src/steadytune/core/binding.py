@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ class Binding:
         self._entered = False  # whether a step is under way
         self._micro = 0  # number of the micro-batch whose loss is being computed, 0 outside
         check_structure(self.methods, self.sharded or isinstance(self.wrapper, nn.parallel.DistributedDataParallel))
+        if columns := frozenset(name for method in self.methods for name in method.input_columns):
+            self.model.register_forward_pre_hook(functools.partial(_without, columns), with_kwargs=True)
 
     def __getitem__(self, kind: type[M]) -> M:
         """The method of this class that runs (the first, if several)."""
@@ -311,3 +314,8 @@ class Binding:
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Average tensors over ranks, in place; nothing on one process."""
         shards.average(tensors)
+
+
+def _without(columns: frozenset[str], model: nn.Module, args: Any, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Take the columns that methods read out of the inputs of a model, which has no arguments for them."""
+    return args, {name: value for name, value in inputs.items() if name not in columns}

@@ -46,6 +46,7 @@ METHODS = Registry(
         "easy_adapt": "easy_adapt:EasyAdapt",
         "weight_mixup": "weight_mixup:WeightMixup",
         "meta_weight_net": "meta_weight_net:MetaWeightNet",
+        "group_weights": "group_weights:GroupWeights",
         "l2sp": "l2sp:L2SP",
         "recadam": "recadam:RecAdam",
         "implicit_tune": "implicit_tune:ImplicitTune",
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from .ema import EMA as EMA
     from .ema import SWA as SWA
     from .extrapolation import Extrapolation as Extrapolation
+    from .group_weights import GroupWeights as GroupWeights
     from .head_init import HeadInit as HeadInit
     from .hypergradient_lr import HypergradientLR as HypergradientLR
     from .implicit_tune import ImplicitTune as ImplicitTune

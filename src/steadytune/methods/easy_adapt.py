@@ -8,7 +8,6 @@ logits = W h + b                      in evaluation, for rows of any domain
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -19,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from ..core import Run, Within
 from ..core.facts import Cost, Paper
 from .bases.beside_head import Beside, BesideHead
+from .bases.rows import Column, numbers_of, row_counts
 
 
 class Domains(Beside):
@@ -28,7 +28,7 @@ class Domains(Beside):
         domain: Domain of each row of the current batch, shape (rows,), -1 for an unknown one.
     """
 
-    def __init__(self, layer: nn.Linear, domains: int, source: str | Callable[[Mapping[str, Any]], Tensor]) -> None:
+    def __init__(self, layer: nn.Linear, domains: int, source: Column) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(domains, layer.out_features, layer.in_features))
         self.bias = None if layer.bias is None else nn.Parameter(torch.zeros(domains, layer.out_features))
@@ -38,17 +38,9 @@ class Domains(Beside):
         self.taking: RemovableHandle | None = None  # of the hook `take`
 
     def take(self, model: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Take the domains out of the inputs before each forward, because the model has no argument for them."""
-        if callable(self.source):
-            self.domain = self.source(inputs)
-        else:
-            self.domain = inputs.get(self.source)
-            inputs = {key: value for key, value in inputs.items() if key != self.source}
-        if model.training and self.domain is None:
-            raise RuntimeError(
-                f"EasyAdapt finds no column {self.source!r} in the batch ({', '.join(inputs)}): put the number of each "
-                "row's domain there (-1 where it is not known), or name the column that holds it with domain="
-            )
+        """Read the domains in the inputs before each forward."""
+        known = callable(self.source) or self.source in inputs
+        self.domain = numbers_of(inputs, self.source, "EasyAdapt") if known or model.training else None
         if self.domain is not None and not self.checked:
             self.check(self.domain)
         return args, inputs
@@ -56,7 +48,7 @@ class Domains(Beside):
     def check(self, domain: Tensor) -> None:
         """Raise unless the numbers of the first batch are domains. Later batches rely on torch's indexing."""
         known = len(self.weight)
-        if domain.dim() != 1 or domain.is_floating_point() or not bool(((domain >= -1) & (domain < known)).all()):
+        if not bool(((domain >= -1) & (domain < known)).all()):
             raise ValueError(
                 f"domains must be one whole number a row from -1 (not known) to {known - 1}, got {domain.tolist()}: "
                 "number them from 0, and say how many there are with domains="
@@ -83,15 +75,15 @@ class EasyAdapt(BesideHead[Domains]):
     """Train a head for all domains and a correction of it for each domain; evaluate and save the head for all.
 
     Args:
-        domains: Number of domains in the training rows.
+        domains: Number of domains in the training rows; None counts those that occur in them.
         domain: Column of the batch with the domain of each row: a number from 0 on, or -1 if it is unknown. The model
-            does not receive it. Or a function of the inputs that returns these numbers.
+            does not receive it. Or a function of the inputs that returns these numbers. `fit` fills the column from
+            ``subgroup`` (``--subgroup``).
         drop: Share of the rows that train without the correction of their domain, so that the head alone is good for
             new domains.
 
     The head learns what the domains have in common, and more so with a stronger weight decay, which keeps the
-    corrections near zero. `specialised` returns the head of one domain. `Trainer` keeps the column; `fit` has no such
-    column.
+    corrections near zero. `specialised` returns the head of one domain.
 
     Departures:
         The augmented features are not built; head and corrections are the blocks of their weight matrix. A share of the
@@ -99,12 +91,12 @@ class EasyAdapt(BesideHead[Domains]):
 
     Raises:
         ValueError: In setup, for a model without a trainable classification head, or already inside
-            DistributedDataParallel.
+            DistributedDataParallel; and where domains have to be counted, without data or with a single domain.
         RuntimeError: At the first step, for weights in pieces (FSDP2), or a batch without the column.
     """
 
-    domains: Annotated[int, Within("[2, inf)")] = 2
-    domain: str | Callable[[Mapping[str, Any]], Tensor] = "domain"
+    domains: Annotated[int, Within("[2, inf)")] | None = None
+    domain: Column = "domain"
     drop: Annotated[float, Within("[0, 1]")] = 0.2
 
     place: ClassVar = "domains"
@@ -128,11 +120,15 @@ class EasyAdapt(BesideHead[Domains]):
         earlier = getattr(run.model, self.place, None)
         if isinstance(earlier, Domains) and earlier.taking is not None:
             earlier.taking.remove()
+        self.count = len(row_counts(run, self.domain, "EasyAdapt")) if self.domains is None else self.domains
+        if self.count < 2:
+            raise ValueError("EasyAdapt needs two domains, the training rows are of one: leave EasyAdapt out")
         super().setup(run)
-        self.beside.taking = run.model.register_forward_pre_hook(self.beside.take, with_kwargs=True)
+        # before the hook of the Run that takes the column out
+        self.beside.taking = run.model.register_forward_pre_hook(self.beside.take, prepend=True, with_kwargs=True)
 
     def build(self, head: nn.Linear) -> Domains:
-        domains_beside = Domains(head, self.domains, self.domain)
+        domains_beside = Domains(head, self.count, self.domain)
         domains_beside.drop = self.drop
         return domains_beside
 

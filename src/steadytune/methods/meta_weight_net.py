@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core import Run, Step, Weight, Within
 from ..core.facts import Cost, Paper
 from ..core.step import full, logits_of
 from ..hypergradient import check_masters, check_slope, difference
 from .bases.bilevel import BiLevel, Outer, flat
+from .bases.rows import exclusive_classes, losses_of, row_losses
 
 
 @dataclass
@@ -57,6 +58,7 @@ class MetaWeightNet(BiLevel):
     precondition: bool = True
 
     full_precision = True
+    exclusive: ClassVar = "weighting of rows"
     conflicts: ClassVar[tuple[str, ...]] = ("sharded weights (FSDP2)", "half precision", "labels of tokens")
     cost: ClassVar = Cost(passes=8 / 3)
     paper: ClassVar = Paper(
@@ -86,7 +88,7 @@ class MetaWeightNet(BiLevel):
         self.begin(run, {"network": [*first, drawn(width, self.hidden), drawn(width)]})
 
     def penalty(self, step: Step) -> Tensor:
-        losses = row_losses(step.logits(step.outputs, self), step.inputs["labels"])
+        losses = losses_of(step, self)
         self.losses[step.number - 1 :] = [losses.detach()]  # drops those of a step that was abandoned
         weighted = (row_weights(flat(self.variables), losses.detach()) * losses).mean()
         return weighted - step.loss
@@ -111,7 +113,8 @@ class MetaWeightNet(BiLevel):
         views = ((w, torch.addcmul(w.data, directions[w.name], by)) for w in moving)
         with run.showing(views), run.forked_rng(), torch.no_grad():
             torch.manual_seed(run.draw_seed("network inner", rank=True))
-            return [row_losses(logits_of(run.task(b, run.model)[1], b, self), b["labels"]) for b in run.batch]
+            alone = exclusive_classes(run.model)
+            return [row_losses(logits_of(run.task(b, run.model)[1], b, self), b["labels"], alone) for b in run.batch]
 
 
 def row_weights(network: Sequence[Tensor], losses: Tensor) -> Tensor:
@@ -119,22 +122,3 @@ def row_weights(network: Sequence[Tensor], losses: Tensor) -> Tensor:
     w1, b1, w2, b2 = network
     hidden = torch.relu(full(losses).unsqueeze(-1) * w1 + b1)
     return torch.sigmoid(hidden @ w2 + b2)
-
-
-def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Loss of the task for each row: (rows, outputs) -> (rows,).
-
-    Raises:
-        ValueError: There is neither one label per row nor one per output.
-    """
-    logits = full(logits)
-    if logits.dim() == 2 and logits.size(-1) == 1 and labels.dim() == 1:
-        return (logits.squeeze(-1) - labels).square()
-    if logits.dim() == 2 and labels.dim() == 1:
-        return nn.functional.cross_entropy(logits, labels, reduction="none")
-    if logits.dim() == 2 and labels.shape == logits.shape:
-        return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
-    raise ValueError(
-        f"MetaWeightNet weighs rows, got logits {tuple(logits.shape)} and labels {tuple(labels.shape)}: it needs one "
-        "label per row, or one per output"
-    )
