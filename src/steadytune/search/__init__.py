@@ -1,0 +1,1 @@
+"""Search: which recipe to use for a table, and how sure that is."""

@@ -1,0 +1,200 @@
+"""The race of recipes: what chooses does not judge, and nothing is claimed that is not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from steadytune.errors import UsageError
+from steadytune.search.race import Outcome, Race, Rules, Sheet, Stage
+
+ROOT = Path(__file__).parents[2]
+
+
+def simulation() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("search_calibration", ROOT / "benchmarks" / "search_calibration.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SIMULATION = simulation()
+World = SIMULATION.World
+
+
+class Table(SIMULATION.Simulated):
+    """Simulated trainings whose draws do not depend on the order in which they are done."""
+
+    def train(self, recipe, repeat):
+        seed = [len(recipe), repeat, *(int(part.rpartition(" ")[2]) + 10 * len(part) for part in recipe)]
+        kept, self.rng = self.rng, np.random.default_rng(seed)
+        try:
+            return super().train(recipe, repeat)
+        finally:
+            self.rng = kept
+
+
+def table(world=None, seed=0, budget=200, **changes) -> Table:
+    trials = Table(world or World(300, 0.5, spread=0.02), np.random.default_rng(seed), budget)
+    for name, value in changes.items():
+        setattr(trials, name, value)
+    return trials
+
+
+def race(trials, half=None, stages=None, **more) -> Outcome:
+    rows = trials.world.rows
+    sheet = Sheet(np.arange(rows) % 2 == 0 if half is None else half, trials.folds)
+    return Race((), stages or SIMULATION.stages(), trials, sheet, **more).run()
+
+
+def test_nothing_is_claimed_where_arms_are_other_seeds_of_plain():
+    """Naive: the best arm's gain on the rows that chose it is above 3 points."""
+    ends = [SIMULATION.search(World(300, 0.0), seed)[0] for seed in range(60)]
+    assert np.mean([end.verdict == "shown" for end in ends]) <= 0.03
+    assert abs(np.mean([end.gain.value for end in ends])) < 0.005
+    naive = [max(s.gain.value for s in end.standings) for end in ends]
+    assert np.mean(naive) > 0.03
+
+
+def test_a_large_gain_is_found_and_shown():
+    ends = [SIMULATION.search(World(300, 1.0, planted=0.08), seed)[0] for seed in range(30)]
+    assert np.mean([end.verdict == "shown" and "heads 1" in end.ship for end in ends]) >= 0.9
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_swapping_the_halves_changes_nothing(seed):
+    half = np.arange(300) % 2 == 0
+    first, second = (race(table(seed=seed), side) for side in (half, ~half))
+    assert (first.ship, first.verdict, first.detectable) == (second.ship, second.verdict, second.detectable)
+    assert first.gain.value == pytest.approx(second.gain.value, abs=1e-12)
+    assert first.gain.error == pytest.approx(second.gain.error)
+    assert first.chosen == {"A": second.chosen["B"], "B": second.chosen["A"]}
+
+
+def test_scores_of_one_half_never_influence_what_the_other_eliminates():
+    """Naive: arms shared by both paths are ranked on all rows."""
+    half = np.arange(300) % 2 == 0
+
+    class Turned(Table):
+        def values(self, recipe, repeats):
+            values = super().values(recipe, repeats).copy()
+            values[:, half] = np.random.default_rng(len(str(recipe))).random(values[:, half].shape) < 0.5
+            return values
+
+        def losses(self, recipe, repeats):
+            return 1 - self.values(recipe, repeats)
+
+    ends = []
+    for cls in (Table, Turned):
+        trials = cls(World(300, 0.5, spread=0.02), np.random.default_rng(3), 1000)
+        ends.append(race(trials, half))
+    b = [[(s.stage, s.arm, s.fate, s.gain) for s in end.standings if s.path == "B"] for end in ends]
+    a = [[(s.stage, s.arm, s.fate) for s in end.standings if s.path == "A"] for end in ends]
+    assert b[0] == b[1]
+    assert a[0] != a[1]
+
+
+def test_without_arms_the_race_is_a_cross_validation_of_plain():
+    trials = table()
+    end = race(trials, stages=[Stage("none", lambda chosen: [])])
+    assert (end.ship, end.verdict, end.gain.value, end.detectable) == ((), "not shown", 0.0, None)
+    values = trials.drawn[(), 0]
+    assert end.level.value == pytest.approx((values[::2].mean() + values[1::2].mean()) / 2)
+    assert {recipe for recipe, _ in trials.drawn} == {()}
+
+
+@pytest.mark.parametrize("budget", [12, 30, 47, 64, 115, 200])
+def test_the_budget_is_never_exceeded_and_a_small_one_claims_nothing(budget):
+    trials = table(World(300, 0.5, planted=0.08), budget=budget)
+    end = race(trials)
+    assert trials.left >= 0
+    assert (end.fresh > 0) == (budget >= 30)
+    if not end.fresh:
+        assert end.verdict != "shown"
+    assert bool(end.untried) == (budget < 115)
+
+
+def test_what_judges_did_not_choose():
+    """Repeats 0 and 1 choose, repeats 2 and 3 judge."""
+    trials = table(World(300, 0.5, planted=0.08))
+    end = race(trials, stages=[Stage("one", lambda chosen: [("heads 1",)])])
+    plain, winner = (np.stack([trials.drawn[recipe, r] for r in (2, 3)]) for recipe in ((), end.chosen["A"]))
+    assert end.chosen["A"] == end.chosen["B"]
+    difference = winner - plain
+    expected = (difference[:, ::2].mean() + difference[:, 1::2].mean()) / 2
+    assert end.gain.value == pytest.approx(expected)
+
+
+def test_an_arm_in_trouble_never_wins_and_is_listed():
+    class Collapsing(Table):
+        def trouble(self, recipe):
+            return "collapsed twice" if "heads 1" in recipe else None
+
+    trials = Collapsing(World(300, 0.5, planted=0.08), np.random.default_rng(0), 200)
+    end = race(trials)
+    assert not any("heads 1" in recipe for recipe in [end.ship, *end.chosen.values()])
+    assert end.dropped[("heads 1",)] == "collapsed twice"
+
+
+def test_a_costly_arm_must_be_likely_better():
+    """With a gain within the noise, the arm of twice the cost stays out, and that of equal cost is taken."""
+    stage = [Stage("one", lambda chosen: [("heads 1",)])]
+    for seed in range(20):
+        world = World(300, 0.0, planted=0.004)
+        cheap, costly = table(world, seed), table(world, seed)
+        costly.cost = lambda recipe: 10.0 if recipe else 5.0
+        belief = next(s.belief for s in race(cheap, stages=stage).standings if s.repeats == 2)
+        if 0.5 < belief.positive < 0.75:
+            break
+    assert ("heads 1",) in race(cheap, stages=stage).chosen.values()
+    assert race(costly, stages=stage).standings[-2].fate != "chosen"
+
+
+def test_equals_are_decided_by_the_loss():
+    stage = [Stage("two", lambda chosen: [("heads 0",), ("heads 1",)])]
+
+    class Twins(Table):
+        def train(self, recipe, repeat):
+            twin = self.drawn.get((("heads 0",), repeat))
+            return super().train(recipe, repeat) if twin is None or recipe != ("heads 1",) else twin
+
+    trials = Twins(World(300, 0.0), np.random.default_rng(0))
+    trials.gains["heads 0"] = 0.05
+    for better in ("heads 0", "heads 1"):
+        trials.losses = lambda recipe, repeats, better=better: (
+            trials.values(recipe, repeats) * 0 + (0.2 if better in recipe else 0.9)
+        )
+        assert set(race(trials, stages=stage).chosen.values()) == {(better,)}
+
+
+def test_a_frozen_recipe_can_win_but_nothing_is_put_on_top_of_it():
+    seen = []
+
+    def arms(chosen):
+        seen.append(chosen)
+        return [("heads 0",)]
+
+    trials = table(World(300, 0.0))
+    trials.gains |= {"methods 3": 0.1, "heads 0": 0.0}
+    end = race(trials, stages=[Stage("one", arms), Stage("two", arms)], frozen=[("methods 3",)])
+    assert end.ship == ("methods 3",)
+    assert set(seen) <= {(), ("heads 0",)}
+
+
+def test_a_budget_below_one_cross_validation_is_an_error():
+    with pytest.raises(UsageError, match="plain fine-tuning has no scores: the budget ended"):
+        race(table(budget=4))
+
+
+def test_rules_are_options():
+    trials = table(World(300, 0.5, planted=0.08))
+    end = race(trials, rules=dataclasses.replace(Rules(), rungs=1, fresh=1))
+    assert (end.fresh, max(repeat for _, repeat in trials.drawn)) == (1, 1)
