@@ -1,5 +1,6 @@
 """A tiny random BERT with a word-level tokenizer, and toy tables, for the tests of fit and cli."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,27 @@ def save_tiny_bert(folder: Path, **changes: Any) -> str:
     )  # fmt: skip
     BertForSequenceClassification(config).bert.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def save_sentence_bert(folder: Path, *, mean: bool = True, trained: bool = False) -> str:
+    """A sentence encoder: its folder says how it pools; its pooler was never trained, unless ``trained``."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS) + 4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config).bert
+    if trained:
+        torch.nn.init.normal_(model.pooler.dense.bias)
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    modules = [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+               for i, (path, kind) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling")])]  # fmt: skip
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    flags = {"pooling_mode_mean_tokens": mean, "pooling_mode_cls_token": not mean}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(flags))
     return str(folder)
 
 

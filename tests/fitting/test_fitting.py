@@ -16,7 +16,6 @@ from fit_helpers import WORDS, same, save_tiny_bert, save_tiny_gpt2, toy, weight
 from steadytune.data.problem import Classification
 from steadytune.errors import UsageError
 from steadytune.files.atomic import write_json, write_whole
-from steadytune.fitting import fitted_model as fitted
 from steadytune.fitting import plan as planning
 from steadytune.fitting import training
 from steadytune.fitting.encoding import token_counts, tokenise
@@ -686,9 +685,8 @@ def test_three_classes_are_scored_on_two_by_the_arg_max_of_three(monkeypatch):
     rows = pd.DataFrame({"text": ["a", "b"], "label": ["entailment", "not_entailment"]}, index=[4, 9])
     merge = {"neutral": "not_entailment", "contradiction": "not_entailment"}
     outputs = np.log([[0.4, 0.3, 0.3], [0.1, 0.2, 0.7]])
-    monkeypatch.setattr(fitted, "logits", lambda *args: outputs)
     model = FittedModel([None], word_tokenizer(), Classification(("entailment", "neutral", "contradiction")))
-    table, scores = model.judge(rows, merge)
+    table, scores = model.judge(rows, model.problem.activate(outputs), merge)
     assert table["prediction"].tolist() == ["entailment", "not_entailment"]
     assert table["probability_contradiction"].tolist() == pytest.approx([0.3, 0.7])
     assert scores["accuracy"] == 1.0

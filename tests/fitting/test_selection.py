@@ -122,15 +122,16 @@ def test_the_folder_of_an_ensemble_does_not_load_as_one_model(together):
     assert AutoTokenizer.from_pretrained(member)("good film")["input_ids"] == word_tokenizer()("good film")["input_ids"]
 
 
-def test_no_run_is_scored_twice(tmp_path, bert, monkeypatch):
-    """Naive: two runs and the chosen one again, or each member again."""
+@pytest.mark.parametrize("threshold", [None, "tune"])
+def test_no_run_is_scored_twice(tmp_path, bert, monkeypatch, threshold):
+    """Naive: two runs and the chosen one again, or each member again; the validation rows again for a threshold."""
     passes = []
     logits = fitted.logits
     monkeypatch.setattr(fitted, "logits", lambda *args, **more: passes.append(1) or logits(*args, **more))
     monkeypatch.setattr("steadytune.fitting.rehearsal.rehearse", lambda *args: {})
     for how, count in (("best", 4), ("ensemble", 4), ("soup", 6)):  # two runs, two sets; a soup is another model
         passes.clear()
-        own = {**QUICK, "steps": 4}
+        own = {**QUICK, "steps": 4, "threshold": threshold}
         fit(toy(40), model=bert, output=tmp_path / how, tests=TESTS, num_seeds=2, combine=how, **own)
         assert len(passes) == count, how
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fit_helpers import WORDS, same, save_tiny_bert, toy, weights, word_tokenizer
+from fit_helpers import same, save_sentence_bert, save_tiny_bert, toy, weights
 from steadytune import FittedModel, SteadyClassifier, fit
 from steadytune.errors import UsageError
 from steadytune.fitting import main as fitting_main
@@ -27,26 +27,6 @@ def bert(tmp_path_factory):
 def sentences(tmp_path_factory):
     """A sentence encoder: its folder says mean pooling, and its pooler was never trained."""
     return save_sentence_bert(tmp_path_factory.mktemp("sentences"))
-
-
-def save_sentence_bert(folder: Path, *, mean: bool = True, trained: bool = False) -> str:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS) + 4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    model = BertForSequenceClassification(config).bert
-    if trained:
-        torch.nn.init.normal_(model.pooler.dense.bias)
-    model.save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    modules = [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-               for i, (path, kind) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling")])]  # fmt: skip
-    (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "1_Pooling").mkdir()
-    flags = {"pooling_mode_mean_tokens": mean, "pooling_mode_cls_token": not mean}
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(flags))
-    return str(folder)
 
 
 def start(output: Path, model: str, **options):

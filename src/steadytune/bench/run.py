@@ -89,9 +89,10 @@ def execute(run: Trial, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
         (job,) = planning.runs(plan)
         trained = setup.in_units(setup.train(job) if plan.procedure is None else plan.procedure(setup, job))
         model = planning.fitted_model(plan, pretrained, [trained.model])
-        planning.tune_threshold(model, plan)
         ended = time.perf_counter()
-        predictions, scores = planning.evaluate(model, plan.data)
+        answered = planning.answers(model, pretrained, plan.data)
+        planning.tune_threshold(model, plan, answered)
+        predictions, scores = planning.evaluate(model, plan.data, answered)
         tested = time.perf_counter() - ended
         if run.keep_model:
             model.save_pretrained(store.model(run.id))

@@ -192,6 +192,17 @@ class FitTrainer(Trainer):
     """Our Trainer with batches of similar length, and with the results of a job."""
 
     ended = False  # whether the checkpoint resumed from was the last one of its training
+    _collated: list[Any] | None = None  # batches of the selection rows, which every evaluation passes again
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Batches of the selection rows, made once. Unlike the stock loader they draw no random number."""
+        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
+            return super().get_eval_dataloader(eval_dataset)
+        if self._collated is None:
+            loader: Any = super().get_eval_dataloader()
+            rows: Any = self.eval_dataset
+            self._collated = [loader.collate_fn([rows[i] for i in batch]) for batch in loader.batch_sampler]
+        return self._collated
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset

@@ -121,7 +121,10 @@ class FittedModel:
         return self._scores(frame, progress)
 
     def _scores(self, frame: pd.DataFrame, progress: bool) -> np.ndarray:
-        features = tokenise(frame, self.tokenizer, self.max_length, self.prompt)
+        return self.scores_of_tokens(tokenise(frame, self.tokenizer, self.max_length, self.prompt), progress)
+
+    def scores_of_tokens(self, features: list[dict[str, Any]], progress: bool = False) -> np.ndarray:
+        """Scores (rows, outputs) of tokenised rows, as `scores` gives them; each model passes them once."""
         each = [self.problem.activate(logits(m, self.tokenizer, features, self.bf16, progress)) for m in self.models]
         return np.mean(each, axis=0)
 
@@ -201,20 +204,21 @@ class FittedModel:
         rows = examples(table)
         checked = rows.assign(label=self.problem.encode(rows, table))
         self._look_at(checked)
-        predictions, _ = self.judge(checked, table.coarser)
+        predictions, _ = self.judge(checked, self._scores(checked, progress=False), table.coarser)
         return self.account(predictions.assign(label=checked["label"].to_numpy()), table.coarser)
 
     def judge(
-        self,
-        rows: pd.DataFrame,
-        coarser: Mapping[str, str] | None = None,
-        *,
-        progress: bool = False,
-        scores: np.ndarray | None = None,
+        self, rows: pd.DataFrame, scores: np.ndarray, coarser: Mapping[str, str] | None = None
     ) -> tuple[pd.DataFrame, dict[str, Any]]:
-        """Predictions and metrics of checked rows; ``scores`` are theirs, as `scores` gives them, if they are known."""
+        """Predictions and metrics of checked rows.
+
+        Args:
+            rows: Rows with labels.
+            scores: Scores (rows, outputs) of this model for the rows, as `scores` gives them.
+            coarser: Class name to the coarser name it is reported under.
+        """
         coarser = coarser or {}
-        predicted = self._report(self._scores(rows, progress) if scores is None else scores, coarser)
+        predicted = self._report(scores, coarser)
         gold = self.problem.array(rows["label"])
         chances = self.problem.coarser_scores(self.scores_of(predicted), coarser)
         metrics = self.problem.coarser(coarser).score(gold, predicted["prediction"].to_numpy(), chances)

@@ -22,6 +22,7 @@ from .folder import RECORD, Output, same_run
 from .plan import (
     CROSS_VALIDATION,
     Plan,
+    answers,
     evaluate,
     fitted_model,
     fold_jobs,
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
     from .estimate import Estimate
     from .fit_trainer import Trained
-    from .fitted_model import FittedModel
     from .frozen_probe import FrozenProbe
     from .pretrained import Pretrained
     from .training import Job, Setup
@@ -267,8 +267,8 @@ def _distilling(plan: Plan, pretrained: Pretrained, members: Sequence[Trained]) 
     """
     ensemble = fitted_model(plan, pretrained, [t.model for t in members])
     rows = plan.data.train
-    answers = ensemble.scores_of(ensemble.judge(rows, progress=plan.progress)[0])
-    taught = {"label": answers[:, 0]} if plan.data.problem.ordered else {"soft": answers.tolist()}
+    scores = ensemble.scores_of_tokens(pretrained.tokenise(rows), plan.progress)
+    taught = {"label": scores[:, 0]} if plan.data.problem.ordered else {"soft": scores.tolist()}
     return dataclasses.replace(runs(plan)[0], name="distilled", rows=rows.assign(**taught))
 
 
@@ -287,7 +287,7 @@ def _cross_validated(
     order = np.argsort(plan.data.train.index.get_indexer(rows.index), kind="stable")  # as in the table
     model = fitted_model(plan, pretrained, [])
     data = dataclasses.replace(plan.data, tests={CROSS_VALIDATION: rows.iloc[order]})
-    return evaluate(model, data, known={CROSS_VALIDATION: scores[order]})
+    return evaluate(model, data, {CROSS_VALIDATION: scores[order]})
 
 
 def _finish(
@@ -308,19 +308,20 @@ def _finish(
     troubles = list(dict.fromkeys(trouble for t in trained for trouble in _troubles(t)))  # runs may share them
     temperatures = [_calibrate(t, plan, pretrained) for t in trained] if plan.options.calibrate else []
     single = [fitted_model(plan, pretrained, [t.model]) for t in trained] if len(trained) > 1 else []
-    for model in single:
-        tune_threshold(model, plan)
-    judged = [evaluate(model, plan.data) for model in single]
-    scores = [scored for _, scored in judged]
+    each = [answers(model, pretrained, plan.data) for model in single]
+    for model, answered in zip(single, each, strict=True):
+        tune_threshold(model, plan, answered)
+    scores = [evaluate(model, plan.data, answered)[1] for model, answered in zip(single, each, strict=True)]
     models, chosen = _combine(plan, trained, scores)
     model = fitted_model(plan, pretrained, models)
-    tune_threshold(model, plan)
-    if judged and chosen is not None:  # its predictions are known
-        predictions, metrics = judged[chosen]
-        metrics = {name: dict(scored) for name, scored in metrics.items()}
+    if each and chosen is not None:
+        answered = each[chosen]
+    elif len(models) > 1:
+        answered = {name: np.mean([member[name] for member in each], axis=0) for name in plan.data.tests}
     else:
-        known = _mean_scores(model, [scored for scored, _ in judged], plan) if len(models) > 1 else None
-        predictions, metrics = evaluate(model, plan.data, plan.progress, known)
+        answered = answers(model, pretrained, plan.data, plan.progress)
+    tune_threshold(model, plan, answered)
+    predictions, metrics = evaluate(model, plan.data, answered)
     details = [
         {**t.record(), **({"scores": s} if scores else {}), **({"temperature": k} if temperatures else {})}
         for t, s, k in zip(trained, scores or [{}], temperatures or [0.0] * len(trained), strict=True)
@@ -366,14 +367,6 @@ def _troubles(trained: Trained) -> Iterator[str]:
         yield "the training loss never fell below 0.9 log K: try --restarts 2, another lr or more steps"
     if trained.hopeless:
         yield f"the model {trained.hopeless}: try --restarts 2, another lr or more steps"
-
-
-def _mean_scores(model: FittedModel, tables: Sequence[pd.DataFrame], plan: Plan) -> dict[str, np.ndarray]:
-    """Predictions of an ensemble for every set, from those of its members."""
-    return {
-        name: np.mean([model.scores_of(table[table["set"] == name]) for table in tables], axis=0)
-        for name in plan.data.tests
-    }
 
 
 def _calibrate(trained: Trained, plan: Plan, pretrained: Pretrained) -> float:

@@ -34,7 +34,7 @@ def logits(
     Raises:
         UsageError: Outputs that are not finite.
     """
-    order = _by_length(features)
+    order = by_length(features)
     batches = _batches(features, order, tokenizer, batch_size)
     total = -(-len(order) // batch_size)
     training, parts = model.training, []
@@ -62,13 +62,13 @@ def frozen_features(
     Raises:
         ValueError: The model has no such features, see `heads.features`.
     """
-    order = _by_length(features)
+    order = by_length(features)
     batches = _batches(features, order, tokenizer, batch_size)
     states = head_inputs(model, batches) if pooling == "model" else pooled_features(model, batches, pooling)
     return states.numpy()[np.argsort(order)]
 
 
-def _by_length(features: list[dict[str, Any]]) -> np.ndarray:
+def by_length(features: list[dict[str, Any]]) -> np.ndarray:
     """Numbers of the rows from the longest to the shortest."""
     return np.argsort([-len(feature["input_ids"]) for feature in features], kind="stable")
 

@@ -288,36 +288,50 @@ def fitted_model(plan: Plan, pretrained: Pretrained, models: Sequence[Any]) -> F
     )
 
 
-def tune_threshold(model: FittedModel, plan: Plan) -> None:
-    """Set the threshold that is best on the validation rows, if the options ask for it."""
+def answers(model: FittedModel, pretrained: Pretrained, data: Data, progress: bool = False) -> dict[str, np.ndarray]:
+    """Scores (rows, outputs) of a model for each set, as `FittedModel.scores` gives them, from one pass over its rows.
+
+    Args:
+        model: Model that predicts.
+        pretrained: The pre-trained model, which tokenises.
+        data: Data with the sets.
+        progress: Whether to show bars.
+    """
+    return {name: model.scores_of_tokens(pretrained.tokenise(rows), progress) for name, rows in data.tests.items()}
+
+
+def tune_threshold(model: FittedModel, plan: Plan, answered: Mapping[str, np.ndarray]) -> None:
+    """Set the threshold that is best on the validation rows, if the options ask for it.
+
+    Args:
+        model: Model whose threshold is set.
+        plan: Plan of the fit.
+        answered: Scores of the model by set, as of `answers`.
+    """
     if plan.options.threshold != "tune":
         return
     assert plan.select is not None
-    predictions, _ = model.judge(plan.select)
     problem = plan.data.problem
     threshold = best_threshold(
-        problem, problem.array(plan.select["label"]), model.scores_of(predictions), problem.metric(plan.metric)
+        problem, problem.array(plan.select["label"]), answered["validation"], problem.metric(plan.metric)
     )
     model.problem = problem.at(threshold)
     logger.info("threshold %.4f is the best on %d validation rows", threshold, len(plan.select))
 
 
 def evaluate(
-    model: FittedModel, data: Data, progress: bool = False, known: Mapping[str, np.ndarray] | None = None
+    model: FittedModel, data: Data, answered: Mapping[str, np.ndarray]
 ) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
-    """Predictions of all sets in one frame, and the scores of each set.
+    """Predictions of all sets in one frame, and the metrics of each set.
 
     Args:
-        model: Model that predicts.
+        model: Model that has answered.
         data: Data with the sets.
-        progress: Whether to show bars.
-        known: Results of `FittedModel.scores` by set, if they are known; then nothing is predicted again.
+        answered: Scores of the model by set, as of `answers`.
     """
     tables, scores = [], {}
     for name, rows in data.tests.items():
-        predicted, scores[name] = model.judge(
-            rows, data.coarser.get(name), progress=progress, scores=None if known is None else known[name]
-        )
+        predicted, scores[name] = model.judge(rows, answered[name], data.coarser.get(name))
         about = pd.DataFrame({"set": name, "row": rows.index, "label": rows["label"].to_numpy()})
         tables.append(pd.concat([about, predicted], axis=1))
     return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), scores

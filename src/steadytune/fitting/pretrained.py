@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
@@ -55,6 +55,15 @@ def quiet(warnings: bool = False) -> Iterator[None]:
             hub_logging.enable_progress_bar()
 
 
+class _Spare(NamedTuple):
+    """A model that was read and not changed, and torch's random state after that."""
+
+    seed: int
+    model: PreTrainedModel
+    new: frozenset[str]
+    random_state: torch.Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Pretrained:
     """An opened pre-trained model; each `load` returns the same model with a new random head.
@@ -82,6 +91,8 @@ class Pretrained:
     pooling: Literal["model", "mean", "cls"] = "model"
     _said: set[str] = field(default_factory=set)
     _new: set[str] = field(default_factory=set)
+    _tokens: dict[tuple[str, ...], dict[str, Any]] = field(default_factory=dict)  # of each text (or pair), tokenised
+    _spare: list[_Spare] = field(default_factory=list)  # the model of `peek`, until it is read
 
     @classmethod
     def open(
@@ -117,8 +128,14 @@ class Pretrained:
         return cls(name, config, tokenizer, length, in_force, classes, chosen_prompt(prompt, sentence, name), sentence)
 
     def tokenise(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
-        """One feature dictionary per row, with the prompt, cut to the length."""
-        return tokenise(rows, self.tokenizer, self.max_length, self.prompt)
+        """One feature dictionary per row, with the prompt, cut to the length; each text is tokenised once."""
+        columns = ["text", "text_pair"] if "text_pair" in rows else ["text"]
+        keys = list(rows[columns].itertuples(index=False, name=None))
+        unknown = list(dict.fromkeys(key for key in keys if key not in self._tokens))
+        if unknown:
+            fresh = tokenise(pd.DataFrame(unknown, columns=columns), self.tokenizer, self.max_length, self.prompt)
+            self._tokens.update(zip(unknown, fresh, strict=True))
+        return [self._tokens[key] for key in keys]
 
     def notes(self, max_length: int | None, prompt: str | None) -> Iterator[str]:
         """What a sentence-transformers folder decides here, and what it says that was not asked for.
@@ -174,9 +191,16 @@ class Pretrained:
     def read(self, seed: int) -> tuple[PreTrainedModel, frozenset[str]]:
         """The model as it is on disk, and the names of its weights that were drawn with ``seed``.
 
+        Torch's random state afterwards depends on ``seed`` alone, also if the model was read by `peek`.
+
         Raises:
             UsageError: As `load`.
         """
+        spare = self._spare.pop() if self._spare else None
+        if spare is not None and spare.seed == seed:
+            set_seed(seed)
+            torch.set_rng_state(spare.random_state)
+            return spare.model, spare.new
         with quiet(), _loading(self.name):
             set_seed(seed)
             model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -189,6 +213,12 @@ class Pretrained:
         mismatched = {key for key, *_ in info["mismatched_keys"]}
         self._check_body(model, info["missing_keys"], mismatched, info["unexpected_keys"])
         return model, frozenset({*info["missing_keys"], *mismatched})
+
+    def peek(self, seed: int) -> tuple[PreTrainedModel, frozenset[str]]:
+        """As `read`; the next `read` with this seed gives the same model, which must not be changed until then."""
+        model, new = self.read(seed)
+        self._spare.append(_Spare(seed, model, new, torch.get_rng_state()))
+        return model, new
 
     def _check_body(
         self, model: PreTrainedModel, missing: Collection[str], mismatched: Collection[str], unused: Collection[str]

@@ -20,7 +20,7 @@ from ..errors import UsageError, one_line
 from .card import model_card
 from .encoding import check_vocabulary, token_counts
 from .peft_models import LORA_ABOVE, merged, unfit
-from .plan import evaluate, fitted_model
+from .plan import answers, evaluate, fitted_model
 from .record import storable
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _end(plan: Plan, pretrained: Pretrained, model: Any, record: Mapping[str, An
         merged(copy.deepcopy(model))
     fitted = fitted_model(plan, pretrained, [model])
     data = dataclasses.replace(plan.data, tests=chosen)
-    predictions, metrics = evaluate(fitted, data)
+    predictions, metrics = evaluate(fitted, data, answers(fitted, pretrained, data))
     pa.Table.from_pandas(storable(predictions))
     columns = {"text": list(fitted.text), **fitted.form.record()}
     card = model_card({**record, "columns": columns, "runs": [], "chosen": None}, metrics, plan.metric)

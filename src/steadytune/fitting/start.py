@@ -5,6 +5,7 @@ Both options stand for methods, `Pooling` and `HeadInit`, which act before those
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -48,7 +49,7 @@ def chosen_pooling(pretrained: Pretrained, options: Options, methods: Sequence[M
         return "model"
     if pretrained.sentence is None or pretrained.sentence.pooling != "mean" or "text_pair" in rows:
         return "model"
-    model, new = pretrained.read(options.seeds["init"])
+    model, new = pretrained.peek(options.seeds["init"])
     untrained = untrained_dense(model, new)
     if untrained is None and not hasattr(model.config, "classifier_pooling"):
         return "model"
@@ -70,12 +71,12 @@ def chosen_pooling(pretrained: Pretrained, options: Options, methods: Sequence[M
 
 
 def _can_pool(model: Any, pretrained: Pretrained, rows: pd.DataFrame) -> bool:
-    """Whether `Pooling` can give the head the mean; the model is spent."""
+    """Whether `Pooling` can give the head the mean; the block is tried on a copy."""
     if hasattr(model.config, "classifier_pooling"):
         return True
     batch: Any = pretrained.tokenizer.pad(pretrained.tokenise(rows), return_tensors="pt")
     try:
-        add_pooling_block(model, [batch])
+        add_pooling_block(copy.deepcopy(model), [batch])
     except ValueError:
         return False
     return True

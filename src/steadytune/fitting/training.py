@@ -32,7 +32,7 @@ from .callbacks import Interrupt, KeepBest, KeepOutputs, Patience, Progress, Sto
 from .fit_trainer import SOFT, FitTrainer, Trained, arguments, only_logits, weighted_loss
 from .folder import last_checkpoint
 from .options import Options
-from .outputs import device, logits
+from .outputs import by_length, device, logits
 from .peft_models import adapted, read_model, write_model
 from .pretrained import Pretrained, quiet
 from .scale import rescale
@@ -44,6 +44,7 @@ logger = logging.getLogger("steadytune")
 
 RESULT, STATE, OUTPUTS = "result.json", "methods.safetensors", "outputs"
 TRIED = 256  # number of rows that show whether a model gives every row the same answer
+CHUNK = 64  # number of them that it reads at a time, until two answers differ
 CONSTANT = 1e-3  # predicted numbers with less than this share of the labels' spread count as equal
 
 
@@ -152,13 +153,12 @@ class Setup:
         rows = pd.concat(
             [part.iloc[np.linspace(0, len(part) - 1, min(len(part), TRIED)).astype(int)] for part in parts]
         )
-        features = self.pretrained.tokenise(rows)
-        answers = logits(trained.model, self.pretrained.tokenizer, features, self.options.bf16)
-        if self.problem.ordered:
-            same = bool(np.std(answers) < CONSTANT * np.std(self.problem.ids(rows["label"].tolist())))
-        else:
-            same = len(set(self.problem.decide(self.problem.activate(answers)))) == 1 < len(set(rows["label"]))
-        if same:
+
+        def answer(some: pd.DataFrame) -> np.ndarray:
+            features = self.pretrained.tokenise(some)
+            return logits(trained.model, self.pretrained.tokenizer, features, self.options.bf16)
+
+        if one_answer(self.problem, rows, answer):
             return "gives every row the same answer"
         curve = dict(trained.curve)
         if job.select is None or not self.classes or trained.steps not in curve:
@@ -193,14 +193,17 @@ class Setup:
             callbacks.append(KeepBest(self.metric))
         if job.stop_at is not None:
             callbacks.append(StopAt(job.stop_at))
-        select = self.features(job.select) if self.options.evaluations and job.select is not None else None
-        selecting = select is not None
-        measure = self.measure
+        scored = job.select if self.options.evaluations else None
+        selecting, select, measure = scored is not None, None, self.measure
+        if scored is not None:
+            features = self.features(scored)
+            order = by_length(features)  # rows of like length share batches, which saves padding
+            select = [features[i] for i in order]
         if selecting and self.moments:
             callbacks.append(keeper := KeepOutputs(self.folder / job.name / OUTPUTS))
 
             def measure(predicted: Any) -> dict[str, float]:
-                keeper.last = predicted.predictions
+                keeper.last = predicted.predictions[np.argsort(order)]
                 return self.measure(predicted)
 
         methods, rows = self.hold_out(job)
@@ -280,6 +283,35 @@ class Setup:
         held = state.load(folder / STATE) if self.states else {}
         model: Any = read_model(folder / "model", lambda: self.pretrained.load(record["seeds"]["init"]))
         return Trained(model.to(device()).eval(), **record, state=held)
+
+
+def one_answer(problem: Problem, rows: pd.DataFrame, answer: Callable[[pd.DataFrame], np.ndarray]) -> bool:
+    """Whether a model gives one answer to rows of different labels; it reads no more rows than show a difference.
+
+    Numbers count as one answer if their spread is below a share `CONSTANT` of the labels' spread. The sum of their
+    squared deviations only grows with more rows, so some of the rows can show that it is too large.
+
+    Args:
+        problem: The problem.
+        rows: Rows with labels.
+        answer: Outputs (rows, outputs) of the model for some of the rows.
+    """
+    labels = rows["label"]
+    if not problem.ordered and len(set(labels)) == 1:
+        return False
+    limit = CONSTANT**2 * len(rows) * np.var(problem.ids(labels.tolist())) if problem.ordered else 0.0
+    parts = math.ceil(len(rows) / CHUNK)
+    given: list[np.ndarray] = []
+    for i in range(parts):
+        given.append(answer(rows.iloc[i::parts]))  # spread evenly over the rows
+        answers = np.concatenate(given)
+        if problem.ordered:
+            differ = bool(len(answers) * np.var(answers) >= limit)
+        else:
+            differ = len(set(problem.decide(problem.activate(answers)))) > 1
+        if differ:
+            return False
+    return True
 
 
 def restarted(seeds: dict[str, int], attempt: int) -> dict[str, int]:
