@@ -47,7 +47,7 @@ class Knobs:
         constructions: Names from :data:`CONSTRUCTIONS`, used in turn.
     """
 
-    train: int = 500
+    train: int = 200
     in_domain: int = 500
     out_of_domain: int = 500
     counter: float = 0.2
@@ -616,7 +616,7 @@ def make(seed: int = 0, knobs: Knobs = Knobs()) -> dict[str, list[Row]]:
     Example:
         >>> sets = make(seed=0)
         >>> len(sets["train"]), sorted(sets["train"][0])
-        (500, ['construction', 'label', 'sentence1', 'sentence2'])
+        (200, ['construction', 'label', 'sentence1', 'sentence2'])
     """
     names = knobs.constructions or tuple(CONSTRUCTIONS)
     taken: set[str] = set()
