@@ -183,8 +183,8 @@ def main() -> None:
         console.print(scores(results, test, shortcut[test], probe[test]))
     console.print(costs(results))
     console.print("Models, loadable with plain transformers:", style="bold")
-    for result in results:
-        console.print(f"  {result['model']}", soft_wrap=True)
+    for row in results:
+        console.print(f"  {row['model']}", soft_wrap=True)
     console.print(f"Data: {options.output / 'data'}; numbers: {options.output / 'results.json'}", soft_wrap=True)
     console.print(
         "\n[b]A demonstration, not a benchmark[/]: invented sentences, one small model, a few seeds. Ten seeds are in "
