@@ -218,7 +218,7 @@ DDP_RECIPES = {
     "r3f": lambda: [st.R3F(scale=0.1)],
     "r4f": lambda: [st.R4F(scale=0.1, detach_embedding=True)],
     "lnsr": lambda: [st.LNSR(scale=0.2)],
-    "adversarial": lambda: [st.FGM(0.5), st.PGD(0.5, steps=2)],
+    "adversarial": lambda: [st.FGM(0.5), st.PGD(0.5, steps=2), st.FreeLB(0.5)],
     "sam": lambda: [st.SAM(0.3), st.R3F(scale=0.1), st.ClipNorm(0.5)],
     "awp": lambda: [st.AWP(0.1), st.LAWA(last=2, every=2)],
     "neftune": lambda: [st.NEFTune(), st.RDrop()],

@@ -184,6 +184,12 @@ def fit(
         _option(TRAINING, "Learn numbers in units of their standard deviation.", "--standardize/--no-standardize"),
     ] = True,
     class_weights: Annotated[str, _option(TRAINING, "none, or balanced: by inverse frequency.")] = "none",
+    label_smoothing: Annotated[
+        float, _option(TRAINING, "Share of each label's probability that is spread over all classes.")
+    ] = 0.0,
+    focal: Annotated[
+        float, _option(TRAINING, "Exponent of the focal loss: rows that are already right count less; 2 is usual.")
+    ] = 0.0,
     bf16: Annotated[bool, _option(TRAINING, "bfloat16 autocast; weights stay float32.")] = False,
     evaluations: Annotated[
         int,

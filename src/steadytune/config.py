@@ -32,6 +32,7 @@ ALIASES = {
     "per_device_train_batch_size": "batch_size",
     "gradient_accumulation_steps": "accumulation",
     "warmup_ratio": "warmup",
+    "label_smoothing_factor": "label_smoothing",
 }
 
 # YAML 1.1 reads 2e-5 as text (a number needs a point, as in 2.0e-5); YAML 1.2 reads it as a number, as users expect.

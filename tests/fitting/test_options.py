@@ -22,6 +22,7 @@ VALUES = {
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,
     "warmup_ratio": 0.2,
+    "label_smoothing_factor": 0.1,
 }
 
 

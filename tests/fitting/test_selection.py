@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import signal
 
 import numpy as np
@@ -24,13 +25,13 @@ from transformers import (
 from architectures import CONFIGS, tiny
 from fit_helpers import same, save_tiny_bert, save_tiny_gpt2, toy, weights, word_tokenizer
 from steadytune import FittedModel, SteadyClassifier, SteadyRegressor, dry_run, fit
-from steadytune.data.problem import Classification
+from steadytune.data.problem import Classification, MultiLabel
 from steadytune.errors import UsageError
 from steadytune.fitting import callbacks, training
 from steadytune.fitting import fitted_model as fitted
 from steadytune.fitting.estimate import per_step
-from steadytune.fitting.fit_trainer import weighted_loss
 from steadytune.fitting.folder import last_checkpoint
+from steadytune.fitting.loss import chance, loss_of
 from steadytune.fitting.options import Options
 from steadytune.fitting.peft_models import adapted
 from steadytune.fitting.scale import check_scale, rescale, temperature
@@ -169,7 +170,7 @@ def test_a_distilled_ensemble_is_one_model_scored_as_itself(tmp_path, bert, kind
 
 def test_soft_labels_are_learned_as_probabilities():
     rows = pd.DataFrame({"label": ["a", "b"], "soft": [[0.7, 0.3], [0.2, 0.8]]})
-    loss = weighted_loss(Options(), rows, Classification(("a", "b")))
+    loss = loss_of(Options(), rows, Classification(("a", "b")))
     logits = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
     expected = -(0.7 * log_softmax([1, 0])[0] + 0.3 * log_softmax([1, 0])[1] + np.log(0.5)) / 2
     output = type("Output", (), {"logits": logits})
@@ -429,7 +430,7 @@ class State:
     ],
 )  # fmt: skip
 def test_failing_is_a_loss_that_stays_above_nine_tenths_of_chance(state, classes, failing):
-    assert callbacks._failing(state, classes, 20) == failing
+    assert callbacks._failing(state, math.log(classes), 20) == failing
 
 
 # ---- weights of classes, calibration, adapters, several labels --------------------------------------------------
@@ -440,12 +441,79 @@ def test_class_weights_by_hand():
     rows = pd.DataFrame({"label": ["a"] * 6 + ["b"] * 2})
     weights = two.class_weights(rows["label"].tolist())
     assert weights.tolist() == pytest.approx([8 / 12, 8 / 4])
-    loss = weighted_loss(Options(class_weights="balanced"), rows, two)
+    loss = loss_of(Options(class_weights="balanced"), rows, two)
     logits, labels = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1])
     each = [np.log(1 + np.exp(-1)), np.log(2)]
     output = type("Output", (), {"logits": logits})
     assert float(loss(output, labels)) == pytest.approx((each[0] * 2 / 3 + each[1] * 2) / (2 / 3 + 2))
-    assert weighted_loss(Options(), rows, two) is None
+    assert loss_of(Options(), rows, two) is None
+
+
+SEVERAL = MultiLabel(("a", "b"))
+TWO = Classification(("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem", "logits", "labels", "expected"),
+    [
+        # p = 0.8: target 0.95 of it; p = 0.5
+        ({"label_smoothing": 0.1}, TWO, [np.log(4), 0.0], 0, -0.95 * np.log(0.8) - 0.05 * np.log(0.2)),
+        ({"label_smoothing": 0.1}, SEVERAL, [np.log(4), 0.0], [1.0, 0.0],
+         (-0.95 * np.log(0.8) - 0.05 * np.log(0.2) + np.log(2)) / 2),
+        ({"focal": 2.0}, TWO, [np.log(4), 0.0], 0, -0.2**2 * np.log(0.8)),
+        ({"focal": 2.0}, TWO, [np.log(4), 0.0], 1, -0.8**2 * np.log(0.2)),
+        ({"focal": 2.0}, TWO, [np.log(4), 0.0], [0.5, 0.5], -0.5**2 * (np.log(0.8) + np.log(0.2)) / 2),
+        ({"focal": 1.0}, SEVERAL, [np.log(4), 0.0], [0.0, 1.0], (-0.8 * np.log(0.2) + 0.5 * np.log(2)) / 2),
+        # a, 6 of 8 rows, has weight 2 / 3: alone in its batch the weight cancels
+        ({"focal": 2.0, "class_weights": "balanced"}, TWO, [np.log(4), 0.0], 0, -0.2**2 * np.log(0.8)),
+        ({"focal": 2.0, "label_smoothing": 0.1}, TWO, [np.log(4), 0.0], 0,
+         0.2**2 * (-0.95 * np.log(0.8) - 0.05 * np.log(0.2))),
+    ],
+)  # fmt: skip
+def test_smoothed_labels_and_focal_loss_by_hand(options, problem, logits, labels, expected):
+    """Naive: p is read from the smoothed or the weighted loss; smoothing takes two labels for two exclusive classes."""
+    rows = pd.DataFrame({"label": ["a"] * 6 + ["b"] * 2})
+    output = type("Output", (), {"logits": torch.tensor([logits])})
+    assert float(loss_of(Options(**options), rows, problem)(output, torch.tensor([labels]))) == pytest.approx(expected)
+
+
+def test_focal_loss_with_class_weights_is_a_weighted_mean():
+    rows = pd.DataFrame({"label": ["a"] * 6 + ["b"] * 2})
+    output = type("Output", (), {"logits": torch.tensor([[np.log(4), 0.0]] * 2)})
+    loss = loss_of(Options(focal=2.0, class_weights="balanced"), rows, TWO)(output, torch.tensor([0, 1]))
+    each = [-(0.2**2) * np.log(0.8), -(0.8**2) * np.log(0.2)]
+    assert float(loss) == pytest.approx((each[0] * 2 / 3 + each[1] * 2) / (2 / 3 + 2))
+
+
+def test_a_focal_loss_below_1_has_a_slope_where_the_model_is_sure():
+    """Naive: (1 - p) ** 0.5 has an infinite slope at p = 1, and infinity times a loss of zero is NaN."""
+    logits = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    loss = loss_of(Options(focal=0.5), pd.DataFrame({"label": []}), TWO)
+    loss(type("O", (), {"logits": logits}), torch.tensor([0])).backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_chance_is_the_loss_of_a_model_that_knows_nothing():
+    """Naive: a focal loss begins below 0.9 log K, so that no training ever fails."""
+    for names in (("a", "b"), ("a", "b", "c")):
+        problem, options = Classification(names), Options(focal=2.0)
+        output = type("Output", (), {"logits": torch.zeros(1, len(names))})
+        loss = loss_of(options, pd.DataFrame({"label": []}), problem)(output, torch.tensor([1]))
+        assert float(loss) == pytest.approx(chance(options, problem))
+        assert chance(Options(label_smoothing=0.1), problem) == math.log(len(names))
+
+
+@pytest.mark.parametrize("option", [{"label_smoothing": 0.1}, {"focal": 2.0}])
+def test_smoothing_and_focal_loss_reach_the_training_and_are_for_classes(tmp_path, bert, option):
+    own = {**QUICK, "steps": 2, "probe": False}
+    plain = fit(toy(24), model=bert, output=tmp_path / "plain", **own)
+    other = fit(toy(24), model=bert, output=tmp_path / "other", **own, **option)
+    assert not same(weights(plain.output), weights(other.output))
+    (name,) = option
+    assert json.loads((other.output / "steadytune.json").read_text())["recipe"][name] == option[name]
+    numbers = toy(24).assign(label=np.arange(24) / 7)
+    with pytest.raises(UsageError, match=f"{name} is for classification, this is regression"):
+        fit(numbers, model=bert, output=tmp_path / "numbers", **own, **option)
 
 
 def test_class_weights_reach_the_training(tmp_path, bert):

@@ -1,12 +1,12 @@
-"""FGM and PGD: the perturbation by hand, its ball, and that nothing else is touched."""
+"""FGM, PGD and FreeLB: the perturbation by hand, its ball, and that nothing else is touched."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from helpers import batches, bert, copied
-from steadytune import FGM, PGD, Run, Step
+from helpers import batches, bert, copied, hash_noise, hashed_noise_of
+from steadytune import FGM, PGD, FreeLB, Run, Step
 
 
 def run_of(model, *methods):
@@ -104,3 +104,38 @@ def test_pgd_of_one_step_as_long_as_its_radius_is_fgm():
     inputs = batches(1)[0]
     one, other = (run_of(steady(), m).loss(inputs) for m in (FGM(0.3), PGD(0.3, step_size=0.3, steps=1)))
     assert torch.allclose(one, other, atol=1e-14)
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 10.0], ids=["at the rim", "inside"])
+def test_freelb_by_hand(epsilon):
+    """Naive: the loss at the last perturbation alone, as PGD has it; a start that does not know the length of rows."""
+    inputs, model = batches(1)[0], steady()
+    radius, step_size = in_units(model, epsilon, 0.4)
+    with hash_noise():
+        loss = run_of(model, FreeLB(epsilon=radius, step_size=step_size, steps=3, weight=2.0)).loss(inputs)
+    real = inputs["attention_mask"].bool()
+    draws = [hashed_noise_of(str(ids[mask].tolist()), 16, torch.float64)[: real.size(1)]
+             for ids, mask in zip(inputs["input_ids"], real, strict=True)]  # fmt: skip
+    entries = (real.sum(1) * 16.0).double().view(-1, 1, 1)
+    noise, losses = epsilon / entries.sqrt() * torch.stack(draws) * real.unsqueeze(-1), []
+    for _ in range(3):
+        losses.append(at(model, inputs, noise))
+        noise = noise + 0.4 * unit(model, inputs, noise)
+        lengths = noise.flatten(1).norm(dim=1).view(-1, 1, 1)
+        noise = torch.where(lengths > epsilon, noise * epsilon / lengths, noise)
+    expected = model(**inputs).loss + 2 * torch.stack(losses).mean()
+    assert torch.allclose(loss, expected, atol=1e-12)
+    for found, value in zip(*(torch.autograd.grad(x, list(model.parameters())) for x in (loss, expected)), strict=True):
+        assert torch.allclose(found, value, atol=1e-12)
+
+
+def test_freelb_starts_inside_the_ball_and_padding_stays_clean():
+    inputs = batches(1)[0]
+    run, starts = run_of(steady(), FreeLB(epsilon=0.7)), []
+    start = run[FreeLB].start
+    run[FreeLB].start = lambda step: starts.append(start(step)) or starts[-1]
+    run.loss(inputs)
+    norms = starts[0].flatten(1).norm(dim=1)
+    assert (norms < 0.7).all()
+    assert (norms > 0.5 * 0.7 / 3**0.5).all()
+    assert not starts[0][~inputs["attention_mask"].bool()].any()

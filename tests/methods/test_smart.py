@@ -12,7 +12,21 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import batches, bert, collate, copied, hash_dropout, hash_noise, llama, rows
-from steadytune import FGM, LNSR, PGD, R3F, SAM, SMART, BregmanProximal, Method, RDrop, Run, Step, Trainer
+from steadytune import (
+    FGM,
+    LNSR,
+    PGD,
+    R3F,
+    SAM,
+    SMART,
+    BregmanProximal,
+    FreeLB,
+    Method,
+    RDrop,
+    Run,
+    Step,
+    Trainer,
+)
 from steadytune.core.anatomy import input_embedding
 from steadytune.functional import jeffreys, jeffreys_to_constants, kl, odds_gap, to_midpoint
 from steadytune.methods.smart import DIVERGENCES
@@ -579,6 +593,8 @@ COSTS = {  # forwards, backwards of a step; a backward to the embeddings only is
     "teacher alone": ([SMART(weight=0.0, proximal=BregmanProximal())], (2, 1)),
     "fgm": ([FGM()], (3, 2.5)),
     "pgd": ([PGD(steps=3)], (5, 3.5)),
+    "freelb": ([FreeLB(steps=3)], (4, 5)),
+    "rdrop and freelb": ([RDrop(), FreeLB(steps=2)], (4, 4.5)),
     "sam": ([SAM()], (2, 2)),
     "sam and r3f": ([SAM(), R3F()], (4, 4)),  # the penalty has a second look too
     "rdrop and r3f": ([RDrop(), R3F()], (3, 3)),  # the clean logits are shared

@@ -27,11 +27,11 @@ from ..data.tables import Table
 from ..errors import UsageError
 from ..fitting import plan as planning
 from ..fitting.memory import peak_memory, reset_peak
-from ..fitting.options import SEEDS
+from ..fitting.options import SEEDS, STOCK
 from ..fitting.record import storable
 from ..tasks import find, load
 from ..version import __version__
-from .spec import FORMAT, STOCK, Trial
+from .spec import FORMAT, Trial
 from .store import Store
 
 if TYPE_CHECKING:

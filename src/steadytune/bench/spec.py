@@ -22,7 +22,7 @@ from typing import Any
 from ..config import ALIASES, Document, Seed, Share, Text, Truth, Whole, checked, options, read, value
 from ..data.splits import usual_folds
 from ..errors import UsageError, suggest
-from ..fitting.options import SEEDS, Options
+from ..fitting.options import SEEDS, STOCK, Options
 from ..fitting.spelling import make_methods, make_procedure, method_record, procedure_record
 from ..heads.sentence_folder import sentence_folder
 from ..tasks import TASKS, find, layout, seen_by
@@ -383,14 +383,11 @@ def chosen_options(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-STOCK = {"head": "random", "pooling": "model"}  # what the options that came later mean for a run without them
-
-
 def in_use(recipe: Options, numbers: bool, averaged: bool = False) -> dict[str, Any]:
     """Options that affect a run.
 
     Those that came after the first studies count only where they change something, so that old ids stay valid:
-    `standardize` for numbers and when it is on, `head` and `pooling` when they are not `STOCK`.
+    `standardize` for numbers and when it is on, those of `STOCK` when they differ from it.
 
     Args:
         recipe: All options.

@@ -207,19 +207,37 @@ class Step:
         Raises:
             RuntimeError: Weights in pieces (FSDP2), whose backward cannot end at an activation.
         """
+        self._check_whole()
+        copies = self._same(dropout)
+        self.run.counted.add(copies, 0)
+        noise = noise.detach().requires_grad_()
+        with torch.enable_grad():
+            return self.slope(loss(self._forward(copies, dropout, {module: noise})), noise, dropout=dropout)
+
+    def slope(self, value: Tensor, noise: Tensor, *, dropout: Dropout = "same", keep: bool = False) -> Tensor:
+        """Gradient of a scalar with respect to noise that requires one, and that `forward` added to activations.
+
+        Args:
+            value: A scalar computed from the outputs of that forward.
+            noise: The noise.
+            dropout: The draw of that forward, which says how many copies of the batch go back through the model.
+            keep: Whether the graph stays, for a backward pass to the weights later.
+
+        Raises:
+            RuntimeError: As for `gradient`.
+        """
+        self._check_whole()
+        self.run.counted.add(0, self._same(dropout) / 2)
+        scale = torch.ldexp(torch.ones_like(value.detach()), -torch.frexp(value.detach()).exponent)
+        (slope,) = torch.autograd.grad(value * scale, noise, retain_graph=keep)
+        return torch.nan_to_num(slope / scale, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def _check_whole(self) -> None:
         if self.run.sharded:
             raise RuntimeError(
                 "a gradient with respect to activations cannot be taken through sharded weights (FSDP2): use "
                 "DistributedDataParallel, or R3F, whose noise is random"
             )
-        copies = self._same(dropout)
-        self.run.counted.add(copies, copies / 2)
-        noise = noise.detach().requires_grad_()
-        with torch.enable_grad(), _not_reentrant(shards.unwrap(self.model)):
-            value = loss(self._forward(copies, dropout, {module: noise}))
-            scale = torch.ldexp(torch.ones_like(value.detach()), -torch.frexp(value.detach()).exponent)
-            (slope,) = torch.autograd.grad(value * scale, noise)
-        return torch.nan_to_num(slope / scale, nan=0.0, posinf=0.0, neginf=0.0)
 
     def _same(self, dropout: Dropout) -> int:
         """Copies of the batch that a forward needs: the same draw takes the same shape."""
@@ -239,7 +257,8 @@ class Step:
         inputs = {**self.inputs, **(changes or {})}
         with contextlib.ExitStack() as stack:
             stack.enter_context(run.forked_rng())
-            if not torch.is_grad_enabled():  # reentrant checkpointing would warn of gradients that nobody wants
+            differentiated = any(t.requires_grad and t.is_leaf for t in add.values())  # see `slope`
+            if differentiated or not torch.is_grad_enabled():  # there reentrant checkpointing fails, or warns
                 stack.enter_context(_not_reentrant(shards.unwrap(self.model)))
             if dropout == "same":
                 self._random_state.restore()
@@ -315,6 +334,10 @@ class Step:
     def unpadded(self, values: Tensor) -> Tensor:
         """(batch, length, width) values with zeros at padding."""
         return values if self.real is None else values * self.real.unsqueeze(-1)
+
+    def lengths(self) -> Tensor:
+        """Number of real tokens of each example, of shape (batch,)."""
+        return self.unpadded(self.zeros(1) + 1).sum((1, 2))
 
     def per_example(self, values: Tensor) -> Tensor:
         """Mean over the real tokens of each example: (batch, length) -> (batch,)."""

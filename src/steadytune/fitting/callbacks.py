@@ -23,7 +23,10 @@ from .progress import progress_bar
 logger = logging.getLogger("steadytune")
 
 
-FAILING, FAILING_AFTER = 0.9, 0.2  # share of log K, share of the steps (Dodge et al. 2020, arXiv 2002.06305)
+FAILING, FAILING_AFTER = (
+    0.9,
+    0.2,
+)  # share of the loss of chance, log K, share of the steps (Dodge et al. 2020, arXiv 2002.06305)
 LEAST = 10  # smallest number of steps after which a run can be judged as failing
 SILENT = 30.0  # seconds between two lines of the log, without a bar
 
@@ -37,21 +40,21 @@ def judged_at(steps: int) -> int:
     return max(LEAST, int(FAILING_AFTER * steps))
 
 
-def _failing(state: Any, classes: int, after: int) -> bool:
+def _failing(state: Any, chance: float, after: int) -> bool:
     """Whether no logged loss was below the threshold so far; the log is part of checkpoints."""
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    return state.global_step >= after and bool(losses) and min(losses) > FAILING * math.log(classes)
+    return state.global_step >= after and bool(losses) and min(losses) > FAILING * chance
 
 
 class StopFailing(TrainerCallback):
-    """End a training whose loss has not fallen below 0.9 log K after 20 % of its steps."""
+    """End a training whose loss has not fallen below 0.9 of that of chance, log K, after 20 % of its steps."""
 
-    def __init__(self, classes: int) -> None:
-        self.classes = classes
+    def __init__(self, chance: float) -> None:
+        self.chance = chance
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         after = judged_at(args.max_steps)
-        if state.global_step == after and _failing(state, self.classes, after):
+        if state.global_step == after and _failing(state, self.chance, after):
             control.should_training_stop = True
 
 

@@ -1,4 +1,4 @@
-"""The Trainer of `fit`, with batches of similar length, a loss with class weights, and the result of a job."""
+"""The Trainer of `fit`, with batches of similar length, and the result of a job."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..data.metrics import smaller_is_better
-from ..data.problem import Problem
 from ..errors import UsageError, one_line
 from ..trainer import Trainer
 from .callbacks import Begun, Interrupt, KeepBest, _failing, best_moment, judged_at
@@ -33,7 +30,6 @@ logger = logging.getLogger("steadytune")
 # Entries of a Trainer's log that are kept, and their names in this package.
 HISTORY = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm", "forwards": "forwards",
            "backwards": "backwards"}  # fmt: skip
-SOFT = "soft"  # column of training rows: probabilities (classes) to learn in place of the label
 WINDOW = 50  # number of batches whose rows are sorted by length together
 
 
@@ -82,23 +78,6 @@ class Trained:
 def only_logits(logits: Any, labels: Any) -> Any:
     """Logits alone; encoder-decoders return more."""
     return logits[0] if isinstance(logits, (tuple, list)) else logits
-
-
-def weighted_loss(options: Options, rows: pd.DataFrame, problem: Problem) -> Callable[..., Tensor] | None:
-    """Loss with class weights, or with probabilities instead of labels; None for the model's own loss."""
-    if options.class_weights == "none" and SOFT not in rows:
-        return None
-    function = getattr(nn.functional, problem.loss)
-    weights: dict[str, Tensor] = {}
-    if options.class_weights != "none":
-        each = torch.tensor(problem.class_weights(rows["label"].tolist()), dtype=torch.float32)
-        weights = {"pos_weight" if problem.several else "weight": each}
-
-    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        here = {name: each.to(outputs.logits.device, outputs.logits.dtype) for name, each in weights.items()}
-        return function(outputs.logits, labels, **here)
-
-    return loss
 
 
 def arguments(
@@ -257,9 +236,9 @@ class FitTrainer(Trainer):
     def _over(self) -> bool:
         return super()._over() or self.ended
 
-    def failing(self, classes: int) -> bool:
-        """Whether the loss was never below 0.9 log K in the first 20 % of the steps or later."""
-        return bool(classes) and _failing(self.state, classes, judged_at(self.args.max_steps))
+    def failing(self, chance: float) -> bool:
+        """Whether the loss was never below 0.9 of that of chance in the first 20 % of the steps or later."""
+        return bool(chance) and _failing(self.state, chance, judged_at(self.args.max_steps))
 
     def trained(self, seeds: dict[str, int], seconds: float, failures: int, failing: bool) -> Trained:
         """Result of the job: the present model and the facts of its training."""

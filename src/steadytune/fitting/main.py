@@ -105,7 +105,7 @@ def fit(
         push_to_hub: Repository on the hub to which the finished folder is uploaded.
         **wanted: Further fields of `Options`, under their own names or those of transformers (lr or learning_rate):
             lr, batch_size, steps, epochs, max_length, dropout, bf16, lora, peft, head, pooling, class_weights,
-            evaluations, patience, calibrate, restarts, train_size, validation_share, seed ...
+            label_smoothing, focal, evaluations, patience, calibrate, restarts, train_size, validation_share, seed ...
 
     Raises:
         UsageError: The arguments or the data are not right; it is raised before training starts.

@@ -18,6 +18,8 @@ from ..errors import UsageError, suggest
 EPOCHS, MIN_STEPS, MAX_STEPS = 20, 400, 2000
 
 PEFT = ("lora", "ia3", "prefix", "prompt")
+# Options that came later, and what a record without them means. Records leave them out at these values.
+STOCK = {"head": "random", "pooling": "model", "label_smoothing": 0.0, "focal": 0.0}
 SEEDS = ("init", "subset", "data", "dropout", "method")  # the head, the rows, their order, dropout, masks and noise
 
 
@@ -54,6 +56,11 @@ class Options:
             first token without the dense layer before the head; see `methods.Pooling`. ``"auto"`` is the mean for
             single texts and a sentence encoder that was trained with it and whose dense layer was never trained.
         class_weights: ``"balanced"`` weights classes by inverse frequency.
+        label_smoothing: Share of each label's probability that is spread evenly over all classes, in [0, 1); 0.1 is
+            usual. The model becomes less sure of its answers, right and wrong ones; for classes (see `loss`).
+        focal: Exponent of the focal loss, which gives a row that is already right less weight: its loss is multiplied
+            by ``(1 - p) ** focal``, with p the probability of its label. 0 is the usual loss, 2 the authors' value; for
+            classes.
         standardize: Whether to train on standardised numbers. The output layer takes over mean and standard deviation
             at the end, after the last checkpoint; for regression.
         evaluations: Number of evaluations on the validation rows during training; the best weights are kept. 0 keeps
@@ -92,6 +99,8 @@ class Options:
     head: Literal["random", "logistic", "ridge"] = "random"
     pooling: Literal["auto", "model", "mean", "cls"] = "auto"
     class_weights: Literal["none", "balanced"] = "none"
+    label_smoothing: float = 0.0
+    focal: float = 0.0
     standardize: bool = True
     evaluations: int = 0
     patience: int | None = None
@@ -233,7 +242,7 @@ _SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 _SEED = ("between 0 and 2**32 - 1", lambda value: 0 <= value < 2**32)  # numpy's range
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("lr", "batch_size", "accumulation", "epochs", "max_length", "patience", "train_size"), _POSITIVE),
-    **dict.fromkeys(("weight_decay", "max_grad_norm", "steps", "evaluations", "restarts"), _NOT_NEGATIVE),
-    **dict.fromkeys(("warmup", "dropout", "validation_share"), _SHARE),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "steps", "evaluations", "restarts", "focal"), _NOT_NEGATIVE),
+    **dict.fromkeys(("warmup", "dropout", "validation_share", "label_smoothing"), _SHARE),
     **dict.fromkeys(("seed", *(f"{name}_seed" for name in SEEDS)), _SEED),
 }

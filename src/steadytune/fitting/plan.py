@@ -211,8 +211,10 @@ def _check_selection(plan: Plan) -> None:
         raise UsageError(f"{plan.metric} is the same at every threshold: choose another metric to tune it by, as f1.")
     if plan.options.calibrate and not plan.data.problem.classes:
         raise UsageError(f"calibrate is for classification, this is {plan.data.problem.kind}: leave it out.")
-    if plan.options.class_weights != "none" and not plan.data.problem.weighted:
-        raise UsageError("class_weights are for classification, this is regression: leave them out.")
+    if not plan.data.problem.weighted:
+        asked = {name: getattr(plan.options, name) for name in ("class_weights", "label_smoothing", "focal")}
+        for name in (name for name, value in asked.items() if value not in ("none", 0)):
+            raise UsageError(f"{name} is for classification, this is regression: leave it out.")
 
 
 def open_model(plan: Plan) -> Pretrained:

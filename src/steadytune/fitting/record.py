@@ -18,6 +18,7 @@ from ..files.atomic import write_json, write_whole, writing
 from ..version import __version__
 from .card import model_card
 from .folder import MEMBERS, RECORD, Output
+from .options import STOCK
 from .report_page import HISTORY, METRICS, MISTAKES, PAGE, PREDICTIONS, mistakes, write_page
 from .spelling import method_record, procedure_record
 
@@ -93,9 +94,7 @@ def _record(plan: Plan, pretrained: Pretrained) -> dict[str, Any]:
     own = {key: value for key, value in dataclasses.asdict(plan.options).items() if not key.endswith("seed")}
     del own["prompt"]  # below, as it stands before the texts
     own["pooling"] = pretrained.pooling
-    for key, stock in (("head", "random"), ("pooling", "model")):  # older records have neither
-        if own[key] == stock:
-            del own[key]
+    own = {key: value for key, value in own.items() if key not in STOCK or STOCK[key] != value}
     prompts = {} if pretrained.sentence is None else dict(pretrained.sentence.prompts)
     return {
         "format": 1,

@@ -29,8 +29,9 @@ from ..files import state
 from ..files.atomic import write_json
 from ..methods.bases.bilevel import BiLevel
 from .callbacks import Interrupt, KeepBest, KeepOutputs, Patience, Progress, StopAt, StopFailing
-from .fit_trainer import SOFT, FitTrainer, Trained, arguments, only_logits, weighted_loss
+from .fit_trainer import FitTrainer, Trained, arguments, only_logits
 from .folder import last_checkpoint
+from .loss import SOFT, chance, loss_of
 from .options import Options
 from .outputs import by_length, device, logits
 from .peft_models import adapted, read_model, write_model
@@ -123,9 +124,9 @@ class Setup:
             seeds = restarted(job.seeds, attempt)
             trainer = trainer or self.trainer(job, seeds, folder)
             if not last and self.classes:
-                trainer.add_callback(StopFailing(self.classes))
+                trainer.add_callback(StopFailing(chance(self.options, self.problem)))
             seconds = trainer.train_here(last_checkpoint(folder))
-            result = trainer.trained(seeds, seconds, attempt, trainer.failing(self.classes))
+            result = trainer.trained(seeds, seconds, attempt, trainer.failing(chance(self.options, self.problem)))
             result.hopeless = self.hopeless(result, job)
             if (result.failing or result.hopeless) and not last:
                 why = "the training loss does not fall" if result.failing else f"the model {result.hopeless}"
@@ -219,7 +220,7 @@ class Setup:
             data_collator=DataCollatorWithPadding(self.pretrained.tokenizer),
             preprocess_logits_for_metrics=only_logits,
             compute_metrics=measure if selecting else None,
-            compute_loss_func=weighted_loss(self.options, job.rows, self.problem),
+            compute_loss_func=loss_of(self.options, job.rows, self.problem),
             callbacks=callbacks,
             methods=methods,
             method_seed=seeds["method"],

@@ -39,6 +39,7 @@ METHODS = Registry(
         "lnsr": "lnsr:LNSR",
         "fgm": "adversarial:FGM",
         "pgd": "adversarial:PGD",
+        "freelb": "adversarial:FreeLB",
         "sam": "sam:SAM",
         "awp": "awp:AWP",
         "neftune": "neftune:NEFTune",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from .adapters import Adapters as Adapters
     from .adversarial import FGM as FGM
     from .adversarial import PGD as PGD
+    from .adversarial import FreeLB as FreeLB
     from .awp import AWP as AWP
     from .bi_drop import BiDrop as BiDrop
     from .child_tuning import ChildTuningD as ChildTuningD

@@ -1,4 +1,4 @@
-"""FGM and PGD: train also on adversarial embeddings.
+"""FGM, PGD and FreeLB: train also on adversarial embeddings.
 
 With x the embeddings of an example, norms over all its tokens, g = d task / dx and s the standard deviation of the
 embedding table's entries:
@@ -6,6 +6,8 @@ embedding table's entries:
     L = task(x) + weight * task(x + s d)
     FGM      d = epsilon * g / ||g||_2  at x
     PGD      d <- Proj(d + step_size * g / ||g||_2)  onto ||d||_2 <= epsilon, with g at x + s d, from d = 0
+    FreeLB   the mean of task(x + s d) over all d on the way of PGD, from d = epsilon / sqrt(L * width) * U(-1, 1),
+             L the number of tokens of the example
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from ..core import Method, Run, Step, Within, shards
 from ..core.facts import Cost, Paper
-from ..core.step import perturbed, width
+from ..core.step import Dropout, perturbed, width
 
 
 @dataclass
@@ -75,9 +77,8 @@ class FGM(Method):
 
     def direction(self, step: Step, noise: Tensor) -> Tensor:
         """Gradient of the task loss at embeddings perturbed by d, of L2 norm 1 per example."""
-        noise = self.unit * noise
-        gradient = step.unpadded(step.gradient(self.embedding, noise, step.task_loss, dropout="fresh"))
-        return gradient / norms(gradient).clamp(min=torch.finfo(gradient.dtype).tiny)
+        gradient = step.gradient(self.embedding, self.unit * noise, step.task_loss, dropout="fresh")
+        return normalised(step.unpadded(gradient))
 
     def state_dict(self) -> dict[str, Any]:
         return {"unit": self.unit}
@@ -122,9 +123,75 @@ class PGD(FGM):
     def attack(self, step: Step) -> Tensor:
         noise = step.zeros(width(self.embedding))
         for _ in range(self.steps):
-            moved = noise + self.step_size * self.direction(step, noise)
-            noise = moved * (self.epsilon / norms(moved).clamp(min=torch.finfo(moved.dtype).tiny)).clamp(max=1)
+            noise = self.move(noise, self.direction(step, noise))
         return noise
+
+    def move(self, noise: Tensor, direction: Tensor) -> Tensor:
+        """One step of ascent, back into the ball."""
+        moved = noise + self.step_size * direction
+        return moved * (self.epsilon / norms(moved).clamp(min=torch.finfo(moved.dtype).tiny)).clamp(max=1)
+
+
+@dataclass
+class FreeLB(PGD):
+    """Add the mean of the task losses at all perturbations on the way of `PGD`, which then needs no forward of its own.
+
+    Args:
+        epsilon: Radius of the ball, in the unit of `FGM`. The ascent starts at a random point of about
+            ``epsilon / sqrt(3)`` from its centre.
+        steps: Number of perturbations, each of which the weights are trained on; the paper has 2 or 3.
+
+    Each forward to the weights is also the one whose gradient gives the next perturbation. All of them have the dropout
+    draw of the task's own forward, as in the paper; beside `RDrop` each has its own. Padding is never perturbed. The
+    activations of all ``steps`` forwards are in memory at once, because the loop sends their losses back together.
+
+    Departures:
+        The loss of the clean inputs stays beside the mean; the authors train on the perturbed inputs alone, the first
+        of which are the clean ones in some of their settings. Lengths are in standard deviations of the embedding
+        table, as for `FGM`; the authors' are absolute. They send each loss back as it is computed, which holds the
+        activations of one forward only.
+
+    Raises:
+        ValueError: In setup, for a model without a token embedding.
+        RuntimeError: At the first step, for weights in pieces (FSDP2).
+    """
+
+    steps: Annotated[int, Within("[1, inf)")] = 2
+
+    cost: ClassVar = Cost(passes=10 / 3)
+    paper: ClassVar = Paper(
+        authors=("Chen Zhu", "Yu Cheng", "Zhe Gan", "Siqi Sun", "Tom Goldstein", "Jingjing Liu"),
+        title="FreeLB: Enhanced Adversarial Training for Natural Language Understanding",
+        booktitle="International Conference on Learning Representations",
+        venue="ICLR",
+        year=2020,
+        arxiv="1909.11764",
+    )
+
+    def penalty(self, step: Step) -> Tensor | None:
+        if not self.weight:
+            return None
+        dropout: Dropout = "fresh" if step.copies > 1 else "same"  # the loss of one copy of several is not known
+        noise, losses = self.start(step), []
+        for left in reversed(range(self.steps)):
+            shift = (self.unit * noise).requires_grad_()
+            loss = step.task_loss(step.forward(dropout=dropout, add={self.embedding: shift}))
+            losses.append(loss)
+            if left:
+                slope = step.slope(loss, shift, dropout=dropout, keep=True)
+                noise = self.move(noise, normalised(step.unpadded(slope)))
+        return self.weight * step.as_penalty(torch.stack(losses).mean())
+
+    def start(self, step: Step) -> Tensor:
+        """The first perturbation: uniform, smaller for longer examples."""
+        size = width(self.embedding)
+        entries = step.lengths().clamp(min=1).view(-1, 1, 1) * size
+        return self.epsilon / entries.sqrt() * step.draw(self, size, "uniform")
+
+
+def normalised(values: Tensor) -> Tensor:
+    """Values of each example divided by their L2 norm; zeros stay."""
+    return values / norms(values).clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def norms(values: Tensor) -> Tensor:

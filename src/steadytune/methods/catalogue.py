@@ -212,7 +212,10 @@ def overview() -> str:
 
 def imports() -> str:
     """The imports of `steadytune.methods` that type checkers read."""
-    places = sorted((place.split(":") for place in METHODS.own.values()), key=lambda place: (place[0], place[1]))
+    places = sorted(
+        (place.split(":") for place in METHODS.own.values()),
+        key=lambda place: (place[0], not place[1].isupper(), place[1]),
+    )
     lines = [f"    from .{file} import {kind} as {kind}" for file, kind in places]
     return "\n".join(["if TYPE_CHECKING:", *lines])
 

@@ -24,7 +24,7 @@ class NEFTune(Method):
     """Add uniform noise to the token embeddings in training, smaller for longer examples.
 
     Args:
-        alpha: size of the noise: an example's noise has an L2 norm of about ``alpha / sqrt(3)`` over all its tokens.
+        alpha: Size of the noise: an example's noise has an L2 norm of about ``alpha / sqrt(3)`` over all its tokens.
             The authors try 5, 10 and 15.
 
     The noise acts in the task's own forward alone. The further passes of penalties and of other methods have none, and
@@ -37,7 +37,7 @@ class NEFTune(Method):
         length to which the batch is padded, and adds noise to padding too; so does ``neftune_noise_alpha``.
 
     Raises:
-        ValueError: in setup, for a model without a token embedding.
+        ValueError: In setup, for a model without a token embedding.
     """
 
     alpha: Annotated[float, Within("[0, inf)")] = 5.0
@@ -68,5 +68,4 @@ class NEFTune(Method):
 
     def scale(self, step: Step, size: int) -> Tensor:
         """Largest entry of the noise of each example, of shape (batch, 1, 1)."""
-        tokens = step.unpadded(step.zeros(1) + 1).sum(1, keepdim=True)
-        return self.alpha / (tokens.clamp(min=1) * size).sqrt()
+        return self.alpha / (step.lengths().clamp(min=1).view(-1, 1, 1) * size).sqrt()
