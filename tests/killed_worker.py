@@ -18,5 +18,5 @@ def train(folder: str, output: str) -> None:
     fit(
         toy(40), model=str(Path(folder, "bert")), output=Path(folder, output), tests={"test": toy(20, start=100)},
         methods=["dps_mix:update_ratio=0.1", "ema"], steps=80, batch_size=4, lr=1e-3, save_steps=4, progress=False,
-        text="text", label="label", resume=status is not None,
+        text="text", label="label", head="logistic", resume=status is not None,
     )  # fmt: skip

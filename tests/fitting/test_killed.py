@@ -16,7 +16,7 @@ from helpers import KILLS
 
 
 def test_killed_at_random_moments_and_resumed_equals_uninterrupted(tmp_path):
-    """In the middle of DPS stages, of checkpoints, of loading, of writing the result: wherever it falls."""
+    """While features are read, in DPS stages, in checkpoints, while loading, while the result is written."""
     save_tiny_bert(tmp_path / "bert")
     processes = multiprocessing.get_context("forkserver")  # imports once: moments of the run are hit, not of imports
     processes.set_forkserver_preload(
