@@ -38,6 +38,7 @@ class _OneName(typer.core.TyperCommand):
 
 
 INPUT, TRAINING, SELECTION, SEEDS, OUTPUT = "Data", "Training", "Selection", "Seeds", "Output"
+SHOWN_SUBGROUPS = 10  # of each set, the worst first
 
 
 def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
@@ -86,6 +87,10 @@ def fit(
     label_separator: LabelSeparator = None,
     group: Annotated[
         str | None, _option(INPUT, "Column of groups; rows of one group stay on one side of each split.")
+    ] = None,
+    subgroup: Annotated[
+        list[str] | None,
+        _option(INPUT, "Column of subgroups, such as a source: each is scored, and methods read it. Repeatable."),
     ] = None,
     kind: Annotated[str, _option(INPUT, "auto, classification, multilabel or regression.")] = "auto",
     metric: Annotated[str | None, _option(INPUT, "Metric used for selection and shown first.")] = None,
@@ -227,6 +232,10 @@ def fit(
             "best one on the validation rows. [dim]\\[default: 0.5][/]",
         ),
     ] = None,
+    worst_subgroup: Annotated[
+        bool,
+        _option(SELECTION, "Select by the score of the worst subgroup instead of all rows.", "--worst-subgroup"),
+    ] = False,
     restarts: Annotated[
         int,
         _option(SELECTION, "Number of restarts of a run whose loss is still above 0.9 log K after 20 % of the steps."),
@@ -280,6 +289,7 @@ def fit(
             **{name: given[name] for name in (*same, *(field.name for field in dataclasses.fields(Options)))},
             "text": text or None,
             "label": label or None,
+            "subgroup": subgroup or None,
             "methods": method or [],
             "tests": tests,
             "metric": metric,
@@ -732,6 +742,7 @@ def _show(result: Any) -> None:
     """The scores, one line a set and metric, the metric that counts first; what is wrong comes last."""
     from rich.markup import escape
 
+    from .data.scores import worst_first
     from .pages.words import bounds_words, counted, score_names, spread_words
 
     console = Console()
@@ -751,7 +762,12 @@ def _show(result: Any) -> None:
         for name in names:
             beside = [spread_words(scores.get(part) or {}, name) for part in shown]
             figures = [spread_words(scores, name), bounds_words(scores, name), *beside]
-            grid.add_row(f" {name}", *figures, end_section=name == names[-1])
+            grid.add_row(f" {name}", *figures, end_section=name == names[-1] and not scores.get("subgroups"))
+        parts = worst_first(scores, result.metric)[:SHOWN_SUBGROUPS]
+        for part, own in parts:
+            about = f" {result.metric} of {escape(part)}, {counted(own['rows'], 'row')}"
+            figures = [spread_words(own, result.metric), bounds_words(own, result.metric)]
+            grid.add_row(about, *figures, *[""] * len(shown), end_section=part == parts[-1][0])
     if result.metrics:
         console.print(grid)
         if any(scores["selected"] for scores in result.metrics.values()):

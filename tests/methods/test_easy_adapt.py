@@ -108,7 +108,7 @@ def test_batches_without_domains_or_with_others_are_refused():
     for odd in (DOMAINS + 1, DOMAINS - 1, DOMAINS.float(), DOMAINS[:, None]):
         with pytest.raises(ValueError, match=r"one whole number a row"):
             run_of(bert(), EasyAdapt(2)).loss({**batch, "domain": odd})
-    with pytest.raises(UsageError, match=r"reads the column 'domain' .* use steadytune\.Trainer"):
+    with pytest.raises(UsageError, match=r"EasyAdapt reads the subgroup of each row: name the column .*--subgroup"):
         make_plan(toy(40), model="m", text="text", label="label", methods=["easy_adapt"])
 
 

@@ -42,6 +42,7 @@ class OwnTables:
         label: The label column, found in the same way; or one column of 0 and 1 for each class.
         label_separator: Text between several labels in one cell.
         group: Column of groups; rows of one group stay in one fold.
+        subgroup: Column, or columns, that name the subgroup of each row, which methods read.
         kind: Kind of task; decided from the labels by default.
         metric: Metric of the task; by default the first of its kind.
         folds: Number of folds of the cross-validation; by default 5, or 10 below 200 rows. The run with seed s holds
@@ -59,6 +60,7 @@ class OwnTables:
     label: Annotated[Text | tuple[Text, ...], Rule("the name of a column, or a list of names")] | None = None
     label_separator: Text | None = None
     group: Text | None = None
+    subgroup: tuple[Text, ...] | None = None
     kind: Kind = "auto"
     metric: Text | None = None
     folds: Annotated[int, Rule("a whole number from 2 on", ge=2)] | None = None
@@ -98,8 +100,9 @@ class OwnTables:
             UsageError: A file cannot be read.
         """
         train = Table.of(
-            expanded(self.train), self.text, self.label, "train", self.kind, self.group, self.label_separator
-        )
+            expanded(self.train), self.text, self.label, "train", self.kind, self.group, self.label_separator,
+            self.subgroup,
+        )  # fmt: skip
         tests = {name: Table.of(expanded(file), self.text, self.label, name) for name, file in self.tests.items()}
         return train, tests
 

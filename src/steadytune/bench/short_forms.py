@@ -60,8 +60,9 @@ def _own_table(name: str, about: Any, document: Document) -> Any:
     if not isinstance(about, Mapping):
         return {"name": name, "train": about}
     full = {"name": name, **about}
-    if isinstance(text := full.get("text"), str):
-        full["text"] = [text]
+    for key in ("text", "subgroup"):
+        if isinstance(full.get(key), str):
+            full[key] = [full[key]]
     seen: set[str] = set()
     for key in ("test", "out_of_domain"):
         files = full.get(key, {})

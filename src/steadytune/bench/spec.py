@@ -322,6 +322,7 @@ class Study:
             "text": list(table.text or ()),
             **table.form.record(),
             "group": own.group,
+            **({"subgroup": list(own.subgroup)} if own.subgroup else {}),
             **({"folds": own.folds or usual_folds(data.train)} if own.crossed else {}),
         }
         return _Task(spec, data.problem.metric(self.metric or own.metric).name, not data.problem.names, own)

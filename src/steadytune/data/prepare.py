@@ -29,8 +29,8 @@ logger = logging.getLogger("steadytune")
 class Data:
     """Checked splits.
 
-    Rows are frames with `text`, `text_pair` for pairs, `label`, and `group` where there is one. The index is the number
-    of the row in its file.
+    Rows are frames with `text`, `text_pair` for pairs, `label`, and `group` and `subgroup` where there are such. The
+    index is the number of the row in its file.
 
     Attributes:
         train: Training rows.
@@ -55,6 +55,8 @@ class Data:
             out[name] = {"source": self.origins[name], "rows": len(rows), "sha256": fingerprint(rows)}
             if self.problem.names:
                 out[name]["labels"] = self.problem.counts(rows["label"])
+            if "subgroup" in rows:
+                out[name]["subgroups"] = {str(part): int(n) for part, n in rows["subgroup"].value_counts().items()}
             if name != "train":
                 out[name]["also_in_train"] = self.overlap(name)
         return out

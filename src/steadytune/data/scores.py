@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .metrics import Metric
+from .metrics import Metric, smaller_is_better
 from .problem import Problem
 
 TRIED = 200  # largest number of thresholds to try
@@ -24,6 +24,7 @@ def full_scores(
     scores: np.ndarray,
     constant: np.ndarray | None = None,
     selected: bool = False,
+    subgroups: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """All recorded scores of one set, ready for JSON.
 
@@ -35,26 +36,81 @@ def full_scores(
         constant: What a model answers that reads no text, as `Problem.constant` gives it; without it there is no
             baseline.
         selected: Whether these rows selected the model.
+        subgroups: Name of the subgroup of each row (rows,).
 
     Returns:
         ``rows`` and every metric by name, and beside them ``intervals`` and ``baseline`` (both by metric), ``classes``
         (rows by class), ``selected``, ``notes`` (sentences), and for classes ``per_class`` and, one class a row,
-        ``confusion`` (rows by gold class and by predicted class).
+        ``confusion`` (rows by gold class and by predicted class). With subgroups also ``subgroups``: by name, the
+        ``rows``, every metric, and ``intervals``.
     """
     labels = pd.Series(gold, dtype=object)
     return {
-        "rows": len(gold),
-        **problem.score(gold, predicted, scores),
-        "intervals": {
-            name: None if bounds is None else list(bounds)
-            for name, bounds in problem.intervals(gold, predicted, scores).items()
-        },
+        **_with_intervals(problem, gold, predicted, scores),
         **({} if constant is None else {"baseline": baseline(problem, gold, constant)}),
         "classes": problem.counts(labels),
         "selected": selected,
         "notes": _notes(problem, gold),
         **_by_class(problem, gold, predicted),
+        **({} if subgroups is None else {"subgroups": _by_subgroup(problem, gold, predicted, scores, subgroups)}),
     }
+
+
+def _with_intervals(
+    problem: Problem, gold: np.ndarray, predicted: np.ndarray, scores: np.ndarray
+) -> dict[str, float | int | dict[str, list[float] | None] | None]:
+    """Number of rows, every metric, and their intervals."""
+    intervals = problem.intervals(gold, predicted, scores)
+    return {
+        "rows": len(gold),
+        **problem.score(gold, predicted, scores),
+        "intervals": {name: None if bounds is None else list(bounds) for name, bounds in intervals.items()},
+    }
+
+
+def _by_subgroup(
+    problem: Problem, gold: np.ndarray, predicted: np.ndarray, scores: np.ndarray, subgroups: np.ndarray
+) -> dict[str, Any]:
+    """Scores of the rows of each subgroup, in the order of their names."""
+    parts = {str(name): subgroups == name for name in sorted(set(subgroups))}
+    return {name: _with_intervals(problem, gold[at], predicted[at], scores[at]) for name, at in parts.items()}
+
+
+def subgroups_of(rows: pd.DataFrame) -> np.ndarray | None:
+    """Name of the subgroup of each row (rows,); None for rows without subgroups."""
+    named = "subgroup" in rows and rows["subgroup"].notna().all()
+    return rows["subgroup"].to_numpy(dtype=object) if named else None
+
+
+def worst_first(scores: Mapping[str, Any], metric: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """Names and scores of the subgroups of a set, the worst first; empty without subgroups.
+
+    Args:
+        scores: Scores of a set, as `full_scores` gives them.
+        metric: Name of a metric. Subgroups where it is undefined come last.
+    """
+    sign = -1 if smaller_is_better(metric) else 1
+    parts = (scores.get("subgroups") or {}).items()
+    return sorted(parts, key=lambda part: np.inf if part[1].get(metric) is None else sign * part[1][metric])
+
+
+def worst_value(
+    metric: Metric, gold: np.ndarray, given: np.ndarray, names: Sequence[str], subgroups: np.ndarray | None
+) -> float | None:
+    """The metric of the subgroup with the worst score, for selection; of all rows without subgroups.
+
+    Args:
+        metric: The metric.
+        gold: Labels (rows,).
+        given: Labels (rows,), or probabilities (rows, classes) if the metric needs them.
+        names: Class names.
+        subgroups: Name of the subgroup of each row (rows,).
+    """
+    if subgroups is None:
+        return metric.compute(gold, given, names)
+    parts = (subgroups == name for name in set(subgroups))
+    values = [value for at in parts if (value := metric.compute(gold[at], given[at], names)) is not None]
+    return min(values, key=metric.goodness, default=None)
 
 
 def baseline(problem: Problem, gold: np.ndarray, constant: np.ndarray) -> dict[str, float | None]:
@@ -142,7 +198,9 @@ def warnings(
     return sentences
 
 
-def best_threshold(problem: Problem, gold: np.ndarray, scores: np.ndarray, metric: Metric) -> float:
+def best_threshold(
+    problem: Problem, gold: np.ndarray, scores: np.ndarray, metric: Metric, subgroups: np.ndarray | None = None
+) -> float:
     """Threshold with the best score, among midpoints of neighbouring probabilities; of equals, the one nearest to 0.5.
 
     Args:
@@ -150,6 +208,7 @@ def best_threshold(problem: Problem, gold: np.ndarray, scores: np.ndarray, metri
         gold: Labels (rows,).
         scores: Probabilities (rows, classes).
         metric: Metric of labels.
+        subgroups: Name of the subgroup of each row (rows,), to take the score of the worst one.
     """
     chances = np.unique(scores if problem.several else scores[:, 1])
     between = (chances[1:] + chances[:-1]) / 2
@@ -158,6 +217,6 @@ def best_threshold(problem: Problem, gold: np.ndarray, scores: np.ndarray, metri
 
     def goodness(threshold: float) -> tuple[float, float]:
         decided = problem.at(threshold).decide(scores)
-        return metric.goodness(metric.compute(gold, decided, problem.names)), -abs(threshold - 0.5)
+        return metric.goodness(worst_value(metric, gold, decided, problem.names, subgroups)), -abs(threshold - 0.5)
 
     return max([0.5, *map(float, between)], key=goodness)

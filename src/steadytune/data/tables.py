@@ -25,6 +25,8 @@ Kind = Literal["auto", "classification", "multilabel", "regression"]
 # Above this many different values the table no longer tells classes from something else (scores, ids, free text).
 MANY_CLASSES = 20
 
+MOST_SUBGROUPS = 50  # more are names or numbers of single rows, which nobody reads scores of
+
 # Column names by which text and label are known, whatever their case; an earlier line wins.
 LABELS = (
     ("label", "labels", "target", "targets", "y", "gold_label"),
@@ -58,6 +60,8 @@ class Table:
         coarser: Class name to the coarser (or other) name it is scored under, for gold labels and predictions alike;
             only for test sets whose label scheme differs from the training set's.
         group: The column whose equal values keep rows on one side of a split.
+        subgroup: Columns whose values, together, name the subgroup of each row: the parts of the rows that are scored
+            one by one. The label column may be among them.
         label_separator: What stands between the labels of one cell; None: a cell is one label, or a list.
     """
 
@@ -70,6 +74,7 @@ class Table:
     coarser: Mapping[str, str] = field(default_factory=dict)
     group: str | None = None
     label_separator: str | None = None
+    subgroup: tuple[str, ...] = ()
 
     @property
     def columns(self) -> tuple[tuple[str, ...], Label]:
@@ -94,6 +99,7 @@ class Table:
         kind: Kind = "auto",
         group: str | None = None,
         label_separator: str | None = None,
+        subgroup: str | Sequence[str] | None = None,
     ) -> Table:
         """A Table from any source that `read_rows` takes; a Table stays as it is.
 
@@ -104,7 +110,11 @@ class Table:
             return data
         frame, origin = read_rows(data, f"the {name} table")
         named = None if text is None else tuple(map(column_name, text))
-        return cls(frame, origin, named, as_label(label), kind, group=_string(group), label_separator=label_separator)
+        parts = (subgroup,) if isinstance(subgroup, str) else subgroup or ()
+        return cls(
+            frame, origin, named, as_label(label), kind, group=_string(group), label_separator=label_separator,
+            subgroup=tuple(map(column_name, parts)),
+        )  # fmt: skip
 
 
 def _string(name: Any) -> str | None:
@@ -121,7 +131,8 @@ def resolve(table: Table, other: Sequence[str] = ()) -> Table:
 
     Args:
         table: Table whose `text` or `label` may be None.
-        other: Columns that are neither text nor label; the group is known to be neither.
+        other: Columns that are neither text nor label; the group is known to be neither, and a column of subgroups is
+            the label only where it is named as the label.
 
     Raises:
         UsageError: No column fits, or more than one; the message lists them.
@@ -130,7 +141,7 @@ def resolve(table: Table, other: Sequence[str] = ()) -> Table:
         raise UsageError(f"{table.origin}: the table has no rows.")
     if table.text is not None and table.label is not None:
         return table
-    taken = {*other, table.group, *(table.text or ()), *_tuple(table.label)}
+    taken = {*other, table.group, *table.subgroup, *(table.text or ()), *_tuple(table.label)}
     columns = table.frame.columns
     _refuse_twins([column for column in columns[columns.duplicated()] if column not in taken], table)
     free = [column for column in columns[~columns.duplicated(keep=False)] if column not in taken]
@@ -247,11 +258,16 @@ def _like_label(column: pd.Series) -> bool:
 def _follow(table: Table, train: Table) -> Table:
     """A test table that takes from the training table which columns to read, unless it says so itself."""
     group = train.group if train.group in table.frame.columns else None
+    subgroup = train.subgroup if {*train.subgroup} <= {*table.frame.columns} else ()
+    if len(subgroup) < len(train.subgroup):
+        missing = next(column for column in train.subgroup if column not in table.frame.columns)
+        logger.info("%s: no column %r, so that its subgroups are not scored", table.origin, missing)
     return dataclasses.replace(
         table,
         text=table.text or train.text,
         label=table.label or train.label,
         group=table.group or group,
+        subgroup=table.subgroup or subgroup,
         label_separator=table.label_separator or train.label_separator,
     )
 
@@ -277,7 +293,7 @@ def texts(table: Table) -> pd.DataFrame:
 
 
 def examples(table: Table) -> pd.DataFrame:
-    """The checked rows: `text`, `text_pair` for two columns, `label`, `group` if there is one.
+    """The checked rows: `text`, `text_pair` for two columns, `label`, `group` and `subgroup` if there is one.
 
     A label is what stands in the file, or the list of the row's labels where a separator or several columns tell them.
 
@@ -300,7 +316,33 @@ def examples(table: Table) -> pd.DataFrame:
         groups = table.frame[table.group]
         refuse(is_empty(groups), f"group column {table.group!r}", "empty", table.origin)
         rows["group"] = [label_name(value) for value in groups]
+    if table.subgroup:
+        rows["subgroup"] = _subgroups(table, text)
     return rows
+
+
+def _subgroups(table: Table, text: Sequence[str]) -> list[str]:
+    """Name of the subgroup of each row: the value of one column, or as in "source=web, label=1".
+
+    Raises:
+        UsageError: An unknown column, a text column, empty cells, or too many subgroups.
+    """
+    columns = table.subgroup
+    for column in columns:
+        if column in text:
+            raise UsageError(f"subgroup and text must be different columns, got {column!r} for both.")
+        _check_column(table, column, "subgroup")
+        refuse(is_empty(table.frame[column]), f"subgroup column {column!r}", "empty", table.origin)
+    values = [[label_name(value) for value in table.frame[column]] for column in columns]
+    if len(columns) > 1:
+        values = [[f"{column}={value}" for value in own] for column, own in zip(columns, values, strict=True)]
+    names = [", ".join(parts) for parts in zip(*values, strict=True)]
+    if (count := len(set(names))) > MOST_SUBGROUPS:
+        raise UsageError(
+            f"{table.origin}: {' and '.join(map(repr, columns))} make {count} subgroups of {len(names)} rows, more "
+            f"than {MOST_SUBGROUPS}: name a column with few values, or cut its numbers into ranges."
+        )
+    return names
 
 
 def keys(rows: pd.DataFrame) -> list[tuple[str, ...]]:

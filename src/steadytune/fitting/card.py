@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..data.problem import Problem
+from ..data.scores import worst_first
 from ..heads.sentence_folder import prompts_words
 from ..pages.words import (
     NONE,
@@ -23,7 +24,7 @@ from ..pages.words import (
     score_words,
     spread_words,
 )
-from .report_page import PROBE_NOTE, file_name
+from .report_page import PROBE_NOTE, SUBGROUP_NOTE, file_name
 
 TASK = "text-classification"  # as the hub calls it, for numbers too
 SHOWN_CLASSES = 30  # in the table of classes
@@ -268,7 +269,21 @@ def _results(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]
             yield f"| {' | '.join(map(_cell, cells))} |"
     yield "\nThe interval is for other rows of the same kind. A constant answer reads no text."
     yield f"{PROBE_NOTE}\n" if "probe" in beside else ""
+    yield from _subgroups(metrics, metric, metric_words(metric, labels))
     yield from _classes(metrics)
+
+
+def _subgroups(metrics: Mapping[str, Mapping[str, Any]], metric: str, words: str) -> Iterator[str]:
+    """The subgroups of each set, the worst first."""
+    if not any(scores.get("subgroups") for scores in metrics.values()):
+        return
+    yield "Subgroups, the worst first:\n"
+    yield f"| set | subgroup | rows | {_cell(words)} | 95 % interval |\n|---|---|---|---|---|"
+    for name, scores in metrics.items():
+        for part, own in worst_first(scores, metric):
+            cells = [name, part, own["rows"], spread_words(own, metric), bounds_words(own, metric)]
+            yield f"| {' | '.join(map(_cell, cells))} |"
+    yield f"\n{SUBGROUP_NOTE}\n"
 
 
 def _in_words(name: str, scores: Mapping[str, Any], file: str, words: str, metric: str) -> Iterator[str]:

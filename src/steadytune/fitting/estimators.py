@@ -29,6 +29,7 @@ SET_HERE = {
     "label": "is told by y",
     "tests": "are scored by predict and score",
     "kind": "is told by the class of the estimator and by y",
+    "subgroup": "is told by subgroups of fit(X, y, subgroups=...)",
     "output": "is a parameter of its own",
     "overwrite": "is always on",
     "save_steps": "is always 0",
@@ -97,7 +98,9 @@ class _Steady(BaseEstimator):
             self.options = {**(self.options or {}), **{k.removeprefix("options__"): v for k, v in nested.items()}}
         return self
 
-    def _fit(self, X: Any, labels: Sequence[Any], sample_weight: Any = None, *, kind: Kind | None = None) -> None:
+    def _fit(
+        self, X: Any, labels: Sequence[Any], sample_weight: Any, subgroups: Any, *, kind: Kind | None = None
+    ) -> None:
         if sample_weight is not None:
             raise UsageError(
                 "sample_weight is not supported: leave it out, repeat rows, or weigh the classes with "
@@ -110,14 +113,20 @@ class _Steady(BaseEstimator):
         if len(table) != len(labels):
             raise UsageError(f"X has {len(table)} rows, y has {len(labels)}: give one label per row.")
         text = tuple(table.columns)
-        label = next(name for name in ("label", "y", *(f"label {i}" for i in range(9))) if name not in text)
+        label, part = (_free(name, text) for name in ("label", "subgroup"))
+        columns = {label: pd.Series(list(labels), dtype=object)}
+        if subgroups is not None:
+            if len(subgroups) != len(table):
+                raise UsageError(f"X has {len(table)} rows, subgroups has {len(subgroups)}: give one subgroup per row.")
+            columns[part] = pd.Series(list(subgroups), dtype=object)
         own = self.get_params(deep=False)
         settings = {k: v for k, v in own.items() if k not in ("random_state", "output", "options")}
         with tempfile.TemporaryDirectory() as scratch:
             self.result_ = fit(
-                table.assign(**{label: pd.Series(list(labels), dtype=object)}),
+                table.assign(**columns),
                 text=text,
                 label=label,
+                subgroup=None if subgroups is None else part,
                 kind=kind or self._kind,
                 output=Path(scratch, "model") if self.output is None else self.output,
                 overwrite=self.output is not None,
@@ -142,6 +151,13 @@ class _Steady(BaseEstimator):
         tags.input_tags.string = tags.input_tags.two_d_array = True
         tags.non_deterministic = False
         return tags
+
+
+def _free(name: str, taken: Sequence[str]) -> str:
+    """A column name that is not taken."""
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _seed(random_state: Any) -> Any:
@@ -186,30 +202,32 @@ class SteadyClassifier(ClassifierMixin, _Steady):
 
     _kind = "classification"
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> SteadyClassifier:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, subgroups: Any = None) -> SteadyClassifier:
         """Fine-tune on texts (rows,) or (rows, 1 or 2) and labels (rows,), or several labels a row.
 
         Args:
             X: Texts.
             y: Labels.
             sample_weight: Not supported; giving it raises a clear error.
+            subgroups: Name of the subgroup of each row (rows,), for methods that read it and for scores of each.
 
         Raises:
             UsageError: What `steadytune.fit` refuses, and weights of rows.
         """
         matrix = None
         if self._separator is not None:
-            self._fit(X, _column(y).tolist(), sample_weight, kind="multilabel")
+            self._fit(X, _column(y).tolist(), sample_weight, subgroups, kind="multilabel")
             self.classes_ = np.array(self.model_.problem.names, dtype=object)
         elif (matrix := _matrix(y)) is not None:
             _check_matrix(matrix)
             self.classes_ = matrix.columns.to_numpy()
             rows = [[_name(label) for label in self.classes_[row]] for row in matrix.to_numpy()]
-            self._fit(X, rows, sample_weight, kind="multilabel")
+            self._fit(X, rows, sample_weight, subgroups, kind="multilabel")
         elif (lists := _lists(y)) is not None:
             known = _sorted({label for row in lists for label in row})
             self.classes_ = np.fromiter(known, dtype=object, count=len(known))
-            self._fit(X, [[_name(label) for label in row] for row in lists], sample_weight, kind="multilabel")
+            lists = [[_name(label) for label in row] for row in lists]
+            self._fit(X, lists, sample_weight, subgroups, kind="multilabel")
         else:
             labels = _labels(y)
             try:
@@ -217,7 +235,7 @@ class SteadyClassifier(ClassifierMixin, _Steady):
             except TypeError:
                 kinds = ", ".join(sorted({type(label).__name__ for label in labels}))
                 raise UsageError(f"y holds labels of several types ({kinds}): give them one type.") from None
-            self._fit(X, [_name(label) for label in labels], sample_weight)
+            self._fit(X, [_name(label) for label in labels], sample_weight, subgroups)
         self._is_matrix = matrix is not None
         self._columns()
         return self
@@ -289,7 +307,7 @@ class SteadyRegressor(RegressorMixin, _Steady):
 
     _kind = "regression"
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> SteadyRegressor:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, subgroups: Any = None) -> SteadyRegressor:
         """Fine-tune on texts (rows,) or (rows, 1 or 2) and numbers (rows,).
 
         Raises:
@@ -297,7 +315,7 @@ class SteadyRegressor(RegressorMixin, _Steady):
         """
         if getattr(y, "ndim", 1) == 2 and y.shape[1] != 1:
             raise UsageError(f"y has shape {y.shape}: give one number per row.")
-        self._fit(X, _labels(y).tolist(), sample_weight)
+        self._fit(X, _labels(y).tolist(), sample_weight, subgroups)
         return self
 
     def predict(self, X: Any) -> np.ndarray:

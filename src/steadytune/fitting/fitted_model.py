@@ -16,7 +16,7 @@ from ..data.files import sequence_rows
 from ..data.forms import Label, as_label, form_of
 from ..data.guards import truncated
 from ..data.problem import Problem
-from ..data.scores import full_scores
+from ..data.scores import full_scores, subgroups_of
 from ..data.tables import Table, examples, texts
 from ..errors import UsageError, one_line
 from .encoding import check_vocabulary, token_counts, tokenise
@@ -46,6 +46,7 @@ class FittedModel:
         bf16: Whether to use bfloat16 autocast, as in training.
         constant: Answer without reading a text, from `Problem.constant` on the training rows; it is the baseline of
             scores.
+        subgroup: Columns of tables that name the subgroup of each row, for `evaluate`.
     """
 
     def __init__(
@@ -61,11 +62,12 @@ class FittedModel:
         prompt: str = "",
         bf16: bool = False,
         constant: np.ndarray | None = None,
+        subgroup: Sequence[str] = (),
     ) -> None:
         self.models, self.tokenizer, self.problem = list(models), tokenizer, problem
         self.text, self.label, self.max_length, self.bf16 = tuple(text), label, max_length, bf16
         self.label_separator, self.form = label_separator, form_of(label, label_separator)
-        self.prompt, self.constant = prompt, constant
+        self.prompt, self.constant, self.subgroup = prompt, constant, tuple(subgroup)
 
     @classmethod
     @as_found()
@@ -102,6 +104,7 @@ class FittedModel:
             prompt=recipe.get("prompt", ""),
             bf16=recipe["bf16"],
             constant=constant_of(record),
+            subgroup=columns.get("subgroup", ()),
         )
 
     # ---- predictions
@@ -201,11 +204,14 @@ class FittedModel:
             UsageError: Unreadable tables, unknown labels.
         """
         table = Table.of(rows, self.text, self.label, "given", label_separator=self.label_separator)
+        if {*self.subgroup} <= {*table.frame.columns}:
+            table = dataclasses.replace(table, subgroup=table.subgroup or self.subgroup)
         rows = examples(table)
         checked = rows.assign(label=self.problem.encode(rows, table))
         self._look_at(checked)
         predictions, _ = self.judge(checked, self._scores(checked, progress=False), table.coarser)
-        return self.account(predictions.assign(label=checked["label"].to_numpy()), table.coarser)
+        known = {name: checked[name].to_numpy() for name in ("label", "subgroup") if name in checked}
+        return self.account(predictions.assign(**known), table.coarser)
 
     def judge(
         self, rows: pd.DataFrame, scores: np.ndarray, coarser: Mapping[str, str] | None = None
@@ -230,7 +236,8 @@ class FittedModel:
         """Everything that is recorded of one set, as `full_scores` gives it.
 
         Args:
-            predictions: Of this model, as `judge` gives them, with a column ``label``.
+            predictions: Of this model, as `judge` gives them, with a column ``label``, and ``subgroup`` where there are
+                subgroups.
             coarser: Class name to the coarser name it is scored under.
             selected: Whether these rows selected the model.
         """
@@ -243,6 +250,7 @@ class FittedModel:
             self.problem.coarser_scores(self.scores_of(predictions), coarser),
             constant,
             selected,
+            subgroups_of(predictions),
         )
 
     def _texts(self, rows: Rows) -> pd.DataFrame:

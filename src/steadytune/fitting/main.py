@@ -30,6 +30,7 @@ from .plan import (
     make_setup,
     open_model,
     runs,
+    selection_score,
     tune_threshold,
 )
 from .randomness import as_found
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
     from .estimate import Estimate
     from .fit_trainer import Trained
+    from .fitted_model import FittedModel
     from .frozen_probe import FrozenProbe
     from .pretrained import Pretrained
     from .training import Job, Setup
@@ -81,6 +83,9 @@ def fit(
         label_separator: What stands between several labels in one cell, as in ``"food|price"``. Without it a cell is
             one label, or a list of labels.
         group: Column of groups; rows of one group stay on one side of each split.
+        subgroup: Column, or columns, whose values name the subgroup of each row, such as its source; the label column
+            may be among them. Every subgroup is scored on its own, and the methods `GroupWeights` and `EasyAdapt` read
+            it.
         methods: Methods, or their names with options (``"dps_dense:keep=0.7"``). They run in list order.
         procedure: Several trainings instead of one: ``"mixup-blo:folds=5"``, see `steadytune.procedures`.
         tests: Test tables by name, with the columns of `train`.
@@ -105,7 +110,8 @@ def fit(
         push_to_hub: Repository on the hub to which the finished folder is uploaded.
         **wanted: Further fields of `Options`, under their own names or those of transformers (lr or learning_rate):
             lr, batch_size, steps, epochs, max_length, dropout, bf16, lora, peft, head, pooling, class_weights,
-            label_smoothing, focal, evaluations, patience, calibrate, restarts, train_size, validation_share, seed ...
+            label_smoothing, focal, evaluations, patience, calibrate, worst_subgroup, restarts, train_size,
+            validation_share, seed ...
 
     Raises:
         UsageError: The arguments or the data are not right; it is raised before training starts.
@@ -312,7 +318,7 @@ def _finish(
     for model, answered in zip(single, each, strict=True):
         tune_threshold(model, plan, answered)
     scores = [evaluate(model, plan.data, answered)[1] for model, answered in zip(single, each, strict=True)]
-    models, chosen = _combine(plan, trained, scores)
+    models, chosen = _combine(plan, trained, single, each)
     model = fitted_model(plan, pretrained, models)
     if each and chosen is not None:
         answered = each[chosen]
@@ -345,6 +351,8 @@ def _finish(
         history, troubles, None if probe is None else probe.crossed,
     )  # fmt: skip
     columns = {"text": list(model.text), **model.form.record()}
+    if model.subgroup:
+        columns["subgroup"] = list(model.subgroup)
     assert model.constant is not None
     record = {
         **record,
@@ -385,7 +393,7 @@ def _calibrate(trained: Trained, plan: Plan, pretrained: Pretrained) -> float:
 
 
 def _combine(
-    plan: Plan, trained: list[Trained], scores: list[dict[str, dict[str, Any]]]
+    plan: Plan, trained: list[Trained], single: Sequence[FittedModel], each: Sequence[Mapping[str, np.ndarray]]
 ) -> tuple[list[Any], int | None]:
     """The models whose predictions are averaged, and the number of the run chosen, if one was."""
     from ..merge import uniform
@@ -399,7 +407,8 @@ def _combine(
         models[0].load_state_dict(uniform([m.state_dict() for m in models]))
         return models[:1], None
     goodness = plan.data.problem.metric(plan.metric).goodness
-    chosen = int(np.argmax([goodness(s["validation"][plan.metric]) for s in scores]))
+    scores = (selection_score(plan, model, answered) for model, answered in zip(single, each, strict=True))
+    chosen = int(np.argmax([*map(goodness, scores)]))
     logger.info("run %d is the best of %d on the validation rows", chosen, len(models))
     return [models[chosen]], chosen
 

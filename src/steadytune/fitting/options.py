@@ -19,7 +19,7 @@ EPOCHS, MIN_STEPS, MAX_STEPS = 20, 400, 2000
 
 PEFT = ("lora", "ia3", "prefix", "prompt")
 # Options that came later, and what a record without them means. Records leave them out at these values.
-STOCK = {"head": "random", "pooling": "model", "label_smoothing": 0.0, "focal": 0.0}
+STOCK = {"head": "random", "pooling": "model", "label_smoothing": 0.0, "focal": 0.0, "worst_subgroup": False}
 SEEDS = ("init", "subset", "data", "dropout", "method")  # the head, the rows, their order, dropout, masks and noise
 
 
@@ -70,6 +70,8 @@ class Options:
         threshold: Probability above which a class is predicted (of two classes, the second); 0.5 by default. ``"tune"``
             takes the best threshold on the validation rows by the selection metric. For two classes and for several
             labels a row.
+        worst_subgroup: Whether selection takes the metric's value on the subgroup with the worst one, instead of its
+            value on all validation rows. Needs ``subgroup``.
         restarts: Largest number of restarts with other seeds, for a run whose training loss (with penalties) is still
             above 0.9 log K after 20 % of its steps; for classification.
         train_size: Number of training rows to draw, stratified; the others are not used.
@@ -106,6 +108,7 @@ class Options:
     patience: int | None = None
     calibrate: bool = False
     threshold: float | Literal["tune"] | None = None
+    worst_subgroup: bool = False
     restarts: int = 0
     train_size: int | None = None
     validation_share: float = 0.1

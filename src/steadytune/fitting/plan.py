@@ -16,7 +16,7 @@ import pandas as pd
 from ..data.guards import inspect, raise_errors
 from ..data.prepare import Data, prepare
 from ..data.problem import Regression
-from ..data.scores import best_threshold
+from ..data.scores import best_threshold, subgroups_of, worst_value
 from ..data.splits import folds
 from ..data.tables import Kind, Table
 from ..errors import UsageError, suggest
@@ -80,6 +80,7 @@ def make_plan(
     label: str | Sequence[str] | None = None,
     label_separator: str | None = None,
     group: str | None = None,
+    subgroup: str | Sequence[str] | None = None,
     methods: str | Method | Sequence[str | Method] | None = (),
     procedure: str | Procedure | None = None,
     tests: Mapping[str, Any] | None = None,
@@ -121,7 +122,6 @@ def make_plan(
         label_separator = python_value("label_separator", label_separator, str)
     _check(num_seeds, combine, refit, folds, save_steps, checked)
     chosen = make_methods(methods)
-    _check_columns(chosen)
     _check_start(chosen, checked)
     drawing = [type(m).__name__ for m in chosen if m.draws_weights]
     if combine == "soup" and num_seeds > 1 and drawing:
@@ -130,7 +130,8 @@ def make_plan(
             "choose combine best or ensemble."
         )
     columns = None if text is None else tuple(text) if isinstance(text, (list, tuple)) else (text,)
-    table = Table.of(train, columns, label, "train", kind, group, label_separator)
+    table = Table.of(train, columns, label, "train", kind, group, label_separator, subgroup)
+    _check_columns(chosen, table)
     data = prepare(
         table,
         {str(name): Table.of(t, columns, label, str(name)) for name, t in (tests or {}).items()},
@@ -170,13 +171,13 @@ def _check(num_seeds: int, combine: str, refit: bool, folds: int, save_steps: in
         raise UsageError("fit runs in one process: start it without torchrun, or use steadytune.Trainer.")
 
 
-def _check_columns(methods: Sequence[Method]) -> None:
-    """Batches of `fit` hold tokens and labels."""
+def _check_columns(methods: Sequence[Method], table: Table) -> None:
+    """Batches of `fit` hold tokens, labels, and under any name that a method reads the number of the subgroup."""
     for method in methods:
-        if method.input_columns:
+        if method.input_columns and not table.subgroup:
             raise UsageError(
-                f"{type(method).__name__} reads the column {method.input_columns[0]!r} of each batch, fit passes on "
-                "text and labels only: use steadytune.Trainer, or leave it out."
+                f"{type(method).__name__} reads the subgroup of each row: name the column that tells it with subgroup "
+                f"(--subgroup COLUMN), or leave {type(method).__name__} out."
             )
 
 
@@ -190,6 +191,16 @@ def _check_start(methods: Sequence[Method], options: Options) -> None:
 
 def _check_selection(plan: Plan) -> None:
     """What selects needs rows to select on."""
+    if plan.options.worst_subgroup:
+        parted = plan.refit or (plan.select is not None and "subgroup" in plan.select)
+        if not (parted and "subgroup" in plan.data.train):
+            raise UsageError(
+                "worst_subgroup selects by the subgroup with the worst score: name its column with subgroup "
+                "(--subgroup COLUMN), which the validation rows must have too."
+            )
+        if not plan.selects:
+            raise UsageError("worst_subgroup selects nothing here: give evaluations, several runs with combine='best', "
+                             "or threshold='tune', or leave it out.")  # fmt: skip
     if plan.distil and (plan.combine != "ensemble" or plan.num_seeds < 2):
         raise UsageError("distil makes one model of an ensemble: give combine='ensemble' and num_seeds of 2 or more.")
     if not plan.steps and (plan.methods or plan.procedure or plan.refit):
@@ -240,9 +251,10 @@ def make_setup(plan: Plan, pretrained: Pretrained, checkpoints: Path) -> Setup:
     if isinstance(problem, Regression) and plan.options.standardize:
         problem = problem.standardised(plan.data.train["label"].tolist(), centred=pretrained.bias)
     methods = [*first_methods(plan.options, pretrained.pooling), *plan.methods]
+    subgroups = sorted(set(plan.data.train["subgroup"])) if "subgroup" in plan.data.train else []
     return Setup(
         pretrained, methods, plan.options, problem, plan.steps, plan.metric, checkpoints, plan.save_steps,
-        plan.progress, keep=plan.num_seeds > 1 or plan.refit, moments=plan.refit,
+        plan.progress, keep=plan.num_seeds > 1 or plan.refit, moments=plan.refit, subgroups=subgroups,
     )  # fmt: skip
 
 
@@ -287,6 +299,7 @@ def fitted_model(plan: Plan, pretrained: Pretrained, models: Sequence[Any]) -> F
         prompt=pretrained.prompt,
         bf16=plan.options.bf16,
         constant=plan.data.problem.constant(plan.data.train["label"]),
+        subgroup=table.subgroup,
     )
 
 
@@ -315,8 +328,9 @@ def tune_threshold(model: FittedModel, plan: Plan, answered: Mapping[str, np.nda
     assert plan.select is not None
     problem = plan.data.problem
     threshold = best_threshold(
-        problem, problem.array(plan.select["label"]), answered["validation"], problem.metric(plan.metric)
-    )
+        problem, problem.array(plan.select["label"]), answered["validation"], problem.metric(plan.metric),
+        subgroups_of(plan.select) if plan.options.worst_subgroup else None,
+    )  # fmt: skip
     model.problem = problem.at(threshold)
     logger.info("threshold %.4f is the best on %d validation rows", threshold, len(plan.select))
 
@@ -335,5 +349,23 @@ def evaluate(
     for name, rows in data.tests.items():
         predicted, scores[name] = model.judge(rows, answered[name], data.coarser.get(name))
         about = pd.DataFrame({"set": name, "row": rows.index, "label": rows["label"].to_numpy()})
+        if "subgroup" in rows:
+            about["subgroup"] = rows["subgroup"].to_numpy()
         tables.append(pd.concat([about, predicted], axis=1))
     return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), scores
+
+
+def selection_score(plan: Plan, model: FittedModel, answered: Mapping[str, np.ndarray]) -> float | None:
+    """The score by which a run is selected.
+
+    Args:
+        plan: Plan of the fit.
+        model: Model of the run.
+        answered: Scores of the model by set, as of `answers`.
+    """
+    rows, chances = plan.select, answered["validation"]
+    assert rows is not None
+    metric = plan.data.problem.metric(plan.metric)
+    given = chances if metric.needs_probabilities else model.problem.decide(chances)
+    parts = subgroups_of(rows) if plan.options.worst_subgroup else None
+    return worst_value(metric, model.problem.array(rows["label"]), given, model.problem.names, parts)

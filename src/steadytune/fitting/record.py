@@ -42,9 +42,9 @@ class FitResult:
             model is in a folder of ``members``.
         model: The fitted model; `predict`, `evaluate` and `save_pretrained` are its own.
         metrics: Set -> metric -> value, of the model; beside the metrics of a set stand ``intervals`` (95 %, low and
-            high), ``baseline`` and ``probe`` by metric, ``classes``, ``per_class``, ``confusion``, ``selected`` and
-            ``notes``, see `steadytune.data.scores.full_scores`, and with several runs ``runs``, each metric's mean and
-            spread.
+            high), ``baseline`` and ``probe`` by metric, ``classes``, ``per_class``, ``confusion``, ``subgroups``,
+            ``selected`` and ``notes``, see `steadytune.data.scores.full_scores`, and with several runs ``runs``, each
+            metric's mean and spread.
         metric: Metric to show first.
         predictions: Predictions for all rows of the sets: set, row, label, prediction, probabilities.
         runs: One record for each training: seeds, steps, seconds, failures, scores.

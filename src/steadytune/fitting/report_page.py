@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.metrics import smaller_is_better
+from ..data.scores import worst_first
 from ..errors import UsageError
 from ..files.atomic import write_whole, writing
 from ..pages.document import Block, Cell, Figures, Grid, Section, Text, Warning, html
@@ -45,6 +46,7 @@ SCORE_NOTE = (
     "Bold: the metric to look at first. The interval is for other rows of the same kind. A constant answer reads "
     "no text: it is the most frequent class, or the mean, of the training rows."
 )
+SUBGROUP_NOTE = "The worst of several subgroups looks worse than it is: read its interval, and more so with few rows."
 PROBE_NOTE = "The frozen probe is a linear model on the features of the encoder before fine-tuning."
 
 
@@ -274,6 +276,25 @@ def _scores(fitted: Fitted) -> Iterator[Block]:
         for name, scores in fitted.sets.items()
     ]
     yield Grid("Scores of each set", columns, groups, f"{SCORE_NOTE} {PROBE_NOTE}" if "probe" in shown else SCORE_NOTE)
+    yield from _subgroups(fitted)
+
+
+def _subgroups(fitted: Fitted) -> Iterator[Block]:
+    """The subgroups of each set, the worst first."""
+    groups = [
+        (_set(fitted, name), [_subgroup(part, own, fitted.metric) for part, own in worst_first(scores, fitted.metric)])
+        for name, scores in fitted.sets.items()
+        if scores.get("subgroups")
+    ]
+    if groups:
+        head = ["subgroup", "rows", fitted.words(fitted.metric), "95 % interval"]
+        yield Grid("Scores of each subgroup, the worst first", head, groups, SUBGROUP_NOTE)
+
+
+def _subgroup(name: str, scores: Mapping[str, Any], metric: str) -> list[str]:
+    bounds = score_interval(scores, metric)
+    shown = interval(*bounds, DIGITS) if bounds else NONE
+    return [name, f"{scores['rows']:,}", number(scores.get(metric), DIGITS), shown]
 
 
 def _set(fitted: Fitted, name: str) -> str:

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ..data.problem import Problem, Regression
-from ..data.scores import baseline
+from ..data.scores import baseline, subgroups_of, worst_value
 from ..data.splits import split
 from ..files import state
 from ..files.atomic import write_json
@@ -87,6 +87,7 @@ class Setup:
         keep: Whether to keep finished jobs on disk, because others follow.
         states: Whether to keep the state of the methods too.
         moments: Whether to keep the outputs of every evaluation, for `outputs_at`.
+        subgroups: Names of the subgroups of the training rows; their positions are what methods read.
     """
 
     pretrained: Pretrained
@@ -101,6 +102,7 @@ class Setup:
     keep: bool = False
     states: bool = False
     moments: bool = False
+    subgroups: Sequence[str] = ()
 
     def train(self, job: Job, trainer: FitTrainer | None = None) -> Trained:
         """Train from the last checkpoint, and restart with other seeds if a run fails.
@@ -148,7 +150,8 @@ class Setup:
 
         A model is useless if it gives the same answer to rows with different labels, or if its score on the select
         split is below that of the most frequent class of the training rows. Selection rows with a rare class may
-        rightly get one answer, so training rows are tried too.
+        rightly get one answer, so training rows are tried too. The score of the worst subgroup says nothing here,
+        because a subgroup may hold one class alone.
         """
         parts = [job.rows] if job.select is None else [job.select, job.rows]
         rows = pd.concat(
@@ -162,7 +165,7 @@ class Setup:
         if one_answer(self.problem, rows, answer):
             return "gives every row the same answer"
         curve = dict(trained.curve)
-        if job.select is None or not self.classes or trained.steps not in curve:
+        if job.select is None or not self.classes or trained.steps not in curve or self.options.worst_subgroup:
             return None
         gold, metric = self.problem.array(job.select["label"]), self.problem.metric(self.metric)
         constant = baseline(self.problem, gold, self.problem.constant(job.rows["label"]))[self.metric]
@@ -194,19 +197,8 @@ class Setup:
             callbacks.append(KeepBest(self.metric))
         if job.stop_at is not None:
             callbacks.append(StopAt(job.stop_at))
-        scored = job.select if self.options.evaluations else None
-        selecting, select, measure = scored is not None, None, self.measure
-        if scored is not None:
-            features = self.features(scored)
-            order = by_length(features)  # rows of like length share batches, which saves padding
-            select = [features[i] for i in order]
-        if selecting and self.moments:
-            callbacks.append(keeper := KeepOutputs(self.folder / job.name / OUTPUTS))
-
-            def measure(predicted: Any) -> dict[str, float]:
-                keeper.last = predicted.predictions[np.argsort(order)]
-                return self.measure(predicted)
-
+        select, measure = self.selection(job, callbacks)
+        selecting = select is not None
         methods, rows = self.hold_out(job)
         if selecting and self.options.patience is not None:
             callbacks.append(Patience(self.metric, self.options.patience))
@@ -219,7 +211,7 @@ class Setup:
             eval_dataset=select,
             data_collator=DataCollatorWithPadding(self.pretrained.tokenizer),
             preprocess_logits_for_metrics=only_logits,
-            compute_metrics=measure if selecting else None,
+            compute_metrics=measure,
             compute_loss_func=loss_of(self.options, job.rows, self.problem),
             callbacks=callbacks,
             methods=methods,
@@ -230,6 +222,31 @@ class Setup:
         if job.start is not None:
             model.load_state_dict(job.start)
         return trainer
+
+    def selection(
+        self, job: Job, callbacks: list[TrainerCallback]
+    ) -> tuple[list[dict[str, Any]] | None, Callable[[Any], dict[str, float]] | None]:
+        """Features of the selection rows, and the function that scores them; None twice without selection.
+
+        Args:
+            job: The job.
+            callbacks: Callbacks of its Trainer, to which one is added if outputs are kept.
+        """
+        if job.select is None or not self.options.evaluations:
+            return None, None
+        features = self.features(job.select)
+        order = by_length(features)  # rows of like length share batches, which saves padding
+        rows = job.select.iloc[order]
+        keeper = KeepOutputs(self.folder / job.name / OUTPUTS) if self.moments else None
+        if keeper is not None:
+            callbacks.append(keeper)
+
+        def measure(predicted: Any) -> dict[str, float]:
+            if keeper is not None:
+                keeper.last = predicted.predictions[np.argsort(order)]
+            return self.measure(rows, predicted)
+
+        return [features[i] for i in order], measure
 
     def outputs_at(self, job: Job, step: int) -> np.ndarray:
         """Outputs (rows, outputs) of a finished job for its selection rows, from the evaluation at a step."""
@@ -253,18 +270,27 @@ class Setup:
         return lambda: DataLoader(features, self.options.batch_size, shuffle=True, collate_fn=collator)
 
     def features(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
-        """Tokens and labels, one dictionary per row."""
+        """Tokens, labels, and the number of the subgroup in columns that methods read, one dictionary per row."""
         features = self.pretrained.tokenise(rows)
         labels = rows[SOFT].tolist() if SOFT in rows else self.problem.ids(rows["label"].tolist())
-        return [{**feature, "labels": label} for feature, label in zip(features, labels, strict=True)]
+        features = [{**feature, "labels": label} for feature, label in zip(features, labels, strict=True)]
+        columns = {column for method in self.methods for column in method.input_columns}
+        if not columns:
+            return features
+        known = {name: number for number, name in enumerate(self.subgroups)}
+        numbers = [known.get(name, -1) for name in rows["subgroup"]] if "subgroup" in rows else [-1] * len(rows)
+        return [
+            {**feature, **dict.fromkeys(columns, number)} for feature, number in zip(features, numbers, strict=True)
+        ]
 
-    def measure(self, predicted: Any) -> dict[str, float]:
-        """The selection metric on the select split; its worst value if it is undefined."""
+    def measure(self, rows: pd.DataFrame, predicted: Any) -> dict[str, float]:
+        """The selection metric on rows of the select split; its worst value if it is undefined."""
         metric = self.problem.metric(self.metric)
         gold = self.problem.read(predicted.label_ids)
         scores = self.problem.activate(predicted.predictions)
         given = scores if metric.needs_probabilities else self.problem.decide(scores)
-        value = metric.compute(gold, given, self.problem.names)
+        parts = subgroups_of(rows) if self.options.worst_subgroup else None
+        value = worst_value(metric, gold, given, self.problem.names, parts)
         return {self.metric: metric.worst if value is None or not math.isfinite(value) else value}
 
     def _write(self, trained: Trained, folder: Path) -> None:
