@@ -722,3 +722,18 @@ def test_estimators_refuse_rows_that_do_not_match(bert):
         SteadyClassifier(bert).fit(["a", "b"], [0, 1, 0])
     with pytest.raises(UsageError, match="no rows"):
         SteadyClassifier(bert).fit([], [])
+
+
+def test_an_evaluation_at_the_end_of_an_epoch_scores_every_row(bert, tmp_path, monkeypatch):
+    """Naive: accelerate's gathering for metrics, which cuts the batches to the 4 rows of the last training batch."""
+    seen = []
+    measure = training.Setup.measure
+
+    def counting(self, rows, predicted):
+        seen.append((len(rows), len(predicted.label_ids), len(predicted.predictions)))
+        return measure(self, rows, predicted)
+
+    monkeypatch.setattr(training.Setup, "measure", counting)
+    options = {**QUICK, "steps": 16, "evaluations": 4}  # epochs of 8 steps
+    fit(toy(60), model=bert, output=tmp_path / "out", validation=toy(24, start=300), **options)
+    assert seen == [(24, 24, 24)] * 4

@@ -181,6 +181,8 @@ class FitTrainer(Trainer):
             loader: Any = super().get_eval_dataloader()
             rows: Any = self.eval_dataset
             self._collated = [loader.collate_fn([rows[i] for i in batch]) for batch in loader.batch_sampler]
+        # the stock function, for loaders of accelerate, would cut every batch to the length of the last training batch
+        self.gather_function = self.accelerator.gather
         return self._collated
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
