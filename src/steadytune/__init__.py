@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .methods.adapters import save_adapters as save_adapters
     from .methods.smart import BregmanProximal as BregmanProximal
     from .trainer import Trainer as Trainer
+    from .vocabulary import CompactVocabulary as CompactVocabulary
+    from .vocabulary import compact_vocabulary as compact_vocabulary
 
 # torch and transformers take seconds to import: a name is looked up where it is first used, `--help` never waits
 _HOMES = {
@@ -40,6 +42,7 @@ _HOMES = {
     "methods.adapters": ("load_adapters", "save_adapters"),
     "methods.smart": ("BregmanProximal",),
     "trainer": ("Trainer",),
+    "vocabulary": ("CompactVocabulary", "compact_vocabulary"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(["METHODS", *_HOME])

@@ -188,6 +188,12 @@ def fit(
         bool,
         _option(TRAINING, "Learn numbers in units of their standard deviation.", "--standardize/--no-standardize"),
     ] = True,
+    compact: Annotated[
+        bool,
+        _option(
+            TRAINING, "Train without the word embeddings that no training text reads, where the result is the same."
+        ),
+    ] = True,
     class_weights: Annotated[str, _option(TRAINING, "none, or balanced: by inverse frequency.")] = "none",
     label_smoothing: Annotated[
         float, _option(TRAINING, "Share of each label's probability that is spread over all classes.")

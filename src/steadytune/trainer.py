@@ -22,6 +22,7 @@ from .files import state
 from .methods import METHODS, ClipNorm
 from .methods.adapters import adapter_size, save_adapters
 from .spelling import as_methods
+from .vocabulary import expect_whole, vocabulary_of
 
 logger = logging.getLogger(__name__)
 SIDE_FILE = "steadytune.safetensors"
@@ -92,6 +93,12 @@ class Trainer(transformers.Trainer):
     def _bind(self, model: nn.Module) -> None:
         """Make the Run of the model to train."""
         self._check_setup()
+        if (vocabulary := vocabulary_of(model)) is not None:
+            given = getattr(
+                self, "optimizer", None
+            )  # a user's own; this one has not been set when model_init is called
+            groups = [{"weight_decay": self.args.weight_decay}] if given is None else given.param_groups
+            vocabulary.check(model, self.methods, max(group.get("weight_decay", 0.0) for group in groups))
         self.run = Run(model, self.methods, seed=self._method_seed(), data=self._first_look)
         self._own_clip = self._counts = None
         if self.methods and any(
@@ -176,7 +183,16 @@ class Trainer(transformers.Trainer):
             self.run.restart()
         else:
             self.run.attach(optimizer, save_in_optimizer=False)
+            self._attach_vocabulary(bare(optimizer))
         return optimizer
+
+    def _attach_vocabulary(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let a compact vocabulary follow the optimizer; a checkpoint of the other kind is then refused."""
+        vocabulary = vocabulary_of(self.model)
+        if vocabulary is None:
+            expect_whole(optimizer)
+        else:
+            vocabulary.attach(optimizer)
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Pass the number of steps to the methods."""

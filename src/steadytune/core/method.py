@@ -83,6 +83,7 @@ class Method:
     draws_weights: ClassVar[bool] = False  # its initial weights depend on the methods' seed: no soup over seeds
     conflicts: ClassVar[tuple[str, ...]] = ()  # further things that it cannot be combined with, in words
     paper: ClassVar[Paper | None] = None  # paper that describes it; None for a method of your own
+    acts_on_unread: ClassVar[Literal["never", "in scope", "always"]] = "always"  # see `Method.ignores_unread`
     cost: ClassVar[Cost] = Cost()  # cost in addition to plain fine-tuning
     where: Callable[[Weight], bool] | None = None  # set by `only`
 
@@ -110,6 +111,22 @@ class Method:
     def input_columns(self) -> tuple[str, ...]:
         """Columns of a batch that the method reads and the model does not get."""
         return ()
+
+    def acts_on(self, weight: Weight) -> bool:
+        """Whether a weight is in the method's ``scope``, if it has one, and in that of `only`."""
+        return (self.where is None or self.where(weight)) and bool(select([weight], getattr(self, "scope", "all")))
+
+    def ignores_unread(self, table: Weight) -> bool:
+        """Whether the method leaves rows of an embedding table alone that no batch reads, and does not depend on them.
+
+        Such rows have a zero gradient in each step, and only the optimizer's own decay moves them. `fit` trains without
+        them where this holds for all methods, see `steadytune.vocabulary`. A method says by ``acts_on_unread`` when it
+        does not hold: ``"never"``, if the table is ``"in scope"``, or ``"always"``, which is the safe default.
+
+        Args:
+            table: The weight of the token embeddings. Its ``group`` holds nothing but ``weight_decay``.
+        """
+        return self.acts_on_unread == "never" or (self.acts_on_unread == "in scope" and not self.acts_on(table))
 
     def setup(self, run: Run) -> None:
         """Prepare before the optimizer exists: structure, re-initialisation, freezing, references."""

@@ -36,6 +36,7 @@ class Estimate:
         minutes: Minutes for all trainings and evaluations.
         memory: Peak memory in bytes, of the accelerator if there is one, otherwise of this process.
         files: Size in bytes of each kind of file that will be written.
+        vocabulary: What the compact vocabulary saves, or why there is none, in words.
     """
 
     trainings: int
@@ -44,13 +45,14 @@ class Estimate:
     minutes: float
     memory: int
     files: dict[str, int]
+    vocabulary: str
 
     def __str__(self) -> str:
         written = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in self.files.items())
         return (
             f"{self.trainings} training(s) of at most {self.steps} steps, {self.seconds_per_step:.2f} s each: about "
             f"{self.minutes:.1f} minutes with evaluation. Peak memory about {self.memory / 1e9:.1f} GB. "
-            f"Files: {written}."
+            f"Files: {written}. {self.vocabulary[0].upper()}{self.vocabulary[1:]}."
         )
 
 
@@ -73,7 +75,7 @@ def estimate(make_setup: Callable[[Path], Setup], jobs: Sequence[Job], plan: Pla
         trainer.add_callback(clock)
         trainer.train_here(None)
         model: Any = trainer.model
-        weights = sum(p.nbytes for p in model.parameters())
+        weights = sum(t.nbytes for t in model.state_dict().values())
     data: Any = trainer.train_dataset
     lengths = np.array([len(row["input_ids"]) for row in data])
     size, steps = plan.options.batch_size, plan.options.accumulation
@@ -95,6 +97,7 @@ def estimate(make_setup: Callable[[Path], Setup], jobs: Sequence[Job], plan: Pla
             "checkpoints while training": 3 * weights * (2 if plan.save_steps or plan.options.evaluations else 0),
             "predictions and records": 200 * sum(len(rows) for rows in plan.data.tests.values()) + 20_000,
         },
+        vocabulary=str(trainer.vocabulary),
     )
 
 

@@ -19,10 +19,12 @@ from transformers import PreTrainedModel, TrainingArguments
 from ..data.metrics import smaller_is_better
 from ..errors import UsageError, one_line
 from ..trainer import Trainer
+from ..vocabulary import vocabulary_of
 from .callbacks import Begun, Interrupt, KeepBest, _failing, best_moment, judged_at
 from .options import MAX_STEPS, Options
 from .peft_models import merged
 from .pretrained import quiet
+from .unread import Vocabulary
 
 logger = logging.getLogger("steadytune")
 
@@ -171,6 +173,7 @@ class FitTrainer(Trainer):
     """Our Trainer with batches of similar length, and with the results of a job."""
 
     ended = False  # whether the checkpoint resumed from was the last one of its training
+    vocabulary: Vocabulary  # what is left out of the training
     _collated: list[Any] | None = None  # batches of the selection rows, which every evaluation passes again
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -243,7 +246,7 @@ class FitTrainer(Trainer):
         return bool(chance) and _failing(self.state, chance, judged_at(self.args.max_steps))
 
     def trained(self, seeds: dict[str, int], seconds: float, failures: int, failing: bool) -> Trained:
-        """Result of the job: the present model and the facts of its training."""
+        """Result of the job: the present model with its whole vocabulary, and the facts of its training."""
         assert self.model is not None
         key = f"eval_{self.args.metric_for_best_model}"
         curve = [(int(entry["step"]), entry[key]) for entry in self.state.log_history if key in entry]
@@ -253,6 +256,8 @@ class FitTrainer(Trainer):
         for kept in (c for c in self.callback_handler.callbacks if isinstance(c, KeepBest) and c.weights):
             self.model.load_state_dict(kept.weights)
             steps = kept.step
+        if (vocabulary := vocabulary_of(self.model)) is not None:
+            vocabulary.restore()
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
         loss = losses[-1] if losses and math.isfinite(losses[-1]) else None
         passes = self.run.counted.plain / self.run.batches if self.run is not None and self.run.batches else 1.0

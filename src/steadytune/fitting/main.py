@@ -109,9 +109,9 @@ def fit(
         progress: Whether to show bars.
         push_to_hub: Repository on the hub to which the finished folder is uploaded.
         **wanted: Further fields of `Options`, under their own names or those of transformers (lr or learning_rate):
-            lr, batch_size, steps, epochs, max_length, dropout, bf16, lora, peft, head, pooling, class_weights,
-            label_smoothing, focal, evaluations, patience, calibrate, worst_subgroup, restarts, train_size,
-            validation_share, seed ...
+            lr, batch_size, steps, epochs, max_length, dropout, bf16, lora, peft, head, pooling, compact,
+            class_weights, label_smoothing, focal, evaluations, patience, calibrate, worst_subgroup, restarts,
+            train_size, validation_share, seed ...
 
     Raises:
         UsageError: The arguments or the data are not right; it is raised before training starts.
@@ -189,6 +189,7 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
     record = _record(plan, pretrained)
     if previous is not None:
         same_run(previous, record, folder.path)
+        plan = _as_begun(plan, previous)
     setup = make_setup(plan, pretrained, folder.checkpoints)
     jobs = fold_jobs(plan) if plan.refit else runs(plan)
     with folder.held():
@@ -207,6 +208,8 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
         logger.info("%s", trainer.run.describe())
         _announce(plan)
         warn_of_start(trainer.model, pretrained, plan.options)
+        record["vocabulary"] = trainer.vocabulary.record()
+        logger.info("%s", trainer.vocabulary)
         record["drawn"] = drawn(trainer.model, pretrained, plan.options)
         record["cut"] = rehearse(plan, pretrained, trainer.model, record)
         probe = frozen_probe(plan, pretrained, trainer.model) if plan.probe and plan.steps else None
@@ -236,6 +239,12 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
             finished[0].seconds += sum(t.seconds for t in trained)
             history[job.name] = finished[0].history
         return _finish(plan, pretrained, folder, record, finished, validated, history_table(history), probe)
+
+
+def _as_begun(plan: Plan, previous: Mapping[str, Any]) -> Plan:
+    """The plan of a run that is resumed, with a compact vocabulary if its checkpoints have one."""
+    compact = "trained_rows" in previous.get("vocabulary", {})
+    return dataclasses.replace(plan, options=dataclasses.replace(plan.options, compact=compact))
 
 
 def _check_tokens(features: Any, pretrained: Pretrained) -> None:

@@ -19,7 +19,14 @@ EPOCHS, MIN_STEPS, MAX_STEPS = 20, 400, 2000
 
 PEFT = ("lora", "ia3", "prefix", "prompt")
 # Options that came later, and what a record without them means. Records leave them out at these values.
-STOCK = {"head": "random", "pooling": "model", "label_smoothing": 0.0, "focal": 0.0, "worst_subgroup": False}
+STOCK = {
+    "head": "random",
+    "pooling": "model",
+    "compact": True,
+    "label_smoothing": 0.0,
+    "focal": 0.0,
+    "worst_subgroup": False,
+}
 SEEDS = ("init", "subset", "data", "dropout", "method")  # the head, the rows, their order, dropout, masks and noise
 
 
@@ -55,6 +62,9 @@ class Options:
         pooling: Input of the head: ``"model"`` does not change it, ``"mean"`` is the mean over tokens, ``"cls"`` the
             first token without the dense layer before the head; see `methods.Pooling`. ``"auto"`` is the mean for
             single texts and a sentence encoder that was trained with it and whose dense layer was never trained.
+        compact: Whether to train without the rows of the word embeddings that no training text reads, where the result
+            is the same; see `steadytune.compact_vocabulary`. ``steadytune.json`` says what was left out, or why not. A resumed run goes on
+            as it began.
         class_weights: ``"balanced"`` weights classes by inverse frequency.
         label_smoothing: Share of each label's probability that is spread evenly over all classes, in [0, 1); 0.1 is
             usual. The model becomes less sure of its answers, right and wrong ones; for classes (see `loss`).
@@ -100,6 +110,7 @@ class Options:
     peft: Literal["lora", "ia3", "prefix", "prompt"] | None = None
     head: Literal["random", "logistic", "ridge"] = "random"
     pooling: Literal["auto", "model", "mean", "cls"] = "auto"
+    compact: bool = True
     class_weights: Literal["none", "balanced"] = "none"
     label_smoothing: float = 0.0
     focal: float = 0.0

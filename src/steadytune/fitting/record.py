@@ -93,6 +93,7 @@ def _record(plan: Plan, pretrained: Pretrained) -> dict[str, Any]:
 
     own = {key: value for key, value in dataclasses.asdict(plan.options).items() if not key.endswith("seed")}
     del own["prompt"]  # below, as it stands before the texts
+    del own["compact"]  # the result is the same: see the entry `vocabulary`
     own["pooling"] = pretrained.pooling
     own = {key: value for key, value in own.items() if key not in STOCK or STOCK[key] != value}
     prompts = {} if pretrained.sentence is None else dict(pretrained.sentence.prompts)

@@ -37,6 +37,7 @@ from .outputs import by_length, device, logits
 from .peft_models import adapted, read_model, write_model
 from .pretrained import Pretrained, quiet
 from .scale import rescale
+from .unread import leave_out_unread
 
 if TYPE_CHECKING:
     from ..core import Method
@@ -200,6 +201,9 @@ class Setup:
         select, measure = self.selection(job, callbacks)
         selecting = select is not None
         methods, rows = self.hold_out(job)
+        features = self.features(rows)
+        read = features if rows is job.rows else self.pretrained.tokenise(job.rows)
+        vocabulary = leave_out_unread(model, methods, self.options, read, self.pretrained.tokenizer)
         if selecting and self.options.patience is not None:
             callbacks.append(Patience(self.metric, self.options.patience))
         trainer = FitTrainer(
@@ -207,7 +211,7 @@ class Setup:
             args=arguments(
                 self.options, seeds, self.steps, folder, self.save_steps, self.metric if selecting else None
             ),
-            train_dataset=self.features(rows),
+            train_dataset=features,
             eval_dataset=select,
             data_collator=DataCollatorWithPadding(self.pretrained.tokenizer),
             preprocess_logits_for_metrics=only_logits,
@@ -217,6 +221,7 @@ class Setup:
             methods=methods,
             method_seed=seeds["method"],
         )
+        trainer.vocabulary = vocabulary
         trainer.remove_callback(PrinterCallback)
         trainer.create_optimizer()  # attaches the methods, so that they refuse before anything is written
         if job.start is not None:

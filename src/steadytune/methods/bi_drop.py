@@ -52,6 +52,7 @@ class BiDrop(Method):
 
     exclusive: ClassVar = "mask"
     conflicts: ClassVar[tuple[str, ...]] = ("models without active dropout",)
+    acts_on_unread = "in scope"
     cost: ClassVar = Cost(passes=2.0)
     paper: ClassVar = Paper(
         authors=(

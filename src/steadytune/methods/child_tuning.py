@@ -54,6 +54,7 @@ class ChildTuningF(Method):
 
     null: ClassVar = {"keep": 1.0}
     exclusive: ClassVar = "mask"
+    acts_on_unread = "in scope"
     paper: ClassVar = PAPER
 
     @property

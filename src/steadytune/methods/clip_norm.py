@@ -31,6 +31,7 @@ class ClipNorm(Method):
     max_norm: Annotated[float, Within("(0, inf]")] = 1.0
 
     null: ClassVar = {"max_norm": inf}
+    acts_on_unread = "never"
     paper: ClassVar = Paper(
         authors=("Razvan Pascanu", "Tomas Mikolov", "Yoshua Bengio"),
         title="On the difficulty of training recurrent neural networks",

@@ -57,6 +57,7 @@ class DPSDense(Method):
     needs_steps = True
     exclusive: ClassVar = "mask"
     conflicts: ClassVar[tuple[str, ...]] = ("optimizers with packed or factored state, if frozen",)
+    acts_on_unread = "in scope"
     cost: ClassVar = Cost(held={"stage I": 4, "stage II": 1})
     paper: ClassVar = Paper(
         authors=("Haojie Zhang", "Ge Li", "Jia Li", "Zhongjin Zhang", "Yuqi Zhu", "Zhi Jin"),

@@ -55,6 +55,9 @@ class EMA(Method):
     def needs_steps(self) -> bool:
         return self.decay is None
 
+    def ignores_unread(self, table: Weight) -> bool:
+        return not self.acts_on(table) or not table.group["weight_decay"]
+
     def setup(self, run: Run) -> None:
         run.require(self, self.scope)
 
@@ -105,6 +108,9 @@ class SWA(Method):
         year=2018,
         arxiv="1803.05407",
     )
+
+    def ignores_unread(self, table: Weight) -> bool:
+        return not self.acts_on(table) or not table.group["weight_decay"]
 
     def setup(self, run: Run) -> None:
         run.require(self, self.scope)

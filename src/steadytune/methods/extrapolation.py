@@ -37,6 +37,7 @@ class Extrapolation(Method):
     scope: Scope = "all"
 
     null: ClassVar = {"ahead": 0.0}
+    acts_on_unread = "never"
     cost: ClassVar = Cost(held={"": 4}, during=4)
     paper: ClassVar = Paper(
         authors=("Tao Lin", "Lingjing Kong", "Sebastian U. Stich", "Martin Jaggi"),

@@ -42,6 +42,7 @@ class HeadInit(Method):
     scale: Annotated[float, Within("[0, inf)")] = 1.0
 
     conflicts: ClassVar[tuple[str, ...]] = ("weights that are sharded before the run is made",)
+    acts_on_unread = "never"
     paper: ClassVar = Paper(
         authors=("Ananya Kumar", "Aditi Raghunathan", "Robbie Jones", "Tengyu Ma", "Percy Liang"),
         title="Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution",

@@ -59,6 +59,9 @@ class HypergradientLR(Method):
         arxiv="1703.04782",
     )
 
+    def ignores_unread(self, table: Weight) -> bool:
+        return not table.group["weight_decay"]  # which the factor multiplies, and whose moves enter its gradient
+
     def setup(self, run: Run) -> None:
         p = run.require(self, "all")[0].data
         self.factor = torch.ones((), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)

@@ -50,6 +50,11 @@ class L2SP(Method):
         arxiv="1802.01483",
     )
 
+    def ignores_unread(self, table: Weight) -> bool:
+        # a pulled row is at its anchor, and stays there where no decay moves it; a row that is not pulled must keep the
+        # optimizer's decay
+        return not table.group["weight_decay"] or self.replace_decay == self.acts_on(table)
+
     def setup(self, run: Run) -> None:
         self.pulled = {w.name for w in run.require(self, self.scope, reference=True)}
         self.decay: dict[str, float] = {}  # weight decay, taken over from the optimizer

@@ -42,6 +42,7 @@ class LLRD(Method):
     decay: Annotated[float, Within("(0, 1]")] = 0.95
 
     null: ClassVar = {"decay": 1.0}
+    acts_on_unread = "never"
     paper: ClassVar = Paper(
         authors=("Jeremy Howard", "Sebastian Ruder"),
         title="Universal Language Model Fine-tuning for Text Classification",

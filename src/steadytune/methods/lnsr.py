@@ -56,6 +56,7 @@ class LNSR(Method):
     hidden_states: ClassVar = True
     null: ClassVar = {"weight": 0.0}
     conflicts: ClassVar[tuple[str, ...]] = ("encoder-decoders", "PEFT's prompt tuning")
+    acts_on_unread = "never"
     cost: ClassVar = Cost(passes=2.0)
     paper: ClassVar = Paper(
         authors=("Hang Hua", "Xingjian Li", "Dejing Dou", "Chengzhong Xu", "Jiebo Luo"),

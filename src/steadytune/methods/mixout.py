@@ -39,6 +39,7 @@ class Mixout(Method):
 
     null: ClassVar = {"keep": 1.0}
     conflicts: ClassVar[tuple[str, ...]] = ("adapters, which have no pre-trained value",)
+    acts_on_unread = "in scope"
     cost: ClassVar = Cost(held={"": 4}, during=4)
     paper: ClassVar = Paper(
         authors=("Cheolhyoung Lee", "Kyunghyun Cho", "Wanmo Kang"),

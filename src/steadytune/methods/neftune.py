@@ -43,6 +43,7 @@ class NEFTune(Method):
     alpha: Annotated[float, Within("[0, inf)")] = 5.0
 
     null: ClassVar = {"alpha": 0.0}
+    acts_on_unread = "never"
     paper: ClassVar = Paper(
         authors=(
             "Neel Jain", "Ping-yeh Chiang", "Yuxin Wen", "John Kirchenbauer", "Hong-Min Chu", "Gowthami Somepalli",

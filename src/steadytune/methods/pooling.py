@@ -46,6 +46,7 @@ class Pooling(Method):
 
     structure: ClassVar = True
     conflicts: ClassVar[tuple[str, ...]] = ("PEFT adapters",)
+    acts_on_unread = "never"
     paper: ClassVar = Paper(
         authors=("Nils Reimers", "Iryna Gurevych"),
         title="Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks",

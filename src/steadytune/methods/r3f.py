@@ -61,6 +61,7 @@ class R3F(Method):
     dropout: Literal["same", "fresh"] = "fresh"
 
     null: ClassVar[dict[str, Any] | None] = {"weight": 0.0}
+    acts_on_unread = "never"
     cost: ClassVar = Cost(passes=2.0)
     paper: ClassVar = PAPER
 

@@ -38,6 +38,7 @@ class RDrop(Method):
 
     copies: ClassVar = 2
     conflicts: ClassVar[tuple[str, ...]] = ("models without active dropout",)
+    acts_on_unread = "never"
     cost: ClassVar = Cost(passes=2.0)
     paper: ClassVar = Paper(
         authors=(

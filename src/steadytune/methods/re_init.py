@@ -48,6 +48,7 @@ class ReInit(Method):
     draws_weights: ClassVar = True
     null: ClassVar = {"blocks": 0, "pooler": False}
     conflicts: ClassVar[tuple[str, ...]] = ("PEFT adapters", "a method that freezes these blocks", "a soup of runs")
+    acts_on_unread = "never"
     paper: ClassVar = Paper(
         authors=("Tianyi Zhang", "Felix Wu", "Arzoo Katiyar", "Kilian Q. Weinberger", "Yoav Artzi"),
         title="Revisiting Few-sample BERT Fine-tuning",

@@ -74,6 +74,9 @@ class RecAdam(Method):
     def needs_steps(self) -> bool:
         return self.unit == "training" and self.schedule != "constant"
 
+    def ignores_unread(self, table: Weight) -> bool:
+        return not table.group["weight_decay"] or not (self.replace_decay or self.acts_on(table))
+
     def setup(self, run: Run) -> None:
         self.pulled = {w.name for w in run.require(self, self.scope, reference=True)}
         self.decay: dict[str, float] = {}  # what the optimizer would have decayed

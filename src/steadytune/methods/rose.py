@@ -52,6 +52,10 @@ class ROSE(Method):
         """M by weight name: of one element, or of the weight's shape; weights without one train as usual."""
         raise NotImplementedError
 
+    def ignores_unread(self, table: Weight) -> bool:
+        taken_over = self.update == "authors" and bool(table.group["weight_decay"])
+        return not self.acts_on(table) and not taken_over
+
     def setup(self, run: Run) -> None:
         run.require(self, self.scope)
         self.decay: dict[str, float] = {}  # weight decay, taken over from the optimizer

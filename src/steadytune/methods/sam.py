@@ -42,6 +42,7 @@ class SAM(Method):
     rho: Annotated[float, Within("[0, inf)")] = 0.05
 
     null: ClassVar = {"rho": 0.0}
+    acts_on_unread = "never"
     cost: ClassVar = Cost(passes=2.0)
     paper: ClassVar = Paper(
         authors=("Pierre Foret", "Ariel Kleiner", "Hossein Mobahi", "Behnam Neyshabur"),

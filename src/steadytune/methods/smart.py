@@ -113,6 +113,7 @@ class SMART(Method):
     null: ClassVar = {"weight": 0.0, "proximal": None}
     implied: ClassVar = {"divergence": "symmetric_kl", "ascent": None}
     conflicts: ClassVar[tuple[str, ...]] = ("sharded weights (FSDP2)",)
+    acts_on_unread = "never"
     cost: ClassVar = Cost(passes=8 / 3)
     paper: ClassVar = Paper(
         authors=("Haoming Jiang", "Pengcheng He", "Weizhu Chen", "Xiaodong Liu", "Jianfeng Gao", "Tuo Zhao"),

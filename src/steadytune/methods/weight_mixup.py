@@ -87,6 +87,7 @@ class WeightMixup(BiLevel):
         "sharded weights (FSDP2)",
         "half precision, with differences",
     )
+    acts_on_unread = "in scope"
     cost: ClassVar = Cost(passes=2.0, held={"": 8}, during=4)
     paper: ClassVar = Paper(
         authors=("Sai Ashish Somayajula", "Youwei Liang", "Li Zhang", "Abhishek Singh", "Pengtao Xie"),

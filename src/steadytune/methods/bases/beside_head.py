@@ -34,6 +34,7 @@ class BesideHead(Method, Generic[B]):
     """
 
     place: ClassVar[str]
+    acts_on_unread = "never"
 
     def build(self, head: Any) -> B:
         """Build the module for the head's last layer, with equal weights on all processes."""

@@ -28,6 +28,7 @@ class StaticMask(Method):
     frozen: bool
 
     exclusive: ClassVar = "mask"
+    acts_on_unread = "in scope"
 
     def choose(self, run: Run, weights: Sequence[Weight], batches: Iterable[Batch]) -> Tensors:
         """Boolean masks by weight name; weights without one train as usual."""
