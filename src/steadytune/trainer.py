@@ -94,9 +94,7 @@ class Trainer(transformers.Trainer):
         """Make the Run of the model to train."""
         self._check_setup()
         if (vocabulary := vocabulary_of(model)) is not None:
-            given = getattr(
-                self, "optimizer", None
-            )  # a user's own; this one has not been set when model_init is called
+            given = getattr(self, "optimizer", None)  # a user's own; not set yet while model_init is called
             groups = [{"weight_decay": self.args.weight_decay}] if given is None else given.param_groups
             vocabulary.check(model, self.methods, max(group.get("weight_decay", 0.0) for group in groups))
         self.run = Run(model, self.methods, seed=self._method_seed(), data=self._first_look)

@@ -40,9 +40,9 @@ class CompactVocabulary:
         size: Number of rows of the whole table.
     """
 
-    def __init__(self, name: str, embedding: nn.Embedding, rows: Tensor) -> None:
-        self.name, self.rows, self.size = name, rows, embedding.num_embeddings
-        self._embedding: Any = embedding
+    def __init__(self, embedding: Any, rows: Tensor) -> None:
+        self.rows, self.size, device = rows, embedding.num_embeddings, embedding.weight.device
+        self._embedding = embedding  # Any: its class changes
         self._class, self._padding = type(embedding), embedding.padding_idx
         self._whole = embedding.weight  # of the model as it was; its unread rows are those before `_factors`
         self._whole.data = self._whole.detach().cpu()
@@ -51,12 +51,11 @@ class CompactVocabulary:
         self._handles: list[Any] = []  # of the hooks on the optimizer
         places = torch.full((self.size,), len(rows))
         places[rows] = torch.arange(len(rows))
-        device = embedding.weight.device
         embedding.register_buffer("places", places.to(device), persistent=False)
         embedding.weight = nn.Parameter(self._whole.detach()[rows].to(device))
         embedding.padding_idx = None if self._padding is None else int(places[self._padding])
         embedding.__class__ = type(f"Compact{self._class.__name__}", (_Compact, self._class), {})
-        self._embedding.vocabulary = self
+        embedding.vocabulary = self
 
     @property
     def trained(self) -> nn.Parameter:
@@ -222,12 +221,13 @@ class _Compact(nn.Embedding):
             )
         rows, places[unread] = torch.unique(input[unread], return_inverse=True)
         places[unread] += len(self.weight)
-        own = self.weight
-        self._parameters["weight"] = torch.cat([own, self.vocabulary.unread(rows)])  # type: ignore[assignment]
+        parameters: Any = self._parameters
+        own = parameters["weight"]
+        parameters["weight"] = torch.cat([own, self.vocabulary.unread(rows)])
         try:
             return super().forward(places)
         finally:
-            self._parameters["weight"] = own
+            parameters["weight"] = own
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -267,13 +267,13 @@ def compact_vocabulary(model: nn.Module, tokens: Iterable[int] | Tensor) -> Comp
     why = obstacle(model)
     if why is not None:
         raise UsageError(f"the vocabulary of this model cannot be compact: {why}.")
-    name, embedding = token_table(model)
+    embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
     config = getattr(model, "config", None)
     special = [getattr(config, f"{token}_token_id", None) for token in SPECIAL]
     listed = [*tokens.flatten().tolist()] if isinstance(tokens, Tensor) else [*map(int, tokens)]
     listed += [token for token in [*special, embedding.padding_idx] if isinstance(token, int)]
     rows = torch.unique(torch.tensor(listed, dtype=torch.long))
-    return CompactVocabulary(name, embedding, rows[(rows >= 0) & (rows < embedding.num_embeddings)])
+    return CompactVocabulary(embedding, rows[(rows >= 0) & (rows < embedding.num_embeddings)])
 
 
 def vocabulary_of(model: nn.Module | None) -> CompactVocabulary | None:
@@ -295,12 +295,6 @@ def expect_whole(optimizer: Optimizer) -> None:
     optimizer.register_load_state_dict_pre_hook(refuse)
 
 
-def token_table(model: Any) -> tuple[str, nn.Embedding]:
-    """Name of the weight of the token embeddings, and their module."""
-    embedding = model.get_input_embeddings()
-    return next(name for name, p in model.named_parameters() if p is embedding.weight), embedding
-
-
 def obstacle(model: Any) -> str | None:
     """Why the vocabulary of a model cannot be compact, in words; None if it can."""
     try:
@@ -320,13 +314,13 @@ def obstacle(model: Any) -> str | None:
     return None
 
 
-def noticing(model: nn.Module, methods: Iterable[Method], weight_decay: float) -> Method | None:
+def noticing(model: Any, methods: Iterable[Method], weight_decay: float) -> Method | None:
     """The first method that acts on unread rows of the token embeddings, or depends on them; None if there is none."""
-    name, embedding = token_table(model)
-    part = anatomy(model)[name]
-    group = {"weight_decay": weight_decay}
-    table = Weight(name, embedding.weight, None, group, part.kind, part.block, part.head, part.input_dim)
-    return next((method for method in methods if not method.ignores_unread(table)), None)
+    table = model.get_input_embeddings().weight
+    name = next(name for name, p in model.named_parameters() if p is table)
+    part, group = anatomy(model)[name], {"weight_decay": weight_decay}
+    weight = Weight(name, table, None, group, part.kind, part.block, part.head, part.input_dim)
+    return next((method for method in methods if not method.ignores_unread(weight)), None)
 
 
 def factor_of(optimizer: Optimizer, group: dict[str, Any], buffer: float | None) -> tuple[float, float | None]:

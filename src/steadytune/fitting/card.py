@@ -199,8 +199,8 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"- the head began as {START[begin]}"
     if "trained_rows" in (table := record.get("vocabulary", {})):
         yield (
-            f"- {table['trained_rows']:,} of {table['rows']:,} word embeddings were trained; no training text reads the "
-            "others, which weight decay alone has changed"
+            f"- {table['trained_rows']:,} of {table['rows']:,} word embeddings were trained; no training text reads "
+            "the others, which weight decay alone has changed"
         )
     if recipe.get("peft"):
         yield f"- adapters of PEFT: {recipe['peft']}"

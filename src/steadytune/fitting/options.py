@@ -63,8 +63,8 @@ class Options:
             first token without the dense layer before the head; see `methods.Pooling`. ``"auto"`` is the mean for
             single texts and a sentence encoder that was trained with it and whose dense layer was never trained.
         compact: Whether to train without the rows of the word embeddings that no training text reads, where the result
-            is the same; see `steadytune.compact_vocabulary`. ``steadytune.json`` says what was left out, or why not. A resumed run goes on
-            as it began.
+            is the same; see `steadytune.compact_vocabulary`. ``steadytune.json`` says what was left out, or why
+            nothing was. A resumed run goes on as it began.
         class_weights: ``"balanced"`` weights classes by inverse frequency.
         label_smoothing: Share of each label's probability that is spread evenly over all classes, in [0, 1); 0.1 is
             usual. The model becomes less sure of its answers, right and wrong ones; for classes (see `loss`).
