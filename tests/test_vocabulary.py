@@ -372,7 +372,7 @@ EXACT = {  # rows of the laws that train with a compact vocabulary
     "child_tuning_d", "child_tuning_d_example", "rose_first", "rose_second", "rose_second_element", "rose_ensemble",
     "bi_drop", "sift", "sift_many", "mixout", "rdrop", "smart", "smart_proximal", "smart_published", "r3f", "r4f",
     "lnsr", "sam", "neftune", "vibert", "easy_adapt", "weight_mixup", "weight_mixup_difference", "l2sp",
-    "extrapolation", "clip_norm", "re_init", "llrd", "recipe_of_masks",
+    "extrapolation", "clip_norm", "re_init", "llrd", "recipe_of_masks", "awp", "group_weights", "group_weights_floor",
 }  # fmt: skip
 
 

@@ -42,6 +42,7 @@ class AWP(Method):
     scope: Scope = "linear"
 
     null: ClassVar = {"gamma": 0.0}
+    acts_on_unread = "in scope"
     cost: ClassVar = Cost(passes=2.0)
     paper: ClassVar = Paper(
         authors=("Dongxian Wu", "Shu-Tao Xia", "Yisen Wang"),

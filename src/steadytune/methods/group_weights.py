@@ -86,6 +86,7 @@ class GroupWeights(Method):
     needs_steps = True
     exclusive: ClassVar = "weighting of rows"
     conflicts: ClassVar[tuple[str, ...]] = ("labels of tokens",)
+    acts_on_unread = "never"
     cost: ClassVar = Cost()
     paper: ClassVar = Paper(
         authors=("Hexuan Deng", "Wenxiang Jiao", "Xuebo Liu", "Jing Li", "Min Zhang", "Zhaopeng Tu"),

@@ -45,6 +45,7 @@ class LAWA(Method):
 
     null: ClassVar = {"last": 1, "every": 1}
     exclusive: ClassVar = "average"
+    acts_on_unread = "in scope"
     cost: ClassVar = Cost(held={"": 24})
     paper: ClassVar = Paper(
         authors=("Jean Kaddour",),
