@@ -102,6 +102,12 @@ class Contestant:
             self.bytes.append(self.run.nbytes())
         return end - start - (counted - passed), (entered - start) + (end - counted)
 
+    def forget(self) -> None:
+        """Set the optimizer's state back to that before the first step, without freeing it."""
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """95 % bootstrap interval of the mean."""
@@ -130,6 +136,7 @@ def measure(length: int, rounds: int, names: list[str], clock: Callable[[], floa
         contestant.step(inputs)
         if contestant.run:
             contestant.run.restart()
+            contestant.forget()
             contestant.bytes, contestant.bytes_during = [], 0
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     order = list(contestants)

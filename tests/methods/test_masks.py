@@ -24,6 +24,7 @@ from steadytune import (
     BiDrop,
     ChildTuningD,
     ChildTuningF,
+    ClipNorm,
     RecAdam,
     ROSEFirst,
     ROSESecond,
@@ -32,6 +33,7 @@ from steadytune import (
 )
 from steadytune.core import Method
 from steadytune.core.tensors import byte_mask
+from steadytune.core.views import Views
 from steadytune.functional import anneal, symmetric_kl
 from steadytune.methods.bases import static_mask as masks
 from steadytune.methods.bases.bilevel import BiLevel
@@ -225,6 +227,66 @@ def test_indices_of_few_entries_train_as_their_mask_does(method, beside, monkeyp
         assert any(i is not None for i in run[type(method)].indices.values()) == (few == 1.0)
         ends.append({**copied(run.model), **run.optimizer.state_dict()["state"]})
     assert_same(*ends)
+
+
+# ---- nothing is put back where nothing moves
+
+SGD, ADAMW, ADAM = torch.optim.SGD, torch.optim.AdamW, torch.optim.Adam
+MOVED = {  # recipe, optimizer, and whether masked entries have to be put back after a step
+    "adamw": ([SIFT(keep=0.05)], functools.partial(ADAMW, weight_decay=0.1), False),
+    "clipped": ([SIFT(keep=0.05), ClipNorm(0.1)], functools.partial(ADAM, amsgrad=True), False),
+    "momentum": ([SIFT(keep=0.05)], functools.partial(SGD, momentum=0.9, nesterov=True), False),
+    "decay": ([SIFT(keep=0.05, decay=True)], functools.partial(ADAMW, weight_decay=0.1), True),
+    "sign of zero": ([SIFT(keep=0.05)], functools.partial(SGD, maximize=True), True),
+    "0 / 0": ([SIFT(keep=0.05)], functools.partial(ADAMW, eps=0.0), True),
+    "anchor after the mask": ([SIFT(keep=0.05), L2SP(scope="linear")], functools.partial(SGD), True),
+    "unknown": ([SIFT(keep=0.05)], torch.optim.NAdam, True),
+    "many entries": ([SIFT(keep=0.2)], functools.partial(ADAMW, weight_decay=0.1), True),
+}
+
+
+@pytest.mark.parametrize(("methods", "optimizer", "back"), MOVED.values(), ids=MOVED)
+def test_masked_entries_keep_every_bit_with_and_without_a_copy(methods, optimizer, back, monkeypatch):
+    """Negative zeros too. Naive: no copy under decay, or a copy of every weight where none is needed."""
+    held = []
+    hold = Views._hold
+    monkeypatch.setattr(Views, "_hold", lambda self, live, mask: held.append(live) or hold(self, live, mask))
+    model = bert()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.view(-1)[::3] = -0.0
+    before = copied(model)
+    run = run_of(copy.deepcopy(methods), model, optimizer=optimizer(model.parameters(), lr=0.05))
+    train(run, batches(3))
+    assert bool(held) == back
+    for name, mask in run[SIFT].masks.items():
+        bits = [values[~mask].view(torch.int32) for values in (model.get_parameter(name).detach(), before[name])]
+        assert torch.equal(*bits), name
+    assert any(differs({n: p}, {n: before[n]}) for n, p in copied(model).items())
+
+
+def test_moments_that_are_not_zero_are_not_relied_on():
+    """A second training on the optimizer of the first: other entries, whose moments are not zero. Naive: they move."""
+    run = train(run_of(SIFT(keep=0.05)), batches(2))
+    run.restart()
+    before = copied(run.model)
+    train(run, batches(2, seed=5))
+    for name, mask in run[SIFT].masks.items():
+        assert torch.equal(run.model.get_parameter(name).detach()[~mask], before[name][~mask])
+
+
+def test_entries_without_a_gradient_are_not_chosen():
+    """Few tokens of a vocabulary occur in the batches. Naive: 0 is the threshold, all entries tie, all are trained."""
+    run = run_of(SIFT(keep=0.75))
+    seen = torch.cat([batch["input_ids"].flatten() for batch in batches(2)]).unique()
+    run.loss(batches(1)[0])
+    name = next(w.name for w in run.weights() if w.kind == "embedding" and "word" in w.name)
+    mask = run[SIFT].masks[name]
+    assert mask[seen].any()
+    absent = torch.ones(len(mask), dtype=torch.bool)
+    absent[seen] = False
+    assert absent.float().mean() > 0.25, "the batches hold most tokens: the threshold is not 0"
+    assert not mask[absent].any()
 
 
 def test_sift_trains_its_support_and_the_whole_head():

@@ -32,6 +32,7 @@ class ClipNorm(Method):
 
     null: ClassVar = {"max_norm": inf}
     acts_on_unread = "never"
+    scales_only: ClassVar = True
     paper: ClassVar = Paper(
         authors=("Razvan Pascanu", "Tomas Mikolov", "Yoshua Bengio"),
         title="On the difficulty of training recurrent neural networks",

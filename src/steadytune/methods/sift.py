@@ -29,8 +29,9 @@ class SIFT(StaticMask):
         batches: Number of batches whose mean gradient chooses the entries, each as large as an optimizer step's.
         scope: Weights that are trained sparsely. All others train as usual: freeze those that are not to be trained.
         frozen: Whether the other entries stay bit for bit, so that `steadytune.delta` stores the run in little space.
-            This costs 4 bytes per weight during a step. With False, momentum may move them, and so may weight decay if
-            ``decay`` is on.
+            Where something moves entries without a gradient (weight decay, a method that edits gradients, an optimizer
+            other than Adam, AdamW and SGD), this costs 4 bytes per weight during a step. With False, momentum may move
+            them, and so may weight decay if ``decay`` is on.
         decay: Whether the optimizer's weight decay acts on the weights of ``scope``. The authors' code decays a vector
             of increments, which is 0 before each step, so that their sparse weights never decay. False sets the decay
             of these weights to 0 in the optimizer, whose groups are split for it. List SIFT before methods that take
@@ -43,8 +44,9 @@ class SIFT(StaticMask):
     Departures:
         Several batches choose the entries, where the authors take one. The batch that chooses is no training step. An
         update acts at once; the authors' code applies it in the next backward pass and loses the last one. ``ceil(n *
-        keep)`` entries are trained, ``int(n * keep) + 1`` there. The authors' scripts train four matrices of each block
-        and the head, and freeze the rest.
+        keep)`` entries are trained, ``int(n * keep) + 1`` there. Below a ``keep`` of 1, entries whose gradient is 0 are
+        never chosen, so that fewer are trained where batches hold few tokens of a large vocabulary. The authors'
+        scripts train four matrices of each block and the head, and freeze the rest.
     """
 
     keep: Annotated[float, Within("(0, 1]")] = 0.008
@@ -88,7 +90,11 @@ class SIFT(StaticMask):
             raise ValueError("SIFT found no batch to choose by: `data` is empty")
         gradient = run.gradient(first, dropout_seed=run.draw_seed("sift", rank=True))
         scope = {w.name for w in select(weights, self.scope) if not w.head}
-        return top_masks(run, {n: g.abs() for n, g in gradient.items() if n in scope}, self.keep, "tensor")
+        scores = {n: g.abs() for n, g in gradient.items() if n in scope}
+        masks = top_masks(run, scores, self.keep, "tensor")
+        if self.keep == 1.0:
+            return masks
+        return {n: mask & (scores[n] > 0) for n, mask in masks.items()}  # where 0 is the threshold, all would tie
 
 
 def undecayed(group: dict[str, Any], factors: Mapping[int, float]) -> list[dict[str, Any]]:

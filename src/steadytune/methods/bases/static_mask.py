@@ -8,11 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...core import Method, Run, Scope, Weight, multiply
+from ...core import Method, Run, Scope, Weight, multiply, overrides, shards
 from ...core.step import Inputs
 from ...core.tensors import zero_others
 
 Tensors = dict[str, Tensor]
+# Optimizers that do not move an entry whose gradient and moments are 0, if they do not decay it: w - lr * 0 is w.
+RESTING = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 FEW = 1 / 16  # up to this share of kept entries, indices are faster than a mask; at most 0.5 bytes per weight
 Batch = Inputs | Sequence[Inputs]  # rows of an optimizer step, as one batch or as micro-batches
 
@@ -41,6 +43,7 @@ class StaticMask(Method):
         run.require(self, self.scope)
         self.masks: Tensors = {}
         self.indices: dict[str, Tensor | None] = {}  # flat indices of the entries that a mask keeps, if they are few
+        self.resting: dict[str, bool] = {}  # whether the optimizer leaves the other entries of a weight alone
 
     def before_forward(self, run: Run, weights: Sequence[Weight]) -> None:
         if self.masks or run.index:
@@ -53,8 +56,10 @@ class StaticMask(Method):
     def pull_back(self, run: Run, weights: Sequence[Weight]) -> None:
         for w in self.masked(weights) if self.frozen else []:
             few = self.few(w)
-            mask = self.masks[w.name] if few is None else few
-            run.freeze(w, mask, state=False)  # no step uses the moments of masked entries
+            if few is None:
+                run.freeze(w, self.masks[w.name], state=False)  # no step uses the moments of masked entries
+            elif not self.rests(run, w, few):
+                run.freeze(w, few, state=False)
 
     def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
         others = []
@@ -76,6 +81,32 @@ class StaticMask(Method):
             self.indices[weight.name] = positions
         return self.indices[weight.name]
 
+    def rests(self, run: Run, weight: Weight, few: Tensor) -> bool:
+        """Whether the optimizer leaves the masked entries of a weight as they are, so that nothing has to be put back.
+
+        Their gradient is +0 in every step, and so are their moments. This needs an optimizer of `RESTING` that neither
+        decays the weight nor turns the sign of zeros nor divides by 0, and no other method that may edit gradients or
+        weights.
+
+        Args:
+            run: The run.
+            weight: A masked weight.
+            few: Flat indices of the entries that its mask keeps.
+        """
+        group, name = weight.group, weight.name
+        alone = all(
+            m is self or m.scales_only or not (overrides(m, "before_step") or overrides(m, "after_step"))
+            for m in run.methods
+        )
+        plain = type(run.optimizer) in RESTING and not group["weight_decay"] and not group["maximize"]
+        if not (alone and plain and group.get("eps", 1.0) > 0):
+            self.resting[name] = False
+        elif name not in self.resting:  # after a resume too, the moments themselves are looked at
+            assert run.optimizer is not None
+            moments = [shards.local(t) for t in run.optimizer.state[weight.parameter].values() if t.dim()]
+            self.resting[name] = not any(_outside(moment, few).any() for moment in moments)
+        return self.resting[name]
+
     def masked(self, weights: Sequence[Weight]) -> list[Weight]:
         """Weights with a mask."""
         return [w for w in weights if w.name in self.masks]
@@ -84,7 +115,12 @@ class StaticMask(Method):
         return {"masks": self.masks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.masks, self.indices = state["masks"], {}
+        self.masks, self.indices, self.resting = state["masks"], {}, {}
+
+
+def _outside(tensor: Tensor, few: Tensor) -> Tensor:
+    """A copy of a tensor with zeros at the entries of these flat indices."""
+    return tensor.flatten().index_fill(0, few, 0.0)
 
 
 def top_masks(run: Run, scores: Tensors, keep: float, threshold: str) -> Tensors:
