@@ -222,6 +222,7 @@ DDP_RECIPES = {
     "sam": lambda: [st.SAM(0.3), st.R3F(scale=0.1), st.ClipNorm(0.5)],
     "awp": lambda: [st.AWP(0.1), st.LAWA(last=2, every=2)],
     "neftune": lambda: [st.NEFTune(), st.RDrop()],
+    "layer_drop": lambda: [st.LayerDrop(0.5)],
     "mixup": lambda: [st.WeightMixup(outer=outer_parts, lr=0.05)],
     "mixup_difference": lambda: [st.WeightMixup(outer=outer_parts, lr=0.05, order="difference")],
     "meta_weight_net": lambda: [st.MetaWeightNet(outer=outer_parts, lr=0.05)],

@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from steadytune import Run, Step
+from steadytune.methods.layer_drop import Skip
 from steadytune.methods.vibert import GaussianBottleneck
 
 VOCABULARY, LENGTH = 64, 12  # LENGTH: of the longest row
@@ -249,12 +250,15 @@ def hash_noise() -> Iterator[None]:
     def around(bottleneck: GaussianBottleneck, mean: Tensor) -> Tensor:
         return torch.cos(10 * mean.detach())
 
-    before = Step.draw, GaussianBottleneck.draw
-    Step.draw, GaussianBottleneck.draw = draw, around  # type: ignore[method-assign,assignment]
+    def skipping(hook: Skip, hidden: Tensor) -> Tensor:
+        return torch.sin(1e4 * hidden.detach()[:, 0].sum(-1)).abs()
+
+    before = Step.draw, GaussianBottleneck.draw, Skip.draw
+    Step.draw, GaussianBottleneck.draw, Skip.draw = draw, around, skipping  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
-        Step.draw, GaussianBottleneck.draw = before  # type: ignore[method-assign]
+        Step.draw, GaussianBottleneck.draw, Skip.draw = before  # type: ignore[method-assign]
 
 
 def interrupt(model: nn.Module, after: int, error: type[BaseException] = KeyboardInterrupt) -> Callable[[], None]:

@@ -257,8 +257,8 @@ class Step:
         inputs = {**self.inputs, **(changes or {})}
         with contextlib.ExitStack() as stack:
             stack.enter_context(run.forked_rng())
-            differentiated = any(t.requires_grad and t.is_leaf for t in add.values())  # see `slope`
-            if differentiated or not torch.is_grad_enabled():  # there reentrant checkpointing fails, or warns
+            through = any(t.requires_grad for t in add.values())  # gradients go through what is added, see `slope`
+            if through or not torch.is_grad_enabled():  # there reentrant checkpointing fails, or warns
                 stack.enter_context(_not_reentrant(shards.unwrap(self.model)))
             if dropout == "same":
                 self._random_state.restore()

@@ -43,6 +43,9 @@ METHODS = Registry(
         "sam": "sam:SAM",
         "awp": "awp:AWP",
         "neftune": "neftune:NEFTune",
+        "tmix": "tmix:TMix",
+        "supcon": "supcon:SupCon",
+        "layer_drop": "layer_drop:LayerDrop",
         "vibert": "vibert:VIBERT",
         "easy_adapt": "easy_adapt:EasyAdapt",
         "weight_mixup": "weight_mixup:WeightMixup",
@@ -84,6 +87,7 @@ if TYPE_CHECKING:
     from .implicit_tune import ImplicitTune as ImplicitTune
     from .l2sp import L2SP as L2SP
     from .lawa import LAWA as LAWA
+    from .layer_drop import LayerDrop as LayerDrop
     from .llrd import LLRD as LLRD
     from .lnsr import LNSR as LNSR
     from .meta_weight_net import MetaWeightNet as MetaWeightNet
@@ -103,6 +107,8 @@ if TYPE_CHECKING:
     from .sam import SAM as SAM
     from .sift import SIFT as SIFT
     from .smart import SMART as SMART
+    from .supcon import SupCon as SupCon
+    from .tmix import TMix as TMix
     from .vibert import VIBERT as VIBERT
     from .weight_mixup import WeightMixup as WeightMixup
 # end: classes

@@ -8,23 +8,20 @@ With h_r the output of block r and b the block that is disturbed:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Step, Within
-from ..core.anatomy import blocks
-from ..core.checks import check_hidden_states, check_layout, check_lengths
+from ..core import Step, Within
 from ..core.facts import Cost, Paper
 from ..core.step import full
-from ..errors import UsageError
+from .bases.at_block import AtBlock
 
 
 @dataclass
-class LNSR(Method):
+class LNSR(AtBlock):
     """Add noise to the output of one block and penalise how far the outputs of the blocks above move.
 
     Args:
@@ -53,10 +50,7 @@ class LNSR(Method):
     block: Annotated[int, Within("[0, inf)")] | None = None
     in_manifold: bool = False
 
-    hidden_states: ClassVar = True
     null: ClassVar = {"weight": 0.0}
-    conflicts: ClassVar[tuple[str, ...]] = ("encoder-decoders", "PEFT's prompt tuning")
-    acts_on_unread = "never"
     cost: ClassVar = Cost(passes=2.0)
     paper: ClassVar = Paper(
         authors=("Hang Hua", "Xingjian Li", "Dejing Dou", "Chengzhong Xu", "Jiebo Luo"),
@@ -68,52 +62,22 @@ class LNSR(Method):
         arxiv="2107.04835",
     )
 
-    def setup(self, run: Run) -> None:
-        name, all_blocks = type(run.model).__name__, blocks(run.model)
-        check_layout(run.model, "LNSR")
-        check_lengths(run.model, "LNSR")
-        check_hidden_states(run.model, "LNSR")
-        if getattr(getattr(run.model, "config", None), "is_encoder_decoder", False):
-            raise ValueError(f"LNSR needs one stack of blocks, {name} has an encoder and a decoder: use R3F or SMART")
-        self.disturbed = len(all_blocks) // 4 if self.block is None else self.block
-        if not 0 <= self.disturbed < len(all_blocks) - 1:
-            raise ValueError(
-                f"block must leave a block above it: {name} has {len(all_blocks)} blocks, counted from 0, "
-                f"got {self.disturbed}"
-            )
-        if len(all_blocks[self.disturbed]) > 1:
-            raise ValueError(
-                f"LNSR needs blocks that are modules, those of {name} are cut into lists: use R3F or SMART"
-            )
+    def default(self, count: int) -> int:
+        return count // 4
 
     def penalty(self, step: Step) -> Tensor | None:
         if not self.weight:
             return None
-        at = self.disturbed + 1  # the first of the hidden states is the embedding's output
-        clean = self.hidden(step, step.outputs)[at:]
-        (module,) = blocks(step.run.model)[self.disturbed]
+        clean = self.hidden(step, step.outputs)
         noise = step.unpadded(self.draw(step, clean[0].detach()))
-        outputs = step.forward(dropout="same", add={module: noise}, output_hidden_states=True)
-        pairs = zip(self.hidden(step, outputs)[at + 1 :], clean[1:], strict=True)
+        outputs = step.forward(dropout="same", add={self.module(step): noise}, output_hidden_states=True)
+        pairs = zip(self.hidden(step, outputs)[1:], clean[1:], strict=True)
         moved = torch.stack([full(a - b).square().mean(-1) for a, b in pairs]).sum(0)
         return self.weight * step.mean(step.per_example(moved))
-
-    def hidden(self, step: Step, outputs: Any) -> list[Tensor]:
-        """Hidden states (batch, length, width) of all blocks, without what the model pads to (Longformer's windows)."""
-        states = outputs.get("hidden_states") if isinstance(outputs, Mapping) else None
-        batch, length = step.shape
-        if states and all(h.dim() == 3 and h.size(0) == batch and h.size(1) >= length for h in states):
-            return [h[:, :length] for h in states]
-        held = "none of that name" if states is None else f"shapes {', '.join(str(tuple(h.shape)) for h in states)}"
-        raise UsageError(
-            f"LNSR compares 'hidden_states' of shape (batch, length, width) token by token, here ({batch}, {length}, "
-            f"width), and {type(step.run.model).__name__} gives {held}: use R3F or SMART"
-        )
 
     def draw(self, step: Step, hidden: Tensor) -> Tensor:
         """z, like the output of the block (batch, length, width)."""
         if not self.in_manifold:
             length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
             return self.scale * length * step.draw(self, hidden.size(-1)) / hidden.size(-1) ** 0.5
-        toward = self.scale * (hidden.roll(1, 0) - hidden)
-        return toward if step.real is None else toward * step.real.roll(1, 0).unsqueeze(-1)
+        return self.scale * self.toward_next(step, hidden)
