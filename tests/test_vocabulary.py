@@ -339,6 +339,20 @@ def test_the_trainer_attaches_and_resumes(tmp_path):
             trainer.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-4"))
 
 
+def test_the_stock_trainer_with_an_optimizer_that_is_followed(tmp_path):
+    found = []
+    for compact in (False, True):
+        model = wide()
+        vocabulary = compact_vocabulary(model, range(VOCABULARY)) if compact else None
+        options = arguments(tmp_path, max_steps=4, seed=3)
+        trainer = transformers.Trainer(model, options, train_dataset=rows(32), data_collator=collate)
+        if vocabulary is not None:
+            vocabulary.attach(trainer.create_optimizer())
+        trainer.train()
+        found.append(trainer.model.state_dict())
+    assert close(*found)
+
+
 def test_the_trainer_refuses_methods_that_act_on_unread_rows(tmp_path):
     with pytest.raises(UsageError, match="ChildTuningF acts on rows of the embeddings that no text reads"):
         trainer_of(tmp_path, [1], [ChildTuningF()])

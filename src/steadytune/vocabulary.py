@@ -69,9 +69,10 @@ class CompactVocabulary:
         return (self.size - len(self.rows)) * self.trained.shape[1]
 
     def attach(self, optimizer: Optimizer) -> CompactVocabulary:
-        """Follow the decay of an optimizer: AdamW, Adam without decay, or SGD. `steadytune.Trainer` calls this itself.
+        """Follow the decay of an optimizer: AdamW, Adam without decay, or SGD.
 
-        Call it after `Run.attach`, and before the optimizer's state is loaded.
+        `steadytune.Trainer` calls this itself. For the Trainer of transformers, give it what
+        ``trainer.create_optimizer()`` returns. Call it before the optimizer's state is loaded.
 
         Raises:
             UsageError: It is another optimizer, it does not hold the rows that train, or they are sharded.
@@ -84,7 +85,7 @@ class CompactVocabulary:
         factor_of(optimizer, self._group(optimizer), None)
         self._detach()
         self._handles = [
-            optimizer.register_step_pre_hook(self._step),
+            optimizer.register_step_post_hook(self._step),
             optimizer.register_state_dict_post_hook(self._add_state),
             optimizer.register_load_state_dict_pre_hook(self._take_state),
         ]
@@ -156,8 +157,9 @@ class CompactVocabulary:
     # ------------------------------------------------------------------ the optimizer
 
     def _group(self, optimizer: Optimizer) -> dict[str, Any]:
+        trained = self.trained
         for group in optimizer.param_groups:
-            if any(p is self.trained for p in group["params"]):
+            if any(p is trained for p in group["params"]):
                 return group
         raise UsageError(
             "the optimizer does not hold the rows of the compact vocabulary: make it of model.parameters() after "
@@ -165,7 +167,7 @@ class CompactVocabulary:
         )
 
     def _step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        """The optimizer's step pre-hook; like the optimizer, it leaves a weight without a gradient as it is."""
+        """The optimizer's step post-hook; like the optimizer, it leaves a weight without a gradient as it is."""
         found_inf = getattr(optimizer, "found_inf", None)
         if self.trained.grad is None or (found_inf is not None and bool(found_inf)):
             return
