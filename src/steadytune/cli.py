@@ -202,6 +202,15 @@ def fit(
         float, _option(TRAINING, "Exponent of the focal loss: rows that are already right count less; 2 is usual.")
     ] = 0.0,
     bf16: Annotated[bool, _option(TRAINING, "bfloat16 autocast; weights stay float32.")] = False,
+    tune_kernels: Annotated[
+        bool,
+        _option(
+            TRAINING,
+            "Time a few passes with each kind of attention, and bfloat16 where the processor multiplies in it; train "
+            "with the fastest. On the CPU only.",
+            "--tune-kernels",
+        ),
+    ] = False,
     evaluations: Annotated[
         int,
         _option(SELECTION, "Number of evaluations on the validation rows during training; the best weights are kept."),

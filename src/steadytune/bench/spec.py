@@ -32,7 +32,9 @@ from .short_forms import spelled, spread
 
 FORMAT = 1
 FILE_SEEDS = {"seed", *(f"{name}_seed" for name in SEEDS)}
-OPTIONS = {name: hint for name, hint in options(Options).items() if name not in {*FILE_SEEDS, "train_size"}}
+OPTIONS = {
+    name: hint for name, hint in options(Options).items() if name not in {*FILE_SEEDS, "train_size", "tune_kernels"}
+}
 PARTS: dict[str, Any] = {"methods": tuple[Text, ...], "procedure": Text | None}  # entries of a recipe beside options
 DATA_ROOT = "give the folder of the benchmark data with --data-root DIR"
 

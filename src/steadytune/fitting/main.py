@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .fit_trainer import Trained
     from .fitted_model import FittedModel
     from .frozen_probe import FrozenProbe
+    from .kernels import Kernels
     from .pretrained import Pretrained
     from .training import Job, Setup
 
@@ -109,8 +110,8 @@ def fit(
         progress: Whether to show bars.
         push_to_hub: Repository on the hub to which the finished folder is uploaded.
         **wanted: Further fields of `Options`, under their own names or those of transformers (lr or learning_rate):
-            lr, batch_size, steps, epochs, max_length, dropout, bf16, lora, peft, head, pooling, compact,
-            class_weights, label_smoothing, focal, evaluations, patience, calibrate, worst_subgroup, restarts,
+            lr, batch_size, steps, epochs, max_length, dropout, bf16, tune_kernels, lora, peft, head, pooling,
+            compact, class_weights, label_smoothing, focal, evaluations, patience, calibrate, worst_subgroup, restarts,
             train_size, validation_share, seed ...
 
     Raises:
@@ -156,7 +157,7 @@ def dry_run(
     if plan.procedure is not None:
         raise UsageError("a dry run measures one training, a procedure is several: leave --dry-run or it out.")
     with as_found(), _refusals():
-        pretrained = open_model(plan)
+        plan, pretrained, _ = _opened(plan)
         return estimate(lambda checkpoints: make_setup(plan, pretrained, checkpoints), runs(plan), plan)
 
 
@@ -185,8 +186,8 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
     from .scale import check_scale
     from .start import drawn, warn_of_start
 
-    pretrained = open_model(plan)
-    record = _record(plan, pretrained)
+    plan, pretrained, kernels = _opened(plan, previous)
+    record = {**_record(plan, pretrained), **({} if kernels is None else {"kernels": dataclasses.asdict(kernels)})}
     if previous is not None:
         same_run(previous, record, folder.path)
         plan = _as_begun(plan, previous)
@@ -245,6 +246,23 @@ def _as_begun(plan: Plan, previous: Mapping[str, Any]) -> Plan:
     """The plan of a run that is resumed, with a compact vocabulary if its checkpoints have one."""
     compact = "trained_rows" in previous.get("vocabulary", {})
     return dataclasses.replace(plan, options=dataclasses.replace(plan.options, compact=compact))
+
+
+def _opened(plan: Plan, previous: Mapping[str, Any] | None = None) -> tuple[Plan, Pretrained, Kernels | None]:
+    """The plan and the opened model, with kernels that are tuned if the options ask for it.
+
+    Args:
+        plan: Plan of the fit.
+        previous: Record of the run that is resumed, which goes on with the kernels it began with.
+    """
+    pretrained = open_model(plan)
+    if not plan.options.tune_kernels:
+        return plan, pretrained, None
+    from .kernels import Kernels, tuned
+
+    held = (previous or {}).get("kernels")
+    kernels = tuned(plan, pretrained) if held is None else Kernels(**held)
+    return *kernels.applied(plan, pretrained), kernels
 
 
 def _check_tokens(features: Any, pretrained: Pretrained) -> None:

@@ -23,6 +23,7 @@ STOCK = {
     "head": "random",
     "pooling": "model",
     "compact": True,
+    "tune_kernels": False,
     "label_smoothing": 0.0,
     "focal": 0.0,
     "worst_subgroup": False,
@@ -53,6 +54,9 @@ class Options:
             ``"name:query"`` takes the prompt of that name from a sentence-transformers folder.
         dropout: Probability of every dropout of the model; by default those of its config.
         bf16: Whether to use bfloat16 autocast; the weights stay float32.
+        tune_kernels: Whether to time a few passes with each kind of attention, and with bfloat16 on processors that
+            multiply in it, and to train with the fastest; on the CPU. The choice depends on the machine and changes the
+            result by rounding; ``steadytune.json`` holds it. Not for studies, whose runs are compared.
         lora: Whether to train low-rank adapters instead of all weights, and merge them at the end; by default for
             models with more than a billion weights. Needs the extra ``peft``.
         peft: Kind of adapters to train: ``"lora"`` or ``"ia3"`` (merged at the end), ``"prefix"`` or ``"prompt"`` (not
@@ -106,6 +110,7 @@ class Options:
     prompt: str | None = None
     dropout: float | None = None
     bf16: bool = False
+    tune_kernels: bool = False
     lora: bool | None = None
     peft: Literal["lora", "ia3", "prefix", "prompt"] | None = None
     head: Literal["random", "logistic", "ridge"] = "random"
