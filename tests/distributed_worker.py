@@ -230,6 +230,7 @@ DDP_RECIPES = {
     "penalties": lambda: [st.RDrop(), st.R3F(scale=0.1), st.LNSR(scale=0.2)],
     "beside": lambda: [st.VIBERT(beta=0.1), st.EasyAdapt(2, domain=by_length, drop=0.0), st.Extrapolation(0.5)],
     "structure": lambda: [st.ReInit(), st.TopLayers(1), st.LLRD(0.5), st.EMA(0.8)],
+    "mask_training": lambda: [st.MaskTraining(0.6, every=2)],
     "adapters": lambda: [st.Adapters(size=4)],
     "bitfit": lambda: [st.BitFit()],
 }

@@ -76,6 +76,7 @@ from steadytune import (
     HypergradientLR,
     ImplicitTune,
     LayerDrop,
+    MaskTraining,
     MetaWeightNet,
     Mixout,
     NEFTune,
@@ -150,6 +151,8 @@ class Row:
 
 
 NO_BODY = dict.fromkeys(("bitfit", "adapters"), "finds no pre-trained trainable")  # linear weights of the body
+NO_MATRICES = "MaskTraining finds no pre-trained trainable matrix"
+FREEZING = {"mask_training": "which a later method froze"}
 DRAWN = "ReInit draws 'bert.*frozen"
 SINGLE: dict[str, Row] = {
     "pooling": Row([Pooling()], plain=False, draws=False, tokens=False),
@@ -216,14 +219,20 @@ SINGLE: dict[str, Row] = {
     "ema": Row([EMA(decay=0.8)], draws=False, trainer=True),
     "swa": Row([SWA(start=0.25, every=2)], draws=False),
     "lawa": Row([LAWA(last=2, every=1)], draws=False, trainer=True),
-    "re_init": Row([ReInit()], refused=dict.fromkeys(("bitfit", "adapters"), DRAWN)),
-    "top_layers": Row([TopLayers(blocks=1)], plain=False, draws=False),
-    "bitfit": Row([BitFit()], plain=False, draws=False, tokens=False, refused={"re_init": DRAWN}),
+    "re_init": Row([ReInit()], refused=dict.fromkeys(("bitfit", "adapters", "mask_training"), DRAWN)),
+    "top_layers": Row([TopLayers(blocks=1)], plain=False, draws=False, refused=FREEZING),
+    "bitfit": Row([BitFit()], plain=False, draws=False, tokens=False, refused={"re_init": DRAWN, **FREEZING}),
     "adapters": Row(
         [Adapters(size=4)],
         plain=False,
         trainer=True,
-        refused={"re_init": DRAWN, "adapters": "has adapters already"},
+        refused={"re_init": DRAWN, "adapters": "has adapters already", **FREEZING},
+    ),
+    "mask_training": Row(
+        [MaskTraining(keep=0.7, lr=0.05, every=1)],
+        plain=False,
+        trainer=True,
+        refused={"re_init": DRAWN, "bitfit": NO_MATRICES, "adapters": NO_MATRICES},
     ),
     "llrd": Row([LLRD(decay=0.5)], draws=False, trainer=True),
 }

@@ -620,7 +620,7 @@ PAIRS = [(kind, *pair) for kind, names in FAMILIES.items() for pair in itertools
 def test_the_families():
     assert len(FAMILIES["mask"]) == 9
     assert FAMILIES["anchor"] == ["l2sp", "recadam", "implicit_tune"]
-    assert FAMILIES["average"] == ["weight_mixup", "ema", "swa", "lawa"]
+    assert FAMILIES["average"] == ["mask_training", "weight_mixup", "ema", "swa", "lawa"]
 
 
 @pytest.mark.parametrize(("kind", "one", "other"), PAIRS)

@@ -21,6 +21,7 @@ METHODS = Registry(
         "top_layers": "partial:TopLayers",
         "bitfit": "partial:BitFit",
         "adapters": "adapters:Adapters",
+        "mask_training": "mask_training:MaskTraining",
         "llrd": "llrd:LLRD",
         "dps_dense": "dps:DPSDense",
         "dps_mix": "dps:DPSMix",
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     from .layer_drop import LayerDrop as LayerDrop
     from .llrd import LLRD as LLRD
     from .lnsr import LNSR as LNSR
+    from .mask_training import MaskTraining as MaskTraining
     from .meta_weight_net import MetaWeightNet as MetaWeightNet
     from .mixout import Mixout as Mixout
     from .neftune import NEFTune as NEFTune
