@@ -278,6 +278,13 @@ def compact_vocabulary(model: nn.Module, tokens: Iterable[int] | Tensor) -> Comp
     return CompactVocabulary(embedding, rows[(rows >= 0) & (rows < embedding.num_embeddings)])
 
 
+def whole_table(embedding: nn.Module) -> Tensor:
+    """All rows of an embedding, also of a compact one or of one in pieces."""
+    if isinstance(embedding, _Compact):
+        return embedding.vocabulary.whole()
+    return shards.whole(embedding.get_parameter("weight").detach())
+
+
 def vocabulary_of(model: nn.Module | None) -> CompactVocabulary | None:
     """The compact vocabulary of a model, if it has one."""
     found = [m.vocabulary for m in (() if model is None else model.modules()) if isinstance(m, _Compact)]

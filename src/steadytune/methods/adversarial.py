@@ -18,9 +18,10 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core import Method, Run, Step, Within, shards
+from ..core import Method, Run, Step, Within
 from ..core.facts import Cost, Paper
 from ..core.step import Dropout, perturbed, width
+from ..vocabulary import whole_table
 
 
 @dataclass
@@ -50,6 +51,7 @@ class FGM(Method):
 
     null: ClassVar = {"weight": 0.0}
     conflicts: ClassVar[tuple[str, ...]] = ("sharded weights (FSDP2)",)
+    acts_on_unread = "never"
     cost: ClassVar = Cost(passes=8 / 3)
     paper: ClassVar = Paper(
         authors=("Takeru Miyato", "Andrew M. Dai", "Ian Goodfellow"),
@@ -62,8 +64,9 @@ class FGM(Method):
 
     def setup(self, run: Run) -> None:
         self.embedding = perturbed(run.model)
-        table = shards.whole(self.embedding.get_parameter("weight").detach())
-        self.unit = table.to(torch.promote_types(table.dtype, torch.float32)).std()  # s
+        table = whole_table(self.embedding)
+        unit = table.to(torch.promote_types(table.dtype, torch.float32)).std()  # s
+        self.unit = unit.to(self.embedding.get_parameter("weight").device)
 
     def penalty(self, step: Step) -> Tensor | None:
         if not self.weight:
