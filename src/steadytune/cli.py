@@ -124,6 +124,13 @@ def fit(
     procedure: Annotated[
         str | None, _option(TRAINING, "Several trainings instead of one, with options: mixup-blo:folds=1,order=first.")
     ] = None,
+    aux: Annotated[
+        list[str] | None,
+        _option(TRAINING, "Another labelled table to train on first, with a head of its own (STILTs). Repeatable."),
+    ] = None,
+    aux_steps: Annotated[
+        int | None, _option(TRAINING, "Optimizer steps on each of these tables. [dim]\\[default: as a fit on it][/]")
+    ] = None,
     steps: Annotated[
         int | None,
         _option(
@@ -298,14 +305,15 @@ def fit(
         elif train is None:
             raise UsageError("give a training file, or a benchmark task with --task NAME --data-root DIR.")
         same = ("model", "output", "label_separator", "group", "kind", "validation", "validation_column", "num_seeds",
-                "combine", "distil", "refit", "folds", "probe", "procedure", "resume", "overwrite", "save_steps",
-                "push_to_hub")  # fmt: skip
+                "combine", "distil", "refit", "folds", "probe", "procedure", "aux_steps", "resume", "overwrite",
+                "save_steps", "push_to_hub")  # fmt: skip
         options = {
             **{name: given[name] for name in (*same, *(field.name for field in dataclasses.fields(Options)))},
             "text": text or None,
             "label": label or None,
             "subgroup": subgroup or None,
             "methods": method or [],
+            "aux": aux or None,
             "tests": tests,
             "metric": metric,
             "progress": not quiet,

@@ -85,6 +85,10 @@ def execute(run: Trial, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
     plan = make_plan(run)
     pretrained = planning.open_model(plan)
     with tempfile.TemporaryDirectory(prefix="steadytune-") as scratch:
+        if plan.stages:
+            from ..fitting.stages import after_stages  # imports torch, which the others here do not
+
+            pretrained = after_stages(plan.stages, pretrained, Path(scratch))
         setup = planning.make_setup(plan, pretrained, Path(scratch))
         (job,) = planning.runs(plan)
         trained = setup.in_units(setup.train(job) if plan.procedure is None else plan.procedure(setup, job))
@@ -123,6 +127,8 @@ def make_plan(run: Trial) -> planning.Plan:
         model=run.model,
         methods=run.methods,
         procedure=run.procedure,
+        aux=run.aux or None,
+        aux_steps=run.aux_steps,
         tests=tests if rows is None else {name: _head(test, rows) for name, test in tests.items()},
         metric=spec["metric"],
         train_size=spec["train_size"],

@@ -35,7 +35,12 @@ FILE_SEEDS = {"seed", *(f"{name}_seed" for name in SEEDS)}
 OPTIONS = {
     name: hint for name, hint in options(Options).items() if name not in {*FILE_SEEDS, "train_size", "tune_kernels"}
 }
-PARTS: dict[str, Any] = {"methods": tuple[Text, ...], "procedure": Text | None}  # entries of a recipe beside options
+PARTS: dict[str, Any] = {  # entries of a recipe beside options
+    "methods": tuple[Text, ...],
+    "procedure": Text | None,
+    "aux": tuple[Text, ...],
+    "aux_steps": Whole | None,
+}
 DATA_ROOT = "give the folder of the benchmark data with --data-root DIR"
 
 
@@ -64,7 +69,8 @@ class Study:
         name: Name of the study; its results go to ``runs/<name>`` unless told otherwise.
         models: Pre-trained models to start from.
         tasks: Names of benchmark tasks (`steadytune.tasks`) and of `tables`.
-        recipes: Recipes by name: ``methods``, ``procedure``, and options of `Options`, which override `options`.
+        recipes: Recipes by name: ``methods``, ``procedure``, ``aux``, ``aux_steps``, and options of `Options`, which
+            override `options`.
         train_sizes: Numbers of training rows to draw; None for all.
         options: Options of every recipe.
         seeds: Seeds of the runs of every recipe, one run for each.
@@ -211,11 +217,19 @@ class Study:
         return {table.name: table for table in self.tables}
 
     def parts(self, name: str) -> list[dict[str, Any]]:
-        """Records of the methods of a recipe and, last, of its procedure."""
+        """Records of the methods of a recipe, of its procedure, and of its auxiliary tables."""
         given = self.recipes[name]
         records = [method_record(m) for m in make_methods(given.get("methods", ()))]
-        procedure = make_procedure(given.get("procedure"))
-        return records if procedure is None else [*records, procedure_record(procedure)]
+        if (procedure := make_procedure(given.get("procedure"))) is not None:
+            records.append(procedure_record(procedure))
+        if aux := self.aux(name):
+            files = fingerprint_files([Path(file) for file in aux], f"check aux of recipe {name!r}")
+            records.append({"name": "aux", "options": {"files": files, "steps": given.get("aux_steps")}})
+        return records
+
+    def aux(self, name: str) -> tuple[str, ...]:
+        """Files of the auxiliary tables of a recipe."""
+        return tuple(expanded(file) for file in self.recipes[name].get("aux", ()))
 
     def recipe(self, name: str) -> Options:
         """The options of a recipe, without seeds."""
@@ -299,6 +313,8 @@ class Study:
                     seen,
                     self.keep_models,
                     task.own,
+                    self.aux(name),
+                    self.recipes[name].get("aux_steps"),
                 )
             )
         return trials
@@ -418,6 +434,8 @@ class Trial:
         seen: Benchmark sets that the model was trained on before.
         keep_model: Whether to write the trained model beside the record.
         own: Files of a user's own tables; None for a benchmark task.
+        aux: Files of the auxiliary tables.
+        aux_steps: Number of steps on each of them.
     """
 
     spec: dict[str, Any]
@@ -428,6 +446,8 @@ class Trial:
     seen: tuple[str, ...] = ()
     keep_model: bool = False
     own: OwnTables | None = None
+    aux: tuple[str, ...] = ()
+    aux_steps: int | None = None
 
     @property
     def id(self) -> str:

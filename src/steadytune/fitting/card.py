@@ -206,6 +206,9 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"- adapters of PEFT: {recipe['peft']}"
     if (library := _library(recipe)) != "transformers" and not _is_ensemble(recipe):
         yield f"- this folder holds what was added to the base model, no model of its own: {library} joins them"
+    for stage in recipe.get("stages", ()):
+        rows = counted(stage["data"]["rows"], "row")
+        yield f"- trained first on {rows} of {file_name(stage['data'])} ({stage['kind']}, {stage['steps']} steps)"
     if "procedure" in recipe:
         yield f"- procedure: {call_words(recipe['procedure'])}"
     yield (

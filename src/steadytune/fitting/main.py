@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from .estimate import Estimate
-    from .fit_trainer import Trained
+    from .fit_trainer import FitTrainer, Trained
     from .fitted_model import FittedModel
     from .frozen_probe import FrozenProbe
     from .kernels import Kernels
@@ -89,6 +89,9 @@ def fit(
             it.
         methods: Methods, or their names with options (``"dps_dense:keep=0.7"``). They run in list order.
         procedure: Several trainings instead of one: ``"mixup-blo:folds=5"``, see `steadytune.procedures`.
+        aux: Another labelled table, or several, to train on first (STILTs), see `stages.Intermediate`. The fit starts
+            from the weights of the last of them, with a head of its own.
+        aux_steps: Number of optimizer steps on each of these tables; by default as many as a fit on it has.
         tests: Test tables by name, with the columns of `train`.
         validation: Validation table; without one, ``validation_share`` of the training rows is held out.
         validation_column: Column of `train` that names the split of each row, instead of a validation table.
@@ -154,8 +157,9 @@ def dry_run(
     plan = make_plan(train, **wanted)
     if not plan.steps:
         raise UsageError("a dry run measures steps, and steps is 0: leave --dry-run out.")
-    if plan.procedure is not None:
-        raise UsageError("a dry run measures one training, a procedure is several: leave --dry-run or it out.")
+    if plan.procedure is not None or plan.stages:
+        what = "a procedure is" if plan.stages == () else "auxiliary tables make"
+        raise UsageError(f"a dry run measures one training, {what} several: leave --dry-run or them out.")
     with as_found(), _refusals():
         plan, pretrained, _ = _opened(plan)
         return estimate(lambda checkpoints: make_setup(plan, pretrained, checkpoints), runs(plan), plan)
@@ -184,6 +188,7 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
     from .frozen_probe import frozen_probe
     from .rehearsal import rehearse
     from .scale import check_scale
+    from .stages import after_stages
     from .start import drawn, warn_of_start
 
     plan, pretrained, kernels = _opened(plan, previous)
@@ -194,11 +199,8 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
     setup = make_setup(plan, pretrained, folder.checkpoints)
     jobs = fold_jobs(plan) if plan.refit else runs(plan)
     with folder.held():
-        first, job = setup, jobs[0]
-        if plan.procedure is not None:
-            first, job = plan.procedure.first(setup, job), plan.procedure.job_of(job, 0)
         with _refusals():
-            trainer = first.trainer(job, job.seeds, folder.checkpoints / job.name)
+            trainer = _first_trainer(plan, setup, jobs[0])
         features: Any = trainer.train_dataset
         _check_tokens(features, pretrained)
         if plan.options.calibrate:
@@ -213,13 +215,20 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
         logger.info("%s", trainer.vocabulary)
         record["drawn"] = drawn(trainer.model, pretrained, plan.options)
         record["cut"] = rehearse(plan, pretrained, trainer.model, record)
-        probe = frozen_probe(plan, pretrained, trainer.model) if plan.probe and plan.steps else None
+        probed = plan.probe and plan.steps
+        probe = frozen_probe(plan, pretrained, trainer.model) if probed and not plan.stages else None
         made = [trainer]  # emptied where it is used, so that no model stays in memory beside the next
         del trainer, features
         folder.sweep()
         if previous is None:
             folder.clear()
             write_json(folder.path / RECORD, record)
+        if plan.stages:
+            made.clear()
+            pretrained = after_stages(plan.stages, pretrained, folder.checkpoints)
+            setup = make_setup(plan, pretrained, folder.checkpoints)
+            made.append(_first_trainer(plan, setup, jobs[0]))
+            probe = frozen_probe(plan, pretrained, made[0].model) if probed else None
         if plan.procedure is None:
             trained = [setup.train(job, made.pop() if made else None) for job in jobs]
         else:
@@ -263,6 +272,13 @@ def _opened(plan: Plan, previous: Mapping[str, Any] | None = None) -> tuple[Plan
     held = (previous or {}).get("kernels")
     kernels = tuned(plan, pretrained) if held is None else Kernels(**held)
     return *kernels.applied(plan, pretrained), kernels
+
+
+def _first_trainer(plan: Plan, setup: Setup, job: Job) -> FitTrainer:
+    """Trainer of the first training, which a procedure may replace."""
+    if plan.procedure is not None:
+        setup, job = plan.procedure.first(setup, job), plan.procedure.job_of(job, 0)
+    return setup.trainer(job, job.seeds, setup.folder / job.name)
 
 
 def _check_tokens(features: Any, pretrained: Pretrained) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .fitted_model import FittedModel
     from .pretrained import Pretrained
     from .procedures import MixupBLO as Procedure
+    from .stages import Intermediate
     from .training import Job, Setup
 
 logger = logging.getLogger("steadytune")
@@ -58,6 +59,7 @@ class Plan:
     procedure: Procedure | None = None
     distil: bool = False
     probe: bool = True
+    stages: tuple[Intermediate, ...] = ()
 
     @property
     def selects(self) -> bool:
@@ -83,6 +85,8 @@ def make_plan(
     subgroup: str | Sequence[str] | None = None,
     methods: str | Method | Sequence[str | Method] | None = (),
     procedure: str | Procedure | None = None,
+    aux: Any = None,
+    aux_steps: int | None = None,
     tests: Mapping[str, Any] | None = None,
     validation: Any = None,
     validation_column: str | None = None,
@@ -150,9 +154,23 @@ def make_plan(
         str(model), chosen, checked, data, checked.total_steps(len(data.train)),
         data.problem.metric(metric).name, num_seeds, combine, refit, folds, save_steps, progress,
         make_procedure(procedure), python_value("distil", distil, bool), python_value("probe", probe, bool),
+        _stages(aux, aux_steps, str(model), checked, data),
     )  # fmt: skip
     _check_selection(plan)
     return plan
+
+
+def _stages(aux: Any, steps: int | None, model: str, options: Options, data: Data) -> tuple[Intermediate, ...]:
+    """The trainings on other tables that come first."""
+    if aux is None:
+        if steps is not None:
+            raise UsageError(
+                f"aux_steps {steps} is for auxiliary tables, and there is none: give aux, or leave it out."
+            )
+        return ()
+    from .stages import stages_of
+
+    return stages_of(aux, steps, model=model, options=options, fit=data)
 
 
 def _check(num_seeds: int, combine: str, refit: bool, folds: int, save_steps: int, options: Options) -> None:

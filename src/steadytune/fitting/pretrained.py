@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import logging
 import math
@@ -78,6 +79,7 @@ class Pretrained:
         prompt: Text before the first text of each row.
         sentence: What a sentence-transformers folder says; None where the model is no such folder.
         pooling: What the head reads, see `start.chosen_pooling`.
+        body: Weights that replace those of the checkpoint, see `stages`.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Pretrained:
     prompt: str = ""
     sentence: SentenceFolder | None = None
     pooling: Literal["model", "mean", "cls"] = "model"
+    body: Mapping[str, torch.Tensor] | None = None
     _said: set[str] = field(default_factory=set)
     _new: set[str] = field(default_factory=set)
     _tokens: dict[tuple[str, ...], dict[str, Any]] = field(default_factory=dict)  # of each text (or pair), tokenised
@@ -126,6 +129,10 @@ class Pretrained:
         length = token_limit(max_length, config, tokenizer, skeleton, sentence)
         classes = tuple(str(before.id2label.get(i, f"LABEL_{i}")) for i in range(before.num_labels))
         return cls(name, config, tokenizer, length, in_force, classes, chosen_prompt(prompt, sentence, name), sentence)
+
+    def moved(self, body: Mapping[str, torch.Tensor] | None) -> Pretrained:
+        """The same model with other weights in its body."""
+        return dataclasses.replace(self, body=body, _spare=[])
 
     def tokenise(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
         """One feature dictionary per row, with the prompt, cut to the length; each text is tokenised once."""
@@ -212,6 +219,8 @@ class Pretrained:
             )
         mismatched = {key for key, *_ in info["mismatched_keys"]}
         self._check_body(model, info["missing_keys"], mismatched, info["unexpected_keys"])
+        if self.body is not None:
+            model.load_state_dict(self.body, strict=False)  # without the head
         return model, frozenset({*info["missing_keys"], *mismatched})
 
     def peek(self, seed: int) -> tuple[PreTrainedModel, frozenset[str]]:

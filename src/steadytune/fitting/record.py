@@ -104,6 +104,7 @@ def _record(plan: Plan, pretrained: Pretrained) -> dict[str, Any]:
             "model": plan.model,
             "methods": [method_record(method) for method in plan.methods],
             **({} if plan.procedure is None else {"procedure": procedure_record(plan.procedure)}),
+            **({"stages": [stage.record() for stage in plan.stages]} if plan.stages else {}),
             "kind": plan.data.problem.kind,
             "labels": list(plan.data.problem.names),
             "optimizer": "AdamW (bias-corrected, fused), linear warm-up and decay",

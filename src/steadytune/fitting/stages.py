@@ -1,0 +1,152 @@
+"""Trainings before a fit: they move the body of the pre-trained model, and the fit starts from there.
+
+The fit draws its own head, and takes the moved weights for the pre-trained ones: anchors and distances of methods are
+measured from them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..core.anatomy import anatomy
+from ..data.tables import Table, keys
+from ..errors import UsageError
+from .options import Options
+from .plan import Plan, make_plan, make_setup, open_model, runs
+
+if TYPE_CHECKING:
+    from ..data.prepare import Data
+    from .pretrained import Pretrained
+
+logger = logging.getLogger("steadytune")
+
+# Options of the fit that do not hold for another table, and what holds instead.
+OF_THE_FIT: dict[str, Any] = {
+    "train_size": None, "validation_share": 0.0, "evaluations": 0, "patience": None, "calibrate": False,
+    "threshold": None, "restarts": 0, "head": "random", "class_weights": "none", "label_smoothing": 0.0, "focal": 0.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Intermediate:
+    """Training on another labelled table first (STILTs).
+
+    Phang, Févry, Bowman: Sentence Encoders on STILTs: Supplementary Training on Intermediate Labeled-data Tasks. arXiv
+    1811.01088.
+
+    The other table has a head of its own, which is dropped afterwards. It is trained plainly, with the options of the
+    fit. Rows whose text is also in a row of the fit are left out, so that no score of the fit is on a text that the
+    model has seen.
+
+    Attributes:
+        plan: Plan of the training.
+        left_out: Number of rows that are left out.
+    """
+
+    plan: Plan
+    left_out: int
+
+    @classmethod
+    def of(cls, table: Any, name: str, *, model: str, options: Options, fit: Data) -> Intermediate:
+        """Check the table.
+
+        Args:
+            table: Any source that `fit` takes. Its columns have the names of the fit's table, or they are found.
+            name: Name of the stage.
+            model: Model of the fit.
+            options: Options of the training.
+            fit: Data of the fit.
+
+        Raises:
+            UsageError: The table is not right, or nothing of it is left.
+        """
+        plan = make_plan(_with_columns(table, name, fit), model=model, probe=False, **dataclasses.asdict(options))
+        origin = plan.data.origins["train"]
+        known = {key for rows in (fit.train, *fit.tests.values()) for key in keys(rows)}
+        kept = [key not in known for key in keys(plan.data.train)]
+        left_out = len(kept) - sum(kept)
+        if left_out:
+            logger.info("%s: %d rows left out, because their texts are in the rows of the fit", origin, left_out)
+        if not any(kept):
+            raise UsageError(f"{origin}: all of its texts are in the rows of the fit too: give another table.")
+        data = dataclasses.replace(plan.data, train=plan.data.train[kept])
+        return cls(dataclasses.replace(plan, data=data, steps=plan.options.total_steps(len(data.train))), left_out)
+
+    def record(self) -> dict[str, Any]:
+        """What decides the moved weights, as JSON."""
+        problem = self.plan.data.problem
+        return {
+            "name": "intermediate",
+            "data": self.plan.data.describe()["train"],
+            "left_out": self.left_out,
+            "kind": problem.kind,
+            "labels": list(problem.names),
+            "steps": self.plan.steps,
+        }
+
+    def body(self, pretrained: Pretrained, name: str, checkpoints: Path) -> Mapping[str, Tensor]:
+        """Weights of the body after the training; a finished one is read from disk.
+
+        Args:
+            pretrained: The model of the fit, after earlier stages.
+            name: Name of the stage.
+            checkpoints: Folder of the checkpoints of the fit.
+
+        Raises:
+            Interrupted: After a checkpoint.
+        """
+        own = open_model(self.plan).moved(pretrained.body)
+        setup = dataclasses.replace(make_setup(self.plan, own, checkpoints), keep=True)
+        trained = setup.train(dataclasses.replace(runs(self.plan)[0], name=name))
+        return body_of(trained.model)
+
+
+def stages_of(tables: Any, steps: int | None, *, model: str, options: Options, fit: Data) -> tuple[Intermediate, ...]:
+    """The stages for the arguments ``aux`` and ``aux_steps`` of `fit`.
+
+    Raises:
+        UsageError: A table is not right, or the adapters of the fit cannot keep what the stages learn.
+    """
+    given = list(tables) if isinstance(tables, (list, tuple)) else [] if tables is None else [tables]
+    if given and options.peft in ("prefix", "prompt"):
+        raise UsageError(
+            f"peft {options.peft!r} writes adapters for the model as it was published, and aux changes that model: "
+            "leave one of them out."
+        )
+    own = dataclasses.replace(options, **{**OF_THE_FIT, "steps": steps, "epochs": None if steps else options.epochs})
+    return tuple(
+        Intermediate.of(table, f"the table aux {i}", model=model, options=own, fit=fit) for i, table in enumerate(given)
+    )
+
+
+def after_stages(stages: Sequence[Intermediate], pretrained: Pretrained, checkpoints: Path) -> Pretrained:
+    """The pre-trained model with the body that the stages leave, each from where the one before ended."""
+    for i, stage in enumerate(stages):
+        logger.info("first %d steps on %s", stage.plan.steps, stage.plan.data.origins["train"])
+        pretrained = pretrained.moved(stage.body(pretrained, f"aux-{i}", checkpoints))
+    return pretrained
+
+
+def body_of(model: Any) -> Mapping[str, Tensor]:
+    """Weights of a model that every head shares, on the CPU."""
+    parts = anatomy(model)
+    return {name: p.detach().cpu() for name, p in model.named_parameters() if not parts[name].head}
+
+
+def _with_columns(table: Any, name: str, fit: Data) -> Table:
+    """The table, with the names of the fit's columns where it has them."""
+    read = Table.of(table, None, None, name)
+    known = fit.table
+    if known is None or isinstance(table, Table):
+        return read
+    text = known.text if known.text and set(known.text) <= set(read.frame.columns) else None
+    labels = [known.label] if isinstance(known.label, str) else list(known.label or ())
+    label = known.label if labels and set(labels) <= set(read.frame.columns) else None
+    return dataclasses.replace(read, text=text, label=label, label_separator=known.label_separator if label else None)
