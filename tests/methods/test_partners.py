@@ -153,7 +153,7 @@ def test_an_interrupted_forward_leaves_no_hook_that_keeps_its_features():
     run.leave()
     train(run, batches(1))
     assert not model.classifier._forward_pre_hooks
-    assert run[SupCon].features is None
+    assert run[SupCon].read.kept is None
 
 
 # ---------------------------------------------------------------- LayerDrop

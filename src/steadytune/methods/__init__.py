@@ -49,6 +49,7 @@ METHODS = Registry(
         "layer_drop": "layer_drop:LayerDrop",
         "vibert": "vibert:VIBERT",
         "easy_adapt": "easy_adapt:EasyAdapt",
+        "causal_head": "causal_head:CausalHead",
         "weight_mixup": "weight_mixup:WeightMixup",
         "meta_weight_net": "meta_weight_net:MetaWeightNet",
         "group_weights": "group_weights:GroupWeights",
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from .adversarial import FreeLB as FreeLB
     from .awp import AWP as AWP
     from .bi_drop import BiDrop as BiDrop
+    from .causal_head import CausalHead as CausalHead
     from .child_tuning import ChildTuningD as ChildTuningD
     from .child_tuning import ChildTuningF as ChildTuningF
     from .clip_norm import ClipNorm as ClipNorm

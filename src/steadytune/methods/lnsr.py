@@ -51,6 +51,7 @@ class LNSR(AtBlock):
     in_manifold: bool = False
 
     null: ClassVar = {"weight": 0.0}
+    acts_on_unread = "never"
     cost: ClassVar = Cost(passes=2.0)
     paper: ClassVar = Paper(
         authors=("Hang Hua", "Xingjian Li", "Dejing Dou", "Chengzhong Xu", "Jiebo Luo"),

@@ -9,10 +9,9 @@ With z the normalised input of the last layer, P(i) the other rows of the batch 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from ..core import Method, Run, Step, Within
 from ..core.facts import Cost, Paper
@@ -20,6 +19,7 @@ from ..core.step import full
 from ..errors import UsageError
 from ..functional import supervised_contrastive
 from ..heads.features import output_layer
+from .bases.head_input import HeadInput
 
 
 @dataclass
@@ -61,28 +61,16 @@ class SupCon(Method):
     )
 
     def setup(self, run: Run) -> None:
-        self.layer = output_layer(run.model)
-        self.handle: RemovableHandle | None = None
-        self.features: Tensor | None = None
+        self.read = HeadInput(output_layer(run.model))
 
     def before_batch(self, step: Step) -> None:
-        if self.handle is not None:  # of a forward that was interrupted
-            self.handle.remove()
-        self.features = None
-        self.handle = self.layer.register_forward_pre_hook(self.take) if self.weight else None
-
-    def take(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        """Keep what the layer reads in the task's own forward, the first after `before_batch`."""
-        self.features = args[0]
-        if self.handle is not None:
-            self.handle.remove()
-            self.handle = None
+        if self.weight:
+            self.read.listen()
 
     def penalty(self, step: Step) -> Tensor | None:
         if not self.weight:
             return None
-        features, self.features = self.features, None
-        labels = step.inputs["labels"]
+        features, labels = self.read.pop(), step.inputs["labels"]
         if features is None or features.dim() != 2 or labels.dim() != 1 or labels.is_floating_point():
             held = "nothing (is it compiled?)" if features is None else f"features {tuple(features.shape)}"
             raise UsageError(

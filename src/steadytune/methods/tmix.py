@@ -52,6 +52,7 @@ class TMix(AtBlock):
     block: Annotated[int, Within("[0, inf)")] | None = None
 
     null: ClassVar = {"weight": 0.0}
+    acts_on_unread = "never"
     conflicts: ClassVar[tuple[str, ...]] = (*AtBlock.conflicts, "labels of tokens")
     cost: ClassVar = Cost(passes=2.0)
     paper: ClassVar = Paper(

@@ -23,7 +23,6 @@ class AtBlock(Method):
 
     hidden_states: ClassVar = True
     conflicts: ClassVar[tuple[str, ...]] = ("encoder-decoders", "PEFT's prompt tuning")
-    acts_on_unread = "never"
 
     def default(self, count: int) -> int:
         """The block that is changed by default, of ``count`` blocks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ class BesideHead(Method, Generic[B]):
     """
 
     place: ClassVar[str]
-    acts_on_unread = "never"
+    acts_on_unread: ClassVar[Literal["never", "in scope", "always"]] = "never"
 
     def build(self, head: Any) -> B:
         """Build the module for the head's last layer, with equal weights on all processes."""
@@ -46,8 +46,8 @@ class BesideHead(Method, Generic[B]):
         return lambda w: w.name.startswith(f"{self.place}.")
 
     def hook(self, head: nn.Module) -> Any:
-        """Register the module's hook on the head; return its handle."""
-        raise NotImplementedError
+        """Register the module's hook on the head and return its handle; by default there is none."""
+        return None
 
     def setup(self, run: Run) -> None:
         check_unwrapped(run.wrapper, type(self).__name__)
