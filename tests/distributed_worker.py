@@ -229,11 +229,14 @@ DDP_RECIPES = {
     "implicit_tune": lambda: [st.ImplicitTune(outer=outer_parts, per="block", start=0.5, terms=2)],
     "penalties": lambda: [st.RDrop(), st.R3F(scale=0.1), st.LNSR(scale=0.2)],
     "beside": lambda: [st.VIBERT(beta=0.1), st.EasyAdapt(2, domain=by_length, drop=0.0), st.Extrapolation(0.5)],
+    "partners": lambda: [st.TMix(), st.SupCon(weight=0.5)],
+    "causal": lambda: [st.CausalHead(mu=0.5)],
     "structure": lambda: [st.ReInit(), st.TopLayers(1), st.LLRD(0.5), st.EMA(0.8)],
     "mask_training": lambda: [st.MaskTraining(0.6, every=2)],
     "adapters": lambda: [st.Adapters(size=4)],
     "bitfit": lambda: [st.BitFit()],
 }
+PARTNERS = ("partners", "causal")  # whose rows meet each other, so that two processes are another training than one
 TWO_DRAWS = ("rdrop", "neftune", "rose_first", "rose_ensemble", "bi_drop", "penalties")
 
 
@@ -251,7 +254,7 @@ def ddp_recipe(name: str, kind: str = "adamw", *, micro: int = 2) -> dict:
     model = hash_dropout(bert()) if name in TWO_DRAWS else bert()
     recipe = DDP_RECIPES[name]()
     # what changes the model or adds weights comes before the wrapper
-    changing = name == "beside" or any(method.structure for method in recipe)
+    changing = name in ("beside", "causal") or any(method.structure for method in recipe)
     run = st.Run(model if changing else ddp(model), recipe, total_steps=STEPS, data=lambda: first_look(model))
     run.attach(optimizer_of(model, kind))
     run.wrapper = ddp(model) if changing else run.wrapper  # as run.loss(batch, model=wrapper) does

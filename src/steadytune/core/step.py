@@ -379,7 +379,7 @@ class Step:
         return loss / self._rule.penalty_scale
 
 
-def logits_of(outputs: Any, inputs: Inputs, method: Method) -> Tensor:
+def logits_of(outputs: Any, inputs: Inputs, method: object) -> Tensor:
     """The predictions in a model's outputs, classes last, which a method looks at.
 
     They are the entry ``"logits"``, or the first tensor of a tuple that has a class axis. Question answering has two

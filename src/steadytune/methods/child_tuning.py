@@ -6,20 +6,22 @@ D    g <- g * M               M = [F among the largest keep], F = mean of square
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..core import Method, Run, Scope, Weight, Within, multiply, select
 from ..core.facts import Cost, Paper
-from ..core.step import Inputs, batch_size, logits_of
 from ..core.tensors import byte_mask
+from .bases.fisher import Fisher, Labels, Per
 from .bases.static_mask import Batch, StaticMask, Tensors, top_masks
+
+logger = logging.getLogger("steadytune")
 
 PAPER = Paper(
     authors=(
@@ -86,14 +88,16 @@ class ChildTuningD(StaticMask):
         scope: Which weights are ranked and masked, all together. Others train as usual.
         per: Unit whose gradient is squared: the ``"batch"`` of an optimizer step, as in the authors' code, or each
             ``"example"``, as in the paper (one backward pass for each row).
-        labels: ``"true"`` labels, as in paper and code, or labels ``"sampled"`` from the model's prediction, as in the
-            definition of Fisher information. Sampling needs one class label per row.
+        labels: ``"true"`` labels, as in paper and code (the empirical Fisher information), labels ``"sampled"`` from
+            the model's prediction, or the ``"expected"`` square over all classes, the definition, which takes one
+            backward pass a class and needs ``per="example"``. The last two need one class label per row.
         clip: Largest norm of a tensor's gradient before it is squared. inf disables clipping; the authors' code has 1.
         batches: Number of batches for the ranking; 0 is one pass over all rows, as in the authors' code.
         frozen: Whether masked entries stay bit for bit. By default only their gradient is zero, as in the authors'
             code; decay, and momentum from other methods, still move them.
 
-    The ranking costs one epoch without updates. Dropout is as in training.
+    The ranking costs one epoch without updates. Dropout is as in training. The log says the sum of the information and
+    its standard error over the squared gradients: where it is large, rank by more rows.
 
     Departures:
         No clipping by default. All processes rank by the mean over all of them. ``ceil(n * keep)`` entries are kept;
@@ -103,8 +107,8 @@ class ChildTuningD(StaticMask):
 
     keep: Annotated[float, Within("(0, 1]")] = 0.3
     scope: Scope = "encoder"
-    per: Literal["batch", "example"] = "batch"
-    labels: Literal["true", "sampled"] = "true"
+    per: Per = "batch"
+    labels: Labels = "true"
     clip: Annotated[float, Within("(0, inf]")] = inf
     batches: Annotated[int, Within("[0, inf)")] = 0
     frozen: bool = False
@@ -115,6 +119,7 @@ class ChildTuningD(StaticMask):
 
     def setup(self, run: Run) -> None:
         super().setup(run)
+        Fisher(self.per, self.labels, self.clip)  # checks that they fit each other
         if self.per == "example" and run.sharded:
             raise ValueError("per='example' needs whole weights on every rank; FSDP2 cuts them: use per='batch'")
 
@@ -122,72 +127,9 @@ class ChildTuningD(StaticMask):
         return top_masks(run, self.fisher(run, weights, batches), self.keep, "global")
 
     def fisher(self, run: Run, weights: Sequence[Weight], batches: Iterable[Batch]) -> Tensors:
-        """Mean of squared gradients by weight name, in float32 or float64."""
+        """Fisher information by weight name, in float32 or float64."""
         scope = {w.name for w in select(weights, self.scope)}
-        sums: Tensors = {}
-        count = 0
-        for batch in islice(batches, self.batches or None):
-            for part in [batch] if self.per == "batch" else examples(batch):
-                seed = run.draw_seed("fisher", count, rank=True)
-                grads = run.gradient(part, self.loss(run), dropout_seed=seed)
-                self.add(run, sums, {name: g for name, g in grads.items() if name in scope})
-                count += 1
-        if not sums:
-            raise ValueError(f"{type(self).__name__} found no gradient in scope {self.scope!r}: is `data` empty?")
-        fisher = list(sums.values())
-        torch._foreach_div_(fisher, count)
-        if self.per == "example":
-            run.all_reduce(fisher)
-        return sums
-
-    def loss(self, run: Run) -> Callable[[Inputs], Tensor]:
-        """Loss of the task; for single examples without the DDP wrapper, which averages over processes."""
-        model = run.model if self.per == "example" else run.wrapper
-
-        def loss(batch: Inputs) -> Tensor:
-            if self.labels == "sampled":
-                with torch.no_grad():
-                    logits = logits_of(run.task(batch, model)[1], batch, self)
-                    batch = {**batch, "labels": sampled(logits, batch["labels"])}
-            return run.task(batch, model)[0]
-
-        return loss
-
-    def add(self, run: Run, sums: Tensors, gradients: Tensors) -> None:
-        """``sums += clipped gradient squared``."""
-        wide = {n: g.to(torch.promote_types(g.dtype, torch.float32)) for n, g in gradients.items()}
-        if self.clip < inf:
-            for g, norm in zip(wide.values(), run.norms(list(wide.values())), strict=True):
-                g.mul_((self.clip / (norm + 1e-6)).clamp(max=1.0))
-        for name, g in wide.items():
-            if name in sums:
-                sums[name].addcmul_(g, g)
-            else:
-                sums[name] = g.square()
-
-
-def examples(batch: Batch) -> Iterable[Inputs]:
-    """The rows of a batch, each as a batch of one."""
-    for part in [batch] if isinstance(batch, Mapping) else batch:
-        size = batch_size(part)
-        for i in range(size):
-            yield {k: v[i : i + 1] if batch_first(v, size) else v for k, v in part.items()}
-
-
-def batch_first(value: Any, size: int) -> bool:
-    """Whether an input has one entry per row."""
-    return isinstance(value, Tensor) and value.dim() > 0 and value.size(0) == size
-
-
-def sampled(logits: Tensor, labels: Tensor) -> Tensor:
-    """Class labels (batch,) drawn from the prediction.
-
-    Raises:
-        ValueError: Logits do not have the shape (batch, classes), or labels the shape (batch,).
-    """
-    if logits.dim() != 2 or logits.size(-1) == 1 or labels.dim() != 1:
-        raise ValueError(
-            f"labels='sampled' needs one class label per row, got logits {tuple(logits.shape)} and labels "
-            f"{tuple(labels.shape)}: use labels='true'"
-        )
-    return torch.multinomial(logits.float().softmax(-1), 1).squeeze(-1)
+        way = Fisher(self.per, self.labels, self.clip)
+        information = way.estimate(run, islice(batches, self.batches or None), scope, self)
+        logger.info("ChildTuningD, Fisher information: %s", information)
+        return information.values
