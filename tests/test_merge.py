@@ -129,6 +129,21 @@ def test_paint_takes_the_best_alpha_and_the_smaller_of_two():
     assert merge.paint(state(0.0), state(10.0), lambda s: 0.0)[1] == 0.0
 
 
+def test_the_fisher_mean_weighs_each_entry_and_leaves_others_even():
+    """Naive: an information near zero everywhere divides by zero."""
+    states = [
+        {"w": torch.tensor([0.0, 2.0, 4.0]), "b": torch.ones(1)},
+        {"w": torch.zeros(3), "b": torch.zeros(1)},
+    ]
+    information = [{"w": torch.tensor([1.0, 3.0, 0.0])}, {"w": torch.tensor([1.0, 1.0, 0.0])}]
+    merged = merge.fisher(states, information)
+    assert_same(merged, {"w": torch.tensor([0.0, 1.5, 2.0]), "b": torch.tensor([0.5])})
+    between = merge.interpolate(states[1], states[0], 0.5, fisher=(information[1], information[0]))
+    assert_same({"w": merged["w"]}, {"w": between["w"]})
+    with pytest.raises(ValueError, match="2 models need as many sets of Fisher information, got 1"):
+        merge.fisher(states, information[:1])
+
+
 def test_task_arithmetic_adds_and_forgets():
     base = state(1.0, 1.0, count=3)
     vectors = [merge.task_vector(base, tuned) for tuned in (state(2.0, 1.0), state(1.0, 5.0))]
@@ -267,6 +282,27 @@ def test_the_verb_makes_a_greedy_soup(desk, judged):
 
 
 @moved_far
+def test_the_verb_weighs_by_fisher_information(desk, judged):
+    """Of the head's bias it is p * (1 - p), the mean over the rows, without dropout."""
+    states, _ = judged
+    done = desk("a", "b", "--how", "fisher", *ROWS, "--output", "soup")
+    assert done.exit_code == 0, done.output
+    assert "a: trace" in done.stdout
+    assert "32 squared gradients; b: trace" in done.stdout
+    texts = toy(32)["text"].tolist()
+    models = [AutoModelForSequenceClassification.from_pretrained(name).eval() for name in "ab"]
+    fitted = [
+        FittedModel([m], AutoTokenizer.from_pretrained("a"), Classification(NAMES), max_length=16) for m in models
+    ]
+    chances = [torch.tensor(each.predict_proba(texts)) for each in fitted]
+    information = [(p * (1 - p)).mean(0) for p in chances]
+    biases = torch.stack([state["classifier.bias"].double() for state in states[:2]])
+    expected = (torch.stack(information) * biases).sum(0) / torch.stack(information).sum(0)
+    assert torch.allclose(weights("soup")["classifier.bias"].double(), expected, atol=1e-5)
+    assert (expected - biases.mean(0)).abs().max() > 1e-3
+
+
+@moved_far
 def test_the_verb_paints_with_the_best_share(desk, judged):
     states, accuracy = judged
     start = {n: t for n, t in weights("one").items() if not n.startswith("classifier")}
@@ -303,6 +339,12 @@ def test_the_score_is_the_mean_over_tables_and_smaller_errors_are_better(desk):
         (["one", "--how", "paint", *ROWS, "--output", "x"], "--how paint needs the pre-trained model: --base DIR"),
         (["one", "two", "--how", "paint", "--base", "base", *ROWS, "--output", "x"], "one model, got 2"),
         (["one", "two", "--how", "greedy", *ROWS, "--metric", "rmse", "--output", "x"], "unknown metric 'rmse'"),
+        (["one", "two", "--how", "fisher", "--output", "x"], "weighs by the Fisher information of labelled rows: give"),
+        (["one", "--how", "fisher", *ROWS, "--output", "x"], "a fisher soup needs at least two models, got 1"),
+        (
+            ["one", "two", "--how", "fisher", "--fisher-labels", "real", *ROWS, "--output", "x"],
+            "fisher_labels must be one",
+        ),
         (["one", "two", "--how", "greedy", "--validation", "no.csv", "--output", "x"], "no.csv: no such file"),
         (["one", "two", "--how", "greedy", *ROWS, "--output", "x"], "label 'down' (in 8 of 8 rows)"),
         (["one", "two", "--how", "greedy", *ROWS[:-1], "absent", "--output", "x"], "'absent'"),

@@ -678,16 +678,17 @@ def merge(
     how: Annotated[
         str,
         typer.Option(
-            help="uniform: their mean (a soup); greedy: the mean of those that do not lower the score; interpolate: "
-            "(1 - alpha) base + alpha model (WiSE-FT); paint: the same with the best alpha; add: base + alpha times "
-            "the sum of (model - base) (task arithmetic)."
+            help="uniform: their mean (a soup); greedy: the mean of those that do not lower the score; fisher: the "
+            "mean in which each weight counts by its Fisher information; interpolate: (1 - alpha) base + alpha model "
+            "(WiSE-FT); paint: the same with the best alpha; add: base + alpha times the sum of (model - base) (task "
+            "arithmetic)."
         ),
     ] = "uniform",
     base: Annotated[Path | None, typer.Option(help="Directory of the pre-trained model, for the last three.")] = None,
     alpha: Annotated[float, typer.Option(help="Share of the model, or factor of the sum.")] = 0.5,
     validation: Annotated[
         list[str] | None,
-        _option(INPUT, "File of labelled text to score the result on; greedy and paint choose by it. Repeatable."),
+        _option(INPUT, "File of labelled text to score the result on; greedy, fisher and paint use it. Repeatable."),
     ] = None,
     text: Annotated[
         list[str] | None, _option(INPUT, "Its text column; give it twice for pairs. [dim]\\[default: found][/]")
@@ -695,6 +696,10 @@ def merge(
     label: LabelColumns = None,
     label_separator: LabelSeparator = None,
     metric: Annotated[str | None, _option(INPUT, "Metric that chooses.")] = None,
+    fisher_labels: Annotated[
+        str,
+        typer.Option(help="Labels of the Fisher information: expected (of all classes), sampled (predicted) or true."),
+    ] = "expected",
 ) -> None:
     """Merge models of one beginning into one Hugging Face model directory.
 
@@ -705,7 +710,7 @@ def merge(
 
         said = merge_folders(
             models, output, how=how, base=base, alpha=alpha, validation=validation or (), text=text, label=label,
-            label_separator=label_separator, metric=metric,
+            label_separator=label_separator, metric=metric, fisher_labels=fisher_labels,
         )  # fmt: skip
     if said:
         typer.echo(said)

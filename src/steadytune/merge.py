@@ -3,6 +3,7 @@
 Uniform and greedy soup: Wortsman et al., Model soups, ICML 2022, arXiv 2203.05482.
 Interpolation: Wortsman et al., Robust fine-tuning of zero-shot models (WiSE-FT), CVPR 2022, arXiv 2109.01903.
 Its weight chosen on held-out rows: Ilharco et al., Patching open-vocabulary models (PAINT), NeurIPS 2022, 2208.05592.
+Fisher-weighted mean: Matena and Raffel, Merging models with Fisher-weighted averaging, NeurIPS 2022, arXiv 2111.09832.
 Task arithmetic: Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 2212.04089.
 
 Models must start from the same pre-trained weights, and from the same values of a new head if it is averaged. All
@@ -35,6 +36,34 @@ def uniform(states: Sequence[State]) -> dict[str, Tensor]:
     """
     _check_alike(states)
     return {name: _mean(name, [state[name] for state in states]) for name in states[0]}
+
+
+def fisher(states: Sequence[State], information: Sequence[State], floor: float = 1e-6) -> dict[str, Tensor]:
+    """Mean of each floating-point tensor, in which every entry counts by its Fisher information.
+
+    An entry that a model is sure of, because its predictions would change most, outweighs those of the others.
+
+    Args:
+        states: As for `uniform`.
+        information: Fisher information of each model by name, of the shapes of the tensors. Names without it are
+            averaged evenly.
+        floor: Smallest value of the Fisher information, above 0. Entries below it in all models are averaged evenly.
+
+    Raises:
+        ValueError: Names, shapes or integer buffers differ, there is not one set of information for each model, or
+            floor is out of range.
+    """
+    if len(states) != len(information):
+        raise ValueError(f"{len(states)} models need as many sets of Fisher information, got {len(information)}")
+    if not floor > 0:
+        raise ValueError(f"floor must be above 0, got {floor}")
+    merged = uniform(states)
+    for name in merged:
+        if all(name in part for part in information) and merged[name].is_floating_point():
+            weights = torch.stack([part[name].double().clamp(min=floor) for part in information])
+            values = torch.stack([state[name].double() for state in states])
+            merged[name] = ((weights * values).sum(0) / weights.sum(0)).to(merged[name].dtype)
+    return merged
 
 
 def greedy(

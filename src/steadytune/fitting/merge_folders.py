@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.problem import Problem
-from ..data.tables import Table, resolve
+from ..data.tables import Table, examples, resolve
 from ..errors import UsageError, suggest
 from ..files.atomic import write_json, write_whole, writing
 from .folder import MEMBERS, RECORD
 
-WAYS = ("uniform", "greedy", "interpolate", "paint", "add")
-FROM_BASE, SCORED = ("interpolate", "paint", "add"), ("greedy", "paint")
+if TYPE_CHECKING:
+    from ..methods.bases.fisher import Information
+
+FISHER_LABELS = ("expected", "sampled", "true")
+WAYS = ("uniform", "greedy", "fisher", "interpolate", "paint", "add")
+FROM_BASE, ON_ROWS = ("interpolate", "paint", "add"), ("greedy", "fisher", "paint")
 
 
 def merge_folders(
@@ -29,6 +34,7 @@ def merge_folders(
     label: str | Sequence[str] | None = None,
     label_separator: str | None = None,
     metric: str | None = None,
+    fisher_labels: str = "expected",
 ) -> str:
     """Merge Hugging Face model directories into a new one, atomically.
 
@@ -38,9 +44,10 @@ def merge_folders(
     Args:
         models: Directories of fine-tuned models of one architecture.
         output: Directory to make; new or empty.
-        how: ``"uniform"``: their mean; ``"greedy"``: the mean of those that do not lower the score; ``"interpolate"``:
-            ``(1 - alpha) * base + alpha * model``, for one model; ``"paint"``: the same with the alpha of 0, 0.1, ... 1
-            that scores best; ``"add"``: ``base + alpha * sum of (model - base)``.
+        how: ``"uniform"``: their mean; ``"greedy"``: the mean of those that do not lower the score; ``"fisher"``: the
+            mean in which each weight counts by its Fisher information; ``"interpolate"``: ``(1 - alpha) * base + alpha
+            * model``, for one model; ``"paint"``: the same with the alpha of 0, 0.1, ... 1 that scores best; ``"add"``:
+            ``base + alpha * sum of (model - base)``.
         base: Directory of the pre-trained model, for the last three.
         alpha: Share of the fine-tuned model, or factor of the task vectors.
         validation: Tables of labelled text as `fit` takes them; the merged model is scored on them, and ``"greedy"``
@@ -51,16 +58,18 @@ def merge_folders(
         label: Label column of the tables, or one column per class; found in the same way.
         label_separator: What stands between several labels in one cell; likewise.
         metric: The score; by default the first of the model's kind.
+        fisher_labels: Labels of the Fisher information: ``"expected"``, the sum over all classes, at one backward pass
+            a row and class; ``"sampled"`` from the predictions, or the ``"true"`` ones, at one a row.
 
     Returns:
-        The choice in a sentence; empty if there was none.
+        The choice in a sentence, or how sure the Fisher information is; empty if there was neither.
 
     Raises:
         UsageError: The models cannot be merged in this way; nothing is written.
     """
     from .. import merge
 
-    _check(models, output, how, base, validation)
+    _check(models, output, how, base, validation, fisher_labels)
     loaded = [_load(path) for path in models]
     _check_labels(models, [model for model, _ in loaded])
     states = [model.state_dict() for model, _ in loaded]
@@ -80,7 +89,11 @@ def merge_folders(
         else:
             states[0] = {name: tensor.clone() for name, tensor in states[0].items()}  # the model itself is written to
             assert judge is not None
-            if how == "greedy":
+            if how == "fisher":
+                found = [judge.information(each, fisher_labels) for each, _ in loaded]
+                merged = merge.fisher(states, [information.values for information in found])
+                said = "; ".join(f"{path}: {information}" for path, information in zip(models, found, strict=True))
+            elif how == "greedy":
                 merged, chosen = merge.greedy(states, judge.goodness)
                 said = f"{len(chosen)} of {len(models)} models: {', '.join(str(models[i]) for i in chosen)}"
             else:
@@ -91,7 +104,7 @@ def merge_folders(
     except ValueError as error:
         raise UsageError(f"{error}.") from error
     model.load_state_dict(merged)
-    sets = judge.sets(how in SCORED) if judge is not None else {}
+    sets = judge.sets(how in ON_ROWS) if judge is not None else {}
     if judge is not None:
         values = [
             scores_of_set[judge.metric] for scores_of_set in sets.values() if scores_of_set[judge.metric] is not None
@@ -103,10 +116,17 @@ def merge_folders(
     return said
 
 
-def _check(models: Sequence[Path], output: Path, how: str, base: Path | None, validation: Sequence[Any]) -> None:
+def _check(
+    models: Sequence[Path], output: Path, how: str, base: Path | None, validation: Sequence[Any], fisher_labels: str
+) -> None:
     if how not in WAYS:
         raise UsageError(f"unknown way to merge {how!r}.{suggest(how, WAYS)}")
-    if how in ("uniform", "greedy") and len(models) < 2:
+    if fisher_labels not in FISHER_LABELS:
+        raise UsageError(
+            f"fisher_labels must be one of {', '.join(FISHER_LABELS)}, got {fisher_labels!r}."
+            f"{suggest(fisher_labels, FISHER_LABELS)}"
+        )
+    if how in ("uniform", "greedy", "fisher") and len(models) < 2:
         raise UsageError(f"a {how} soup needs at least two models, got {len(models)}.")
     if how in ("interpolate", "paint") and len(models) != 1:
         raise UsageError(f"interpolation is between --base and one model, got {len(models)} models.")
@@ -114,8 +134,9 @@ def _check(models: Sequence[Path], output: Path, how: str, base: Path | None, va
         raise UsageError(f"a {how} soup has no base: leave --base out, or choose --how interpolate, paint or add.")
     if how in FROM_BASE and base is None:
         raise UsageError(f"--how {how} needs the pre-trained model: --base DIR.")
-    if how in SCORED and not validation:
-        raise UsageError(f"--how {how} chooses by a score on labelled rows: give them with --validation FILE.")
+    if how in ON_ROWS and not validation:
+        what = "weighs by the Fisher information of" if how == "fisher" else "chooses by a score on"
+        raise UsageError(f"--how {how} {what} labelled rows: give them with --validation FILE.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"output {output} exists and is not empty: choose another --output DIR.")
     if not output.absolute().parent.is_dir():
@@ -182,6 +203,33 @@ class _Judge:
         self.model.load_state_dict(state)
         values = [self.fitted.evaluate(table)[self.metric] for table in self.tables]
         return sum(self.problem.metric(self.metric).goodness(value) for value in values) / len(values)
+
+    def information(self, model: Any, labels: Any) -> Information:
+        """Fisher information of a model's weights on the rows of all tables, one by one, without dropout."""
+        from ..core import Run
+        from ..methods.bases.fisher import Fisher
+
+        if labels != "true" and not self.problem.classes:
+            raise UsageError(
+                f"--fisher-labels {labels} is for one class a row, this is {self.problem.kind}: give true."
+            )
+        way, names = Fisher("example", labels), {name for name, _ in model.named_parameters()}
+        found = way.estimate(Run(model.to(self.model.device).eval(), []), self.rows(), names, way)
+        return dataclasses.replace(found, values={name: value.cpu() for name, value in found.values.items()})
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows of all tables, each as a batch of one."""
+        import torch
+
+        from .encoding import tokenise
+
+        for table in self.tables:
+            rows = examples(table)
+            ids = self.problem.ids(self.problem.encode(rows, table).tolist())
+            tokens = tokenise(rows, self.fitted.tokenizer, self.fitted.max_length, self.fitted.prompt)
+            for token, label in zip(tokens, ids, strict=True):
+                row = {**token, "labels": label}
+                yield {name: torch.tensor([value], device=self.model.device) for name, value in row.items()}
 
     def sets(self, selected: bool) -> dict[str, dict[str, Any]]:
         """All scores of the model as it is, by table, which may have selected it."""
@@ -282,7 +330,7 @@ def _write(
             "threshold": None,
             "merge": about,
         }
-        recipe = {**record["recipe"], "runs": 1, "evaluations": int(about["how"] in SCORED)}
+        recipe = {**record["recipe"], "runs": 1, "evaluations": int(about["how"] in ON_ROWS)}
         card = model_card({**record, **alone, "recipe": recipe}, sets, metric or record["recipe"]["metric"])
         (part / "README.md").write_text(card, encoding="utf-8")
         files = sorted(path.name for path in part.iterdir())
