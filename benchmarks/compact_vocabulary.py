@@ -1,15 +1,16 @@
 """What a compact vocabulary saves: processor time and peak memory of whole fits with and without it.
 
     python benchmarks/compact_vocabulary.py [--sizes xlm-r-base e5-small] [--model DIR ...] [--rounds 2]
-                                            [--steps 8 40] [--rows 500]
+                                            [--steps 6] [--rows 500]
 
 Each figure is one fit in a process of its own: loading, tokenising, the probe, training, two checkpoints, predictions
-and writing; imports are not counted. With and without are interleaved in random order, on the same rows, with one
-thread. Texts have about 25 tokens, 16 of them a step. They are random words whose frequency falls like 1 / rank, so
-that 500 rows read about 3,000 different ones. ``--sizes`` are models with random weights: time does not depend on them.
+and writing. With and without are interleaved in random order, on the same rows, with one thread. Texts have about 25
+tokens, 16 of them a step. They are random words whose frequency falls like 1 / rank, so that 500 rows read about 3,000
+different ones. ``--sizes`` are models with random weights: time does not depend on them.
 
-A fit is measured at two numbers of steps, and its time at 400 is taken from the line through both. Ratios are of one
-round; the last column is the smallest and the largest of them.
+A fit has a few steps, and its time at 400 is computed: everything but the steps as measured, 400 times the median step,
+and the decay of 400 steps on the rows that are left out. Ratios are of one round; the last column is the smallest and
+the largest of them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tqdm import tqdm
 
 import steadytune
+from steadytune.fitting.fit_trainer import FitTrainer
 from steadytune.fitting.memory import peak_memory
+from steadytune.vocabulary import CompactVocabulary
 
 STEPS = 400  # of the fit that is compared
 WORDS = 23  # of a text, beside two special tokens
@@ -73,9 +76,37 @@ def table(model: str, rows: int) -> pd.DataFrame:
     return pd.DataFrame({"text": texts, "label": np.where(rng.random(rows) < 0.5, "a", "b")})
 
 
+class Clock(transformers.TrainerCallback):
+    """Processor time of each step, of the first forward to the end of the optimizer's step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.began = time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.seconds.append(time.process_time() - self.began)
+
+
 def fit_once(model: str, file: str, steps: int, compact: bool) -> dict[str, float]:
-    """Seconds of the processor and peak memory of one fit in this process."""
+    """Seconds of the processor at `STEPS` steps, of one step, and peak memory, of one fit in this process."""
     torch.set_num_threads(1)
+    clock, train, whole, decay, loaded = Clock(), FitTrainer.train_here, CompactVocabulary.whole, [0.0], [0]
+
+    def timed(trainer: FitTrainer, checkpoint: Any) -> float:
+        trainer.add_callback(clock)
+        loaded[0] = peak_memory()
+        return train(trainer, checkpoint)
+
+    def whole_timed(vocabulary: CompactVocabulary) -> torch.Tensor:
+        began = time.process_time()
+        table = whole(vocabulary)
+        decay[0] += time.process_time() - began
+        return table
+
+    FitTrainer.train_here, CompactVocabulary.whole = timed, whole_timed  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
         result = steadytune.fit(
@@ -84,7 +115,15 @@ def fit_once(model: str, file: str, steps: int, compact: bool) -> dict[str, floa
         )  # fmt: skip
         seconds = time.process_time() - began
         vocabulary = json.loads((result.output / "steadytune.json").read_text())["vocabulary"]
-    return {"seconds": seconds, "memory": peak_memory(), "left_out": vocabulary.get("left_out_weights", 0)}
+    step = float(np.median(clock.seconds[1:]))
+    return {
+        "seconds": seconds - sum(clock.seconds) + STEPS * step + decay[0] * (STEPS / steps - 1),
+        "step": step,
+        "decay": decay[0],
+        "memory": peak_memory(),
+        "memory before training": loaded[0],
+        "left_out": vocabulary.get("left_out_weights", 0),
+    }
 
 
 def in_a_process(*given: Any) -> dict[str, float]:
@@ -101,33 +140,25 @@ def compare(name: str, model: str, options: argparse.Namespace, folder: Path) ->
     """Measure a model and print its row."""
     file = str(folder / "table.csv")
     table(model, options.rows).to_csv(file, index=False)
-    seconds: list[dict[bool, float]] = []
-    step, memory, left_out = [], [], 0.0
-    short, long = options.steps
+    rounds: list[dict[bool, dict[str, float]]] = []
     for number in tqdm(range(options.rounds), desc=name):
-        arms = [(compact, steps) for compact in (False, True) for steps in (short, long)]
-        measured = {
-            (compact, steps): in_a_process(model, file, steps, compact)
-            for compact, steps in random.Random(number).sample(arms, len(arms))
-        }
-        tqdm.write(json.dumps({str(arm): value for arm, value in measured.items()}), file=sys.stderr)
-        each = {
-            compact: (measured[compact, long]["seconds"] - measured[compact, short]["seconds"]) / (long - short)
-            for compact in (False, True)
-        }
-        step.append(each)
-        seconds.append({c: measured[c, short]["seconds"] + (STEPS - short) * each[c] for c in (False, True)})
-        memory.append(measured[False, long]["memory"] - measured[True, long]["memory"])
-        left_out = measured[True, long]["left_out"]
-    off, on = ([times[compact] for times in seconds] for compact in (False, True))
-    ratios = [a / b for a, b in zip(off, on, strict=True)]
-    steps = [f"{np.median([times[compact] for times in step]):.2f}" for compact in (False, True)]
-    print(
-        f"| {name} | {left_out / 1e6:.1f} M | {steps[0]} | {steps[1]} | {np.median(off):.0f} | {np.median(on):.0f} | "
-        f"{np.median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f}) | {np.median(memory) / 1e9:.2f} GB, "
-        f"{np.median(memory) / max(left_out, 1):.1f} bytes |",
-        flush=True,
-    )
+        arms = random.Random(number).sample((False, True), 2)
+        rounds.append({compact: in_a_process(model, file, options.steps, compact) for compact in arms})
+        tqdm.write(f"{name} {rounds[-1]}", file=sys.stderr)
+
+    def median(key: str, compact: bool) -> float:
+        return float(np.median([measured[compact][key] for measured in rounds]))
+
+    ratios = [measured[False]["seconds"] / measured[True]["seconds"] for measured in rounds]
+    left_out, less = median("left_out", True), median("memory", False) - median("memory", True)
+    cells = [
+        f"{name} | {left_out / 1e6:.1f} M",
+        *(f"{median('step', compact):.2f}" for compact in (False, True)),
+        *(f"{median('seconds', compact):.0f}" for compact in (False, True)),
+        f"{np.median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})",
+        f"{less / 1e9:.2f} GB, {less / left_out:.1f} bytes a weight",
+    ]
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -135,7 +166,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", default=[], choices=SIZES)
     parser.add_argument("--model", nargs="*", default=[], help="folder of a model")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", nargs=2, type=int, default=[8, 40])
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--once", help=argparse.SUPPRESS)
     options = parser.parse_args()
