@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .fitting.estimators import SteadyClassifier as SteadyClassifier
     from .fitting.estimators import SteadyRegressor as SteadyRegressor
     from .fitting.fitted_model import FittedModel as FittedModel
+    from .fitting.inspection import Inspected as Inspected
+    from .fitting.inspection import inspect_labels as inspect_labels
     from .fitting.probing import Probed as Probed
     from .fitting.probing import probe as probe
     from .methods import *  # noqa: F403
@@ -37,6 +39,7 @@ _HOMES = {
     "fitting": ("FitResult", "dry_run", "fit"),
     "fitting.estimators": ("SteadyClassifier", "SteadyRegressor"),
     "fitting.fitted_model": ("FittedModel",),
+    "fitting.inspection": ("Inspected", "inspect_labels"),
     "fitting.probing": ("Probed", "probe"),
     "methods": tuple(METHODS.classes),
     "methods.adapters": ("load_adapters", "save_adapters"),

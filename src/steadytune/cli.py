@@ -427,6 +427,57 @@ def probe(
     _show_probed(result)
 
 
+@app.command(cls=_OneName)
+def inspect(
+    train: Annotated[
+        str,
+        typer.Argument(help="CSV, TSV, JSON-lines or Parquet file with labelled text, or a data set: hub:owner/name."),
+    ],
+    model: Annotated[str, _option(INPUT, "Hugging Face model directory or hub name, or the --output of a fit.")],
+    text: Annotated[
+        list[str] | None, _option(INPUT, "Text column; give it twice for pairs. [dim]\\[default: found][/]")
+    ] = None,
+    label: LabelColumns = None,
+    label_separator: LabelSeparator = None,
+    group: Annotated[str | None, _option(INPUT, "Column of groups; rows of one group stay in one fold.")] = None,
+    kind: Annotated[str, _option(INPUT, "auto, classification, multilabel or regression.")] = "auto",
+    pooling: Annotated[
+        str, _option(TRAINING, "Features of the model: mean, cls, model or auto, as of [b]steadytune probe[/].")
+    ] = "auto",
+    prompt: Annotated[str | None, _option(TRAINING, "Text before each row's first text, as in 'query: '.")] = None,
+    max_length: Annotated[
+        int | None, _option(TRAINING, "Tokens per row. [dim]\\[default: 128, or the model's limit][/]")
+    ] = None,
+    folds: Annotated[int, _option(SELECTION, "Folds of the cross-fitting.")] = 5,
+    seed: Annotated[int, _option(SEEDS, "Seed of the folds.")] = 0,
+    output: Annotated[Path, _option(OUTPUT, "CSV file for the list.")] = Path("inspected.csv"),
+    overwrite: Annotated[bool, _option(OUTPUT, "Replace the file.", "--overwrite")] = False,
+    quiet: Annotated[bool, _option(OUTPUT, "The result and warnings only.", "--quiet")] = False,
+    config: Config = None,
+) -> None:
+    """List the labelled rows that probably carry a wrong label, and those that do harm, without fine-tuning.
+
+    A frozen encoder reads the rows, and probes on its features judge each row without having seen it. With the output
+    of a fit as model, its page shows the list too.
+
+    Example: steadytune inspect train.csv --model out --output check.csv
+    """
+    given = dict(locals())
+    with _errors_in_one_line("starts anew: nothing was written"), _speaking(quiet):
+        from .fitting.folder import RECORD
+        from .fitting.inspection import FILES, inspect_labels
+        from .fitting.predict_file import check_output
+
+        check_output(output, [train, model], overwrite, FILES)
+        same = ("label_separator", "group", "kind", "pooling", "prompt", "max_length", "folds", "seed")
+        options: dict[str, Any] = {"text": text or None, "label": label or None, **{name: given[name] for name in same}}
+        found = inspect_labels(train, model, **options)
+        found.save(output)
+        if Path(model, RECORD).is_file():
+            found.add_to(model)
+    typer.echo(f"{found.summary} List: {output}")
+
+
 def _models(given: list[str]) -> list[str] | dict[str, str]:
     """Models as given, or by name if one of them has a name."""
     from .errors import UsageError

@@ -214,19 +214,32 @@ def _opened(
 
 
 @dataclass(frozen=True, eq=False)
-class _Judged:
-    """A model, and what probes on its features answer to every set."""
+class Reading:
+    """What a frozen model says of every row.
 
-    pretrained: Pretrained
+    Attributes:
+        pooling: What is read of the model.
+        features: Features (rows, width) by set.
+        seconds: Seconds to read all rows.
+        width: Number of features of one text.
+        parameters: Number of weights of the encoder.
+    """
+
     pooling: str
-    answers: dict[str, np.ndarray]
+    features: dict[str, np.ndarray]
     seconds: float
     width: int
     parameters: int
 
 
-def _judged(name: str, pretrained: Pretrained, pooling: Pooled, data: Data, parts: Parts) -> _Judged:
-    """Read all rows with a model and judge them by probes.
+def read_rows(name: str, pretrained: Pretrained, pooling: Pooled, sets: Mapping[str, pd.DataFrame]) -> Reading:
+    """Read all rows with a model.
+
+    Args:
+        name: What messages call the model.
+        pretrained: The model, opened.
+        pooling: As of `probe`.
+        sets: Rows by set.
 
     Raises:
         UsageError: The model has no features of this kind, or they are no numbers.
@@ -236,7 +249,6 @@ def _judged(name: str, pretrained: Pretrained, pooling: Pooled, data: Data, part
     model.to(device())
     untrained = None if last_linear(model) is None else untrained_dense(model, new)
     how = _pooling(name, pooling, pretrained, untrained)
-    sets = {TRAIN: data.train, **data.tests}
     tokens = {part: _tokens(f"{name}: the {part} rows", rows, pretrained, model, how) for part, rows in sets.items()}
     started = time.perf_counter()
     try:
@@ -250,22 +262,40 @@ def _judged(name: str, pretrained: Pretrained, pooling: Pooled, data: Data, part
     phi = {part: compared(features) for part, features in read.items()}
     if not all(np.isfinite(features).all() for features in phi.values()):
         raise UsageError(f"model {name!r}: its features are not numbers, its weights are damaged: fetch it again.")
+    width = next(iter(read.values()))[0].shape[1]
+    return Reading(how, phi, seconds, width, sum(p.numel() for p in model.base_model.parameters()))
+
+
+@dataclass(frozen=True, eq=False)
+class _Judged:
+    """A model, what it says of every row, and what probes on that answer to every set."""
+
+    pretrained: Pretrained
+    reading: Reading
+    answers: dict[str, np.ndarray]
+
+
+def _judged(name: str, pretrained: Pretrained, pooling: Pooled, data: Data, parts: Parts) -> _Judged:
+    """Read all rows with a model and judge them by probes.
+
+    Raises:
+        UsageError: As of `read_rows`.
+    """
+    reading = read_rows(name, pretrained, pooling, {TRAIN: data.train, **data.tests})
+    started, phi = time.perf_counter(), reading.features
 
     def fit(inside: np.ndarray) -> Probe:
-        return _probe(phi[TRAIN][inside], data.train.iloc[inside], data.problem)
+        return probe_of(phi[TRAIN][inside], data.train.iloc[inside], data.problem)
 
     whole = fit(np.arange(len(data.train)))
     outputs = {part: whole.outputs(features) for part, features in phi.items()}
     outputs[TRAIN] = cross_fitted(phi[TRAIN], fit, parts)
-    logger.info("%s: all rows read in %.1f s, probes fitted in %.1f s", name, seconds,
-                time.perf_counter() - started - seconds)  # fmt: skip
-    return _Judged(
-        pretrained, how, {part: data.problem.activate(values) for part, values in outputs.items()}, seconds,
-        read[TRAIN][0].shape[1], sum(p.numel() for p in model.base_model.parameters()),
-    )  # fmt: skip
+    logger.info("%s: all rows read in %.1f s, probes fitted in %.1f s", name, reading.seconds,
+                time.perf_counter() - started)  # fmt: skip
+    return _Judged(pretrained, reading, {part: data.problem.activate(values) for part, values in outputs.items()})
 
 
-def _probe(phi: np.ndarray, rows: pd.DataFrame, problem: Problem) -> Probe:
+def probe_of(phi: np.ndarray, rows: pd.DataFrame, problem: Problem) -> Probe:
     """A probe of these rows, whose penalty is chosen on them alone."""
     labels = np.array(problem.ids(rows["label"].tolist()))
     try:
@@ -402,7 +432,7 @@ def _row(
     tests = [_columns(scores[name], metric, f"_{name}") for name in scores if name != TRAIN]
     return {
         "model": one.pretrained.name,
-        "pooling": one.pooling,
+        "pooling": one.reading.pooling,
         "prompt": one.pretrained.prompt,
         "max_length": one.pretrained.max_length,
         **_columns(scores[TRAIN], metric),
@@ -410,9 +440,9 @@ def _row(
         "difference_low": low,
         "difference_high": high,
         **{name: value for columns in tests for name, value in columns.items()},
-        "seconds": round(one.seconds, 2),
-        "width": one.width,
-        "parameters": one.parameters,
+        "seconds": round(one.reading.seconds, 2),
+        "width": one.reading.width,
+        "parameters": one.reading.parameters,
     }
 
 

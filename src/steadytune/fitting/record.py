@@ -19,7 +19,7 @@ from ..version import __version__
 from .card import model_card
 from .folder import MEMBERS, RECORD, Output
 from .options import STOCK
-from .report_page import HISTORY, METRICS, MISTAKES, PAGE, PREDICTIONS, mistakes, write_page
+from .report_page import HISTORY, INSPECTED, METRICS, MISTAKES, PAGE, PREDICTIONS, mistakes, write_page
 from .spelling import method_record, procedure_record
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .pretrained import Pretrained
 
 
-PRIVATE = [MISTAKES, PAGE]  # files with texts of the user's data, which `upload` leaves out
+PRIVATE = [MISTAKES, INSPECTED, PAGE]  # files with texts of the user's data, which `upload` leaves out
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,6 +36,8 @@ from .folder import read_record
 PAGE, METRICS, PREDICTIONS, HISTORY, MISTAKES = (
     "report.html", "metrics.json", "predictions.parquet", "history.parquet", "mistakes.parquet",
 )  # fmt: skip
+INSPECTED = "inspected.parquet"  # list of `steadytune inspect`, if it was made
+SHOWN_INSPECTED = 20  # rows of each kind
 SHOWN_MISTAKES = 10  # largest number of mistakes of each set
 SHOWN_CLASSES = 15  # in a confusion matrix; of more classes only the most frequent confusions are listed
 SHOWN_CONFUSIONS = 20
@@ -46,7 +48,12 @@ SCORE_NOTE = (
     "Bold: the metric to look at first. The interval is for other rows of the same kind. A constant answer reads "
     "no text: it is the most frequent class, or the mean, of the training rows."
 )
-SUBGROUP_NOTE = "The worst of several subgroups looks worse than it is: read its interval, and more so with few rows."
+SUBGROUP_NOTE = "The worst of several subgroups looks worse than it is, and more so with few rows: read its interval."
+INSPECTED_NOTE = (
+    "The first rows of each kind; the list that steadytune inspect writes has them all. Suggestion "
+    "and loss are those of a linear probe that did not see the row. Influence is how much a step on the row lowers the "
+    "loss of other rows, in units of its spread. Check the labels, and change only those that are wrong."
+)
 PROBE_NOTE = "The frozen probe is a linear model on the features of the encoder before fine-tuning."
 
 
@@ -66,9 +73,9 @@ class Fitted:
         self.record: Mapping[str, Any] = read_record(folder) if record is None else record
         try:
             metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-            self.predictions, self.history, self.mistakes = (
+            self.predictions, self.history, self.mistakes, self.inspected = (
                 pd.read_parquet(folder / name) if (folder / name).is_file() else pd.DataFrame()
-                for name in (PREDICTIONS, HISTORY, MISTAKES)
+                for name in (PREDICTIONS, HISTORY, MISTAKES, INSPECTED)
             )
         except (OSError, ValueError) as error:
             raise UsageError(f"{folder}: the results of the fit cannot be read: {error}") from error
@@ -250,6 +257,7 @@ def _sections(fitted: Fitted) -> Iterator[Section]:
     parts = {
         "Scores": _scores,
         "Where it errs": _errors,
+        "Labels to check": _inspected,
         "Training": _training,
         "Data": _data,
         "Cost and recipe": _cost,
@@ -408,6 +416,28 @@ def _mistakes(fitted: Fitted, name: str) -> Iterator[Block]:
         "Rows are counted from 0. Wrong labels in the data are often found here.",
         words=(1, 2, 4),
     )
+
+
+def _inspected(fitted: Fitted) -> Iterator[Block]:
+    """Rows that probably carry a wrong label, and rows that do harm."""
+    frame = fitted.inspected
+    if frame.empty:
+        return
+    suspects = frame[frame["suspect"]] if "suspect" in frame else frame
+    harmful = frame[frame["influence"] < 0].sort_values("influence", kind="stable")
+    head = ["row", "label", "suggestion", "loss", "influence", "text"]
+    kinds = {
+        f"{counted(len(suspects), 'row')} that probably carry a wrong label": suspects,
+        f"{counted(len(harmful), 'row')} that do harm to the others": harmful,
+    }
+    for title, rows in kinds.items():
+        lines = [
+            [f"{row['row']}", _label(row["label"]), _label(row["suggestion"]), number(row["loss"], 3),
+             number(row["influence"], 2), _text(row)]
+            for _, row in rows.head(SHOWN_INSPECTED).iterrows()
+        ]  # fmt: skip
+        if lines:
+            yield Grid(title, head, [("", lines)], INSPECTED_NOTE, words=(1, 2, 5))
 
 
 def _text(row: pd.Series) -> str:
