@@ -2,7 +2,7 @@
 
     python benchmarks/search_calibration.py [--searches 500] [--output docs/results]
 
-Simulates whole searches with the code that decides in the package (`steadytune.search.race`); only the trainings are
+Simulates whole searches with the code that decides in the package (`steadytune.searching.race`); only the trainings are
 replaced by draws. Prints a Markdown table and writes it with its numbers (search.md, search.json).
 
 A recipe's prediction of row i in repeat r is right if z_i + u_i + t_block + e_ri > -m, with z_i shared by all recipes
@@ -25,8 +25,8 @@ import numpy as np
 from scipy import optimize, stats
 from tqdm import tqdm
 
-from steadytune.search.halves import halves
-from steadytune.search.race import Outcome, Race, Sheet, Stage
+from steadytune.searching.halves import halves
+from steadytune.searching.race import Outcome, Race, Sheet, Stage
 
 Array = np.ndarray
 ACCURACY, DISAGREEMENT, TRAINING_SD, FOLDS, REPEATS = 0.8, 0.1, 0.015, 5, 4
@@ -120,6 +120,9 @@ class Simulated:
 
     def cost(self, recipe: tuple[str, ...]) -> float:
         return FOLDS
+
+    def seconds(self, recipe: tuple[str, ...]) -> float:
+        return 1.0
 
 
 def stages() -> list[Stage]:

@@ -24,8 +24,8 @@ LIGHT = (
     "steadytune.bench.report",
     "steadytune.bench.run",
     "steadytune.bench.study",
-    "steadytune.search.race",
-    "steadytune.search.row_scores",
+    "steadytune.searching.race",
+    "steadytune.searching.row_scores",
 )
 
 

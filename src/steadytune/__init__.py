@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .methods.adapters import load_adapters as load_adapters
     from .methods.adapters import save_adapters as save_adapters
     from .methods.smart import BregmanProximal as BregmanProximal
+    from .searching import SearchResult as SearchResult
+    from .searching import search as search
     from .trainer import Trainer as Trainer
     from .vocabulary import CompactVocabulary as CompactVocabulary
     from .vocabulary import compact_vocabulary as compact_vocabulary
@@ -44,6 +46,7 @@ _HOMES = {
     "methods": tuple(METHODS.classes),
     "methods.adapters": ("load_adapters", "save_adapters"),
     "methods.smart": ("BregmanProximal",),
+    "searching": ("SearchResult", "search"),
     "trainer": ("Trainer",),
     "vocabulary": ("CompactVocabulary", "compact_vocabulary"),
 }

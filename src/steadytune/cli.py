@@ -522,6 +522,92 @@ def _show_probed(result: Any) -> None:
         console.print(result.verdict, soft_wrap=True, markup=False, highlight=False)
 
 
+@app.command(cls=_OneName)
+def search(
+    train: Annotated[
+        str,
+        typer.Argument(help="CSV, TSV, JSON-lines or Parquet file with labelled text, or a data set: hub:owner/name."),
+    ],
+    model: Annotated[
+        list[str],
+        _option(INPUT, "Hugging Face model directory or hub name, or NAME=MODEL; repeatable, the first is plain's."),
+    ],
+    output: Annotated[Path, _option(OUTPUT, "Directory for model and results: new or empty.")],
+    text: Annotated[
+        list[str] | None, _option(INPUT, "Text column; give it twice for pairs. [dim]\\[default: found][/]")
+    ] = None,
+    label: LabelColumns = None,
+    label_separator: LabelSeparator = None,
+    group: Annotated[str | None, _option(INPUT, "Column of groups; rows of one group stay in one fold.")] = None,
+    kind: Annotated[str, _option(INPUT, "auto, classification, multilabel or regression.")] = "auto",
+    metric: Annotated[str | None, _option(INPUT, "Metric by which recipes are compared.")] = None,
+    test: Annotated[
+        list[str] | None, _option(INPUT, "Test file, or NAME=FILE; scored once, after the choice. Repeatable.")
+    ] = None,
+    budget: Annotated[str, _option(SELECTION, "Time or number of trainings: 30m, 2h, 100runs.")] = "30m",
+    arms: Annotated[
+        list[str] | None,
+        _option(
+            SELECTION,
+            "What to try: a method (dps_mix:update_ratio=0.1), options (head=logistic,pooling=mean), lr*3, lr/3 or "
+            "steps*2. Repeatable. [dim]\\[default: 12 arms in three stages][/]",
+            "--arm",
+            "--arms",
+        ),
+    ] = None,
+    folds: Annotated[
+        int | None, _option(SELECTION, "Folds of the cross-validation. [dim]\\[default: 5, or 10 below 200 rows][/]")
+    ] = None,
+    workers: Annotated[int, _option(TRAINING, "Number of worker processes; 0 trains in this one.")] = 0,
+    steps: Annotated[
+        int | None, _option(TRAINING, "Optimizer steps of plain fine-tuning.", "--steps", "--max-steps")
+    ] = None,
+    epochs: Annotated[
+        float | None, _option(TRAINING, "Epochs, instead of steps.", "--epochs", "--num-train-epochs")
+    ] = None,
+    lr: Annotated[float, _option(TRAINING, "Learning rate of plain fine-tuning.", "--lr", "--learning-rate")] = 2e-5,
+    batch_size: Annotated[
+        int, _option(TRAINING, "Rows per forward pass.", "--batch-size", "--per-device-train-batch-size")
+    ] = 16,
+    max_length: Annotated[
+        int | None, _option(TRAINING, "Tokens per row. [dim]\\[default: 128, or the model's limit][/]")
+    ] = None,
+    bf16: Annotated[bool, _option(TRAINING, "bfloat16 autocast; weights stay float32.")] = False,
+    seed: Annotated[int, _option(SEEDS, "Seed of halves, folds and trainings.")] = 0,
+    resume: Annotated[bool, _option(OUTPUT, "Go on with the search in the output directory.", "--resume")] = False,
+    overwrite: Annotated[bool, _option(OUTPUT, "Replace the search in the output directory.", "--overwrite")] = False,
+    dry_run: Annotated[
+        bool, _option(OUTPUT, "Show arms, folds and the time of a training without a search.", "--dry-run")
+    ] = False,
+    quiet: Annotated[bool, _option(OUTPUT, "The verdict only.", "--quiet")] = False,
+    config: Config = None,
+) -> None:
+    """Find the best recipe for a table within a budget, fine-tune with it, and say how sure its gain is.
+
+    Example: steadytune search reviews.csv --label stars --model bert-base-uncased --budget 30m --output out
+    """
+    given = dict(locals())
+    with _errors_in_one_line("with --resume goes on with the trainings that have no record"), _speaking(quiet):
+        from . import searching
+
+        same = ("label_separator", "group", "kind", "metric", "budget", "folds", "seed", "steps", "epochs", "lr",
+                "batch_size", "max_length", "bf16")  # fmt: skip
+        asked = {name: given[name] for name in same}
+        asked |= {"model": _models(model), "text": text or None, "label": label or None, "arms": arms or None}
+        if dry_run:
+            return typer.echo(str(searching.plan_search(train, **asked)))
+        result = searching.search(
+            train, output=output, tests=_named(test or []), workers=workers, resume=resume, overwrite=overwrite,
+            progress=not quiet, **asked,
+        )  # fmt: skip
+    typer.echo(result.verdict)
+    for line in searching.dropped_words(result.record):
+        typer.echo(line)
+    if result.fitted.metrics:
+        _show(result.fitted)
+    typer.echo(f"Model: {output}")
+
+
 @app.command()
 def bench(
     study: Annotated[str, typer.Argument(help="Study file (YAML), or a preset: stick, glue-small, low-resource ...")],

@@ -127,14 +127,25 @@ class Pool:
 
     def map(self, tasks: Iterable[Any], begun: Callable[[Any], None] = ignore) -> Iterator[Outcome]:
         """One outcome per task, as `Engine.map`; exceptions of the work itself are raised here."""
-        waiting: deque[_Item] = deque(_Item(task) for task in tasks)
-        environments = self.environments[: len(waiting)]
-        self._workers = [_Worker(self.work, environment) for environment in environments]
+        waiting: deque[_Item] = deque()  # to be begun again
+        unread = (_Item(task) for task in tasks)  # tasks are taken when a worker is free
+
+        def take() -> _Item | None:
+            return waiting.popleft() if waiting else next(unread, None)
+
+        self._workers = []
         try:
-            while waiting or any(w.item for w in self._workers):
+            while True:
                 for worker in self._workers:
-                    if worker.item is None and waiting:
-                        worker.begin(waiting.popleft())
+                    if worker.item is None and (item := take()):
+                        worker.begin(item)
+                for environment in self.environments[len(self._workers) :]:
+                    if not (item := take()):
+                        break
+                    self._workers.append(_Worker(self.work, environment))
+                    self._workers[-1].begin(item)
+                if not any(w.item for w in self._workers):
+                    break
                 for worker in self._ready():
                     message = self._message(worker)
                     if message is BEGUN:
@@ -142,9 +153,9 @@ class Pool:
                         if worker.item is not None:
                             begun(worker.item.task)
                         continue
-                    item, worker.item = worker.item, None
-                    if message is AGAIN and item is not None:
-                        waiting.append(item)
+                    ended, worker.item = worker.item, None
+                    if message is AGAIN and ended is not None:
+                        waiting.append(ended)
                     else:
                         yield message
         finally:

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,17 +85,40 @@ def run_study(
         for run in runs:
             if store.has(run.id) and _status(store, run) == "failed":
                 store.forget(run.id)
-    engine = engine or _engine(workers, timeout)
     with Progress(store, runs, progress) as shown:
-        while missing := [run for run in runs if not store.has(run.id)]:
-            elsewhere = 0
-            tasks = [(str(store.folder), run) for run in missing]
-            for outcome in engine.map(tasks, lambda task: shown.begin(task[1])):
-                elsewhere += _settle(store, outcome)
-                shown.update(outcome.task[1])
-            if elsewhere == len(missing):
-                time.sleep(PATIENCE)
+        complete(store, runs, engine or make_engine(workers, timeout), shown.begin, shown.update)
     return Result(store.folder, shown.counts["done"], shown.counts["failed"])
+
+
+def complete(
+    store: Store,
+    runs: Sequence[Trial],
+    engine: Engine,
+    begun: Callable[[Trial], None],
+    ended: Callable[[Trial], None],
+    allowed: Callable[[Trial], bool] = lambda run: True,
+) -> None:
+    """Do the runs that have no record; those that another invocation is doing are waited for.
+
+    Args:
+        store: Folder of the records, begun.
+        runs: The runs, in the order in which they begin.
+        engine: Engine that calls `WORK`.
+        begun: Is called with each run that begins.
+        ended: Is called with each run that ends.
+        allowed: Is asked before a run begins; a run that is not allowed is left out.
+    """
+    while missing := [run for run in runs if not store.has(run.id)]:
+        elsewhere = tried = 0
+        tasks = ((str(store.folder), run) for run in missing if allowed(run))
+        for outcome in engine.map(tasks, lambda task: begun(task[1])):
+            tried += 1
+            elsewhere += _settle(store, outcome)
+            ended(outcome.task[1])
+        if not tried:
+            return
+        if elsewhere == tried:
+            time.sleep(PATIENCE)
 
 
 def _check_tables(store: Store, runs: Sequence[Trial]) -> None:
@@ -121,7 +144,8 @@ def _check_tables(store: Store, runs: Sequence[Trial]) -> None:
         )
 
 
-def _engine(workers: int, timeout: float | None) -> Engine:
+def make_engine(workers: int, timeout: float | None = None) -> Engine:
+    """Worker processes on this machine; with 0 workers, this process."""
     return Pool(WORK, slots(workers, cores(), visible_gpus()), timeout) if workers else Here(WORK)
 
 

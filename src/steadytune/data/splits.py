@@ -153,12 +153,13 @@ def usual_folds(rows: pd.DataFrame) -> int:
     Args:
         rows: Checked rows, with ``group`` where there are groups.
     """
-    return max(2, min(10 if len(rows) < FEW_ROWS else 5, _units(rows, _texts(rows))))
+    return max(2, min(10 if len(rows) < FEW_ROWS else 5, len(np.unique(units(rows)))))
 
 
-def _units(rows: pd.DataFrame, texts: np.ndarray) -> int:
-    """Number of sets of rows that must stay together."""
-    return len(np.unique(_joined(rows, texts) if "group" in rows else texts))
+def units(rows: pd.DataFrame) -> np.ndarray:
+    """Number (rows,) of the set of rows that each row must stay together with: its text's, or its group's."""
+    texts = _texts(rows)
+    return _joined(rows, texts) if "group" in rows else texts
 
 
 def folds(rows: pd.DataFrame, problem: Problem, k: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -170,11 +171,12 @@ def folds(rows: pd.DataFrame, problem: Problem, k: int, seed: int) -> list[tuple
         UsageError: There are fewer rows (or groups) than folds, or a class would be missing from a training part.
     """
     texts = _texts(rows)
-    units, what = _units(rows, texts), "groups" if "group" in rows else "rows"
+    together = units(rows)
+    most, what = len(np.unique(together)), "groups" if "group" in rows else "rows"
     if "group" in rows:
-        rows = rows.assign(group=_joined(rows, texts))
-    if not 2 <= k <= units:
-        raise UsageError(f"folds must lie between 2 and {units}, the number of {what}, got {k}.")
+        rows = rows.assign(group=together)
+    if not 2 <= k <= most:
+        raise UsageError(f"folds must lie between 2 and {most}, the number of {what}, got {k}.")
     first = ~pd.Series(texts).duplicated().to_numpy()
     fold = _fold_groups(rows, problem, k, seed) if "group" in rows else _fold_rows(rows[first], problem, k, seed)[texts]
     member = problem.membership(rows["label"])

@@ -46,6 +46,7 @@ def model_card(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any
         f"---\n{_head(record, metrics, metric).to_yaml()}\n---\n",
         f"# {_title(record['recipe'])}\n",
         *_warnings(record),
+        *_search(record),
         *_usage(record),
         *_results(record, metrics, metric),
         *_data(record),
@@ -112,6 +113,13 @@ def _is_ensemble(recipe: Mapping[str, Any]) -> bool:
 def _warnings(record: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the model as far as its scores tell, before anything else."""
     yield from (f"> **Warning:** {_cell(text)}.\n" for text in record.get("warnings", ()))
+
+
+def _search(record: Mapping[str, Any]) -> Iterator[str]:
+    """How the recipe was chosen: the estimate on rows that did not choose it, and no other."""
+    if "search" in record:
+        arms = sum(arm["blocks"] > 0 for arm in record["search"]["arms"])
+        yield f"## Choice of the recipe\n\n{record['search']['quoted']} {arms} recipes were compared.\n"
 
 
 # ---- how to use it ----------------------------------------------------------------------------------------------

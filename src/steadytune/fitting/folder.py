@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RECORD = "steadytune.json"
+SEARCH = "search"  # folder of the trainings of a search, which a fit leaves alone
 MEMBERS = "members"  # folder of the models of an ensemble
 
 
@@ -54,7 +55,8 @@ class Output:
         """Whether the folder has other files than those of a run that was killed before it wrote its record."""
         if not self.path.is_dir():
             return False
-        others = any(p != self.checkpoints and not p.name.startswith(f".{RECORD}") for p in self.path.iterdir())
+        kept = (self.checkpoints, self.path / SEARCH)
+        others = any(p not in kept and not p.name.startswith(f".{RECORD}") for p in self.path.iterdir())
         return others or any(self.checkpoints.glob("*/*"))
 
     def _record(self) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from steadytune.errors import UsageError
-from steadytune.search.race import Outcome, Race, Rules, Sheet, Stage
+from steadytune.searching.race import Outcome, Race, Rules, Sheet, Stage
 
 ROOT = Path(__file__).parents[2]
 
@@ -150,7 +150,7 @@ def test_a_costly_arm_must_be_likely_better():
     for seed in range(20):
         world = World(300, 0.0, planted=0.004)
         cheap, costly = table(world, seed), table(world, seed)
-        costly.cost = lambda recipe: 10.0 if recipe else 5.0
+        costly.seconds = lambda recipe: 2.0 if recipe else 1.0
         belief = next(s.belief for s in race(cheap, stages=stage).standings if s.repeats == 2)
         if 0.5 < belief.positive < 0.75:
             break

@@ -12,7 +12,7 @@ which is slightly pessimistic, because each path chooses by half of the rows.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from ..errors import UsageError
 from .estimates import Array, Estimate, Posterior, Verdict, Whole, halved, shrunk, two_way, verdict
 
 PATHS = ("A", "B")
-Arm = Hashable  # a recipe; str(arm) is its name
+Arm = Any  # a recipe: hashable, and str(arm) is its name
 
 
 class Trials(Protocol):
@@ -33,24 +33,28 @@ class Trials(Protocol):
         """Do the repeats that are missing, in this order, until the budget is over."""
         ...
 
-    def has(self, arm: Arm, repeat: int) -> bool:
+    def has(self, arm: Arm, repeat: int, /) -> bool:
         """Whether all folds of a repeat were done."""
         ...
 
-    def values(self, arm: Arm, repeats: Sequence[int]) -> Array:
+    def values(self, arm: Arm, repeats: Sequence[int], /) -> Array:
         """Share of each row in the score, shape (repeats, rows); larger is better."""
         ...
 
-    def losses(self, arm: Arm, repeats: Sequence[int]) -> Array:
+    def losses(self, arm: Arm, repeats: Sequence[int], /) -> Array:
         """Loss of each row, shape (repeats, rows)."""
         ...
 
-    def trouble(self, arm: Arm) -> str | None:
+    def trouble(self, arm: Arm, /) -> str | None:
         """Why an arm cannot go on: it failed or collapsed."""
         ...
 
-    def cost(self, arm: Arm) -> float:
+    def cost(self, arm: Arm, /) -> float:
         """Cost of a repeat, in the unit of `left`."""
+        ...
+
+    def seconds(self, arm: Arm, /) -> float:
+        """Time of a repeat."""
         ...
 
     @property
@@ -103,7 +107,7 @@ class Rules:
         fresh: Number of further repeats that judge.
         kept: Share of the arms that go on to the next repeat, at least two of them.
         hopeless: An arm whose probability of being better than the best one is below this stops.
-        costly: Cost, as a multiple of the recipe it would replace, from which a recipe must be `likely` better.
+        costly: Time, as a multiple of that of the recipe it would replace, from which a recipe must be `likely` better.
         likely: That probability.
         least: Smallest standard deviation of true gains over arms, in units of the metric.
     """
@@ -202,10 +206,11 @@ class Race:
         """Run all stages, and judge what they have chosen."""
         self.chosen = dict.fromkeys(PATHS, self.plain)
         total = self.trials.left
-        self.trials.do([(arm, 0) for arm in (self.plain, *self.frozen)])
+        self.trials.do([(self.plain, 0)])
         if not self.trials.has(self.plain, 0):
             why = self.trials.trouble(self.plain) or "the budget ended before its first cross-validation was done"
             raise UsageError(f"there is nothing to compare with, because plain fine-tuning has no scores: {why}.")
+        self.trials.do([(arm, 0) for arm in self.frozen])
         self._reserve = self._reserved(total)
         for stage in self.stages:
             self._run(stage)
@@ -279,7 +284,7 @@ class Race:
     def _choose(self, path: str, standings: Sequence[Standing]) -> None:
         """Replace the path's recipe by the best arm, if it is believed to be better.
 
-        Of arms within a standard error of the best one, the lowest loss decides, then the lowest cost.
+        Of arms within a standard error of the best one, the lowest loss decides, then the shortest time.
         """
         standings = [s for s in standings if s.fate == "kept"]
         if not standings:
@@ -291,8 +296,8 @@ class Race:
         least = min(loss.values(), key=lambda values: values.mean())
         blocks = self.sheet.blocks(repeats)[:, self.sheet.rows(path)]
         equal = [s for s in near if (gap := two_way(loss[s.arm] - least, blocks)).value <= gap.error]
-        best = min(equal, key=lambda s: self.trials.cost(s.arm))
-        costly = self.trials.cost(best.arm) >= self.rules.costly * self.trials.cost(before)
+        best = min(equal, key=lambda s: self.trials.seconds(s.arm))
+        costly = self.trials.seconds(best.arm) >= self.rules.costly * self.trials.seconds(before)
         if best.belief.mean > 0 and (not costly or best.belief.positive >= self.rules.likely):
             self.chosen[path] = best.arm
             self.standings = [replace(s, fate="chosen") if s is best else s for s in self.standings]
@@ -339,12 +344,12 @@ class Race:
     def _shipped(self, repeats: Sequence[int], judged: Estimate) -> tuple[Arm, Posterior | None]:
         """The chosen recipe that is believed to be the best on all rows; plain if neither is better."""
         arms = [arm for arm in dict.fromkeys(self.chosen.values()) if arm != self.plain]
-        gains = [self._gain_on_all(arm, repeats) for arm in arms]
+        gains = [self.over_plain(arm, repeats) for arm in arms]
         beliefs = shrunk(gains, self.rules.least)
         if not arms:
             return self.plain, None
         arm, belief = max(zip(arms, beliefs, strict=True), key=lambda pair: (pair[1].mean, str(pair[0])))
-        costly = self.trials.cost(arm) >= self.rules.costly * self.trials.cost(self.plain)
+        costly = self.trials.seconds(arm) >= self.rules.costly * self.trials.seconds(self.plain)
         if belief.mean <= 0 or (costly and judged.positive < self.rules.likely):
             return self.plain, None
         return arm, belief
@@ -354,7 +359,7 @@ class Race:
         if gain.error:
             return gain.detectable
         ran = dict.fromkeys(s.arm for s in self.standings)
-        errors = [self._gain_on_all(arm, self._repeats([arm, self.plain], self.rules.rungs)).detectable for arm in ran]
+        errors = [self.over_plain(arm, self._repeats([arm, self.plain], self.rules.rungs)).detectable for arm in ran]
         return float(np.median(errors)) if errors else None
 
     def _dropped(self) -> dict[Arm, str]:
@@ -376,7 +381,8 @@ class Race:
         rows = self.sheet.rows(path)
         return two_way(self._difference(arm, other, repeats)[:, rows], self.sheet.blocks(repeats)[:, rows])
 
-    def _gain_on_all(self, arm: Arm, repeats: Sequence[int]) -> Estimate:
+    def over_plain(self, arm: Arm, repeats: Sequence[int]) -> Estimate:
+        """Gain over plain on all rows. Of an arm that was chosen by it, it is too good."""
         return halved(self._difference(arm, self.plain, repeats), self.sheet.blocks(repeats), self.sheet.half)
 
     def _apart(self, path: str, arm: Arm, other: Arm, repeats: Sequence[int]) -> float:

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from steadytune.data.problem import Problem
-from steadytune.search.estimates import Estimate, halved, shrunk, two_way, verdict
-from steadytune.search.halves import halves
-from steadytune.search.row_scores import row_losses, row_scores
+from steadytune.searching.estimates import Estimate, halved, shrunk, two_way, verdict
+from steadytune.searching.halves import halves
+from steadytune.searching.row_scores import row_losses, row_scores
 
 
 def test_the_error_is_that_of_rows_where_trainings_agree():

@@ -1,1 +1,0 @@
-"""Search: which recipe to use for a table, and how sure that is."""

@@ -1,0 +1,397 @@
+"""From a table to the best model that a budget finds: `search`.
+
+torch and transformers are imported inside the functions that use them, so that help and data errors appear at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..bench.forecast import measure
+from ..bench.own_tables import OwnTables
+from ..bench.run import silent
+from ..bench.spec import chosen_options
+from ..bench.store import Store
+from ..bench.study import make_engine
+from ..data.files import HUB, read_rows
+from ..data.splits import usual_folds
+from ..data.tables import Kind
+from ..errors import UsageError
+from ..files.atomic import write_json, write_whole, writing
+from ..fitting.card import model_card
+from ..fitting.folder import RECORD, SEARCH, Output
+from ..fitting.main import fit
+from ..fitting.options import Options, python_value
+from .budget import Budget
+from .cells import Cells, Task
+from .hard_rows import HARD_ROWS, hard_rows
+from .progress import Progress
+from .race import Race, Rules
+from .recipe import Recipe, frozen, stages
+from .record import recorded_recipe, search_record
+from .report import PAGE, write_page
+
+if TYPE_CHECKING:
+    from ..fitting.fitted_model import FittedModel
+    from ..fitting.record import FitResult
+
+logger = logging.getLogger("steadytune")
+
+FOUND, ROWS = "found.json", "rows.parquet"  # in the folder of the cells: the result of the race, rows without a file
+NOT_HERE = {  # options of `fit` that hold rows out or choose, which the search does itself
+    "evaluations": "a search keeps the last weights",
+    "patience": "a search keeps the last weights",
+    "calibrate": "there are no validation rows",
+    "threshold": "scores are compared at 0.5",
+    "validation_share": "all rows are trained on in the end",
+    "train_size": "all rows are searched",
+    "seed": "seed is an argument of its own",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class SearchResult:
+    """Result of `search`.
+
+    Attributes:
+        output: A plain Hugging Face model directory, as of `fit`; ``steadytune.json`` has the search under ``search``.
+        fitted: The `FitResult` of the last fit, on all rows.
+        record: What was found: ``ship`` (recipe), ``claim`` (verdict, gain, level, smallest gain that these rows
+            could show), ``arms``, ``standings``, ``untried``, ``dropped``.
+    """
+
+    output: Path
+    fitted: FitResult
+    record: dict[str, Any]
+
+    @property
+    def verdict(self) -> str:
+        """What was found, in a few sentences."""
+        return str(self.record["verdict"])
+
+    @property
+    def model(self) -> FittedModel:
+        """The fitted model."""
+        return self.fitted.model
+
+    @property
+    def best_recipe(self) -> str:
+        """Name of the recipe of the model."""
+        return str(self.record["ship"]["name"])
+
+    def predict(self, rows: Any) -> np.ndarray:
+        """Class names or numbers for texts, pairs of texts, or a table; see `FittedModel.predict`."""
+        return self.model.predict(rows)
+
+    def predict_proba(self, rows: Any) -> np.ndarray:
+        """Probabilities (rows, classes); see `FittedModel.predict_proba`."""
+        return self.model.predict_proba(rows)
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What `search` would do.
+
+    Attributes:
+        rows: Number of rows.
+        folds: Number of folds.
+        stages: Names of the arms of each stage, on top of plain fine-tuning.
+        seconds: Seconds of a plain training, from three measured steps.
+        budget: The budget.
+    """
+
+    rows: int
+    folds: int
+    stages: Mapping[str, Sequence[str]]
+    seconds: float
+    budget: Budget
+
+    @property
+    def trainings(self) -> int:
+        """Number of plain trainings that the budget allows."""
+        amount = self.budget.amount
+        return int(amount if self.budget.unit == "runs" else amount / max(self.seconds, 1e-9))
+
+    def __str__(self) -> str:
+        lines = [f"{self.rows} rows, {self.folds} folds; a repeat of a recipe is {self.folds} trainings"]
+        lines += [f"stage {name}: {', '.join(arms)}" for name, arms in self.stages.items()]
+        lines.append(f"a plain training takes about {self.seconds:.1f} s, so the budget is {self.trainings} of them")
+        if self.trainings < 6 * self.folds:
+            lines.append(
+                f"below {6 * self.folds} trainings no gain can be shown: none are left that judge without having chosen"
+            )
+        return "\n".join(lines)
+
+
+def search(
+    train: Any,
+    *,
+    model: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
+    output: str | Path,
+    text: str | Sequence[str] | None = None,
+    label: str | Sequence[str] | None = None,
+    label_separator: str | None = None,
+    group: str | None = None,
+    kind: Kind = "auto",
+    metric: str | None = None,
+    tests: Mapping[str, Any] | None = None,
+    budget: str = "30m",
+    arms: Sequence[str] | None = None,
+    folds: int | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> SearchResult:
+    """Search the recipe for a table, fine-tune with it on all rows, and say how sure the gain is.
+
+    Recipes are compared by cross-validation: every row is predicted by trainings that did not see it. They run in
+    stages (head and pooling, schedule, one method), and the weaker half of the arms stops after each repeat. The rows
+    are halved for scoring, and what one half has chosen is judged on the other. The model that is shipped is the best
+    one by belief; what is claimed is a second decision, see ``record["claim"]``.
+
+    Args:
+        train: As of `fit`.
+        model: Hugging Face model directory or hub name; several are compared, the first is that of plain fine-tuning.
+        output: A new or empty directory.
+        text: As of `fit`.
+        label: As of `fit`.
+        label_separator: As of `fit`.
+        group: Column of groups; rows of one group stay in one fold, and in one half.
+        kind: As of `fit`.
+        metric: Metric by which recipes are compared; by default the first of the kind.
+        tests: Test tables by name. They are scored once, after the choice.
+        budget: Time, or number of trainings: ``"30m"``, ``"2h"``, ``"100runs"``. The last fit is part of it.
+        arms: What is tried: methods (``"dps_mix:update_ratio=0.1"``), procedures, options (``"head=logistic"``) and
+            factors of options (``"lr*3"``); by default a portfolio, `steadytune.searching.recipe.PORTFOLIO`.
+        folds: Number of folds; by default 5, or 10 below 200 rows.
+        seed: Seed of halves, folds and trainings.
+        workers: Number of worker processes; 0 trains in this process.
+        resume: Whether to go on with an interrupted search in `output`.
+        overwrite: Whether to replace the search in `output`.
+        progress: Whether to show progress.
+        **options: Options of every recipe, as of `fit`: lr, batch_size, steps, epochs, max_length ...
+
+    Raises:
+        UsageError: The arguments or the data are not right, or plain fine-tuning fails.
+        KeyboardInterrupt: On Ctrl-C or SIGTERM; recorded trainings are kept.
+
+    Example:
+        >>> search("train.csv", label="stars", model="bert-base-uncased", budget="30m", output="out")  # doctest: +SKIP
+    """
+    asked = {"budget": budget, "arms": None if arms is None else list(arms), "seed": seed, "options": dict(options)}
+    limit, place = Budget.of(budget), Path(output)
+    again = _check(place, resume, overwrite)
+    cells_at = place / SEARCH
+    with _source(train, cells_at) as file:
+        table = OwnTables("table", file, text=_tuple(text), label=_label(label), label_separator=label_separator,
+                          group=group, kind=kind, metric=metric, folds=folds)  # fmt: skip
+        task = make_task(table, _models(model), seed, options)
+        tried = stages(arms, task.base, [*task.models], _pooling(task))
+        if overwrite:
+            shutil.rmtree(cells_at, ignore_errors=True)
+            _keep_rows(train, cells_at)
+        asked |= {"models": dict(task.models), "rows": table.files()["train"]}
+        found = _found(cells_at, asked)
+        if found is None:
+            cells = Cells(task, Store(cells_at), limit, make_engine(workers), max(1, workers))
+            race = Race(Recipe(next(iter(task.models))), tried, cells, cells.sheet, [*map(frozen, task.models)],
+                        rules_of(task))  # fmt: skip
+            with Progress(race, cells, progress):
+                outcome = race.run()
+            found = search_record(race, outcome, cells, asked)
+            hard = hard_rows(cells, [race.plain, *race.frozen, *race.tried])
+            with writing(cells_at):
+                write_whole(cells_at / HARD_ROWS, hard.to_parquet)
+                write_json(cells_at / FOUND, found)
+        elif "search" in _record(place) and not overwrite:
+            raise UsageError(f"--resume: the search in {place} is finished. Give a larger budget, or --overwrite.")
+        logger.info("%s", found["verdict"])
+        ship = recorded_recipe(found["ship"])
+        started = again and _record(place).get("status") == "training"
+        fitted = fit(
+            train, model=ship.model, text=text, label=label, label_separator=label_separator, group=group, kind=kind,
+            metric=metric, tests=tests, methods=list(ship.methods), procedure=ship.procedure, validation_share=0.0,
+            seed=seed, output=place, resume=started, overwrite=overwrite or (again and not started), progress=progress,
+            **{**task.given, **ship.settings(task.base, len(task.data.train))},
+        )  # fmt: skip
+    _tell(fitted, found)
+    return SearchResult(place, fitted, found)
+
+
+def plan_search(
+    train: Any,
+    *,
+    model: Any,
+    budget: str = "30m",
+    arms: Sequence[str] | None = None,
+    seed: int = 0,
+    text: str | Sequence[str] | None = None,
+    label: str | Sequence[str] | None = None,
+    folds: int | None = None,
+    label_separator: str | None = None,
+    group: str | None = None,
+    kind: Kind = "auto",
+    metric: str | None = None,
+    **options: Any,
+) -> SearchPlan:
+    """What `search` with these arguments would do; three steps are measured, and nothing is written.
+
+    Raises:
+        UsageError: As `search`.
+    """
+    limit = Budget.of(budget)
+    with tempfile.TemporaryDirectory() as scratch, _source(train, Path(scratch)) as file:
+        table = OwnTables("table", file, text=_tuple(text), label=_label(label), label_separator=label_separator,
+                          group=group, kind=kind, metric=metric, folds=folds)  # fmt: skip
+        task = make_task(table, _models(model), seed, options)
+        plain = Recipe(next(iter(task.models)))
+        tried = {s.name: [str(arm) for arm in s.arms(plain)] for s in
+                 stages(arms, task.base, [*task.models], _pooling(task))}  # fmt: skip
+        with silent():
+            (trial, *_) = task.trials([(plain, 0)])
+            pace = measure(trial)
+    return SearchPlan(len(task.data.train), task.k, tried, pace.seconds(task.base, 1.0), limit)
+
+
+# ---- what is searched -------------------------------------------------------------------------------------------
+
+
+def make_task(table: OwnTables, models: Mapping[str, str], seed: int, options: Mapping[str, Any]) -> Task:
+    """What is searched, checked.
+
+    Raises:
+        UsageError: The rows or the options are not right.
+    """
+    for name in options:
+        if name in NOT_HERE or name.endswith("_seed"):
+            raise UsageError(f"{name} is no option of a search: {NOT_HERE.get(name, NOT_HERE['seed'])}. Leave it out.")
+    given = chosen_options("search", options)
+    base = Options.of({"validation_share": 0.0, **{name: v for name, v in given.items() if v is not None}})
+    data = table.examine()
+    k = table.folds or usual_folds(data.train)
+    rules = Rules()
+    return Task(
+        dataclasses.replace(table, folds=k), data, data.problem.metric(table.metric), models, base, given, k,
+        rules.rungs + rules.fresh, python_value("seed", seed, int),
+    )  # fmt: skip
+
+
+def rules_of(task: Task) -> Rules:
+    """The rules of a race, with the spread of gains in the unit of the metric."""
+    bounded = None not in task.metric.limits
+    return Rules() if bounded else Rules(least=0.02 * float(np.std(task.data.train["label"].astype(float))))
+
+
+def _pooling(task: Task) -> dict[str, str]:
+    """What the head of each model reads in plain fine-tuning."""
+    from ..bench.run import make_plan
+    from ..fitting.plan import open_model
+    from ..fitting.randomness import as_found
+
+    with silent(), as_found():
+        return {name: open_model(make_plan(task.trials([(Recipe(name), 0)])[0])).pooling for name in task.models}
+
+
+def _models(given: Any) -> dict[str, str]:
+    """Models by name: the last part of their path, or the names given."""
+    if isinstance(given, Mapping):
+        return {str(name): str(path) for name, path in given.items()}
+    paths = [str(path) for path in ([given] if isinstance(given, (str, Path)) else given)]
+    named = {Path(path).name: path for path in paths}
+    if len(named) < len(paths) or not paths:
+        raise UsageError("two models have one name: give them names, as in model={'a': PATH, 'b': PATH}.")
+    return named
+
+
+def _tuple(text: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if text is None else (text,) if isinstance(text, str) else tuple(text)
+
+
+def _label(label: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    return label if label is None or isinstance(label, str) else tuple(label)
+
+
+@contextmanager
+def _source(train: Any, folder: Path) -> Iterator[str]:
+    """A file with the rows: the one given, or a copy of rows that are in none."""
+    if isinstance(train, (str, Path)) and not str(train).startswith(HUB):
+        yield str(Path(train).absolute())
+        return
+    _keep_rows(train, folder)
+    yield str((folder / ROWS).absolute())
+
+
+def _keep_rows(train: Any, folder: Path) -> None:
+    """Write rows that are in no file of the user's."""
+    if isinstance(train, (str, Path)) and not str(train).startswith(HUB):
+        return
+    frame, _ = read_rows(train)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / ROWS, lambda part: frame.to_parquet(part, index=False))
+
+
+# ---- the folder -------------------------------------------------------------------------------------------------
+
+
+def _check(place: Path, resume: bool, overwrite: bool) -> bool:
+    """Check the output folder; return whether a search in it goes on.
+
+    Raises:
+        UsageError: It holds something else, or a search that is not to be touched.
+    """
+    begun = (place / SEARCH).is_dir()
+    if resume and overwrite:
+        raise UsageError("give --resume (go on) or --overwrite (start anew), not both.")
+    if resume and not begun:
+        raise UsageError(f"--resume: no search in {place}. Leave --resume out to start one.")
+    if begun and not resume and not overwrite:
+        raise UsageError(
+            f"output {place} already holds a search: go on with --resume, start anew with --overwrite, or choose "
+            "another --output DIR."
+        )
+    if not begun:
+        Output(place).check(False, overwrite)
+    return resume
+
+
+def _record(place: Path) -> dict[str, Any]:
+    """The record of the last fit; empty before it."""
+    try:
+        return dict(json.loads((place / RECORD).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _found(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result of a race that has ended before, if the same was asked."""
+    try:
+        found = dict(json.loads((folder / FOUND).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+    return found if found["asked"] == json.loads(json.dumps(asked, default=str)) else None
+
+
+def _tell(fitted: FitResult, found: Mapping[str, Any]) -> None:
+    """Add the search to the record and the card of the last fit, and write its page."""
+    folder = fitted.output
+    record = {**json.loads((folder / RECORD).read_text(encoding="utf-8")), "search": found}
+    card = model_card(record, fitted.metrics, fitted.metric)
+    with writing(folder):
+        write_whole(folder / "README.md", lambda part: part.write_text(card, encoding="utf-8"))
+        write_json(folder / RECORD, {**record, "files": [*record["files"], PAGE]})
+    write_page(folder)

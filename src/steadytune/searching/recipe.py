@@ -1,0 +1,184 @@
+"""Recipes of a search, and how they are written: the arms that change a recipe. No torch here.
+
+An arm is a method or a procedure with its options (``dps_mix:update_ratio=0.1``), options of `fit`
+(``head=logistic,pooling=mean``), or a factor of an option (``lr*3``, ``lr/3``, ``steps*2``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..bench.spec import option
+from ..errors import UsageError, suggest
+from ..fitting.options import Options
+from ..fitting.spelling import make_methods, make_procedure
+from ..spelling import convert
+from .race import Stage
+
+# Arms by stage, the most promising first. A stage's arms change what earlier stages have chosen.
+PORTFOLIO = {
+    "head": ("head=logistic", "head=logistic,pooling=mean"),
+    "schedule": ("lr*3", "lr/3", "steps*2"),
+    "method": ("llrd", "rdrop", "dps_dense", "dps_mix", "mixout", "smart", "mixup-blo"),
+}
+PROBE = "probe"  # the frozen encoder with a fitted head
+FACTOR = re.compile(r"(lr|steps)\s*([*/])\s*(\d+(?:\.\d+)?)")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model and how to fine-tune it.
+
+    Attributes:
+        model: Name of the model.
+        arms: Arms that made the recipe out of plain fine-tuning.
+        options: Options of `fit` that differ from the search's own.
+        lengthened: Factor of the number of steps.
+        methods: Methods as they are spelled.
+        procedure: Procedure as it is spelled.
+    """
+
+    model: str
+    arms: tuple[str, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+    lengthened: float = 1.0
+    methods: tuple[str, ...] = ()
+    procedure: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The arms; `plain` without one."""
+        return " + ".join(self.arms) or "plain"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def settings(self, base: Options, rows: int) -> dict[str, Any]:
+        """Options that differ from the search's own, for a number of training rows."""
+        chosen = dict(self.options)
+        if self.lengthened != 1:
+            now = dataclasses.replace(base, **chosen)
+            chosen |= {"steps": round(self.lengthened * now.total_steps(rows)), "epochs": None}
+        return chosen
+
+
+def frozen(model: str) -> Recipe:
+    """A fitted head on the frozen encoder."""
+    return Recipe(model, (PROBE,), (("head", "logistic"), ("steps", 0), ("epochs", None)))
+
+
+def changed(recipe: Recipe, arm: str, base: Options) -> Recipe:
+    """A recipe with an arm on top.
+
+    Args:
+        recipe: The recipe to change.
+        arm: The arm as it is spelled.
+        base: Options of the search, of which factors are taken.
+
+    Raises:
+        UsageError: The arm is none.
+    """
+    arm = arm.strip()
+    named = dataclasses.replace(recipe, arms=(*recipe.arms, arm))
+    if factor := FACTOR.fullmatch(arm):
+        times = float(factor[3]) if factor[2] == "*" else 1 / float(factor[3])
+        if factor[1] == "steps":
+            return dataclasses.replace(named, lengthened=recipe.lengthened * times)
+        lr = float(f"{times * float(dict(recipe.options).get('lr', base.lr)):.3g}")
+        return dataclasses.replace(named, options=_with(recipe.options, {"lr": lr}))
+    if "=" in arm.partition(":")[0]:
+        return dataclasses.replace(named, options=_with(recipe.options, _options(arm)))
+    if _is_procedure(arm):
+        return dataclasses.replace(named, procedure=arm)
+    return dataclasses.replace(named, methods=(*recipe.methods, arm))
+
+
+def stage_of(arm: str) -> str:
+    """The stage that an arm belongs to.
+
+    Raises:
+        UsageError: It is no arm.
+    """
+    if FACTOR.fullmatch(arm.strip()):
+        return "schedule"
+    if "=" in arm.partition(":")[0]:
+        return "head" if {*_options(arm)} <= {"head", "pooling"} else "schedule"
+    if _is_procedure(arm):
+        make_procedure(arm)
+    else:
+        make_methods([arm])
+    return "method"
+
+
+def stages(arms: Sequence[str] | None, base: Options, models: Sequence[str], pooling: Mapping[str, str]) -> list[Stage]:
+    """The stages of a search: other models, then heads, schedule and methods.
+
+    Args:
+        arms: Arms to try; the portfolio by default.
+        base: Options of the search.
+        models: Names of the models; the first is that of plain fine-tuning.
+        pooling: What the head of each model reads in plain fine-tuning.
+
+    Raises:
+        UsageError: An arm is none.
+    """
+    tried: dict[str, list[str]] = {name: [] for name in PORTFOLIO}
+    for arm in (arm for given in PORTFOLIO.values() for arm in given) if arms is None else arms:
+        tried[stage_of(arm)].append(arm)
+
+    def made(recipe: Recipe, arm: str) -> Recipe | None:
+        """None for an arm that changes nothing."""
+        after, model = changed(recipe, arm, base), recipe.model
+        return None if _same(after, recipe, base, pooling[model]) else after
+
+    def on_top(arms: Sequence[str]) -> Any:
+        return lambda recipe: [after for arm in arms if (after := made(recipe, arm)) is not None]
+
+    others = [Recipe(model, (model,)) for model in models[1:]]
+    encoders = [Stage("model", lambda recipe: others)] if others else []
+    return [*encoders, *(Stage(name, on_top(given)) for name, given in tried.items() if given)]
+
+
+def _same(after: Recipe, before: Recipe, base: Options, pooling: str) -> bool:
+    """Whether two recipes of one model train alike."""
+
+    def decisive(recipe: Recipe) -> tuple[Any, ...]:
+        options = dataclasses.replace(base, **dict(recipe.options))
+        reads = pooling if options.pooling == "auto" else options.pooling
+        rest = dataclasses.replace(options, pooling="auto")
+        return rest, reads, recipe.lengthened, recipe.methods, recipe.procedure
+
+    return decisive(after) == decisive(before)
+
+
+def _with(options: tuple[tuple[str, Any], ...], more: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted({**dict(options), **more}.items()))
+
+
+def _options(arm: str) -> dict[str, Any]:
+    """Options of an arm such as ``head=logistic,pooling=mean``."""
+    import typing
+
+    hints = typing.get_type_hints(Options)
+    chosen = {}
+    for item in arm.split(","):
+        key, _, text = (part.strip() for part in item.partition("="))
+        if key not in hints:
+            raise UsageError(f"arm {arm!r}: unknown option {key!r}.{suggest(key, hints)}")
+        try:
+            chosen[key] = convert(text, hints[key])
+        except ValueError:
+            chosen[key] = text  # the check of the option names what it must be
+        option(f"arm {arm!r}", key, chosen[key])
+    Options.of({key: value for key, value in chosen.items() if value is not None})
+    return chosen
+
+
+def _is_procedure(arm: str) -> bool:
+    from ..fitting.procedures import PROCEDURES
+
+    return arm.partition(":")[0].strip() in PROCEDURES

@@ -1,0 +1,92 @@
+"""Arms, recipes, stages and budgets as they are written."""
+
+from __future__ import annotations
+
+import pytest
+
+from steadytune.errors import UsageError
+from steadytune.fitting.options import Options
+from steadytune.searching.budget import Budget
+from steadytune.searching.recipe import PORTFOLIO, Recipe, changed, frozen, stage_of, stages
+
+BASE = Options(lr=3e-5, validation_share=0.0)
+PLAIN = Recipe("bert")
+
+
+@pytest.mark.parametrize(
+    ("text", "amount", "unit"),
+    [("30m", 1800, "seconds"), ("1.5h", 5400, "seconds"), ("90s", 90, "seconds"), ("100runs", 100, "runs")],
+)
+def test_budgets(text, amount, unit):
+    assert Budget.of(text) == Budget(amount, unit)
+
+
+@pytest.mark.parametrize("text", ["30", "m", "-3m", "1.5runs", "30 minutes", ""])
+def test_what_is_no_budget_is_named(text):
+    with pytest.raises(UsageError, match="30m, 2h or 100runs, got"):
+        Budget.of(text)
+
+
+def test_a_budget_of_nothing_is_refused():
+    with pytest.raises(UsageError, match="above 0"):
+        Budget.of("0m")
+
+
+def test_arms_change_one_thing_and_add_up():
+    recipe = PLAIN
+    for arm in ("head=logistic,pooling=mean", "lr*3", "lr/2", "steps*2", "dps_mix:update_ratio=0.1", "mixup-blo"):
+        recipe = changed(recipe, arm, BASE)
+    assert dict(recipe.options) == {"head": "logistic", "pooling": "mean", "lr": 4.5e-05}
+    assert (recipe.methods, recipe.procedure) == (("dps_mix:update_ratio=0.1",), "mixup-blo")
+    assert str(changed(changed(PLAIN, "lr*3", BASE), "rdrop", BASE)) == "lr*3 + rdrop"
+    assert str(PLAIN) == "plain"
+
+
+def test_twice_the_steps_are_twice_those_of_the_rows():
+    recipe = changed(PLAIN, "steps*2", BASE)
+    assert recipe.settings(BASE, 1000)["steps"] == 2 * BASE.total_steps(1000)
+    assert recipe.settings(BASE, 300)["steps"] == 2 * BASE.total_steps(300)
+    assert PLAIN.settings(BASE, 300) == {}
+    by_epochs = Options(epochs=3)
+    assert recipe.settings(by_epochs, 160) == {"steps": 60, "epochs": None}
+
+
+def test_the_portfolio_is_made_of_arms():
+    for stage, arms in PORTFOLIO.items():
+        assert [stage_of(arm) for arm in arms] == [stage] * len(arms)
+
+
+def test_an_arm_that_changes_nothing_is_left_out():
+    """Naive: the same recipe under two names would be trained twice, and win half of the time."""
+    head, *_ = stages(["head=logistic", "pooling=mean"], BASE, ["bert"], {"bert": "mean"})
+    assert [arm.name for arm in head.arms(PLAIN)] == ["head=logistic"]
+    head, *_ = stages(["head=logistic", "pooling=mean"], BASE, ["bert"], {"bert": "model"})
+    assert [arm.name for arm in head.arms(PLAIN)] == ["head=logistic", "pooling=mean"]
+
+
+def test_other_models_are_a_stage_before_the_others():
+    first, *others = stages(["rdrop"], BASE, ["bert", "roberta"], {"bert": "model", "roberta": "model"})
+    (other,) = first.arms(PLAIN)
+    assert (other.model, other.name, [stage.name for stage in others]) == ("roberta", "roberta", ["method"])
+    assert others[0].arms(other)[0].name == "roberta + rdrop"
+
+
+def test_the_probe_trains_nothing():
+    assert dict(frozen("bert").options) == {"head": "logistic", "steps": 0, "epochs": None}
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ("rdorp", "unknown method 'rdorp'. Did you mean 'rdrop'"),
+        ("head=logistik", "head must be one of"),
+        ("haed=logistic", "unknown option 'haed'. Did you mean 'head'"),
+        ("lr=fast", "arm 'lr=fast': lr must be a number"),
+        ("mixup-blo:folds=0", "folds"),
+        ("dps_mix:keep=2", "keep"),
+    ],
+)
+def test_what_is_no_arm_is_named(arm, message):
+    with pytest.raises(UsageError) as error:
+        stages([arm], BASE, ["bert"], {"bert": "model"})
+    assert message in str(error.value)

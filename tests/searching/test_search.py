@@ -1,0 +1,173 @@
+"""`steadytune search` from a table to a model: the folder, the fall-back, resuming, errors."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import steadytune
+from fit_helpers import same, save_tiny_bert, toy, weights
+from steadytune import cli
+from steadytune.errors import UsageError
+from steadytune.searching import main as module
+from steadytune.searching.progress import Progress
+from steadytune.searching.report import write_page
+
+SETTINGS = {"model": "bert", "steps": 4, "lr": 1e-3, "batch_size": 8, "folds": 2, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("search")
+    save_tiny_bert(folder / "bert")
+    toy(40).drop(columns="score").to_csv(folder / "rows.csv", index=False)
+    toy(12, start=300).drop(columns="score").to_csv(folder / "new.csv", index=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def searched(home):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        return steadytune.search(
+            "rows.csv", output="out", budget="13runs", arms=["head=logistic"], tests={"new": "new.csv"}, **SETTINGS
+        )
+
+
+@pytest.fixture(autouse=True)
+def _here(home, monkeypatch):
+    monkeypatch.chdir(home)
+
+
+def test_the_output_is_a_model_with_the_search_in_its_record(searched):
+    record = json.loads(Path("out/steadytune.json").read_text())
+    assert record["status"] == "finished"
+    assert record["search"] == json.loads(json.dumps(searched.record))
+    assert record["data"]["train"]["rows"] == 40, "the last fit trains on all rows"
+    found = record["search"]
+    assert {arm["name"] for arm in found["arms"]} == {"plain", "probe", "head=logistic"}
+    assert found["trainings"] <= 12
+    assert len(list(Path("out/search/records").glob("*.json"))) >= 8
+    assert searched.verdict.startswith(("No recipe is shown", "`", "What the search"))
+    assert len(searched.predict(["good film", "bad plot"])) == 2
+
+
+def test_the_card_quotes_the_honest_estimate_only(searched):
+    card = Path("out/README.md").read_text()
+    assert searched.record["quoted"] in card
+    assert "believed" not in card
+
+
+def test_the_page_begins_with_the_verdict_and_shows_arms_and_hard_rows(searched):
+    page = Path("out/search.html").read_text()
+    assert html.escape(searched.verdict, quote=False)[:60] in page.replace("&#39;", "'")
+    for arm in ("plain", "probe", "head=logistic"):
+        assert arm in page
+    assert page.count("<svg") >= 2
+    hard = pd.read_parquet("out/search/hard_rows.parquet")
+    texts = pd.read_csv("rows.csv")["text"]
+    assert (texts[hard["row"]].to_numpy() == hard["text"].to_numpy()).all()
+    assert hard["wrong"].is_monotonic_decreasing
+    again = write_page("out").read_text()
+    assert again == page
+
+
+def test_test_rows_are_scored_after_the_choice_and_by_nothing_else(searched):
+    assert set(searched.fitted.metrics) == {"new"}
+    for file in Path("out/search/records").glob("*.json"):
+        assert set(json.loads(file.read_text())["sets"]) == {"test"}, "the held-out fold"
+    assert "new.csv" not in json.dumps(searched.record)
+
+
+def test_the_same_command_may_not_run_over_a_search(searched):
+    with pytest.raises(UsageError, match="already holds a search: go on with --resume"):
+        steadytune.search("rows.csv", output="out", budget="13runs", arms=["head=logistic"], **SETTINGS)
+    with pytest.raises(UsageError, match="the search in out is finished"):
+        steadytune.search("rows.csv", output="out", budget="13runs", arms=["head=logistic"], resume=True, **SETTINGS)
+
+
+def test_what_falls_back_to_plain_is_plain_bit_for_bit(searched):
+    asked = {"budget": "13runs", "arms": ["head=logistic"], "tests": {"new": "new.csv"}, **SETTINGS}
+    plain = {**searched.record["ship"], "name": "plain", "arms": [], "options": {}, "belief": None}
+    Path("plain/search").mkdir(parents=True)
+    Path("plain/search/found.json").write_text(json.dumps({**searched.record, "ship": plain}))
+    steadytune.search("rows.csv", output="plain", resume=True, **asked)
+    options = {name: value for name, value in SETTINGS.items() if name != "folds"}
+    steadytune.fit("rows.csv", output="fit", validation_share=0, **options)
+    assert same(weights(Path("plain")), weights(Path("fit")))
+
+
+def test_a_search_that_was_stopped_goes_on_to_the_same_model(searched, monkeypatch):
+    def stop(self, run, ended):
+        if ended and len(list(Path("again/search/records").glob("*.json"))) == 5:
+            raise KeyboardInterrupt
+
+    asked = {"output": "again", "budget": "13runs", "arms": ["head=logistic"], "tests": {"new": "new.csv"}, **SETTINGS}
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "_heard", stop)
+        with pytest.raises(KeyboardInterrupt):
+            steadytune.search("rows.csv", **asked)
+    again = steadytune.search("rows.csv", resume=True, **asked)
+    assert same(weights(Path("again")), weights(Path("out")))
+    changing = ("seconds", "arms")
+    assert {k: v for k, v in again.record.items() if k not in changing} == {
+        k: v for k, v in searched.record.items() if k not in changing
+    }
+
+
+def test_a_frame_is_searched_too(home, monkeypatch):
+    """The race itself is that of files; here a race that was run before is enough."""
+    monkeypatch.setattr(module.Race, "run", lambda self: pytest.skip("reached the race"))
+    with pytest.raises(pytest.skip.Exception):
+        steadytune.search(toy(30).drop(columns="score"), output="framed", **SETTINGS)
+    assert Path("framed/search/rows.parquet").is_file()
+
+
+def test_a_dry_run_lists_arms_and_writes_nothing(home):
+    words = ["search", "rows.csv", "--model", "bert", "--output", "dry", "--steps", "4", "--folds", "2", "--dry-run"]
+    done = CliRunner().invoke(cli.app, words)
+    assert done.exit_code == 0, done.output
+    assert "stage method: llrd, rdrop" in done.stdout
+    assert "40 rows, 2 folds" in done.stdout
+    assert not Path("dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": "soon"}, "30m, 2h or 100runs, got 'soon'"),
+        ({"arms": ["rdorp"]}, "Did you mean 'rdrop'"),
+        ({"evaluations": 3}, "evaluations is no option of a search"),
+        ({"init_seed": 3}, "init_seed is no option of a search"),
+        ({"learning": 3}, "unknown option 'learning'"),
+        ({"folds": 90}, "folds must lie between 2 and 40"),
+        ({"label": "stars"}, "no column 'stars'"),
+        ({"metric": "f2"}, "unknown metric 'f2'"),
+        ({"model": ["bert", "bert"]}, "two models have one name"),
+        ({"model": "gone"}, "gone"),
+        ({"resume": True}, "--resume: no search in"),
+        ({"budget": "1runs"}, "plain fine-tuning has no scores: the budget ended"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_trained(home, changes, message):
+    place = "none-" + "-".join(changes)
+    with pytest.raises(UsageError) as error:
+        steadytune.search("rows.csv", **{"output": place, **SETTINGS, **changes})
+    assert message in str(error.value)
+    assert not list(Path(place).glob("search/records/*"))
+
+
+def test_the_verb_shows_verdict_and_arms(searched, monkeypatch):
+    monkeypatch.setattr("steadytune.searching.search", lambda *args, **named: searched)
+    done = CliRunner().invoke(cli.app, ["search", "rows.csv", "--model", "bert", "--output", "out"])
+    assert done.exit_code == 0, done.output
+    assert searched.verdict in done.stdout
+    assert "Model: out" in done.stdout
+    assert np.isfinite(searched.record["claim"]["level"]["value"])
