@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from .methods.adapters import load_adapters as load_adapters
     from .methods.adapters import save_adapters as save_adapters
     from .methods.smart import BregmanProximal as BregmanProximal
+    from .searching import LearningCurve as LearningCurve
     from .searching import SearchResult as SearchResult
+    from .searching import curve as curve
     from .searching import search as search
+    from .searching.estimators import SteadySearchClassifier as SteadySearchClassifier
+    from .searching.estimators import SteadySearchRegressor as SteadySearchRegressor
     from .trainer import Trainer as Trainer
     from .vocabulary import CompactVocabulary as CompactVocabulary
     from .vocabulary import compact_vocabulary as compact_vocabulary
@@ -46,7 +50,8 @@ _HOMES = {
     "methods": tuple(METHODS.classes),
     "methods.adapters": ("load_adapters", "save_adapters"),
     "methods.smart": ("BregmanProximal",),
-    "searching": ("SearchResult", "search"),
+    "searching": ("LearningCurve", "SearchResult", "curve", "search"),
+    "searching.estimators": ("SteadySearchClassifier", "SteadySearchRegressor"),
     "trainer": ("Trainer",),
     "vocabulary": ("CompactVocabulary", "compact_vocabulary"),
 }

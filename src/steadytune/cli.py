@@ -608,6 +608,74 @@ def search(
     typer.echo(f"Model: {output}")
 
 
+@app.command(cls=_OneName)
+def curve(
+    train: Annotated[
+        str,
+        typer.Argument(help="CSV, TSV, JSON-lines or Parquet file with labelled text, or a data set: hub:owner/name."),
+    ],
+    model: Annotated[str, _option(INPUT, "Hugging Face model directory or hub name.")],
+    output: Annotated[Path, _option(OUTPUT, "Folder of the records; the same command goes on in it.")],
+    text: Annotated[
+        list[str] | None, _option(INPUT, "Text column; give it twice for pairs. [dim]\\[default: found][/]")
+    ] = None,
+    label: LabelColumns = None,
+    label_separator: LabelSeparator = None,
+    group: Annotated[str | None, _option(INPUT, "Column of groups; rows of one group stay in one fold.")] = None,
+    kind: Annotated[str, _option(INPUT, "auto, classification, multilabel or regression.")] = "auto",
+    metric: Annotated[str | None, _option(INPUT, "Metric of the scores.")] = None,
+    more: Annotated[int, _option(INPUT, "Number of rows that would be added.")] = 200,
+    repeats: Annotated[int, _option(SELECTION, "Number of cross-validations of each size, from 1 to 4.")] = 1,
+    folds: Annotated[
+        int | None, _option(SELECTION, "Folds of the cross-validation. [dim]\\[default: 5, or 10 below 200 rows][/]")
+    ] = None,
+    workers: Annotated[int, _option(TRAINING, "Number of worker processes; 0 trains in this one.")] = 0,
+    steps: Annotated[int | None, _option(TRAINING, "Optimizer steps.", "--steps", "--max-steps")] = None,
+    epochs: Annotated[
+        float | None, _option(TRAINING, "Epochs, instead of steps.", "--epochs", "--num-train-epochs")
+    ] = None,
+    lr: Annotated[float, _option(TRAINING, "Learning rate.", "--lr", "--learning-rate")] = 2e-5,
+    batch_size: Annotated[
+        int, _option(TRAINING, "Rows per forward pass.", "--batch-size", "--per-device-train-batch-size")
+    ] = 16,
+    max_length: Annotated[
+        int | None, _option(TRAINING, "Tokens per row. [dim]\\[default: 128, or the model's limit][/]")
+    ] = None,
+    seed: Annotated[int, _option(SEEDS, "Seed of folds and trainings.")] = 0,
+    quiet: Annotated[bool, _option(OUTPUT, "The table only.", "--quiet")] = False,
+    config: Config = None,
+) -> None:
+    """Tell what more labelled rows would bring: scores by number of rows, and a curve through them.
+
+    Example: steadytune curve reviews.csv --label stars --model bert-base-uncased --more 200 --output curve
+    """
+    given = dict(locals())
+    with _errors_in_one_line("goes on with the trainings that have no record"), _speaking(quiet):
+        from . import searching
+
+        names = {*given} - {"train", "text", "label", "quiet", "config"}
+        result = searching.curve(train, text=text or None, label=label or None, **{name: given[name] for name in names})
+    _show_curve(result)
+
+
+def _show_curve(result: Any) -> None:
+    """Scores by number of rows, and what more rows would bring."""
+    from .pages.words import interval, number
+
+    grid = Grid(box=box.SIMPLE)
+    for title in ("training rows", *result.scores):
+        grid.add_column(title)
+    for size in next(iter(result.scores.values())):
+        cells = []
+        for estimate in (by_size[size] for by_size in result.scores.values()):
+            low, high = sorted(map(abs, estimate.interval))
+            cells.append(f"{number(abs(estimate.value), 4)} {interval(low, high, 3)}")
+        grid.add_row(str(size), *cells)
+    console = Console()
+    console.print(grid)
+    console.print(result.verdict, soft_wrap=True, markup=False, highlight=False)
+
+
 @app.command()
 def bench(
     study: Annotated[str, typer.Argument(help="Study file (YAML), or a preset: stick, glue-small, low-resource ...")],

@@ -122,7 +122,7 @@ class _Steady(BaseEstimator):
         own = self.get_params(deep=False)
         settings = {k: v for k, v in own.items() if k not in ("random_state", "output", "options")}
         with tempfile.TemporaryDirectory() as scratch:
-            self.result_ = fit(
+            self.result_ = self._train(
                 table.assign(**columns),
                 text=text,
                 label=label,
@@ -138,6 +138,10 @@ class _Steady(BaseEstimator):
         self.n_features_in_ = len(text)
         if isinstance(X, pd.DataFrame):
             self.feature_names_in_ = np.array(text, dtype=object)
+
+    def _train(self, table: pd.DataFrame, **settings: Any) -> Any:
+        """The `FitResult` of a table, with these arguments of `fit`."""
+        return fit(table, **settings)
 
     def _rows(self, X: Any) -> Any:
         """Rows to predict: a frame by the names of its columns, if the training rows had names."""

@@ -56,6 +56,7 @@ class Task:
         k: Number of folds.
         repeats: Largest number of repeats.
         seed: Seed of halves, folds and trainings.
+        size: Number of rows that a fold draws to train on; None for all that it has.
     """
 
     table: OwnTables
@@ -67,6 +68,7 @@ class Task:
     k: int
     repeats: int
     seed: int
+    size: int | None = None
 
     @property
     def inside(self) -> int:
@@ -106,6 +108,7 @@ class Task:
                 "tasks": {self.table.name: json.loads(json.dumps(table))},
                 "recipes": recipes,
                 "options": dict(self.given),
+                "train_sizes": [self.size],
                 "seeds": seeds,
             }
         )

@@ -196,9 +196,9 @@ def search(
     limit, place = Budget.of(budget), Path(output)
     again = _check(place, resume, overwrite)
     cells_at = place / SEARCH
-    with _source(train, cells_at) as file:
-        table = OwnTables("table", file, text=_tuple(text), label=_label(label), label_separator=label_separator,
-                          group=group, kind=kind, metric=metric, folds=folds)  # fmt: skip
+    with source_file(train, cells_at) as file:
+        table = OwnTables("table", file, text=column_names(text), label=label_names(label), metric=metric,
+                          label_separator=label_separator, group=group, kind=kind, folds=folds)  # fmt: skip
         task = make_task(table, _models(model), seed, options)
         tried = stages(arms, task.base, [*task.models], _pooling(task))
         if overwrite:
@@ -254,9 +254,9 @@ def plan_search(
         UsageError: As `search`.
     """
     limit = Budget.of(budget)
-    with tempfile.TemporaryDirectory() as scratch, _source(train, Path(scratch)) as file:
-        table = OwnTables("table", file, text=_tuple(text), label=_label(label), label_separator=label_separator,
-                          group=group, kind=kind, metric=metric, folds=folds)  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch, source_file(train, Path(scratch)) as file:
+        table = OwnTables("table", file, text=column_names(text), label=label_names(label), metric=metric,
+                          label_separator=label_separator, group=group, kind=kind, folds=folds)  # fmt: skip
         task = make_task(table, _models(model), seed, options)
         plain = Recipe(next(iter(task.models)))
         tried = {s.name: [str(arm) for arm in s.arms(plain)] for s in
@@ -317,16 +317,18 @@ def _models(given: Any) -> dict[str, str]:
     return named
 
 
-def _tuple(text: str | Sequence[str] | None) -> tuple[str, ...] | None:
+def column_names(text: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Text columns as a study has them."""
     return None if text is None else (text,) if isinstance(text, str) else tuple(text)
 
 
-def _label(label: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+def label_names(label: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    """Label columns as a study has them."""
     return label if label is None or isinstance(label, str) else tuple(label)
 
 
 @contextmanager
-def _source(train: Any, folder: Path) -> Iterator[str]:
+def source_file(train: Any, folder: Path) -> Iterator[str]:
     """A file with the rows: the one given, or a copy of rows that are in none."""
     if isinstance(train, (str, Path)) and not str(train).startswith(HUB):
         yield str(Path(train).absolute())

@@ -1,0 +1,83 @@
+"""Learning curves: the power law, what more rows bring, and the verb."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from fit_helpers import save_tiny_bert, toy
+from steadytune import cli
+from steadytune.searching.learning_curve import more_rows, power_law
+
+SIZES = np.array([75.0, 150.0, 240.0])
+
+
+@pytest.mark.parametrize(("a", "b", "c"), [(0.9, 1.5, 0.5), (0.8, 0.9, 0.3), (0.9, 8.0, 1.0)])
+def test_a_power_law_is_found_again(a, b, c):
+    found = power_law(SIZES, (a - b * SIZES**-c)[None])
+    assert [float(part[0]) for part in found] == pytest.approx([a, b, c])
+
+
+def values(rng, scores, rows=2000):
+    """Right or wrong rows of one repeat; a row is right from a size on."""
+    difficulty = rng.random(rows)
+    return {int(size): (difficulty < score)[None].astype(float) for size, score in zip(SIZES, scores, strict=True)}
+
+
+def test_the_gain_of_more_rows_is_on_the_curve():
+    rng = np.random.default_rng(0)
+    scores = 0.9 - 2.0 * SIZES**-0.5
+    found = more_rows(values(rng, scores, 200_000), np.arange(200_000)[None] % 5, 300, 200)
+    assert found.gain == pytest.approx(2.0 * (300**-0.5 - 500**-0.5), abs=0.003)
+    assert found.interval[0] < found.gain < found.interval[1]
+    assert found.known
+
+
+def test_a_flat_curve_is_not_taken_for_a_gain():
+    rng = np.random.default_rng(1)
+    noisy = {int(size): (rng.random((1, 300)) < 0.8).astype(float) for size in SIZES}
+    found = more_rows(noisy, np.arange(300)[None] % 5, 300, 200)
+    assert not found.known
+
+
+def test_the_interval_holds_the_truth_in_most_tables():
+    rng = np.random.default_rng(2)
+    scores, truth = 0.9 - 2.0 * SIZES**-0.5, 2.0 * (300**-0.5 - 500**-0.5)
+    blocks = np.arange(300)[None] % 5
+    ends = [more_rows(values(rng, scores, 300), blocks, 300, 200, seed).interval for seed in range(60)]
+    assert np.mean([low <= truth <= high for low, high in ends]) >= 0.85
+
+
+def test_the_verb_scores_three_sizes_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tiny_bert(tmp_path / "bert")
+    toy(40).drop(columns="score").to_csv("rows.csv", index=False)
+    words = ["curve", "rows.csv", "--model", "bert", "--output", "out", "--steps", "3", "--folds", "2", "--more", "50"]
+    done = CliRunner().invoke(cli.app, words)
+    assert done.exit_code == 0, done.output
+    record = json.loads(Path("out/curve.json").read_text())
+    assert {name: list(sizes) for name, sizes in record["scores"].items()} == {
+        name: ["10", "20"] for name in ("plain", "probe")
+    }, "half of the rows is what two folds leave"
+    assert record["verdict"] in done.stdout.replace("\n", " ")
+    trained = [json.loads(file.read_text()) for file in Path("out/records").glob("*.json")]
+    assert sorted(r["training"]["rows"] for r in trained) == [10] * 4 + [20] * 4
+    before = {file: file.stat().st_mtime_ns for file in Path("out/records").glob("*.json")}
+    assert CliRunner().invoke(cli.app, words).exit_code == 0
+    assert {file: file.stat().st_mtime_ns for file in Path("out/records").glob("*.json")} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [(["--more", "0"], "more must be 1 or more"), (["--repeats", "9"], "between 1 and 4")]
+)
+def test_mistakes_are_named(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    save_tiny_bert(tmp_path / "bert")
+    toy(40).drop(columns="score").to_csv("rows.csv", index=False)
+    done = CliRunner().invoke(cli.app, ["curve", "rows.csv", "--model", "bert", "--output", "out", *words])
+    assert done.exit_code == 2
+    assert message in done.output

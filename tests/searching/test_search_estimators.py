@@ -1,0 +1,68 @@
+"""The estimators of a search follow the conventions of scikit-learn's own searches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+
+import steadytune
+from fit_helpers import save_tiny_bert, toy
+from steadytune.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("estimators")
+    frame = toy(40)
+    estimator = steadytune.SteadySearchClassifier(
+        save_tiny_bert(folder / "bert"), budget="7runs", arms=["lr*3"], folds=2, steps=4, lr=1e-3, batch_size=8
+    )
+    return estimator.fit(frame["text"], frame["label"]), frame
+
+
+def test_it_predicts_with_the_best_recipe(searched):
+    estimator, frame = searched
+    assert estimator.classes_.tolist() == ["down", "up"]
+    best = estimator.best_estimator_
+    assert type(best) is steadytune.SteadyClassifier
+    assert (best.predict_proba(frame["text"]) == estimator.predict_proba(frame["text"])).all()
+    assert 0 <= estimator.score(frame["text"], frame["label"]) <= 1
+
+
+def test_it_has_what_a_search_of_scikit_learn_has(searched):
+    estimator, _ = searched
+    results = estimator.cv_results_
+    names = [params["recipe"] for params in results["params"]]
+    assert names == ["plain", "probe", "lr*3"]
+    assert {len(values) for values in results.values()} == {3}
+    assert names[estimator.best_index_] == estimator.search_.best_recipe
+    assert results["rank_test_score"][np.argmax(results["mean_test_score"])] == 1
+    assert 0 <= estimator.best_score_ <= 1
+    assert estimator.verdict_ == estimator.search_.verdict
+
+
+def test_the_best_parameters_make_the_same_model_again(searched):
+    """Naive: the options of an arm are lost, and a clone trains plain."""
+    estimator, frame = searched
+    again = clone(estimator.best_estimator_).fit(frame["text"], frame["label"])
+    assert (again.predict_proba(frame["text"]) == estimator.predict_proba(frame["text"])).all()
+
+
+def test_it_clones_and_sets_parameters():
+    estimator = steadytune.SteadySearchRegressor("bert", budget="5m", options={"prompt": "a: "})
+    copied = clone(estimator).set_params(budget="10runs", options__prompt="b: ")
+    assert (copied.budget, copied.options, estimator.options) == ("10runs", {"prompt": "b: "}, {"prompt": "a: "})
+
+
+def test_before_a_fit_there_is_no_result():
+    from sklearn.exceptions import NotFittedError
+
+    with pytest.raises(NotFittedError):
+        _ = steadytune.SteadySearchClassifier("bert").best_score_
+
+
+def test_options_that_a_search_has_itself_are_refused():
+    frame = toy(12)
+    with pytest.raises(UsageError, match="options hold 'seed', which is given as random_state"):
+        steadytune.SteadySearchClassifier("bert", options={"seed": 1}).fit(frame["text"], frame["label"])
