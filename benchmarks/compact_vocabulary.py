@@ -35,7 +35,7 @@ from tqdm import tqdm
 import steadytune
 from steadytune.fitting.fit_trainer import FitTrainer
 from steadytune.fitting.memory import peak_memory
-from steadytune.vocabulary import CompactVocabulary
+from steadytune.vocabulary import compact_vocabulary
 
 STEPS = 400  # of the fit that is compared
 WORDS = 23  # of a text, beside two special tokens
@@ -93,20 +93,14 @@ class Clock(transformers.TrainerCallback):
 def fit_once(model: str, file: str, steps: int, compact: bool) -> dict[str, float]:
     """Seconds of the processor at `STEPS` steps, of one step, and peak memory, of one fit in this process."""
     torch.set_num_threads(1)
-    clock, train, whole, decay, loaded = Clock(), FitTrainer.train_here, CompactVocabulary.whole, [0.0], [0]
+    clock, train, loaded = Clock(), FitTrainer.train_here, [0]
 
     def timed(trainer: FitTrainer, checkpoint: Any) -> float:
         trainer.add_callback(clock)
         loaded[0] = peak_memory()
         return train(trainer, checkpoint)
 
-    def whole_timed(vocabulary: CompactVocabulary) -> torch.Tensor:
-        began = time.process_time()
-        table = whole(vocabulary)
-        decay[0] += time.process_time() - began
-        return table
-
-    FitTrainer.train_here, CompactVocabulary.whole = timed, whole_timed  # type: ignore[method-assign]
+    FitTrainer.train_here = timed  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
         result = steadytune.fit(
@@ -115,15 +109,25 @@ def fit_once(model: str, file: str, steps: int, compact: bool) -> dict[str, floa
         )  # fmt: skip
         seconds = time.process_time() - began
         vocabulary = json.loads((result.output / "steadytune.json").read_text())["vocabulary"]
-    step = float(np.median(clock.seconds[1:]))
+    step, memory = float(np.median(clock.seconds[1:])), peak_memory()
+    decay = decay_seconds(result.model.models[0], STEPS - steps) if compact else 0.0
     return {
-        "seconds": seconds - sum(clock.seconds) + STEPS * step + decay[0] * (STEPS / steps - 1),
+        "seconds": seconds - sum(clock.seconds) + STEPS * step + decay,
         "step": step,
-        "decay": decay[0],
-        "memory": peak_memory(),
+        "decay": decay,
+        "memory": memory,
         "memory before training": loaded[0],
         "left_out": vocabulary.get("left_out_weights", 0),
     }
+
+
+def decay_seconds(model: torch.nn.Module, steps: int) -> float:
+    """Seconds of the decay of some steps on the rows that are left out."""
+    vocabulary = compact_vocabulary(model, range(1000))
+    vocabulary._factors = [1 - 2e-7] * steps
+    began = time.process_time()
+    vocabulary.whole()
+    return time.process_time() - began
 
 
 def in_a_process(*given: Any) -> dict[str, float]:
