@@ -208,6 +208,13 @@ def fit(
     focal: Annotated[
         float, _option(TRAINING, "Exponent of the focal loss: rows that are already right count less; 2 is usual.")
     ] = 0.0,
+    balance: Annotated[
+        list[str] | None,
+        _option(
+            TRAINING,
+            "Attribute that must not predict a class: length, negation, overlap, subgroup, or a word. Repeatable.",
+        ),
+    ] = None,
     bf16: Annotated[bool, _option(TRAINING, "bfloat16 autocast; weights stay float32.")] = False,
     tune_kernels: Annotated[
         bool,

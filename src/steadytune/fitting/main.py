@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..data.balance import SHOWN
 from ..data.scores import warnings
 from ..errors import UsageError
 from ..files.atomic import write_json
@@ -114,8 +115,8 @@ def fit(
         push_to_hub: Repository on the hub to which the finished folder is uploaded.
         **wanted: Further fields of `Options`, under their own names or those of transformers (lr or learning_rate):
             lr, batch_size, steps, epochs, max_length, dropout, bf16, tune_kernels, lora, peft, head, pooling,
-            compact, class_weights, label_smoothing, focal, evaluations, patience, calibrate, worst_subgroup, restarts,
-            train_size, validation_share, seed ...
+            compact, class_weights, label_smoothing, focal, balance, evaluations, patience, calibrate,
+            worst_subgroup, restarts, train_size, validation_share, seed ...
 
     Raises:
         UsageError: The arguments or the data are not right; it is raised before training starts.
@@ -467,7 +468,12 @@ def spread(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _announce(plan: Plan) -> None:
-    """Log the plan."""
+    """Log the plan, and what predicts a label by itself."""
+    named = plan.predictors
+    for predictor in named[:SHOWN]:
+        logger.info("%s", predictor)
+    if named:
+        logger.info("where that is no part of the task, test on rows without it, or balance it (--balance)")
     data, rows_per_step = plan.data, plan.options.batch_size * plan.options.accumulation
     sizes = ", ".join(f"{name} {len(rows)}" for name, rows in data.tests.items()) or "no test set"
     logger.info("%s, %d training rows (%s)", data.problem.kind, len(data.train), sizes)

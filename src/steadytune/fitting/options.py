@@ -27,6 +27,7 @@ STOCK = {
     "label_smoothing": 0.0,
     "focal": 0.0,
     "worst_subgroup": False,
+    "balance": None,
 }
 SEEDS = ("init", "subset", "data", "dropout", "method")  # the head, the rows, their order, dropout, masks and noise
 
@@ -75,6 +76,9 @@ class Options:
         focal: Exponent of the focal loss, which gives a row that is already right less weight: its loss is multiplied
             by ``(1 - p) ** focal``, with p the probability of its label. 0 is the usual loss, 2 the authors' value; for
             classes.
+        balance: Attributes of the rows that must not predict a class: ``length``, ``negation``, ``overlap`` (of a
+            pair), ``subgroup``, or a word. Weights of the rows in the loss make them independent of the classes; see
+            `data.balance`.
         standardize: Whether to train on standardised numbers. The output layer takes over mean and standard deviation
             at the end, after the last checkpoint; for regression.
         evaluations: Number of evaluations on the validation rows during training; the best weights are kept. 0 keeps
@@ -119,6 +123,7 @@ class Options:
     class_weights: Literal["none", "balanced"] = "none"
     label_smoothing: float = 0.0
     focal: float = 0.0
+    balance: tuple[str, ...] | None = None
     standardize: bool = True
     evaluations: int = 0
     patience: int | None = None
@@ -136,6 +141,8 @@ class Options:
     method_seed: int | None = None
 
     def __post_init__(self) -> None:
+        names = (self.balance,) if isinstance(self.balance, str) else tuple(map(str, self.balance or ()))
+        object.__setattr__(self, "balance", names or None)
         for name, hint in options(type(self)).items():
             value = getattr(self, name)
             if value is not None or getattr(type(self), name) is not None:

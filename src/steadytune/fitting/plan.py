@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
+from ..data.balance import WEIGHT, Predictor, balanced, effective, predictors
 from ..data.guards import inspect, raise_errors
 from ..data.prepare import Data, prepare
 from ..data.problem import Regression
@@ -67,6 +69,11 @@ class Plan:
         several = self.num_seeds > 1 and self.combine == "best"
         options = self.options
         return bool(options.evaluations or options.calibrate or several or options.threshold == "tune")
+
+    @functools.cached_property
+    def predictors(self) -> list[Predictor]:
+        """Attributes of the training rows that predict a class by themselves."""
+        return predictors(self.data.train, self.data.problem)
 
     @property
     def select(self) -> pd.DataFrame | None:
@@ -147,6 +154,7 @@ def make_plan(
     )
     for finding in raise_errors(inspect(data, standardize=checked.standardize)):
         logger.warning("%s", finding.message)
+    data = _balanced(data, checked.balance)
     if checked.threshold is not None:
         decided = data.problem.at(0.5 if isinstance(checked.threshold, str) else checked.threshold)
         data = dataclasses.replace(data, problem=decided)
@@ -171,6 +179,18 @@ def _stages(aux: Any, steps: int | None, model: str, options: Options, data: Dat
     from .stages import stages_of
 
     return stages_of(aux, steps, model=model, options=options, fit=data)
+
+
+def _balanced(data: Data, names: Sequence[str] | None) -> Data:
+    """The data with weights of the training rows, if attributes are to be balanced."""
+    if not names:
+        return data
+    weights = balanced(data.train, data.problem, names)
+    logger.info(
+        "balanced by %s: %d rows count as %.0f (effective number), with weights from %.2f to %.2f",
+        ", ".join(names), len(weights), effective(weights), weights.min(), weights.max(),
+    )  # fmt: skip
+    return dataclasses.replace(data, train=data.train.assign(**{WEIGHT: weights}))
 
 
 def _check(num_seeds: int, combine: str, refit: bool, folds: int, save_steps: int, options: Options) -> None:
@@ -262,13 +282,15 @@ def open_model(plan: Plan) -> Pretrained:
 
 def make_setup(plan: Plan, pretrained: Pretrained, checkpoints: Path) -> Setup:
     """Setup that all trainings share."""
+    from .row_weights import RowWeights
     from .start import first_methods
     from .training import Setup
 
     problem = plan.data.problem
     if isinstance(problem, Regression) and plan.options.standardize:
         problem = problem.standardised(plan.data.train["label"].tolist(), centred=pretrained.bias)
-    methods = [*first_methods(plan.options, pretrained.pooling), *plan.methods]
+    weighing = [RowWeights()] if plan.options.balance else []
+    methods = [*first_methods(plan.options, pretrained.pooling), *plan.methods, *weighing]
     subgroups = sorted(set(plan.data.train["subgroup"])) if "subgroup" in plan.data.train else []
     return Setup(
         pretrained, methods, plan.options, problem, plan.steps, plan.metric, checkpoints, plan.save_steps,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..data.balance import WEIGHT, effective
 from ..errors import UsageError
 from ..files.atomic import write_json, write_whole, writing
 from ..version import __version__
@@ -122,6 +123,8 @@ def _record(plan: Plan, pretrained: Pretrained) -> dict[str, Any]:
         },
         **({"prompts": prompts} if prompts else {}),
         "data": plan.data.describe(),
+        **({"predictors": [*map(dataclasses.asdict, plan.predictors)]} if plan.predictors else {}),
+        **({"balanced": _weighed(plan.data.train[WEIGHT].to_numpy())} if WEIGHT in plan.data.train else {}),
         "versions": {
             "steadytune": __version__,
             "torch": torch.__version__,
@@ -129,6 +132,16 @@ def _record(plan: Plan, pretrained: Pretrained) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "files": [],
+    }
+
+
+def _weighed(weights: np.ndarray) -> dict[str, float]:
+    """Number of rows, how many rows of equal weight they are worth, and the smallest and the largest weight."""
+    return {
+        "rows": len(weights),
+        "effective": effective(weights),
+        "least": float(weights.min()),
+        "most": float(weights.max()),
     }
 
 

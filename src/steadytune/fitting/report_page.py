@@ -38,6 +38,7 @@ PAGE, METRICS, PREDICTIONS, HISTORY, MISTAKES = (
 )  # fmt: skip
 INSPECTED = "inspected.parquet"  # list of `steadytune inspect`, if it was made
 SHOWN_INSPECTED = 20  # rows of each kind
+SHOWN_PREDICTORS = 20
 SHOWN_MISTAKES = 10  # largest number of mistakes of each set
 SHOWN_CLASSES = 15  # in a confusion matrix; of more classes only the most frequent confusions are listed
 SHOWN_CONFUSIONS = 20
@@ -49,6 +50,10 @@ SCORE_NOTE = (
     "no text: it is the most frequent class, or the mean, of the training rows."
 )
 SUBGROUP_NOTE = "The worst of several subgroups looks worse than it is, and more so with few rows: read its interval."
+PREDICTOR_NOTE = (
+    "Attributes whose rows carry a label far more often than the other rows do. Where such an attribute is no part of "
+    "the task, the model may be wrong on rows in which the two part."
+)
 INSPECTED_NOTE = (
     "The first rows of each kind; the list that steadytune inspect writes has them all. Suggestion "
     "and loss are those of a linear probe that did not see the row. Influence is how much a step on the row lowers the "
@@ -484,6 +489,24 @@ def _data(fitted: Fitted) -> Iterator[Block]:
         "Also in training: rows whose text is a training text too.",
         words=(0, 1, 5),
     )
+    if named := fitted.record.get("predictors"):
+        lines = [
+            [
+                part["attribute"],
+                part["label"],
+                number(part["share"], 3),
+                f"{part['rows']:,}",
+                number(part["otherwise"], 3),
+            ]
+            for part in named[:SHOWN_PREDICTORS]
+        ]
+        head = ["attribute", "label", "share of its rows", "its rows", "share of the others"]
+        yield Grid("What predicts a label by itself", head, [("", lines)], PREDICTOR_NOTE, words=(0, 1))
+    if weights := fitted.record.get("balanced"):
+        yield Text(
+            f"The rows were weighed to balance {listed(fitted.recipe['balance'])}: {weights['rows']:,} rows count as "
+            f"{weights['effective']:,.0f}, with weights from {weights['least']:.2f} to {weights['most']:.2f}."
+        )
 
 
 def file_name(about: Mapping[str, Any]) -> str:

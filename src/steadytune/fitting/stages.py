@@ -31,6 +31,7 @@ logger = logging.getLogger("steadytune")
 OF_THE_FIT: dict[str, Any] = {
     "train_size": None, "validation_share": 0.0, "evaluations": 0, "patience": None, "calibrate": False,
     "threshold": None, "restarts": 0, "head": "random", "class_weights": "none", "label_smoothing": 0.0, "focal": 0.0,
+    "balance": None, "worst_subgroup": False,
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from ..data.balance import WEIGHT
 from ..data.problem import Problem, Regression
 from ..data.scores import baseline, subgroups_of, worst_value
 from ..data.splits import split
@@ -275,7 +276,10 @@ class Setup:
         return lambda: DataLoader(features, self.options.batch_size, shuffle=True, collate_fn=collator)
 
     def features(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
-        """Tokens, labels, and the number of the subgroup in columns that methods read, one dictionary per row."""
+        """Tokens, labels, and what methods read: the weight of a row, or under other names the number of its subgroup.
+
+        One dictionary per row. Rows without a weight count once, and a subgroup without training rows is -1.
+        """
         features = self.pretrained.tokenise(rows)
         labels = rows[SOFT].tolist() if SOFT in rows else self.problem.ids(rows["label"].tolist())
         features = [{**feature, "labels": label} for feature, label in zip(features, labels, strict=True)]
@@ -284,9 +288,9 @@ class Setup:
             return features
         known = {name: number for number, name in enumerate(self.subgroups)}
         numbers = [known.get(name, -1) for name in rows["subgroup"]] if "subgroup" in rows else [-1] * len(rows)
-        return [
-            {**feature, **dict.fromkeys(columns, number)} for feature, number in zip(features, numbers, strict=True)
-        ]
+        weights = rows[WEIGHT].tolist() if WEIGHT in rows else [1.0] * len(rows)
+        values = {column: weights if column == WEIGHT else numbers for column in columns}
+        return [{**feature, **{column: own[i] for column, own in values.items()}} for i, feature in enumerate(features)]
 
     def measure(self, rows: pd.DataFrame, predicted: Any) -> dict[str, float]:
         """The selection metric on rows of the select split; its worst value if it is undefined."""

@@ -1,0 +1,204 @@
+"""Attributes of rows that predict a label by themselves: length, negation, overlap of a pair, subgroup, single words.
+
+A model may learn such an attribute in place of the task, and is then wrong where the two part. An attribute is named
+where the rows that have it carry a class far more often than the others do:
+
+    P(class | attribute) - P(class | no attribute) > GAP
+
+and Fisher's exact test says so after Bonferroni's correction. Attributes that the user declares spurious are made
+independent of the classes by weights of rows (entropy balancing; Hainmueller, Political Analysis 2012):
+
+    min_w sum w log w      mean w = 1,  mean w a = mean a,  mean w y = mean y,  cov_w(a, y) = 0,  cov_w(a, a') = 0
+
+Balance-subsampled stable prediction (Kuang et al., arXiv 2006.04381) draws a sub-sample by a fractional factorial
+design instead. Departure: weights keep every row of a small table, and only the declared attributes are balanced. No
+torch here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from ..errors import UsageError
+from .problem import Problem
+
+LEAST = 20  # rows with an attribute; fewer say little
+GAP = 0.3  # difference of the shares of a class that is worth a line
+WORD_SHARE = 0.9  # share of a class among the rows with a word: words of a class are common, words that decide are not
+CHANCE = 0.01  # largest p-value of all attributes together
+SHOWN = 5  # attributes in the log
+WEIGHT = "weight"  # column of training rows: their weights in the loss
+MOST = 10.0  # largest weight of a row
+RIDGES = np.logspace(-6, 2, 9)  # slack of the constraints; the first that keeps weights below MOST is taken
+NEGATION = r"\b(?:not|no|never|nor|none|nobody|nothing|nowhere|without|cannot)\b|n't\b|n’t\b"
+WORD = re.compile(r"\w+(?:['’]\w+)*")
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """An attribute that predicts a class.
+
+    Attributes:
+        attribute: The attribute in words, as "'refund'" or "length above 12 words".
+        label: The class.
+        share: Share of the class among the rows with the attribute.
+        rows: Number of rows with the attribute.
+        otherwise: Share of the class among the other rows.
+    """
+
+    attribute: str
+    label: str
+    share: float
+    rows: int
+    otherwise: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.attribute} predicts label {self.label!r} in {self.share:.0%} of {self.rows} rows "
+            f"({self.otherwise:.0%} of the others)"
+        )
+
+
+def predictors(rows: pd.DataFrame, problem: Problem) -> list[Predictor]:
+    """Attributes of training rows that predict a class, the clearest first; none for numbers.
+
+    Args:
+        rows: Rows with ``text``, ``label``, and ``text_pair`` and ``subgroup`` where there are such.
+        problem: The problem.
+    """
+    from scipy.stats import fisher_exact
+
+    member = problem.membership(rows["label"])
+    tried = [part for part in _attributes(rows) if LEAST <= part.has.sum() <= len(rows) - LEAST]
+    found: list[tuple[float, Predictor]] = []
+    for part in tried:
+        inside, outside = member[part.has].mean(axis=0), member[~part.has].mean(axis=0)
+        for i, label in enumerate(problem.names):
+            if inside[i] - outside[i] <= GAP or (part.word and inside[i] < WORD_SHARE):
+                continue
+            counts = [[member[side, i].sum(), (~member[side, i]).sum()] for side in (part.has, ~part.has)]
+            p = float(fisher_exact(counts, alternative="greater").pvalue) * len(tried) * len(problem.names)
+            if p < CHANCE:
+                named = Predictor(part.words, label, float(inside[i]), int(part.has.sum()), float(outside[i]))
+                found.append((p, named))
+    return [predictor for _, predictor in sorted(found, key=lambda pair: pair[0])]
+
+
+def balanced(rows: pd.DataFrame, problem: Problem, names: Sequence[str]) -> np.ndarray:
+    """Weights of rows (rows,), with mean 1, under which attributes do not predict the classes.
+
+    Args:
+        rows: As of `predictors`.
+        problem: A problem with classes.
+        names: Attributes: ``length``, ``negation``, ``overlap``, ``subgroup``, or a word.
+
+    Raises:
+        UsageError: Numbers instead of classes, or a name that no row, or every row, has.
+    """
+    if not problem.names:
+        raise UsageError(f"balance is for classes, this is {problem.kind}: leave it out.")
+    parts = list(_attributes(rows))
+    chosen = []
+    for name in names:
+        own = [part.has for part in parts if part.name == name.lower() and 0 < part.has.sum() < len(rows)]
+        if not own:
+            raise UsageError(
+                f"balance: no attribute {name!r} that some rows have and others lack: name length, negation, overlap "
+                f"(of pairs), subgroup, or a word that {LEAST} rows hold."
+            )
+        chosen += own
+    return entropy_weights(np.stack(chosen, axis=1), problem.membership(rows["label"]))
+
+
+def entropy_weights(attributes: np.ndarray, member: np.ndarray, most: float = MOST) -> np.ndarray:
+    """Weights nearest to 1 in entropy that make attributes independent of classes and of each other, and keep shares.
+
+    Where no such weights exist, or only with some above ``most``, the constraints hold in part.
+
+    Args:
+        attributes: Truth values (rows, attributes).
+        member: Truth values (rows, classes).
+        most: Largest weight.
+
+    Returns:
+        (rows,), with mean 1.
+    """
+    from scipy.optimize import minimize
+    from scipy.special import logsumexp, softmax
+
+    a, y = (np.asarray(part, dtype=float) - np.mean(part, axis=0) for part in (attributes, member))
+    crossed = [a[:, i] * a[:, j] for i in range(a.shape[1]) for j in range(i)]
+    moments = np.column_stack([a, y, (a[:, :, None] * y[:, None, :]).reshape(len(a), -1), *crossed])
+    spread = moments.std(axis=0)
+    moments = moments[:, spread > 0] / spread[spread > 0]  # all of them are to have the mean 0
+
+    def dual(point: np.ndarray, ridge: float) -> tuple[float, np.ndarray]:
+        logits = moments @ point
+        return logsumexp(logits) + ridge / 2 * point @ point, moments.T @ softmax(logits) + ridge * point
+
+    weights, start = np.ones(len(a)), np.zeros(moments.shape[1])
+    for ridge in RIDGES:
+        solved = minimize(dual, start, args=(ridge,), jac=True, method="L-BFGS-B", options={"maxiter": 2000, "ftol": 0})
+        weights = len(a) * softmax(moments @ solved.x)
+        if weights.max() <= most:
+            break
+    return weights
+
+
+def effective(weights: np.ndarray) -> float:
+    """Effective number of rows: how many rows of equal weight would be as certain."""
+    return float(weights.sum() ** 2 / np.square(weights).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Attribute:
+    """A yes-or-no attribute of rows.
+
+    Attributes:
+        name: Name by which `balanced` takes it; several subgroups share one.
+        words: The attribute in words.
+        has: Truth values (rows,).
+        word: Whether it is a single word of the texts.
+    """
+
+    name: str
+    words: str
+    has: np.ndarray
+    word: bool = False
+
+
+def _attributes(rows: pd.DataFrame) -> Iterator[Attribute]:
+    """Every attribute of the rows; words in fewer than LEAST rows are left out."""
+    texts = [column for column in ("text", "text_pair") if column in rows]
+    words = [[_words(text) for text in rows[column]] for column in texts]
+    for column, own in zip(texts, words, strict=True):
+        which = "" if len(texts) == 1 else f" of {column}"
+        lengths = np.array([len(row) for row in own])
+        yield Attribute("length", f"length{which} above {np.median(lengths):g} words", lengths > np.median(lengths))
+        denied = rows[column].str.contains(NEGATION, case=False).to_numpy(dtype=bool)
+        yield Attribute("negation", f"negation{which}", denied)
+    if len(texts) == 2:
+        overlap = np.array([len({*a} & {*b}) / max(len({*b}), 1) for a, b in zip(*words, strict=True)])
+        middle = float(np.median(overlap))
+        yield Attribute("overlap", f"overlap of the texts above {middle:.0%} of the second", overlap > middle)
+    if "subgroup" in rows:
+        for name in sorted(set(rows["subgroup"])):
+            yield Attribute("subgroup", f"subgroup {name!r}", (rows["subgroup"] == name).to_numpy())
+    having: dict[str, list[int]] = {}
+    for i, parts in enumerate(zip(*words, strict=True)):
+        for word in {word for part in parts for word in part}:
+            having.setdefault(word, []).append(i)
+    for word, places in having.items():
+        if len(places) >= LEAST:
+            has = np.zeros(len(rows), dtype=bool)
+            has[places] = True
+            yield Attribute(word, repr(word), has, word=True)
+
+
+def _words(text: str) -> list[str]:
+    return WORD.findall(text.lower())

@@ -1,0 +1,132 @@
+"""Attributes that predict a label: what is named with which counts, and what is not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from steadytune.data.balance import balanced, effective, entropy_weights, predictors
+from steadytune.data.problem import Classification, MultiLabel, Regression
+from steadytune.errors import UsageError
+
+TWO = Classification(("0", "1"))
+FILLERS = ["alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa"]
+
+
+def rows(n=240, seed=0, **columns):
+    """Texts of six random words, labels at random."""
+    rng = np.random.default_rng(seed)
+    texts = [" ".join(rng.choice(FILLERS, 6)) for _ in range(n)]
+    return pd.DataFrame({"text": texts, "label": rng.choice(["0", "1"], n), **columns})
+
+
+def with_word(frame, word, share, count):
+    """The first ``count`` rows hold the word, and this share of them the label 1."""
+    frame = frame.copy()
+    frame.loc[: count - 1, "text"] = frame["text"].str.rpartition(" ")[0] + f" {word}"
+    frame.loc[: count - 1, "label"] = ["1" if i < round(share * count) else "0" for i in range(count)]
+    return frame
+
+
+def test_a_word_is_named_with_its_counts():
+    found = predictors(with_word(rows(), "Refund!", 0.97, 100), TWO)
+    assert str(found[0]).startswith("'refund' predicts label '1' in 97% of 100 rows (")
+    assert found[0].label == "1"
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.8, 100), (1.0, 12)], ids=["not often enough", "too few rows"])
+def test_a_word_of_a_class_is_not_named(share, count):
+    assert not [p for p in predictors(with_word(rows(), "refund", share, count), TWO) if p.attribute == "'refund'"]
+
+
+def test_labels_at_random_have_no_predictor():
+    """Naive: without the correction for the many words that are tried."""
+    for seed in range(20):
+        assert predictors(rows(seed=seed), TWO) == []
+
+
+def test_length_negation_overlap_and_subgroups_are_named():
+    frame = rows()
+    up = frame["label"] == "1"
+    longer = frame.assign(text=frame["text"] + np.where(up, " alpha beta gamma", ""))
+    assert "length above" in predictors(longer, TWO)[0].attribute
+    denied = frame.assign(text=np.where(up, "it isn't " + frame["text"], "it is " + frame["text"]))
+    assert "negation" in {p.attribute for p in predictors(denied, TWO)}
+    pairs = frame.assign(text_pair=np.where(up, frame["text"], "mu nu xi"))
+    named = {p.attribute.partition(" above")[0] for p in predictors(pairs, TWO)}
+    assert "overlap of the texts" in named
+    parts = frame.assign(subgroup=np.where(up, "web", "mail"))
+    assert {(p.attribute, p.label) for p in predictors(parts, TWO)} == {
+        ("subgroup 'web'", "1"), ("subgroup 'mail'", "0")
+    }  # fmt: skip
+
+
+def test_every_class_of_several_labels_is_looked_at_and_numbers_are_not():
+    frame = with_word(rows(), "refund", 1.0, 100)
+    several = frame.assign(label=[("a", "b") if label == "1" else ("a",) for label in frame["label"]])
+    found = predictors(several, MultiLabel(("a", "b")))
+    assert [(p.attribute, p.label) for p in found] == [("'refund'", "b")]
+    assert predictors(frame.assign(label=1.5), Regression()) == []
+
+
+# ---- weights ----------------------------------------------------------------------------------------------------
+
+
+def table(*cells):
+    """Rows with an attribute and a class, by the counts of (neither, class alone, attribute alone, both)."""
+    attribute = np.repeat([False, False, True, True], cells)
+    positive = np.repeat([False, True, False, True], cells)
+    return attribute[:, None], np.stack([~positive, positive], axis=1)
+
+
+def test_four_cells_become_equal():
+    """40, 10, 10, 40 rows: weights 0.625 and 2.5, and 64 effective rows."""
+    weights = entropy_weights(*table(40, 10, 10, 40))
+    assert np.allclose(weights, np.repeat([0.625, 2.5, 2.5, 0.625], [40, 10, 10, 40]), atol=1e-3)
+    assert effective(weights) == pytest.approx(64, abs=0.1)
+
+
+def test_what_is_balanced_already_keeps_weight_1():
+    assert np.allclose(entropy_weights(*table(30, 30, 20, 20)), 1, atol=1e-4)
+
+
+def test_shares_of_attributes_and_classes_stay_as_they_are():
+    attributes, member = table(50, 20, 10, 40)
+    weights = entropy_weights(attributes, member)
+    for part in (attributes, member):
+        assert np.allclose((weights[:, None] * part).mean(axis=0), part.mean(axis=0), atol=1e-3)
+    both = float((weights * attributes[:, 0] * member[:, 1]).mean())
+    assert both == pytest.approx(attributes.mean() * member[:, 1].mean(), abs=1e-3)
+
+
+def test_two_attributes_become_independent_of_each_other_too():
+    rng = np.random.default_rng(0)
+    first = rng.random(400) < 0.5
+    second = np.where(rng.random(400) < 0.8, first, ~first)
+    positive = np.where(rng.random(400) < 0.7, first, ~first)
+    attributes = np.stack([first, second], axis=1)
+    weights = entropy_weights(attributes, np.stack([~positive, positive], axis=1))
+    for one, other in ((first, second), (first, positive), (second, positive)):
+        w = weights / weights.sum()
+        assert float(w @ (one & other)) == pytest.approx(float(w @ one) * float(w @ other), abs=2e-3)
+
+
+def test_an_empty_cell_has_no_solution_and_weights_stay_bounded():
+    """Naive: weights of a cell without rows are sought for ever, and a few rows get them all."""
+    weights = entropy_weights(*table(60, 0, 2, 38))
+    assert np.isfinite(weights).all()
+    assert 0 < weights.max() <= 10
+    assert weights.mean() == pytest.approx(1)
+
+
+def test_attributes_are_named_by_the_user():
+    frame = with_word(rows(), "refund", 0.97, 100)
+    weights = balanced(frame, TWO, ["Refund"])
+    has, up = frame["text"].str.contains("refund").to_numpy(), (frame["label"] == "1").to_numpy()
+    inside, outside = (np.average(up[part], weights=weights[part]) for part in (has, ~has))
+    assert abs(inside - outside) < abs(up[has].mean() - up[~has].mean()) / 2
+    with pytest.raises(UsageError, match="no attribute 'overlap' that some rows have"):
+        balanced(frame, TWO, ["overlap"])
+    with pytest.raises(UsageError, match="balance is for classes, this is regression"):
+        balanced(frame.assign(label=1.0), Regression(), ["length"])
