@@ -1,0 +1,239 @@
+"""What a whole fine-tuning costs in steadytune and in other libraries: processor seconds, peak memory, accuracy.
+
+    python benchmarks/peers.py --data-root DIR --model DIR [--task sst2] [--rows 500] [--steps 400] [--rounds 3]
+
+Each figure is one process of its own, from its start to its end: imports, loading, tokenising, training, scores of the
+same test rows, and writing the model. The arms of a round run one after another in random order, on the same rows; the
+seed of a round is its number. Seconds are those of the processor (user and system), with one thread, so that other work
+on the machine changes them little. Libraries that are not installed are named and left out. The arms:
+
+    steadytune            `steadytune fit` with its defaults: word embeddings that no training text reads are left out,
+                          batches of similar length, and a linear probe beside the scores, for which every row passes
+                          the frozen model once
+    steadytune, no probe  the same with --no-probe
+    trainer               transformers.Trainer as scripts use it, with the same rate, warm-up, decay, clipping, batch
+                          size and number of steps (its own defaults: fused AdamW, random batches padded to the longest)
+    peft                  the trainer arm with LoRA (rank 16 on queries and values): few weights are trained
+    setfit                SetFit's own recipe on the same rows: a contrastive epoch over pairs, then a logistic
+                          regression. Its number of steps follows from its pairs and is not that of the others
+    sentence-transformers a logistic regression of scikit-learn on its frozen embeddings: nothing is fine-tuned
+
+Only the first three do the same work, and of a sentence encoder whose pooler was never trained `fit` takes the mean over
+tokens, by one more block. The accuracy of one round on a few hundred rows has a standard error of about two
+points: the table compares costs, not quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+NEEDS = {"peft": "peft", "setfit": "setfit", "sentence-transformers": "sentence_transformers"}  # arm -> module
+LENGTH, WARMUP, DECAY, CLIP = 128, 0.1, 0.01, 1.0
+
+
+# ---- the arms: each runs in a process of its own, writes the model, and returns the accuracy
+
+
+def steadytune(options: argparse.Namespace, folder: str, *more: str) -> float:
+    """The command, as a user gives it."""
+    from steadytune.cli import app
+
+    numbers = {"--steps": options.steps, "--lr": options.lr, "--batch-size": options.batch_size, "--seed": options.seed}
+    given = [str(part) for pair in numbers.items() for part in pair]
+    app(
+        ["fit", options.train, "--test", options.test, "--text", "text", "--label", "label", "--model", options.model,
+         "--validation-share", "0", "--save-steps", "0", "--quiet", "--output", folder, *given, *more],
+        standalone_mode=False,
+    )  # fmt: skip
+    return float(json.loads(Path(folder, "metrics.json").read_text(encoding="utf-8"))["sets"]["test"]["accuracy"])
+
+
+def trainer(options: argparse.Namespace, folder: str, *, lora: bool = False) -> float:
+    """The stock Trainer, with equal settings."""
+    import torch
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
+
+    set_seed(options.seed)
+    train, test, names = tables(options)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(
+        options.model, num_labels=len(names), dtype=torch.float32
+    )
+    if lora:
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, r=16, lora_alpha=32, lora_dropout=0.05))
+
+    def features(rows: pd.DataFrame) -> list[dict[str, Any]]:
+        encoded = tokenizer(rows["text"].tolist(), truncation=True, max_length=LENGTH)
+        labels = [names.index(label) for label in rows["label"]]
+        return [{**{key: encoded[key][i] for key in encoded}, "labels": label} for i, label in enumerate(labels)]
+
+    args = TrainingArguments(
+        folder, max_steps=options.steps, learning_rate=options.lr, warmup_steps=WARMUP, weight_decay=DECAY,
+        max_grad_norm=CLIP, per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=4 * options.batch_size, seed=options.seed, save_strategy="no", report_to="none",
+        disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    own = Trainer(model, args, train_dataset=features(train), data_collator=DataCollatorWithPadding(tokenizer))
+    own.train()
+    predicted = own.predict(features(test)).predictions.argmax(1)
+    own.save_model(folder)
+    tokenizer.save_pretrained(folder)
+    return float((np.array(names)[predicted] == test["label"].to_numpy()).mean())
+
+
+def setfit(options: argparse.Namespace, folder: str) -> float:
+    """SetFit with its defaults."""
+    from datasets import Dataset
+    from setfit import SetFitModel, Trainer, TrainingArguments
+
+    train, test, _ = tables(options)
+    model = SetFitModel.from_pretrained(options.model)
+    args = TrainingArguments(output_dir=folder, batch_size=options.batch_size, num_epochs=1, seed=options.seed)
+    Trainer(model=model, args=args, train_dataset=Dataset.from_pandas(train, preserve_index=False)).train()
+    predicted = np.asarray(model.predict(test["text"].tolist()))
+    model.save_pretrained(folder)
+    return float((predicted == test["label"].to_numpy()).mean())
+
+
+def frozen(options: argparse.Namespace, folder: str) -> float:
+    """A logistic regression on frozen sentence embeddings."""
+    from sentence_transformers import SentenceTransformer
+    from sklearn.linear_model import LogisticRegressionCV
+
+    train, test, _ = tables(options)
+    model = SentenceTransformer(options.model, device="cpu")
+    head = LogisticRegressionCV(max_iter=1000).fit(model.encode(train["text"].tolist()), train["label"])
+    return float(head.score(model.encode(test["text"].tolist()), test["label"]))
+
+
+ARMS: dict[str, Callable[[argparse.Namespace, str], float]] = {
+    "steadytune": steadytune,
+    "steadytune, no probe": lambda options, folder: steadytune(options, folder, "--no-probe"),
+    "trainer": trainer,
+    "peft": lambda options, folder: trainer(options, folder, lora=True),
+    "setfit": setfit,
+    "sentence-transformers": frozen,
+}
+
+
+def tables(options: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """Training rows, test rows, and the class names in order."""
+    train, test = (pd.read_csv(file, dtype=str, keep_default_na=False) for file in (options.train, options.test))
+    return train, test, sorted(set(train["label"]))
+
+
+# ---- measuring
+
+
+def write_tables(options: argparse.Namespace, folder: Path) -> None:
+    """Draw the rows of all arms from a task."""
+    from steadytune.data.tables import examples
+    from steadytune.tasks import load
+
+    table, tests = load(options.task, options.data_root)
+    for name, whole, rows in (("train", table, options.rows), ("test", next(iter(tests.values())), options.test_rows)):
+        drawn = examples(whole).sample(rows, random_state=0)[["text", "label"]]
+        setattr(options, name, str(folder / f"{name}.csv"))
+        drawn.to_csv(getattr(options, name), index=False)
+
+
+def run(arm: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
+    """Processor seconds, peak memory (MB) and accuracy of one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = {**vars(options), "seed": seed, "data_root": str(options.data_root), "folder": f"{folder}/out"}
+        log = Path(folder, "log")
+        with log.open("w") as file:
+            child = subprocess.Popen(
+                [sys.executable, __file__, "--arm", arm, "--given", json.dumps(given)], stdout=file, stderr=file,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            )  # fmt: skip
+            _, status, used = os.wait4(child.pid, 0)
+        if status:
+            raise SystemExit(f"{arm} failed:\n{log.read_text()[-3000:]}")
+        accuracy = float(Path(folder, "accuracy").read_text())
+    return {
+        "seconds": used.ru_utime + used.ru_stime,
+        "system": used.ru_stime,
+        "memory": used.ru_maxrss / 1024,
+        "accuracy": accuracy,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--model")
+    parser.add_argument("--task", default="sst2")
+    parser.add_argument("--rows", type=int, default=500)
+    parser.add_argument("--test-rows", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    parser.add_argument("--given", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.arm:
+        import torch
+
+        torch.set_num_threads(1)
+        given = argparse.Namespace(**json.loads(options.given))
+        accuracy = ARMS[options.arm](given, given.folder)
+        Path(given.folder).with_name("accuracy").write_text(str(accuracy))
+        return
+    if options.data_root is None or options.model is None:
+        parser.error("give --data-root and --model")
+    missing = [arm for arm in options.arms if arm in NEEDS and importlib.util.find_spec(NEEDS[arm]) is None]
+    arms = [arm for arm in options.arms if arm not in missing]
+    with tempfile.TemporaryDirectory() as folder:
+        write_tables(options, Path(folder))
+        measured: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
+        for seed in tqdm(range(options.rounds)):
+            for arm in random.Random(seed).sample(arms, len(arms)):
+                measured[arm].append(run(arm, seed, options))
+                tqdm.write(f"{seed} {arm}: {measured[arm][-1]}", file=sys.stderr)
+    for arm in missing:
+        print(f"{arm}: {NEEDS[arm]} is not installed, left out")
+    print(f"{options.task}, {options.rows} rows, {options.steps} steps of {options.batch_size}, one thread\n")
+    print("| arm | processor seconds | of these system | of the trainer's (smallest to largest) | peak MB | accuracy |")
+    print("|---|--:|--:|--:|--:|--:|")
+    for arm, found in measured.items():
+        seconds, system, memory, accuracy = (
+            np.array([one[key] for one in found]) for key in ("seconds", "system", "memory", "accuracy")
+        )
+        ratio = ""
+        if "trainer" in measured:
+            ratios = seconds / np.array([one["seconds"] for one in measured["trainer"]])
+            ratio = f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+        print(
+            f"| {arm} | {np.median(seconds):.1f} | {np.median(system):.1f} | {ratio} | {np.median(memory):.0f} "
+            f"| {' '.join(f'{100 * a:.1f}' for a in accuracy)} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
