@@ -18,8 +18,8 @@ on the machine changes them little. Libraries that are not installed are named a
                           regression. Its number of steps follows from its pairs and is not that of the others
     sentence-transformers a logistic regression of scikit-learn on its frozen embeddings: nothing is fine-tuned
 
-Only the first three do the same work, and of a sentence encoder whose pooler was never trained `fit` takes the mean over
-tokens, by one more block. The accuracy of one round on a few hundred rows has a standard error of about two
+Only the first three do the same work, and of a sentence encoder whose pooler was never trained `fit` takes the mean
+over tokens, by one more block. The accuracy of one round on a few hundred rows has a standard error of about two
 points: the table compares costs, not quality.
 """
 
