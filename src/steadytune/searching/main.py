@@ -159,9 +159,9 @@ def search(
     """Search the recipe for a table, fine-tune with it on all rows, and say how sure the gain is.
 
     Recipes are compared by cross-validation: every row is predicted by trainings that did not see it. They run in
-    stages (head and pooling, schedule, one method), and the weaker half of the arms stops after each repeat. The rows
-    are halved for scoring, and what one half has chosen is judged on the other. The model that is shipped is the best
-    one by belief; what is claimed is a second decision, see ``record["claim"]``.
+    stages (head and pooling, schedule, one method). The better third of the arms of a stage, at least two, gets a
+    second repeat. The rows are halved for scoring, and what one half has chosen is judged on the other. The model
+    that is shipped is the best one by belief; what is claimed is a second decision, see ``record["claim"]``.
 
     Args:
         train: As of `fit`.
