@@ -186,11 +186,7 @@ def _refusals() -> Iterator[None]:
 
 def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResult:
     """Load, train, evaluate and write; the data has been checked."""
-    from .frozen_probe import frozen_probe
-    from .rehearsal import rehearse
-    from .scale import check_scale
     from .stages import after_stages
-    from .start import drawn, warn_of_start
 
     plan, pretrained, kernels = _opened(plan, previous)
     record = {**_record(plan, pretrained), **({} if kernels is None else {"kernels": dataclasses.asdict(kernels)})}
@@ -200,26 +196,8 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
     setup = make_setup(plan, pretrained, folder.checkpoints)
     jobs = fold_jobs(plan) if plan.refit else runs(plan)
     with folder.held():
-        with _refusals():
-            trainer = _first_trainer(plan, setup, jobs[0])
-        features: Any = trainer.train_dataset
-        _check_tokens(features, pretrained)
-        if plan.options.calibrate:
-            check_scale(trainer.model, features[0], "calibrate")
-        if setup.problem.scaled:
-            check_scale(trainer.model, features[0], "standardize")
-        assert trainer.run is not None
-        logger.info("%s", trainer.run.describe())
-        _announce(plan)
-        warn_of_start(trainer.model, pretrained, plan.options)
-        record["vocabulary"] = trainer.vocabulary.record()
-        logger.info("%s", trainer.vocabulary)
-        record["drawn"] = drawn(trainer.model, pretrained, plan.options)
-        record["cut"] = rehearse(plan, pretrained, trainer.model, record)
-        probed = plan.probe and plan.steps
-        probe = frozen_probe(plan, pretrained, trainer.model) if probed and not plan.stages else None
-        made = [trainer]  # emptied where it is used, so that no model stays in memory beside the next
-        del trainer, features
+        made = [_checked_trainer(plan, pretrained, setup, jobs[0], record)]  # empty where no model is to be in memory
+        probe = None if plan.stages else _probe(plan, pretrained, made)
         folder.sweep()
         if previous is None:
             folder.clear()
@@ -229,7 +207,7 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
             pretrained = after_stages(plan.stages, pretrained, folder.checkpoints)
             setup = make_setup(plan, pretrained, folder.checkpoints)
             made.append(_first_trainer(plan, setup, jobs[0]))
-            probe = frozen_probe(plan, pretrained, made[0].model) if probed else None
+            probe = _probe(plan, pretrained, made)
         if plan.procedure is None:
             trained = [setup.train(job, made.pop() if made else None) for job in jobs]
         else:
@@ -250,6 +228,45 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
             finished[0].seconds += sum(t.seconds for t in trained)
             history[job.name] = finished[0].history
         return _finish(plan, pretrained, folder, record, finished, validated, history_table(history), probe)
+
+
+def _checked_trainer(plan: Plan, pretrained: Pretrained, setup: Setup, job: Job, record: dict[str, Any]) -> FitTrainer:
+    """The first Trainer, after all that can be refused before training; the record is told what was found."""
+    from .rehearsal import rehearse
+    from .scale import check_scale
+    from .start import drawn, warn_of_start
+
+    with _refusals():
+        trainer = _first_trainer(plan, setup, job)
+    features: Any = trainer.train_dataset
+    _check_tokens(features, pretrained)
+    if plan.options.calibrate:
+        check_scale(trainer.model, features[0], "calibrate")
+    if setup.problem.scaled:
+        check_scale(trainer.model, features[0], "standardize")
+    assert trainer.run is not None
+    logger.info("%s", trainer.run.describe())
+    _announce(plan)
+    warn_of_start(trainer.model, pretrained, plan.options)
+    logger.info("%s", trainer.vocabulary)
+    record["vocabulary"] = trainer.vocabulary.record()
+    record["drawn"] = drawn(trainer.model, pretrained, plan.options)
+    record["cut"] = rehearse(plan, pretrained, trainer.model, record)
+    return trainer
+
+
+def _probe(plan: Plan, pretrained: Pretrained, made: Sequence[FitTrainer]) -> FrozenProbe | None:
+    """The linear probe on the model that training begins with, if it is wanted."""
+    from .frozen_probe import frozen_probe
+
+    return frozen_probe(plan, pretrained, made[0].model) if plan.probe and plan.steps else None
+
+
+def _first_trainer(plan: Plan, setup: Setup, job: Job) -> FitTrainer:
+    """Trainer of the first training, which a procedure may replace."""
+    if plan.procedure is not None:
+        setup, job = plan.procedure.first(setup, job), plan.procedure.job_of(job, 0)
+    return setup.trainer(job, job.seeds, setup.folder / job.name)
 
 
 def _as_begun(plan: Plan, previous: Mapping[str, Any]) -> Plan:
@@ -273,13 +290,6 @@ def _opened(plan: Plan, previous: Mapping[str, Any] | None = None) -> tuple[Plan
     held = (previous or {}).get("kernels")
     kernels = tuned(plan, pretrained) if held is None else Kernels(**held)
     return *kernels.applied(plan, pretrained), kernels
-
-
-def _first_trainer(plan: Plan, setup: Setup, job: Job) -> FitTrainer:
-    """Trainer of the first training, which a procedure may replace."""
-    if plan.procedure is not None:
-        setup, job = plan.procedure.first(setup, job), plan.procedure.job_of(job, 0)
-    return setup.trainer(job, job.seeds, setup.folder / job.name)
 
 
 def _check_tokens(features: Any, pretrained: Pretrained) -> None:
