@@ -1,0 +1,5 @@
+"""`python -m steadytune.cli`."""
+
+from . import main
+
+main()

@@ -1,0 +1,150 @@
+"""What all commands share: the app, forms of options, errors in one line, and messages on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="steadytune",
+    help="Fine-tune pre-trained language models on small data, steadily.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+class OneName(typer.core.TyperCommand):
+    """A command whose options may have two names; a call may give one of them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = {word.partition("=")[0] for word in args}
+        for parameter in self.params:
+            names = [name for name in parameter.opts if name in given and name.startswith("--")]
+            if len(names) > 1:
+                raise typer.BadParameter(f"{' and '.join(names)} are two names of one option: give one of them.")
+        return super().parse_args(ctx, args)
+
+
+INPUT, TRAINING, SELECTION, SEEDS, OUTPUT = "Data", "Training", "Selection", "Seeds", "Output"
+
+
+def option(panel: str, text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
+
+
+def _configure(context: typer.Context, file: Path | None) -> Path | None:
+    """Make the options of a YAML file the command's defaults, before its other options are read."""
+    if file is not None:
+        with errors_in_one_line():
+            from ..config import defaults
+
+            assert context.command.callback is not None
+            context.default_map = defaults(file, context.command.callback)
+    return file
+
+
+LabelColumns = Annotated[
+    list[str] | None,
+    option(
+        INPUT,
+        "Label column; for several labels a row give the column of 0 and 1 of each class. [dim]\\[default: found][/]",
+    ),
+]
+
+
+LabelSeparator = Annotated[str | None, option(INPUT, "Sign between several labels in one cell, as | in food|price.")]
+
+
+Config = Annotated[
+    Path | None,
+    option(
+        OUTPUT, "YAML file of options, as in batch_size: 8; flags win.", "--config", callback=_configure, is_eager=True
+    ),
+]
+
+
+class _BesideBars(logging.StreamHandler):
+    """Lines on stderr, above whatever progress bar is shown there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=self.stream)
+
+
+@contextlib.contextmanager
+def speaking(quiet: bool) -> Iterator[None]:
+    """Send our log and all warnings to stderr, as plain lines."""
+    logger, handler = logging.getLogger("steadytune"), _BesideBars()
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *where: logger.warning("%s", message)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
+
+
+@contextlib.contextmanager
+def errors_in_one_line(go_on: str = "with --resume goes on from the last checkpoint") -> Iterator[None]:
+    """A user's mistake is a sentence and exit code 2, Ctrl-C is 130; a traceback is for our own bugs."""
+    from ..errors import UsageError
+
+    try:
+        yield
+    except UsageError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        typer.echo(f"\ninterrupted: the same command {go_on}.", err=True)
+        raise typer.Exit(130) from error
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from ..version import __version__
+
+        typer.echo(f"steadytune {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+def named_files(tests: list[str]) -> dict[str, Path]:
+    """Test files by name: `NAME=FILE`, or `FILE` under its own stem."""
+    from ..errors import UsageError
+
+    named: dict[str, Path] = {}
+    for item in tests:
+        name, equals, file = item.partition("=")
+        if not equals or Path(item).exists():
+            name, file = Path(item).stem, item
+        if name in named:
+            raise UsageError(f"two test sets are called {name!r}: name them with --test NAME=FILE.")
+        named[name] = Path(file)
+    return named
+
+
+def named_model(item: str) -> tuple[str, str]:
+    """`NAME=MODEL`, or a model under its own name."""
+    name, equals, path = item.partition("=")
+    return (name, path) if equals and not Path(item).exists() else (Path(item).name, item)
