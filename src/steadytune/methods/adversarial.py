@@ -137,7 +137,7 @@ class PGD(FGM):
 
 @dataclass
 class FreeLB(PGD):
-    """Add the mean of the task losses at all perturbations on the way of `PGD`, which then needs no forward of its own.
+    """Add the mean of the task losses at all perturbations of `PGD`; each forward also gives the next perturbation.
 
     Args:
         epsilon: Radius of the ball, in the unit of `FGM`. The ascent starts at a random point of about
