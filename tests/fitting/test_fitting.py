@@ -743,7 +743,7 @@ def test_a_training_that_stopped_early_stays_stopped_after_a_resume(tmp_path, be
     """Killed between its last checkpoint and its result: the stock code would go on to another evaluation."""
     own = {**QUICK, "evaluations": 6, "patience": 1, "progress": True}
     scores = iter([0.9, 0.5, 0.4, 0.3])
-    monkeypatch.setattr(training.Setup, "measure", lambda self, predicted: {self.metric: next(scores)})
+    monkeypatch.setattr(training.Setup, "measure", lambda self, rows, predicted: {self.metric: next(scores)})
     plan = planning.make_plan(toy(30), model=bert, **own)
     setup = planning.make_setup(plan, planning.open_model(plan), tmp_path / "checkpoints")
     (job,) = planning.runs(plan)

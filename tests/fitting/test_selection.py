@@ -276,7 +276,7 @@ def scored(monkeypatch):
 
     def say(scores):
         values = iter(scores)
-        monkeypatch.setattr(training.Setup, "measure", lambda self, predicted: {self.metric: next(values)})
+        monkeypatch.setattr(training.Setup, "measure", lambda self, rows, predicted: {self.metric: next(values)})
 
     return say
 
