@@ -76,6 +76,17 @@ def test_without_steps_the_body_is_that_of_the_other_table(bert, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in body)
 
 
+def test_options_about_the_rows_of_the_fit_do_not_reach_the_other_table(bert, tmp_path):
+    """Naive: subgroups, weights of rows and classes, which the other table does not have."""
+    table = toy(40).assign(source=[["web", "shop"][i % 2] for i in range(40)])
+    result = run(
+        tmp_path / "o", bert, table=table, aux=toy(20, start=300)[["text", "score"]], subgroup="source",
+        balance=["subgroup"], class_weights="balanced", evaluations=2, worst_subgroup=True, train_size=30,
+    )  # fmt: skip
+    (stage,) = read_record(result.output)["recipe"]["stages"]
+    assert (stage["kind"], stage["data"]["rows"]) == ("regression", 20)
+
+
 def test_two_tables_follow_each_other(bert, tmp_path):
     numbers = toy(20, start=300)[["text", "score"]]
     both = run(tmp_path / "both", bert, aux=[other(), numbers])
@@ -145,7 +156,8 @@ def test_the_card_names_the_tables(bert, tmp_path):
         ({"aux": pd.DataFrame({"text": ["a film", "a play"]})}, "label"),
         ({"aux": "missing.csv"}, "missing.csv"),
         ({"aux_steps": 3, "aux": None}, "aux_steps 3 is for auxiliary tables"),
-        ({"aux": other(), "peft": "prompt"}, "leave one of them out"),
+        ({"aux": other(), "peft": "prompt"}, "the output of prompt holds adapters"),
+        ({"aux": other(), "methods": ["adapters"]}, "the output of adapters holds adapters"),
     ],
 )
 def test_bad_input_is_refused_before_training(bert, tmp_path, monkeypatch, options, words):

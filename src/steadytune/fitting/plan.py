@@ -162,13 +162,15 @@ def make_plan(
         str(model), chosen, checked, data, checked.total_steps(len(data.train)),
         data.problem.metric(metric).name, num_seeds, combine, refit, folds, save_steps, progress,
         make_procedure(procedure), python_value("distil", distil, bool), python_value("probe", probe, bool),
-        _stages(aux, aux_steps, str(model), checked, data),
+        _stages(aux, aux_steps, str(model), checked, chosen, data),
     )  # fmt: skip
     _check_selection(plan)
     return plan
 
 
-def _stages(aux: Any, steps: int | None, model: str, options: Options, data: Data) -> tuple[Intermediate, ...]:
+def _stages(
+    aux: Any, steps: int | None, model: str, options: Options, methods: Sequence[Method], data: Data
+) -> tuple[Intermediate, ...]:
     """The trainings on other tables that come first."""
     if aux is None:
         if steps is not None:
@@ -178,6 +180,12 @@ def _stages(aux: Any, steps: int | None, model: str, options: Options, data: Dat
         return ()
     from .stages import stages_of
 
+    kept = {method_record(method)["name"] for method in methods} & {"adapters"} or {options.peft} & {"prefix", "prompt"}
+    if kept:
+        raise UsageError(
+            f"the output of {kept.pop()} holds adapters for the model as it was published, and aux changes that model: "
+            "leave one of them out."
+        )
     return stages_of(aux, steps, model=model, options=options, fit=data)
 
 

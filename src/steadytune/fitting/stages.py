@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core.anatomy import anatomy
 from ..data.tables import Table, keys
 from ..errors import UsageError
-from .options import Options
+from .options import SEEDS, Options
 from .plan import Plan, make_plan, make_setup, open_model, runs
 
 if TYPE_CHECKING:
@@ -27,12 +27,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("steadytune")
 
-# Options of the fit that do not hold for another table, and what holds instead.
-OF_THE_FIT: dict[str, Any] = {
-    "train_size": None, "validation_share": 0.0, "evaluations": 0, "patience": None, "calibrate": False,
-    "threshold": None, "restarts": 0, "head": "random", "class_weights": "none", "label_smoothing": 0.0, "focal": 0.0,
-    "balance": None, "worst_subgroup": False,
-}  # fmt: skip
+# Options of the fit that hold for its stages too; the others are about the fit's own rows and labels.
+SHARED = (
+    "lr", "weight_decay", "warmup", "max_grad_norm", "batch_size", "accumulation", "max_length", "prompt", "dropout",
+    "bf16", "lora", "peft", "pooling", "compact", "standardize", *(f"{name}_seed" for name in SEEDS), "seed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +41,9 @@ class Intermediate:
     Phang, Févry, Bowman: Sentence Encoders on STILTs: Supplementary Training on Intermediate Labeled-data Tasks. arXiv
     1811.01088.
 
-    The other table has a head of its own, which is dropped afterwards. It is trained plainly, with the options of the
-    fit. Rows whose text is also in a row of the fit are left out, so that no score of the fit is on a text that the
-    model has seen.
+    The other table has a head of its own, which is dropped afterwards. It is trained plainly, with those options of the
+    fit that are not about its own rows and labels. Rows whose text is also in a row of the fit are left out, so that no
+    score of the fit is on a text that the model has seen.
 
     Attributes:
         plan: Plan of the training.
@@ -113,15 +112,11 @@ def stages_of(tables: Any, steps: int | None, *, model: str, options: Options, f
     """The stages for the arguments ``aux`` and ``aux_steps`` of `fit`.
 
     Raises:
-        UsageError: A table is not right, or the adapters of the fit cannot keep what the stages learn.
+        UsageError: A table is not right.
     """
-    given = list(tables) if isinstance(tables, (list, tuple)) else [] if tables is None else [tables]
-    if given and options.peft in ("prefix", "prompt"):
-        raise UsageError(
-            f"peft {options.peft!r} writes adapters for the model as it was published, and aux changes that model: "
-            "leave one of them out."
-        )
-    own = dataclasses.replace(options, **{**OF_THE_FIT, "steps": steps, "epochs": None if steps else options.epochs})
+    given = list(tables) if isinstance(tables, (list, tuple)) else [tables]
+    shared: dict[str, Any] = {name: getattr(options, name) for name in SHARED}
+    own = Options(**shared, steps=steps, epochs=None if steps else options.epochs, validation_share=0.0)
     return tuple(
         Intermediate.of(table, f"the table aux {i}", model=model, options=own, fit=fit) for i, table in enumerate(given)
     )
