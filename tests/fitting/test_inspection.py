@@ -45,7 +45,10 @@ def test_flipped_rows_come_first_with_the_right_label_beside_them(found, flipped
     assert sorted(found.frame["row"]) == list(range(90))
     assert found.frame["text"].tolist() == frame["text"].iloc[found.frame["row"]].tolist()
     suspects, harmful = found.frame["suspect"].sum(), (found.frame["influence"] < 0).sum()
-    assert found.summary == f"{suspects} of 90 rows probably carry a wrong label; {harmful} do harm to the others."
+    assert found.summary == (
+        f"{suspects} of 90 rows may carry a wrong label, because the frozen encoder expects another one: read them "
+        f"before you change any. {harmful} do harm to the others."
+    )
 
 
 def test_numbers_have_no_suspects(folders):  # noqa: F811
@@ -91,7 +94,7 @@ def test_of_a_fit_the_base_model_reads_the_rows_and_the_page_shows_them(output, 
     assert np.allclose(listed["loss"], found.frame["loss"])
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "Labels to check" in page
-    assert f"{found.frame['suspect'].sum()} rows that probably carry a wrong label" in page
+    assert f"{found.frame['suspect'].sum()} rows that may carry a wrong label" in page
     record = json.loads((folder / "steadytune.json").read_text())
     assert record["files"].count(INSPECTED) == 1
     assert (folder / INSPECTED).is_file()

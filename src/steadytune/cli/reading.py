@@ -157,7 +157,7 @@ def inspect(
     quiet: Annotated[bool, option(OUTPUT, "The result and warnings only.", "--quiet")] = False,
     config: Config = None,
 ) -> None:
-    """List the labelled rows that probably carry a wrong label, and those that do harm, without fine-tuning.
+    """List the labelled rows that may carry a wrong label, and those that do harm, without fine-tuning.
 
     A frozen encoder reads the rows, and probes on its features judge each row without having seen it. With the output
     of a fit as model, its page shows the list too.

@@ -1,4 +1,4 @@
-"""Labelled rows that probably carry a wrong label, and rows that do harm, in seconds and without fine-tuning.
+"""Labelled rows that may carry a wrong label, and rows that do harm, in seconds and without fine-tuning.
 
 A frozen encoder reads every row once. Probes on its features judge each row without having seen it:
 
@@ -66,7 +66,10 @@ class Inspected:
         if "suspect" not in self.frame:
             return f"{harmful} of {rows} do harm to the others."
         suspects = int(self.frame["suspect"].sum())
-        return f"{suspects} of {rows} probably carry a wrong label; {harmful} do harm to the others."
+        return (
+            f"{suspects} of {rows} may carry a wrong label, because the frozen encoder expects another one: read them "
+            f"before you change any. {harmful} do harm to the others."
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the list to a .csv file.
@@ -110,7 +113,7 @@ def inspect_labels(
     folds: int = 5,
     seed: int = 0,
 ) -> Inspected:
-    """List the labelled rows that probably carry a wrong label, and those that do harm to the others.
+    """List the labelled rows that may carry a wrong label, and those that do harm to the others.
 
     Args:
         train: A table, as of `fit`.

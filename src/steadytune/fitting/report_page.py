@@ -424,7 +424,7 @@ def _mistakes(fitted: Fitted, name: str) -> Iterator[Block]:
 
 
 def _inspected(fitted: Fitted) -> Iterator[Block]:
-    """Rows that probably carry a wrong label, and rows that do harm."""
+    """Rows that may carry a wrong label, and rows that do harm."""
     frame = fitted.inspected
     if frame.empty:
         return
@@ -432,7 +432,7 @@ def _inspected(fitted: Fitted) -> Iterator[Block]:
     harmful = frame[frame["influence"] < 0].sort_values("influence", kind="stable")
     head = ["row", "label", "suggestion", "loss", "influence", "text"]
     kinds = {
-        f"{counted(len(suspects), 'row')} that probably carry a wrong label": suspects,
+        f"{counted(len(suspects), 'row')} that may carry a wrong label": suspects,
         f"{counted(len(harmful), 'row')} that do harm to the others": harmful,
     }
     for title, rows in kinds.items():
