@@ -15,7 +15,7 @@ install: .venv/installed
 	$(PIP) install --no-deps --require-hashes -r requirements-demo.txt
 	touch $@
 
-demo: install  ## a real model, plain and with DPS, in and out of domain, in a few minutes on 2 cores
+demo: install  ## a real model, by the stock recipe and by fit, in and out of domain, in three minutes on 2 cores
 	$(BIN)/python examples/demo/run.py
 
 test: install  ## the whole suite: two processes, one thread each (two threads each would fight for the cores)

@@ -3,8 +3,7 @@
     python examples/demo/calibrate.py                         # what is missing, then rewrites CALIBRATION.md
     python examples/demo/calibrate.py --try counter=0.1,foils=0.3 --seeds 0 1         # other knobs, printed only
 
-The knobs of the data were chosen by the scores of the defaults of `steadytune.fit` alone, so that the data lean toward
-no method. Then every recipe of the demonstration is trained with ten seeds. An interrupted calibration continues where
+The knobs of the data were chosen by the scores of plain fine-tuning alone, so that the data lean toward no method. Then every recipe of the demonstration is trained with ten seeds. An interrupted calibration continues where
 it stopped.
 """
 
@@ -159,8 +158,8 @@ def report(record: Mapping[str, Any]) -> str:
 Written by `calibrate.py`, which trains the real all-MiniLM-L6-v2.
 
 The aim of the data: a task on which a real model learns more than the shortcut and less than the rule, so that scores
-stay clear of 50 % and of the ceiling. The knobs were chosen by the defaults of `steadytune.fit` alone. The numbers say
-nothing about language understanding.
+stay clear of 50 % and of the ceiling. The knobs were chosen by plain fine-tuning alone. The numbers say nothing about
+language understanding.
 
 - Data (seed 0): {knobs.train} training pairs, {knobs.in_domain} in domain, {knobs.out_of_domain} out of domain.
   {knobs.counter:.0%} of the pairs of each label contradict "shared words mean entailment" in training and in domain,
