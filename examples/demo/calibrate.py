@@ -3,8 +3,8 @@
     python examples/demo/calibrate.py                         # what is missing, then rewrites CALIBRATION.md
     python examples/demo/calibrate.py --try counter=0.1,foils=0.3 --seeds 0 1         # other knobs, printed only
 
-The knobs of the data were chosen by the scores of plain fine-tuning alone, so that the data lean toward no method. Every
-recipe of the demonstration is then trained with ten seeds. An interrupted calibration continues where it stopped.
+The knobs of the data were chosen by the scores of plain fine-tuning alone, so that the data lean toward no method.
+Every recipe of the demonstration is then trained with ten seeds. An interrupted calibration continues where it stopped.
 """
 
 from __future__ import annotations
