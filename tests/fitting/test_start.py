@@ -82,6 +82,14 @@ def test_the_options_are_the_methods(tmp_path, bert):
     assert weights(tmp_path / "options").keys() != weights(tmp_path / "plain").keys()
 
 
+@pytest.mark.parametrize("method", ["mask_training", "top_layers:blocks=1", "bitfit"])
+def test_the_probe_of_the_head_reads_the_model_that_methods_have_changed(tmp_path, bert, method):
+    """Naive: the head comes first, and every method that changes the model is refused beside it."""
+    start(tmp_path / "option", bert, head="logistic", methods=[method, "rdrop"])
+    start(tmp_path / "methods", bert, methods=[method, "head_init", "rdrop"])
+    assert same(weights(tmp_path / "option"), weights(tmp_path / "methods"))
+
+
 def test_zero_steps_leave_the_encoder_alone_and_keep_the_probe(tmp_path, bert):
     found = start(tmp_path / "out", bert, head="logistic", steps=0)
     after = weights(tmp_path / "out")

@@ -291,14 +291,14 @@ def open_model(plan: Plan) -> Pretrained:
 def make_setup(plan: Plan, pretrained: Pretrained, checkpoints: Path) -> Setup:
     """Setup that all trainings share."""
     from .row_weights import RowWeights
-    from .start import first_methods
+    from .start import with_start
     from .training import Setup
 
     problem = plan.data.problem
     if isinstance(problem, Regression) and plan.options.standardize:
         problem = problem.standardised(plan.data.train["label"].tolist(), centred=pretrained.bias)
     weighing = [RowWeights()] if plan.options.balance else []
-    methods = [*first_methods(plan.options, pretrained.pooling), *plan.methods, *weighing]
+    methods = [*with_start(plan.methods, plan.options, pretrained.pooling), *weighing]
     subgroups = sorted(set(plan.data.train["subgroup"])) if "subgroup" in plan.data.train else []
     return Setup(
         pretrained, methods, plan.options, problem, plan.steps, plan.metric, checkpoints, plan.save_steps,

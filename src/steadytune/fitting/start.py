@@ -1,6 +1,6 @@
 """How training starts: what the head reads (`pooling`) and with which weights it begins (`head`).
 
-Both options stand for methods, `Pooling` and `HeadInit`, which act before those of the recipe.
+Both options stand for methods, `Pooling` and `HeadInit`, which `with_start` puts into the recipe.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..core import Method
@@ -82,10 +83,16 @@ def _can_pool(model: Any, pretrained: Pretrained, rows: pd.DataFrame) -> bool:
     return True
 
 
-def first_methods(options: Options, pooling: Pooled) -> list[Method]:
-    """The methods that `pooling` and `head` stand for, in the order in which they act."""
+def with_start(methods: Sequence[Method], options: Options, pooling: Pooled) -> list[Method]:
+    """The recipe with the methods that `pooling` and `head` stand for, in the order in which they act.
+
+    `Pooling` acts first. The probe of `HeadInit` reads the model as it will be trained, so that it comes after the
+    methods of the recipe that change the model.
+    """
     pooled: list[Method] = [] if pooling == "model" else [Pooling(how=pooling)]
-    return pooled + ([] if options.head == "random" else [HeadInit(how=options.head)])
+    changing = list(takewhile(lambda method: method.structure, methods))
+    head: list[Method] = [] if options.head == "random" else [HeadInit(how=options.head)]
+    return [*pooled, *changing, *head, *methods[len(changing) :]]
 
 
 def warn_of_start(model: Any, pretrained: Pretrained, options: Options) -> None:
@@ -101,7 +108,7 @@ def warn_of_start(model: Any, pretrained: Pretrained, options: Options) -> None:
 
 
 def drawn(model: Any, pretrained: Pretrained, options: Options) -> list[str]:
-    """Names of the weights that begin with what the seed of the head says, in a model with `first_methods` applied."""
+    """Names of the weights that begin with what the seed of the head says, in a model with `with_start` applied."""
     written: set[int] = set()
     if options.head != "random":
         written.update(id(p) for p in output_layer(model).parameters())
