@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 
 from steadytune.bench.pool import Here, Outcome, Pool, slots
@@ -19,6 +22,25 @@ def test_every_task_has_one_outcome_and_workers_stay_warm():
     assert {o.task: o.value[0] for o in found} == {i: 2 * i for i in range(7)}
     assert len({o.value[1] for o in found}) <= 2
     assert {o.value[2] for o in found} == {"2"}, "four cores over two workers"
+
+
+def test_workers_stay_from_one_call_to_the_next_until_they_are_closed():
+    """Naive: new processes for each stage of a search, each of which imports the libraries again."""
+    found = pool("double", 2)
+    first, second = ({o.value[1] for o in found.map(range(4))} for _ in range(2))
+    assert first == second
+    processes = [w.process for w in found._workers]
+    found.close()
+    assert not any(process.is_alive() for process in processes)
+
+
+def test_a_worker_that_dies_between_two_calls_is_replaced():
+    found = pool("double")
+    (before,) = found.map([1])
+    os.kill(before.value[1], signal.SIGKILL)
+    (after,) = found.map([2])
+    assert (after.value[0], after.attempts) == (4, 2)
+    found.close()
 
 
 def test_no_tasks_no_workers():
@@ -52,8 +74,9 @@ def test_one_that_stops_listening_leaves_no_worker_behind():
     found = pool("sleep", 2)
     outcomes = found.map([0.0, 60.0, 60.0])
     next(outcomes)
+    processes = [w.process for w in found._workers]
     outcomes.close()
-    assert not any(w.process.is_alive() for w in found._workers)
+    assert not any(process.is_alive() for process in processes)
 
 
 def test_here_does_the_same_without_processes(monkeypatch):

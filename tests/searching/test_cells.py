@@ -49,6 +49,8 @@ class Clock:
 class Drawing:
     """An engine whose runs take a known time and are right with a known probability."""
 
+    size = 1
+
     def __init__(self, clock, seconds=10.0, right=0.7, **quality):
         self.clock, self.seconds, self.right, self.quality, self.done = clock, seconds, right, quality, []
 

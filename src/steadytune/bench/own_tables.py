@@ -81,13 +81,14 @@ class OwnTables:
         def absolute(file: str) -> str:
             return file if file.startswith("$") else os.path.abspath(folder / file)
 
-        return self._moved(absolute)
+        return self.moved(absolute)
 
     def seen_from(self, folder: Path) -> OwnTables:
         """The same files, with paths relative to a folder."""
-        return self._moved(lambda file: file if file.startswith("$") else os.path.relpath(file, folder))
+        return self.moved(lambda file: file if file.startswith("$") else os.path.relpath(file, folder))
 
-    def _moved(self, move: Callable[[str], str]) -> OwnTables:
+    def moved(self, move: Callable[[str], str]) -> OwnTables:
+        """The same files, each with another path."""
         tests, others = (
             {name: move(file) for name, file in files.items()} for files in (self.test, self.out_of_domain)
         )

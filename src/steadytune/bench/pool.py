@@ -1,7 +1,8 @@
 """Warm worker processes: each imports the libraries once and does one task after another. No torch here.
 
-A worker that dies (killed, out of memory) or takes too long is replaced, and only its task is lost. To use several
-machines, write another class with the same `map`.
+A worker that dies (killed, out of memory) or takes too long is replaced, and only its task is lost. Each worker has a
+pipe of its own, so that one that is killed while it writes blocks no other; process pools that share a queue do not
+have this property. Several machines are the work of `cluster.Ray`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ class Outcome:
 class Engine(Protocol):
     """Something that does tasks, such as `Pool`."""
 
+    @property
+    def size(self) -> int:
+        """Number of tasks that it does at the same time."""
+        ...
+
     def map(self, tasks: Iterable[Any], begun: Callable[[Any], None]) -> Iterator[Outcome]:
         """One outcome per task, in the order in which they end.
 
@@ -67,6 +73,11 @@ class Here:
     """
 
     work: str
+
+    @property
+    def size(self) -> int:
+        """One task at a time."""
+        return 1
 
     def map(self, tasks: Iterable[Any], begun: Callable[[Any], None] = ignore) -> Iterator[Outcome]:
         """One outcome per task, as `Engine.map`."""
@@ -108,7 +119,7 @@ def visible_gpus() -> list[str]:
 
 @dataclass(eq=False)
 class Pool:
-    """Worker processes on this machine.
+    """Worker processes on this machine; they stay from one `map` to the next, until `close`.
 
     Args:
         work: Function that does a task, as ``module:function``; it is imported in the worker, after its environment is
@@ -125,6 +136,16 @@ class Pool:
     retries: int = 1
     _workers: list[_Worker] = field(default_factory=list)
 
+    @property
+    def size(self) -> int:
+        """Number of workers."""
+        return len(self.environments)
+
+    def close(self) -> None:
+        """Stop all workers, also those that are busy."""
+        while self._workers:
+            self._workers.pop().stop()
+
     def map(self, tasks: Iterable[Any], begun: Callable[[Any], None] = ignore) -> Iterator[Outcome]:
         """One outcome per task, as `Engine.map`; exceptions of the work itself are raised here."""
         waiting: deque[_Item] = deque()  # to be begun again
@@ -133,7 +154,6 @@ class Pool:
         def take() -> _Item | None:
             return waiting.popleft() if waiting else next(unread, None)
 
-        self._workers = []
         try:
             while True:
                 for worker in self._workers:
@@ -159,8 +179,8 @@ class Pool:
                     else:
                         yield message
         finally:
-            for worker in self._workers:
-                worker.stop()
+            if any(w.item for w in self._workers):  # an error, or the caller has stopped listening
+                self.close()
 
     def _ready(self) -> list[_Worker]:
         """Workers that have answered, died or exceeded their time."""

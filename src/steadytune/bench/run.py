@@ -56,14 +56,28 @@ def perform(given: tuple[str, Trial]) -> str:
             return "elsewhere"
         if store.has(run.id):
             return "before"
-        started = time.perf_counter()
-        try:
-            record, predictions = execute(run, store)
-        except Exception as error:
-            record, predictions = failed(run, traceback.format_exc(), time.perf_counter() - started, str(error)), None
+        record, predictions = attempt(run, store.model(run.id))
         store.write(record, predictions)
-    gc.collect()
     return str(record["status"])
+
+
+def attempt(run: Trial, model: Path) -> tuple[dict[str, Any], pd.DataFrame | None]:
+    """Do a run; an error is recorded too.
+
+    Args:
+        run: The run.
+        model: Folder for the trained model, if the study keeps models.
+
+    Returns:
+        The record, and the predictions; None for a run that failed.
+    """
+    started = time.perf_counter()
+    try:
+        return execute(run, model)
+    except Exception as error:
+        return failed(run, traceback.format_exc(), time.perf_counter() - started, str(error)), None
+    finally:
+        gc.collect()
 
 
 @contextlib.contextmanager
@@ -78,8 +92,8 @@ def silent() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def execute(run: Trial, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Train and test; returns the record and the predictions."""
+def execute(run: Trial, folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Train and test; returns the record and the predictions. `folder` is for the model, if the study keeps models."""
     started = time.perf_counter()
     reset_peak()
     plan = make_plan(run)
@@ -99,7 +113,7 @@ def execute(run: Trial, store: Store) -> tuple[dict[str, Any], pd.DataFrame]:
         predictions, scores = planning.evaluate(model, plan.data, answered)
         tested = time.perf_counter() - ended
         if run.keep_model:
-            model.save_pretrained(store.model(run.id))
+            model.save_pretrained(folder)
     record = {
         **_header(run, "done"),
         "error": None,

@@ -456,6 +456,17 @@ class Trial:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
+    def files(self) -> list[str]:
+        """Files of the user's own tables and of the auxiliary tables."""
+        own = () if self.own is None else (self.own.train, *self.own.tests.values())
+        return [*map(expanded, own), *self.aux]
+
+    def moved(self, places: Mapping[str, str]) -> Trial:
+        """The same run, with its `files` in other places."""
+        own = None if self.own is None else self.own.moved(lambda file: places[expanded(file)])
+        return dataclasses.replace(self, own=own, aux=tuple(places[file] for file in self.aux))
+
+    @property
     def title(self) -> str:
         """Task, rows, recipe, model and seeds, as a text for people."""
         spec = self.spec

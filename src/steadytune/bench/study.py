@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def run_study(
         filters: Conditions such as ``task=sst2``; only runs that match all of them are done.
         timeout: Largest time for a run, in seconds. A run that takes longer is recorded as failed.
         retry_failed: Whether to do failed runs again.
-        engine: Engine that does the runs, instead of processes on this machine; it calls `WORK`.
+        engine: Engine that does the runs, instead of processes on this machine, such as `cluster.Ray`.
         progress: Whether to show progress: a bar on a terminal, else one line for each run.
 
     Raises:
@@ -85,8 +86,8 @@ def run_study(
         for run in runs:
             if store.has(run.id) and _status(store, run) == "failed":
                 store.forget(run.id)
-    with Progress(store, runs, progress) as shown:
-        complete(store, runs, engine or make_engine(workers, timeout), shown.begin, shown.update)
+    with opened(engine, workers, timeout) as used, Progress(store, runs, progress) as shown:
+        complete(store, runs, used, shown.begin, shown.update)
     return Result(store.folder, shown.counts["done"], shown.counts["failed"])
 
 
@@ -103,7 +104,7 @@ def complete(
     Args:
         store: Folder of the records, begun.
         runs: The runs, in the order in which they begin.
-        engine: Engine that calls `WORK`.
+        engine: Engine whose tasks are pairs of the folder and a run, and whose results are those of `WORK`.
         begun: Is called with each run that begins.
         ended: Is called with each run that ends.
         allowed: Is asked before a run begins; a run that is not allowed is left out.
@@ -144,9 +145,14 @@ def _check_tables(store: Store, runs: Sequence[Trial]) -> None:
         )
 
 
-def make_engine(workers: int, timeout: float | None = None) -> Engine:
-    """Worker processes on this machine; with 0 workers, this process."""
-    return Pool(WORK, slots(workers, cores(), visible_gpus()), timeout) if workers else Here(WORK)
+@contextmanager
+def opened(engine: Engine | None, workers: int, timeout: float | None = None) -> Iterator[Engine]:
+    """The engine that is given, or worker processes on this machine until the end; with 0 workers, this process."""
+    if engine is not None or not workers:
+        yield engine or Here(WORK)
+        return
+    with closing(Pool(WORK, slots(workers, cores(), visible_gpus()), timeout)) as pool:
+        yield pool
 
 
 def chosen(runs: Sequence[Trial], filters: Sequence[str]) -> list[Trial]:

@@ -63,6 +63,52 @@ LabelColumns = Annotated[
 LabelSeparator = Annotated[str | None, option(INPUT, "Sign between several labels in one cell, as | in food|price.")]
 
 
+EngineName = Annotated[str, option(TRAINING, "local, or ray: runs are tasks of a Ray cluster, docs/studies.md.")]
+Workers = Annotated[
+    int | None,
+    option(
+        TRAINING,
+        "Number of worker processes of the local engine; 0 trains in this one. "
+        "[dim]\\[default: 1 for bench, else 0][/]",
+    ),
+]
+Address = Annotated[
+    str | None,
+    option(TRAINING, "With ray: HOST:PORT, auto (the cluster of this machine), local. [dim]\\[default: auto][/]"),
+]
+Cpus = Annotated[int | None, option(TRAINING, "With ray: processor cores of a run. [dim]\\[default: 1][/]")]
+Gpus = Annotated[
+    float | None, option(TRAINING, "With ray: GPUs of a run; 0.25 lets four runs share one. [dim]\\[default: 0][/]")
+]
+
+
+def make_engine(
+    name: str, workers: int | None, address: str | None, cpus: int | None, gpus: float | None,
+    timeout: float | None = None,
+) -> Any:  # fmt: skip
+    """An engine for `bench` and `search`; None for the local one.
+
+    Raises:
+        UsageError: The engine is unknown, or an option belongs to the other engine.
+    """
+    from ..errors import UsageError, suggest
+
+    given: dict[str, Any] = {
+        key: v for key, v in {"address": address, "cpus": cpus, "gpus": gpus}.items() if v is not None
+    }
+    if name == "ray":
+        from ..bench.cluster import Ray
+
+        if workers is not None:
+            raise UsageError("--workers is for the local engine; with ray, --cpus and --gpus say what a run needs.")
+        return Ray(**given, timeout=timeout)
+    if name != "local":
+        raise UsageError(f"engine must be local or ray, got {name!r}.{suggest(name, ['local', 'ray'])}")
+    if given:
+        raise UsageError(f"--{next(iter(given))} is for --engine ray.")
+    return None
+
+
 Config = Annotated[
     Path | None,
     option(

@@ -16,12 +16,18 @@ from .common import (
     SEEDS,
     SELECTION,
     TRAINING,
+    Address,
     Config,
+    Cpus,
+    EngineName,
+    Gpus,
     LabelColumns,
     LabelSeparator,
     OneName,
+    Workers,
     app,
     errors_in_one_line,
+    make_engine,
     named_files,
     option,
     speaking,
@@ -66,7 +72,11 @@ def search(
     folds: Annotated[
         int | None, option(SELECTION, "Folds of the cross-validation. [dim]\\[default: 5, or 10 below 200 rows][/]")
     ] = None,
-    workers: Annotated[int, option(TRAINING, "Number of worker processes; 0 trains in this one.")] = 0,
+    workers: Workers = None,
+    engine: EngineName = "local",
+    address: Address = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
     steps: Annotated[
         int | None, option(TRAINING, "Optimizer steps of plain fine-tuning.", "--steps", "--max-steps")
     ] = None,
@@ -105,8 +115,8 @@ def search(
         if dry_run:
             return typer.echo(str(searching.plan_search(train, **asked)))
         result = searching.search(
-            train, output=output, tests=named_files(test or []), workers=workers, resume=resume, overwrite=overwrite,
-            progress=not quiet, **asked,
+            train, output=output, tests=named_files(test or []), workers=workers or 0, resume=resume,
+            overwrite=overwrite, progress=not quiet, engine=make_engine(engine, workers, address, cpus, gpus), **asked,
         )  # fmt: skip
     typer.echo(result.verdict)
     for line in searching.dropped_words(result.record):
@@ -137,7 +147,11 @@ def curve(
     folds: Annotated[
         int | None, option(SELECTION, "Folds of the cross-validation. [dim]\\[default: 5, or 10 below 200 rows][/]")
     ] = None,
-    workers: Annotated[int, option(TRAINING, "Number of worker processes; 0 trains in this one.")] = 0,
+    workers: Workers = None,
+    engine: EngineName = "local",
+    address: Address = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
     steps: Annotated[int | None, option(TRAINING, "Optimizer steps.", "--steps", "--max-steps")] = None,
     epochs: Annotated[
         float | None, option(TRAINING, "Epochs, instead of steps.", "--epochs", "--num-train-epochs")
@@ -161,8 +175,14 @@ def curve(
     with errors_in_one_line("goes on with the trainings that have no record"), speaking(quiet):
         from .. import searching
 
-        names = {*given} - {"train", "text", "label", "quiet", "config"}
-        result = searching.curve(train, text=text or None, label=label or None, **{name: given[name] for name in names})
+        places = ("workers", "engine", "address", "cpus", "gpus")
+        asked = {
+            name: v for name, v in given.items() if name not in ("train", "text", "label", "quiet", "config", *places)
+        }
+        result = searching.curve(
+            train, text=text or None, label=label or None, workers=workers or 0,
+            engine=make_engine(engine, workers, address, cpus, gpus), **asked,
+        )  # fmt: skip
     _show_curve(result)
 
 

@@ -13,9 +13,15 @@ from .common import (
     SEEDS,
     SELECTION,
     TRAINING,
+    Address,
     Config,
+    Cpus,
+    EngineName,
+    Gpus,
+    Workers,
     app,
     errors_in_one_line,
+    make_engine,
     named_model,
     option,
     speaking,
@@ -44,7 +50,11 @@ def bench(
             "--filter",
         ),
     ] = None,
-    workers: Annotated[int, option(TRAINING, "Number of worker processes; they share cores and GPUs.")] = 1,
+    workers: Workers = None,
+    engine: EngineName = "local",
+    address: Address = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
     timeout: Annotated[float | None, option(TRAINING, "Seconds after which a run counts as failed.")] = None,
     retry_failed: Annotated[bool, option(TRAINING, "Do failed runs again.", "--retry-failed")] = False,
     dry_run: Annotated[
@@ -70,8 +80,9 @@ def bench(
             return _show_runs(plan, folder, data_root, filters or [])
         with speaking(quiet):
             result = run_study(
-                plan, folder, data_root=data_root, workers=workers, filters=filters or [], timeout=timeout,
-                retry_failed=retry_failed, progress=not quiet,
+                plan, folder, data_root=data_root, workers=1 if workers is None else workers, filters=filters or [],
+                timeout=timeout, retry_failed=retry_failed, progress=not quiet,
+                engine=make_engine(engine, workers, address, cpus, gpus, timeout),
             )  # fmt: skip
     typer.echo(f"{result.done} runs done, {result.failed} failed: {result.folder}")
     if result.failed:

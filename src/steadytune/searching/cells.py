@@ -129,7 +129,6 @@ class Cells:
         store: Folder of the records.
         budget: Budget of the search.
         engine: Engine that does the runs.
-        workers: Number of runs at the same time.
         heard: Is called with each cell that begins (False) or has ended (True).
     """
 
@@ -137,7 +136,6 @@ class Cells:
     store: Store
     budget: Budget
     engine: Engine
-    workers: int = 1
     heard: Callable[[Trial, bool], None] = lambda run, ended: None
     sheet: Sheet = field(init=False)
     runs: dict[tuple[Recipe, int], list[Trial]] = field(init=False, default_factory=dict)
@@ -213,7 +211,7 @@ class Cells:
     def cost(self, recipe: Recipe) -> float:
         if self.budget.unit == "runs":
             return 0.0 if dict(recipe.options).get("steps") == 0 else float(self.task.k)
-        return self.seconds(recipe) / max(1, self.workers)
+        return self.seconds(recipe) / self.engine.size
 
     def seconds(self, recipe: Recipe) -> float:
         """Seconds of a repeat: measured, or from the pace of other recipes of the model and the passes of a step."""

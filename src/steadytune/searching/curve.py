@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..bench.own_tables import OwnTables
+from ..bench.pool import Engine
 from ..bench.store import Store, checked
-from ..bench.study import make_engine
+from ..bench.study import opened
 from ..data.tables import Kind
 from ..errors import UsageError
 from ..files.atomic import write_json, writing
@@ -91,6 +92,7 @@ def curve(
     folds: int | None = None,
     seed: int = 0,
     workers: int = 0,
+    engine: Engine | None = None,
     **options: Any,
 ) -> LearningCurve:
     """What more labels would bring, from cross-validations on a quarter, a half, and most of the rows.
@@ -110,6 +112,7 @@ def curve(
         folds: Number of folds; by default 5, or 10 below 200 rows.
         seed: Seed of folds and trainings.
         workers: Number of worker processes; 0 trains in this process.
+        engine: Engine that does the trainings, instead of processes on this machine.
         **options: Options of fine-tuning, as of `fit`.
 
     Raises:
@@ -129,14 +132,15 @@ def curve(
         n = len(task.data.train)
         sizes: dict[int, Cells] = {}
         smaller = [size for share in SHARES if (size := round(share * n)) < task.inside]
-        for size, drawn in [*((size, size) for size in smaller), (task.inside, None)]:
-            sized = dataclasses.replace(task, size=drawn)
-            cells = Cells(sized, Store(place), Budget(math.inf, "runs"), make_engine(workers))
-            cells.do([(recipe, repeat) for recipe in recipes for repeat in range(repeats)])
-            for recipe in recipes:
-                if why := cells.trouble(recipe):
-                    raise UsageError(f"{recipe} failed on {size} rows: {why}")
-            sizes[size] = cells
+        with opened(engine, workers) as used:
+            for size, drawn in [*((size, size) for size in smaller), (task.inside, None)]:
+                sized = dataclasses.replace(task, size=drawn)
+                cells = Cells(sized, Store(place), Budget(math.inf, "runs"), used)
+                cells.do([(recipe, repeat) for recipe in recipes for repeat in range(repeats)])
+                for recipe in recipes:
+                    if why := cells.trouble(recipe):
+                        raise UsageError(f"{recipe} failed on {size} rows: {why}")
+                sizes[size] = cells
     made = range(repeats)
     blocks = cells.sheet.blocks(made)
     values = {str(r): {size: cells.values(r, made) for size, cells in sizes.items()} for r in recipes}

@@ -23,7 +23,7 @@ from ..bench.own_tables import OwnTables
 from ..bench.run import silent
 from ..bench.spec import chosen_options
 from ..bench.store import Store
-from ..bench.study import make_engine
+from ..bench.study import opened
 from ..data.files import HUB, read_rows
 from ..data.splits import usual_folds
 from ..data.tables import Kind
@@ -43,6 +43,7 @@ from .record import recorded_recipe, search_record
 from .report import PAGE, write_page
 
 if TYPE_CHECKING:
+    from ..bench.pool import Engine
     from ..fitting.fitted_model import FittedModel
     from ..fitting.record import FitResult
 
@@ -151,6 +152,7 @@ def search(
     folds: int | None = None,
     seed: int = 0,
     workers: int = 0,
+    engine: Engine | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -180,6 +182,7 @@ def search(
         folds: Number of folds; by default 5, or 10 below 200 rows.
         seed: Seed of halves, folds and trainings.
         workers: Number of worker processes; 0 trains in this process.
+        engine: Engine that does the trainings, instead of processes on this machine, such as `bench.cluster.Ray`.
         resume: Whether to go on with an interrupted search in `output`.
         overwrite: Whether to replace the search in `output`.
         progress: Whether to show progress.
@@ -207,11 +210,12 @@ def search(
         asked |= {"models": dict(task.models), "rows": table.files()["train"]}
         found = _found(cells_at, asked)
         if found is None:
-            cells = Cells(task, Store(cells_at), limit, make_engine(workers), max(1, workers))
-            race = Race(Recipe(next(iter(task.models))), tried, cells, cells.sheet, [*map(frozen, task.models)],
-                        rules_of(task))  # fmt: skip
-            with Progress(race, cells, progress):
-                outcome = race.run()
+            with opened(engine, workers) as used:
+                cells = Cells(task, Store(cells_at), limit, used)
+                race = Race(Recipe(next(iter(task.models))), tried, cells, cells.sheet, [*map(frozen, task.models)],
+                            rules_of(task))  # fmt: skip
+                with Progress(race, cells, progress):
+                    outcome = race.run()
             found = search_record(race, outcome, cells, asked)
             hard = hard_rows(cells, [race.plain, *race.frozen, *race.tried])
             with writing(cells_at):
