@@ -3,8 +3,14 @@
 import json
 from pathlib import Path
 
+RECIPES = {
+    "methods": {"methods": ["dps_mix:update_ratio=0.1", "ema"], "steps": 80, "head": "logistic"},
+    "contrastive": {"procedure": "contrastive:steps=40,lr=1e-3,then=finetune", "steps": 30},
+    "subgroups": {"methods": ["group_weights:every=3,rho=1.0"], "steps": 60, "subgroup": "label"},
+}
 
-def train(folder: str, output: str) -> None:
+
+def train(folder: str, output: str, recipe: str) -> None:
     import torch
 
     from fit_helpers import toy
@@ -17,6 +23,6 @@ def train(folder: str, output: str) -> None:
         return
     fit(
         toy(40), model=str(Path(folder, "bert")), output=Path(folder, output), tests={"test": toy(20, start=100)},
-        methods=["dps_mix:update_ratio=0.1", "ema"], steps=80, batch_size=4, lr=1e-3, save_steps=4, progress=False,
-        text="text", label="label", head="logistic", resume=status is not None,
+        batch_size=4, lr=1e-3, save_steps=4, progress=False, text="text", label="label", resume=status is not None,
+        **RECIPES[recipe],
     )  # fmt: skip

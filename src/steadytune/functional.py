@@ -113,22 +113,22 @@ def mean_square(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).square().mean(-1)
 
 
-def supervised_contrastive(features: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Mean over rows of the cross entropy between a row's likeness to all others and its partners of the same label.
+def supervised_contrastive(features: Tensor, partners: Tensor, temperature: float) -> Tensor:
+    """Mean cross entropy between a row's likeness to all others and each of its partners, (rows,).
 
-    Likeness is the softmax over the other rows of ``cosine / temperature``. A row without a partner counts as 0.
+    Likeness is the softmax over the other rows of ``cosine / temperature``. A row without a partner has 0.
 
     Args:
         features: Shape (rows, width).
-        labels: Shape (rows,).
+        partners: Truth values (rows, rows); a row is never its own partner, whatever the diagonal says.
         temperature: Above 0.
     """
     unit = torch.nn.functional.normalize(features, dim=-1)
     itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
     cosines = (unit @ unit.mT / temperature).to(unit.dtype).masked_fill(itself, torch.finfo(unit.dtype).min)
-    partners = (labels.unsqueeze(0) == labels.unsqueeze(1)) & ~itself
+    partners = partners & ~itself
     losses = -cosines.log_softmax(-1).masked_fill(~partners, 0.0).sum(-1)
-    return (losses / partners.sum(-1).clamp(min=1)).mean()
+    return losses / partners.sum(-1).clamp(min=1)
 
 
 def gaussian_kl(mean: Tensor, spread: Tensor, prior_mean: Tensor, prior_spread: Tensor) -> Tensor:

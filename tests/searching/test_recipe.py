@@ -56,6 +56,18 @@ def test_the_portfolio_is_made_of_arms():
         assert [stage_of(arm) for arm in arms] == [stage] * len(arms)
 
 
+def test_a_procedure_is_no_arm_of_the_portfolio_where_it_refuses_the_options():
+    """Naive: an arm that fails in its first training."""
+
+    def tried(**options):
+        base = Options(lr=3e-5, validation_share=0.0, **options)
+        return [arm.name for arm in stages(None, base, ["bert"], {"bert": "model"})[-1].arms(PLAIN)]
+
+    assert "contrastive" in tried()
+    assert "contrastive" not in tried(class_weights="balanced")
+    assert "mixup-blo" in tried(class_weights="balanced")
+
+
 def test_an_arm_that_changes_nothing_is_left_out():
     """Naive: the same recipe under two names would be trained twice, and win half of the time."""
     head, *_ = stages(["head=logistic", "pooling=mean"], BASE, ["bert"], {"bert": "mean"})

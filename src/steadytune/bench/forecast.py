@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..fitting.options import Options
-from ..fitting.spelling import make_methods
+from ..fitting.spelling import make_methods, make_procedure
 from .records import FOLDER, read_records
 from .spec import Trial
 from .store import Store
@@ -68,8 +68,8 @@ def forecast(runs: Sequence[Trial], store: Store) -> Forecast:
     """Estimate how long runs take.
 
     A run takes as long as the recorded runs of its recipe. If there are none, its time follows from its steps, from the
-    passes of its methods, and from the pace of other runs of the same model and task, recorded or measured. A procedure
-    consists of several trainings, so only records tell its time.
+    passes of its methods and procedure, and from the pace of other runs of the same model and task, recorded or
+    measured. Of a procedure whose passes are not known, only records tell the time.
 
     Args:
         runs: Runs still to be done.
@@ -87,21 +87,32 @@ def forecast(runs: Sequence[Trial], store: Store) -> Forecast:
     seconds: dict[str, float] = {}
     unknown = []
     for run in sorted(
-        runs, key=lambda run: (_untrained(run), len(run.methods))
+        runs, key=lambda run: (_untrained(run), run.procedure is not None, len(run.methods))
     ):  # plain runs first: these are measured
         same = [r["cost"]["seconds"] for r in done if _recipe(r["spec"]) == _recipe(run.spec)]
         if same:
             took = sum(same) / len(same)
-        elif run.procedure is None and (key(run.spec) in paces or not _untrained(run)):
+        elif key(run.spec) in paces or not (_untrained(run) or run.procedure):
             if key(run.spec) not in paces:
                 paces[key(run.spec)] = measure(run)
-            took = paces[key(run.spec)].seconds(Options.of(run.spec["options"]), passes(run.methods))
+            pace, options = paces[key(run.spec)], Options.of(run.spec["options"])
+            several = _procedure_passes(run, options, pace.rows)
+            if several is None:
+                unknown.append(run.title)
+                continue
+            took = pace.seconds(options, passes(run.methods) - 1 + several)
         else:
             unknown.append(run.title)
             continue
         name = " ".join(str(part) for part in key(run.spec) if part is not None)
         seconds[name] = seconds.get(name, 0.0) + took
     return Forecast(seconds, unknown)
+
+
+def _procedure_passes(run: Trial, options: Options, rows: int) -> float | None:
+    """Passes of a run's procedure as a multiple of plain fine-tuning's; 1 without one, None if they are not known."""
+    procedure = make_procedure(run.procedure)
+    return 1.0 if procedure is None else procedure.passes(options, rows)
 
 
 def _untrained(run: Trial) -> bool:

@@ -231,6 +231,11 @@ class Study:
         """Files of the auxiliary tables of a recipe."""
         return tuple(expanded(file) for file in self.recipes[name].get("aux", ()))
 
+    def _embeds(self, name: str) -> bool:
+        """Whether the procedure of a recipe makes vectors of texts."""
+        procedure = make_procedure(self.recipes[name].get("procedure"))
+        return procedure is not None and procedure.embeds
+
     def recipe(self, name: str) -> Options:
         """The options of a recipe, without seeds."""
         where = f"recipe {name!r}"
@@ -291,7 +296,7 @@ class Study:
                 "task": task.spec,
                 "recipe": name,
                 "methods": self.parts(name),
-                "options": in_use(recipe, task.numbers, averaged[model]),
+                "options": in_use(recipe, task.numbers, averaged[model] or self._embeds(name)),
                 "train_size": size,
                 "corruption": self.corruption(recipe),
                 "tests": {"out_of_domain": self.out_of_domain, "rows": self.test_rows},
@@ -411,7 +416,8 @@ def in_use(recipe: Options, numbers: bool, averaged: bool = False) -> dict[str, 
     Args:
         recipe: All options.
         numbers: Whether the task predicts numbers.
-        averaged: Whether the model is a sentence encoder that pools by the mean, for which alone `pooling` may be auto.
+        averaged: Whether `pooling` may be auto: the model is a sentence encoder that pools by the mean, or a procedure
+            makes vectors of texts.
     """
     used = {key: v for key in sorted(OPTIONS) if (v := getattr(recipe, key)) is not None}
     if not numbers or not recipe.standardize:

@@ -77,7 +77,12 @@ def fit(
         ),
     ] = None,
     procedure: Annotated[
-        str | None, option(TRAINING, "Several trainings instead of one, with options: mixup-blo:folds=1,order=first.")
+        str | None,
+        option(
+            TRAINING,
+            "Several trainings instead of one, with options: contrastive:then=finetune (pairs of rows train the "
+            "encoder first), mixup-blo:folds=1.",
+        ),
     ] = None,
     aux: Annotated[
         list[str] | None,

@@ -37,6 +37,7 @@ class Estimate:
         memory: Peak memory in bytes, of the accelerator if there is one, otherwise of this process.
         files: Size in bytes of each kind of file that will be written.
         vocabulary: What the compact vocabulary saves, or why there is none, in words.
+        procedure: The trainings of a procedure, in words.
     """
 
     trainings: int
@@ -46,18 +47,26 @@ class Estimate:
     memory: int
     files: dict[str, int]
     vocabulary: str
+    procedure: str = ""
 
     def __str__(self) -> str:
         written = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in self.files.items())
         return (
-            f"{self.trainings} training(s) of at most {self.steps} steps, {self.seconds_per_step:.2f} s each: about "
-            f"{self.minutes:.1f} minutes with evaluation. Peak memory about {self.memory / 1e9:.1f} GB. "
-            f"Files: {written}. {self.vocabulary[0].upper()}{self.vocabulary[1:]}."
+            f"{self.procedure}{self.trainings} training(s) of at most {self.steps} steps, "
+            f"{self.seconds_per_step:.2f} s each: about {self.minutes:.1f} minutes with evaluation. "
+            f"Peak memory about {self.memory / 1e9:.1f} GB. "
+            f"Files: {written}. {_sentence(self.vocabulary)}"
         )
 
 
-def estimate(make_setup: Callable[[Path], Setup], jobs: Sequence[Job], plan: Plan) -> Estimate:
+def estimate(make_setup: Callable[[Path], Setup], jobs: Sequence[Job], plan: Plan, passes: float = 1.0) -> Estimate:
     """Measure the first steps of the first job in a temporary folder; nothing else is written.
+
+    Args:
+        make_setup: Makes the setup of the trainings, with checkpoints in a folder.
+        jobs: Trainings.
+        plan: Plan of the fit.
+        passes: Passes of a training as a multiple of those of fine-tuning alone.
 
     Raises:
         UsageError: As in training.
@@ -85,7 +94,7 @@ def estimate(make_setup: Callable[[Path], Setup], jobs: Sequence[Job], plan: Pla
     tests = sum(len(f["input_ids"]) for rows in plan.data.tests.values() for f in setup.pretrained.tokenise(rows))
     trainings = plan.num_seeds + (plan.folds if plan.refit else 0) + plan.distil
     evaluated = trainings + (trainings * plan.options.evaluations)
-    seconds = trainings * plan.steps * padded.mean() * per_token + evaluated * tests * per_token * FORWARD
+    seconds = passes * trainings * plan.steps * padded.mean() * per_token + evaluated * tests * per_token * FORWARD
     return Estimate(
         trainings=trainings,
         steps=plan.steps,
@@ -98,7 +107,12 @@ def estimate(make_setup: Callable[[Path], Setup], jobs: Sequence[Job], plan: Pla
             "predictions and records": 200 * sum(len(rows) for rows in plan.data.tests.values()) + 20_000,
         },
         vocabulary=str(trainer.vocabulary),
+        procedure="" if plan.procedure is None else f"{_sentence(plan.procedure.words(plan) or '')} ",
     )
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 class Clock(TrainerCallback):

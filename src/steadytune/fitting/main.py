@@ -89,7 +89,8 @@ def fit(
             may be among them. Every subgroup is scored on its own, and the methods `GroupWeights` and `EasyAdapt` read
             it.
         methods: Methods, or their names with options (``"dps_dense:keep=0.7"``). They run in list order.
-        procedure: Several trainings instead of one: ``"mixup-blo:folds=5"``, see `steadytune.procedures`.
+        procedure: Several trainings instead of one: ``"mixup-blo:folds=5"``, or ``"contrastive"``, which
+            trains the encoder on pairs of the rows before its head; see `fitting.procedures`.
         aux: Another labelled table, or several, to train on first (STILTs), see `stages.Intermediate`. The fit starts
             from the weights of the last of them, with a head of its own.
         aux_steps: Number of optimizer steps on each of these tables; by default as many as a fit on it has.
@@ -158,12 +159,13 @@ def dry_run(
     plan = make_plan(train, **wanted)
     if not plan.steps:
         raise UsageError("a dry run measures steps, and steps is 0: leave --dry-run out.")
-    if plan.procedure is not None or plan.stages:
+    passes = 1.0 if plan.procedure is None else plan.procedure.passes(plan.options, len(plan.data.train))
+    if passes is None or plan.stages:
         what = "a procedure is" if plan.stages == () else "auxiliary tables make"
         raise UsageError(f"a dry run measures one training, {what} several: leave --dry-run or them out.")
     with as_found(), _refusals():
         plan, pretrained, _ = _opened(plan)
-        return estimate(lambda checkpoints: make_setup(plan, pretrained, checkpoints), runs(plan), plan)
+        return estimate(lambda checkpoints: make_setup(plan, pretrained, checkpoints), runs(plan), plan, passes)
 
 
 # ---- running ----------------------------------------------------------------------------------------------------
@@ -247,7 +249,8 @@ def _checked_trainer(plan: Plan, pretrained: Pretrained, setup: Setup, job: Job,
     assert trainer.run is not None
     logger.info("%s", trainer.run.describe())
     _announce(plan)
-    warn_of_start(trainer.model, pretrained, plan.options)
+    if plan.procedure is None or not plan.procedure.embeds:  # that trains what the head reads
+        warn_of_start(trainer.model, pretrained, plan.options)
     logger.info("%s", trainer.vocabulary)
     record["vocabulary"] = trainer.vocabulary.record()
     record["drawn"] = drawn(trainer.model, pretrained, plan.options)
@@ -488,6 +491,9 @@ def _announce(plan: Plan) -> None:
     sizes = ", ".join(f"{name} {len(rows)}" for name, rows in data.tests.items()) or "no test set"
     logger.info("%s, %d training rows (%s)", data.problem.kind, len(data.train), sizes)
     epochs = plan.steps * rows_per_step / len(data.train)
+    words = f"{plan.steps} steps of {rows_per_step} rows ({epochs:.1f} epochs)"
+    if plan.procedure is not None:
+        words = plan.procedure.words(plan) or words
     times = f", {plan.num_seeds} runs" if plan.num_seeds > 1 else ""
     times += f" after {plan.folds} folds" if plan.refit else ""
-    logger.info("%d steps of %d rows (%.1f epochs)%s", plan.steps, rows_per_step, epochs, times)
+    logger.info("%s%s", words, times)

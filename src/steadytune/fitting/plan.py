@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..core import Method
     from .fitted_model import FittedModel
     from .pretrained import Pretrained
-    from .procedures import MixupBLO as Procedure
+    from .procedure import Procedure
     from .stages import Intermediate
     from .training import Job, Setup
 
@@ -123,7 +123,8 @@ def make_plan(
         raise UsageError(
             f"tests must be a dictionary of name and table, got {type(tests).__name__}: as in tests={{'test': table}}."
         )
-    checked = Options.of(options)
+    several = make_procedure(procedure)
+    checked = Options.of(options) if several is None else several.options(Options.of(options))
     if refit and not checked.evaluations:
         checked = dataclasses.replace(checked, evaluations=REFIT_EVALUATIONS)
     num_seeds = python_value("num_seeds", num_seeds, int)
@@ -161,7 +162,7 @@ def make_plan(
     plan = Plan(
         str(model), chosen, checked, data, checked.total_steps(len(data.train)),
         data.problem.metric(metric).name, num_seeds, combine, refit, folds, save_steps, progress,
-        make_procedure(procedure), python_value("distil", distil, bool), python_value("probe", probe, bool),
+        several, python_value("distil", distil, bool), python_value("probe", probe, bool),
         _stages(aux, aux_steps, str(model), checked, chosen, data),
     )  # fmt: skip
     _check_selection(plan)
@@ -272,6 +273,8 @@ def _check_selection(plan: Plan) -> None:
         asked = {name: getattr(plan.options, name) for name in ("class_weights", "label_smoothing", "focal")}
         for name in (name for name, value in asked.items() if value not in ("none", 0)):
             raise UsageError(f"{name} is for classification, this is regression: leave it out.")
+    if plan.procedure is not None:
+        plan.procedure.check(plan)
 
 
 def open_model(plan: Plan) -> Pretrained:
@@ -285,7 +288,9 @@ def open_model(plan: Plan) -> Pretrained:
     )
     for note in pretrained.notes(options.max_length, options.prompt):
         logger.info("%s", note)
-    return dataclasses.replace(pretrained, pooling=chosen_pooling(pretrained, options, plan.methods, plan.data.train))
+    embeds = plan.procedure is not None and plan.procedure.embeds
+    pooling = chosen_pooling(pretrained, options, plan.methods, plan.data.train, embeds)
+    return dataclasses.replace(pretrained, pooling=pooling)
 
 
 def make_setup(plan: Plan, pretrained: Pretrained, checkpoints: Path) -> Setup:

@@ -15,6 +15,8 @@ from torch import Tensor
 from ..core import Within, check_fields
 from ..merge import uniform
 from ..methods import WeightMixup
+from .contrastive import Contrastive
+from .procedure import Procedure
 
 if TYPE_CHECKING:
     from .fit_trainer import FitTrainer, Trained
@@ -33,7 +35,7 @@ class Found(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MixupBLO:
+class MixupBLO(Procedure):
     """Search the shares of `WeightMixup` on splits of the rows, average the results, and fine-tune with fixed shares.
 
     Somayajula, Liang, Zhang, Singh, Xie: Generalizable and Stable Finetuning of Pretrained Language Models on
@@ -72,13 +74,7 @@ class MixupBLO:
         return WeightMixup(self.outer_share, alpha, order=self.order, convex=self.convex, lr=self.lr)
 
     def __call__(self, setup: Setup, job: Job, made: list[FitTrainer] | None = None) -> Trained:
-        """Do the job.
-
-        Args:
-            setup: Setup of all trainings.
-            job: A training of `fit`; the searches do not use its selection rows.
-            made: List with the Trainer of the first search, if it was made already; it is emptied.
-        """
+        """Do the job; the searches do not use its selection rows."""
         searched = self.search(setup, job, made)
         last = dataclasses.replace(setup, methods=[*setup.methods, self.mixup(searched.shares)])
         trained = last.train(dataclasses.replace(job, start=searched.weights))
@@ -131,4 +127,4 @@ def mean_shares(several: Sequence[Shares]) -> Shares:
     return {name: [means[f"{name} {i}"] for i in range(len(ts))] for name, ts in several[0].items()}
 
 
-PROCEDURES: dict[str, type[MixupBLO]] = {"mixup-blo": MixupBLO}
+PROCEDURES: dict[str, type[Procedure]] = {"mixup-blo": MixupBLO, "contrastive": Contrastive}

@@ -12,7 +12,7 @@ from ..spelling import as_methods, parse_method
 
 if TYPE_CHECKING:
     from ..core import Method
-    from .procedures import MixupBLO as Procedure
+    from .procedure import Procedure
 
 
 def method_record(method: Method) -> dict[str, Any]:
@@ -64,4 +64,5 @@ def procedure_record(procedure: Procedure) -> dict[str, Any]:
     from .procedures import PROCEDURES
 
     names = {cls: name for name, cls in PROCEDURES.items()}
-    return {"name": names[type(procedure)], "options": dataclasses.asdict(procedure)}
+    fields: Any = procedure
+    return {"name": names[type(procedure)], "options": dataclasses.asdict(fields)}

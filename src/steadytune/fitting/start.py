@@ -30,7 +30,9 @@ TRIED = 8  # rows on which a pooling block is tried
 Pooled = Literal["model", "mean", "cls"]
 
 
-def chosen_pooling(pretrained: Pretrained, options: Options, methods: Sequence[Method], rows: pd.DataFrame) -> Pooled:
+def chosen_pooling(
+    pretrained: Pretrained, options: Options, methods: Sequence[Method], rows: pd.DataFrame, embeds: bool = False
+) -> Pooled:
     """What the head reads, with ``"auto"`` decided.
 
     ``"auto"`` takes the mean over tokens where a row is one text, the folder of a sentence encoder says so, the head
@@ -42,12 +44,16 @@ def chosen_pooling(pretrained: Pretrained, options: Options, methods: Sequence[M
         options: Of the fit.
         methods: Of the recipe.
         rows: Training rows, on the first of which a pooling block is tried.
+        embeds: Whether a procedure trains vectors of the texts. They are pooled as the folder of a sentence encoder
+            says, or else by the mean; the model's own input of the head is used where it cannot pool so.
     """
     wanted = options.pooling
     if wanted != "auto":
         return wanted
     if any(isinstance(method, Pooling) for method in methods):
         return "model"
+    if embeds:
+        return _embedding(pretrained, options, rows)
     if pretrained.sentence is None or pretrained.sentence.pooling != "mean" or "text_pair" in rows:
         return "model"
     model, new = pretrained.peek(options.seeds["init"])
@@ -69,6 +75,13 @@ def chosen_pooling(pretrained: Pretrained, options: Options, methods: Sequence[M
     why = "" if untrained is None else f"; {untrained} was never trained"
     logger.info("pooling: the mean over tokens, as the encoder was trained%s", why)
     return "mean"
+
+
+def _embedding(pretrained: Pretrained, options: Options, rows: pd.DataFrame) -> Pooled:
+    """How a vector is made of a text."""
+    if pretrained.sentence is not None and pretrained.sentence.pooling == "cls":
+        return "cls"
+    return "mean" if _can_pool(pretrained.peek(options.seeds["init"])[0], pretrained, rows.head(TRIED)) else "model"
 
 
 def _can_pool(model: Any, pretrained: Pretrained, rows: pd.DataFrame) -> bool:

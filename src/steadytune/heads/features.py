@@ -61,8 +61,7 @@ def features(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Tenso
     with evaluating(model):
         for batch in batches:
             inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-            with _handing_on(layer):
-                rows.append(model(**inputs).logits.double())
+            rows.append(head_inputs(model, inputs).double())
             if len(rows) == 1:
                 few = {name: value[:CHECKED] for name, value in inputs.items()}
                 _check(model, layer, model(**few).logits, rows[0][:CHECKED])
@@ -89,24 +88,62 @@ def pooled_features(model: Any, batches: Iterable[Mapping[str, Tensor]], how: Li
     Raises:
         ValueError: The model does not have one state for each token, or there is no batch.
     """
-    body = model.base_model
-    if model.config.is_encoder_decoder:
-        body = body.get_encoder()
     rows: list[Tensor] = []
     with evaluating(model):
         for batch in batches:
             inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
-            states = body(**inputs).last_hidden_state.double()
-            mask = inputs.get("attention_mask", torch.ones(inputs["input_ids"].shape, device=model.device))
-            if states.shape[:2] != mask.shape:
-                raise ValueError(f"a {type(model).__name__} has not one state per token: it cannot be pooled by {how}")
-            if how == "cls":
-                rows.append(states[torch.arange(len(states)), mask.argmax(dim=1)])
-            else:
-                rows.append((states * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True))
+            states, mask = _token_states(model, inputs)
+            rows.append(_pooled(states.double(), mask, how))
     if not rows:
         raise ValueError("features need at least one batch of rows")
     return torch.cat(rows).cpu()
+
+
+def head_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Inputs of the model's last linear layer for one batch, (rows, width), through which gradients flow.
+
+    Args:
+        model: A classifier, in the mode of the pass.
+        inputs: Inputs of the model without labels, on its device.
+
+    Raises:
+        ValueError: The model has no last linear layer.
+    """
+    with _handing_on(output_layer(model)):
+        features: Tensor = model(**inputs).logits
+    return features
+
+
+def pooled_states(model: Any, inputs: Mapping[str, Tensor], how: Literal["mean", "cls"]) -> Tensor:
+    """Token states after the last block for one batch, pooled as by `pooled_features`, with gradients: (rows, width).
+
+    Args:
+        model: A classifier, in the mode of the pass.
+        inputs: Inputs of the model without labels, on its device.
+        how: As of `pooled_features`.
+
+    Raises:
+        ValueError: The model does not have one state for each token.
+    """
+    return _pooled(*_token_states(model, inputs), how)
+
+
+def _token_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """States after the last block (rows, tokens, width), and the mask of the tokens that are not padding."""
+    body = model.base_model
+    if model.config.is_encoder_decoder:
+        body = body.get_encoder()
+    states = body(**inputs).last_hidden_state
+    mask = inputs.get("attention_mask", torch.ones(inputs["input_ids"].shape, device=states.device))
+    if states.shape[:2] != mask.shape:
+        raise ValueError(f"a {type(model).__name__} has not one state per token: its states cannot be pooled")
+    return states, mask
+
+
+def _pooled(states: Tensor, mask: Tensor, how: Literal["mean", "cls"]) -> Tensor:
+    if how == "cls":
+        return states[torch.arange(len(states), device=states.device), mask.argmax(dim=1)]
+    return (states * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True)
 
 
 def _check(model: nn.Module, layer: nn.Linear, logits: Tensor, rows: Tensor) -> None:

@@ -78,5 +78,6 @@ class SupCon(Method):
                 f"{tuple(labels.shape)} of {labels.dtype} and {held}: leave SupCon out"
             )
         labels = labels.repeat(len(features) // len(labels))  # copies of the batch
-        contrast = supervised_contrastive(full(features), labels, self.temperature)
+        partners = labels.unsqueeze(0) == labels.unsqueeze(1)
+        contrast = supervised_contrastive(full(features), partners, self.temperature).mean()
         return self.weight * (contrast - step.as_penalty(step.loss))

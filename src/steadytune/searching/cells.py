@@ -30,6 +30,7 @@ from ..data.prepare import Data
 from ..data.splits import folds, units
 from ..files.atomic import write_json
 from ..fitting.options import Options
+from ..fitting.spelling import make_procedure
 from .budget import Budget
 from .estimates import Array
 from .halves import halves
@@ -38,7 +39,7 @@ from .recipe import Recipe
 from .row_scores import row_losses, row_scores
 
 SPENT = "spent.json"  # seconds of earlier invocations
-PROCEDURE_PASSES = 2.5  # cost of a procedure that did not run yet, as a multiple of a plain training
+PROCEDURE_PASSES = 2.5  # cost of a procedure that did not run yet and cannot tell it, as a multiple of a plain training
 APART = 1000  # cuts of the rows per seed of a search
 
 
@@ -222,9 +223,15 @@ class Cells:
             return float(np.mean([record["cost"]["seconds"] for record in done]))
         if dict(recipe.options).get("steps") == 0:
             return 0.0
-        paces = [self._cell_seconds(other) / _effort(other) for other, _ in self.runs if self._done(other) and
+        paces = [self._cell_seconds(other) / self._effort(other) for other, _ in self.runs if self._done(other) and
                  dict(other.options).get("steps") != 0]  # fmt: skip
-        return float(np.mean(paces)) * _effort(recipe) if paces else 0.0
+        return float(np.mean(paces)) * self._effort(recipe) if paces else 0.0
+
+    def _effort(self, recipe: Recipe) -> float:
+        """Cost of a training as a multiple of a plain one, before it ran."""
+        procedure = make_procedure(recipe.procedure)
+        several = 1.0 if procedure is None else procedure.passes(self.task.base, self.task.inside) or PROCEDURE_PASSES
+        return recipe.lengthened * passes(recipe.methods) * several
 
     def _done(self, recipe: Recipe) -> list[dict[str, Any]]:
         """Records of a recipe with scores."""
@@ -285,11 +292,6 @@ class Cells:
 
 def _trains(run: Trial) -> bool:
     return run.spec["options"].get("steps") != 0
-
-
-def _effort(recipe: Recipe) -> float:
-    """Cost of a training as a multiple of a plain one, before it ran."""
-    return recipe.lengthened * passes(recipe.methods) * (PROCEDURE_PASSES if recipe.procedure else 1.0)
 
 
 def _spent(folder: Path) -> float:

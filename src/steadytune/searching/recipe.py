@@ -23,7 +23,7 @@ from .race import Stage
 PORTFOLIO = {
     "head": ("head=logistic", "head=logistic,pooling=mean"),
     "schedule": ("lr*3", "lr/3", "steps*2"),
-    "method": ("llrd", "rdrop", "dps_dense", "dps_mix", "mixout", "smart", "mixup-blo"),
+    "method": ("llrd", "rdrop", "dps_dense", "dps_mix", "mixout", "smart", "contrastive", "mixup-blo"),
 }
 PROBE = "probe"  # the frozen encoder with a fitted head
 FACTOR = re.compile(r"(lr|steps)\s*([*/])\s*(\d+(?:\.\d+)?)")
@@ -127,7 +127,7 @@ def stages(arms: Sequence[str] | None, base: Options, models: Sequence[str], poo
         UsageError: An arm is none.
     """
     tried: dict[str, list[str]] = {name: [] for name in PORTFOLIO}
-    for arm in (arm for given in PORTFOLIO.values() for arm in given) if arms is None else arms:
+    for arm in _portfolio(base) if arms is None else arms:
         tried[stage_of(arm)].append(arm)
 
     def made(recipe: Recipe, arm: str) -> Recipe | None:
@@ -141,6 +141,16 @@ def stages(arms: Sequence[str] | None, base: Options, models: Sequence[str], poo
     others = [Recipe(model, (model,)) for model in models[1:]]
     encoders = [Stage("model", lambda recipe: others)] if others else []
     return [*encoders, *(Stage(name, on_top(given)) for name, given in tried.items() if given)]
+
+
+def _portfolio(base: Options) -> list[str]:
+    """The arms of the portfolio, without procedures that refuse the options of the search."""
+
+    def refused(arm: str) -> bool:
+        procedure = make_procedure(arm) if _is_procedure(arm) else None
+        return procedure is not None and procedure.refuses(base) is not None
+
+    return [arm for given in PORTFOLIO.values() for arm in given if not refused(arm)]
 
 
 def _same(after: Recipe, before: Recipe, base: Options, pooling: str) -> bool:
