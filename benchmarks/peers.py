@@ -1,11 +1,14 @@
 """What a whole fine-tuning costs in steadytune and in other libraries: processor seconds, peak memory, accuracy.
 
-    python benchmarks/peers.py --data-root DIR --model DIR [--task sst2] [--rows 500] [--steps 400] [--rounds 3]
+    python benchmarks/peers.py --data-root DIR --model DIR [--task sst2] [--rows 500] [--steps 50 150 400] [--rounds 3]
+                               [--target 0.78]
 
 Each figure is one process of its own, from its start to its end: imports, loading, tokenising, training, scores of the
-same test rows, and writing the model. The arms of a round run one after another in random order, on the same rows; the
-seed of a round is its number. Seconds are those of the processor (user and system), with one thread, so that other work
-on the machine changes them little. Libraries that are not installed are named and left out. The arms:
+same test rows, and writing the model. The arms of a round run one after another in random order. A round draws training
+rows that all its arms share, and its number is their seed. Seconds are those of the processor (user and system), with
+one thread, so that other work on the machine changes them little. Libraries that are not installed are named and left
+out. With several numbers of steps and a target, the second table says how many seconds an arm takes to the smallest
+number of steps whose accuracy, as a mean over rounds, reaches the target. The arms:
 
     steadytune            `steadytune fit` with its defaults: word embeddings that no training text reads are left out,
                           batches of similar length, and a linear probe beside the scores, for which every row passes
@@ -14,13 +17,13 @@ on the machine changes them little. Libraries that are not installed are named a
     trainer               transformers.Trainer as scripts use it, with the same rate, warm-up, decay, clipping, batch
                           size and number of steps (its own defaults: fused AdamW, random batches padded to the longest)
     peft                  the trainer arm with LoRA (rank 16 on queries and values): few weights are trained
-    setfit                SetFit's own recipe on the same rows: a contrastive epoch over pairs, then a logistic
-                          regression. Its number of steps follows from its pairs and is not that of the others
-    sentence-transformers a logistic regression of scikit-learn on its frozen embeddings: nothing is fine-tuned
+    setfit                SetFit with its defaults on the same rows, but for the number of steps: contrastive steps of
+                          as many pairs as the others have rows, then a logistic regression
+    sentence-transformers a logistic regression of scikit-learn on its frozen embeddings: nothing is fine-tuned, so that
+                          it has one figure a round, with 0 steps
 
 Only the first three do the same work, and of a sentence encoder whose pooler was never trained `fit` takes the mean
-over tokens, by one more block. The accuracy of one round on a few hundred rows has a standard error of about two
-points: the table compares costs, not quality.
+over tokens, by one more block. The accuracy of one round has a standard error of one to two points.
 """
 
 from __future__ import annotations
@@ -111,7 +114,9 @@ def setfit(options: argparse.Namespace, folder: str) -> float:
 
     train, test, _ = tables(options)
     model = SetFitModel.from_pretrained(options.model)
-    args = TrainingArguments(output_dir=folder, batch_size=options.batch_size, num_epochs=1, seed=options.seed)
+    args = TrainingArguments(
+        output_dir=folder, batch_size=options.batch_size, num_epochs=1, max_steps=options.steps, seed=options.seed
+    )
     Trainer(model=model, args=args, train_dataset=Dataset.from_pandas(train, preserve_index=False)).train()
     predicted = np.asarray(model.predict(test["text"].tolist()))
     model.save_pretrained(folder)
@@ -149,21 +154,29 @@ def tables(options: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame, lis
 
 
 def write_tables(options: argparse.Namespace, folder: Path) -> None:
-    """Draw the rows of all arms from a task."""
+    """Draw the test rows of all rounds and the training rows of each."""
     from steadytune.data.tables import examples
     from steadytune.tasks import load
 
     table, tests = load(options.task, options.data_root)
-    for name, whole, rows in (("train", table, options.rows), ("test", next(iter(tests.values())), options.test_rows)):
-        drawn = examples(whole).sample(rows, random_state=0)[["text", "label"]]
-        setattr(options, name, str(folder / f"{name}.csv"))
-        drawn.to_csv(getattr(options, name), index=False)
+    test = examples(next(iter(tests.values())))
+    test.sample(min(options.test_rows, len(test)), random_state=0)[["text", "label"]].to_csv(
+        folder / "test.csv", index=False
+    )
+    for seed in range(options.rounds):
+        drawn = examples(table).sample(options.rows, random_state=seed)[["text", "label"]]
+        drawn.to_csv(folder / f"train-{seed}.csv", index=False)
+    options.tables = str(folder)
 
 
-def run(arm: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
+def run(arm: str, steps: int, seed: int, options: argparse.Namespace) -> dict[str, float]:
     """Processor seconds, peak memory (MB) and accuracy of one process."""
     with tempfile.TemporaryDirectory() as folder:
-        given = {**vars(options), "seed": seed, "data_root": str(options.data_root), "folder": f"{folder}/out"}
+        given = {
+            **vars(options), "steps": steps, "seed": seed, "data_root": str(options.data_root),
+            "train": f"{options.tables}/train-{seed}.csv", "test": f"{options.tables}/test.csv",
+            "folder": f"{folder}/out",
+        }  # fmt: skip
         log = Path(folder, "log")
         with log.open("w") as file:
             child = subprocess.Popen(
@@ -188,8 +201,9 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--rows", type=int, default=500)
-    parser.add_argument("--test-rows", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--test-rows", type=int, default=872)
+    parser.add_argument("--steps", type=int, nargs="+", default=[50, 150, 400])
+    parser.add_argument("--target", type=float)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--rounds", type=int, default=3)
@@ -209,30 +223,61 @@ def main() -> None:
         parser.error("give --data-root and --model")
     missing = [arm for arm in options.arms if arm in NEEDS and importlib.util.find_spec(NEEDS[arm]) is None]
     arms = [arm for arm in options.arms if arm not in missing]
+    cases = [(arm, steps) for arm in arms for steps in ([0] if arm == "sentence-transformers" else options.steps)]
+    measured: dict[tuple[str, int], list[dict[str, float]]] = {case: [] for case in cases}
     with tempfile.TemporaryDirectory() as folder:
         write_tables(options, Path(folder))
-        measured: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
         for seed in tqdm(range(options.rounds)):
-            for arm in random.Random(seed).sample(arms, len(arms)):
-                measured[arm].append(run(arm, seed, options))
-                tqdm.write(f"{seed} {arm}: {measured[arm][-1]}", file=sys.stderr)
+            for arm, steps in random.Random(seed).sample(cases, len(cases)):
+                measured[arm, steps].append(run(arm, steps, seed, options))
+                tqdm.write(f"{seed} {arm}, {steps} steps: {measured[arm, steps][-1]}", file=sys.stderr)
     for arm in missing:
         print(f"{arm}: {NEEDS[arm]} is not installed, left out")
-    print(f"{options.task}, {options.rows} rows, {options.steps} steps of {options.batch_size}, one thread\n")
-    print("| arm | processor seconds | of these system | of the trainer's (smallest to largest) | peak MB | accuracy |")
-    print("|---|--:|--:|--:|--:|--:|")
-    for arm, found in measured.items():
-        seconds, system, memory, accuracy = (
-            np.array([one[key] for one in found]) for key in ("seconds", "system", "memory", "accuracy")
-        )
+    print(
+        f"{options.task}, {options.rows} rows, steps of {options.batch_size} rows, one thread, {options.rounds} draws\n"
+    )
+    print_costs(measured)
+    if options.target is not None:
+        print_seconds_to(options.target, arms, measured)
+
+
+def column(found: list[dict[str, float]], key: str) -> np.ndarray:
+    return np.array([one[key] for one in found])
+
+
+def print_costs(measured: dict[tuple[str, int], list[dict[str, float]]]) -> None:
+    """The table of all arms and numbers of steps."""
+    print("| arm | steps | processor seconds | of these system | of the trainer's | peak MB | accuracy, mean (SD) |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    for (arm, steps), found in measured.items():
+        seconds, accuracy = column(found, "seconds"), 100 * column(found, "accuracy")
         ratio = ""
-        if "trainer" in measured:
-            ratios = seconds / np.array([one["seconds"] for one in measured["trainer"]])
+        if ("trainer", steps) in measured:
+            ratios = seconds / column(measured["trainer", steps], "seconds")
             ratio = f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+        spread = f" ({accuracy.std(ddof=1):.1f})" if len(accuracy) > 1 else ""
         print(
-            f"| {arm} | {np.median(seconds):.1f} | {np.median(system):.1f} | {ratio} | {np.median(memory):.0f} "
-            f"| {' '.join(f'{100 * a:.1f}' for a in accuracy)} |"
+            f"| {arm} | {steps} | {np.median(seconds):.1f} | {np.median(column(found, 'system')):.1f} | {ratio} "
+            f"| {np.median(column(found, 'memory')):.0f} | {accuracy.mean():.1f}{spread} |"
         )
+
+
+def print_seconds_to(target: float, arms: list[str], measured: dict[tuple[str, int], list[dict[str, float]]]) -> None:
+    """The table of seconds to the smallest number of steps whose mean accuracy reaches the target."""
+    print(
+        f"\n| arm | steps to an accuracy of {100 * target:g} | processor seconds (smallest to largest) |\n|---|--:|--:|"
+    )
+    for arm in arms:
+        reached = [
+            (steps, column(found, "seconds"))
+            for (name, steps), found in measured.items()
+            if name == arm and column(found, "accuracy").mean() >= target
+        ]
+        if not reached:
+            print(f"| {arm} | not reached | |")
+            continue
+        steps, seconds = min(reached, key=lambda one: one[0])
+        print(f"| {arm} | {steps} | {np.median(seconds):.1f} ({seconds.min():.1f} to {seconds.max():.1f}) |")
 
 
 if __name__ == "__main__":
