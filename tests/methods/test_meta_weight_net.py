@@ -94,6 +94,19 @@ def test_the_loss_is_the_weighted_one_and_other_penalties_stay():
     assert torch.allclose(both, expected + 3, atol=1e-7)
 
 
+def test_the_loss_is_the_weighted_one_where_the_trainer_has_divided_it():
+    batch = points(1)[0]
+    run = run_of(Net(), MetaWeightNet(outer=outer))
+    whole = run.loss(batch).detach()
+
+    def half(model, inputs, copies):  # as a trainer with two micro-batches a step divides
+        outputs = model(**inputs)
+        return outputs["loss"] / 2, outputs
+
+    run = run_of(Net(), MetaWeightNet(outer=outer))
+    assert torch.allclose(run.loss(batch, compute=half, penalty_scale=0.5), whole / 2, atol=1e-7)
+
+
 class RDropOfNothing(RDrop):
     """Adds 3."""
 

@@ -91,7 +91,7 @@ class MetaWeightNet(BiLevel):
         losses = losses_of(step, self)
         self.losses[step.number - 1 :] = [losses.detach()]  # drops those of a step that was abandoned
         weighted = (row_weights(flat(self.variables), losses.detach()) * losses).mean()
-        return weighted - step.loss
+        return weighted - step.as_penalty(step.loss)
 
     def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
         grads = run.gradient(self.draw(run), dropout_seed=run.draw_seed("network outer", rank=True))
