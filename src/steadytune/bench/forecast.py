@@ -69,7 +69,8 @@ def forecast(runs: Sequence[Trial], store: Store) -> Forecast:
 
     A run takes as long as the recorded runs of its recipe. If there are none, its time follows from its steps, from the
     passes of its methods and procedure, and from the pace of other runs of the same model and task, recorded or
-    measured. Of a procedure whose passes are not known, only records tell the time.
+    measured. Of trainings on other texts, and of a procedure whose passes are not known, only records tell the
+    time.
 
     Args:
         runs: Runs still to be done.
@@ -112,6 +113,8 @@ def forecast(runs: Sequence[Trial], store: Store) -> Forecast:
 def _procedure_passes(run: Trial, options: Options, rows: int) -> float | None:
     """Passes of a run's procedure as a multiple of plain fine-tuning's; 1 without one, None if they are not known."""
     procedure = make_procedure(run.procedure)
+    if run.aux or run.pretrain is not None:  # other rows, other lengths
+        return None
     return 1.0 if procedure is None else procedure.passes(options, rows)
 
 

@@ -98,6 +98,7 @@ def execute(run: Trial, folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     reset_peak()
     plan = make_plan(run)
     pretrained = planning.open_model(plan)
+    plan = planning.settled(plan, pretrained)
     with tempfile.TemporaryDirectory(prefix="steadytune-") as scratch:
         if plan.stages:
             from ..fitting.stages import after_stages  # imports torch, which the others here do not
@@ -143,6 +144,9 @@ def make_plan(run: Trial) -> planning.Plan:
         procedure=run.procedure,
         aux=run.aux or None,
         aux_steps=run.aux_steps,
+        unlabelled=[*run.unlabelled] or None,
+        unlabelled_size=run.unlabelled_size,
+        pretrain=run.pretrain,
         tests=tests if rows is None else {name: _head(test, rows) for name, test in tests.items()},
         metric=spec["metric"],
         train_size=spec["train_size"],

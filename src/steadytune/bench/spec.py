@@ -21,9 +21,10 @@ from typing import Any
 
 from ..config import ALIASES, Document, Seed, Share, Text, Truth, Whole, checked, options, read, value
 from ..data.splits import usual_folds
+from ..data.unlabelled import BLANK, REST
 from ..errors import UsageError, suggest
 from ..fitting.options import SEEDS, STOCK, Options
-from ..fitting.spelling import make_methods, make_procedure, method_record, procedure_record
+from ..fitting.spelling import make_methods, make_procedure, method_record, pretraining_record, procedure_record
 from ..heads.sentence_folder import sentence_folder
 from ..tasks import TASKS, find, layout, seen_by
 from .own_tables import HELD_OUT, OwnTables
@@ -40,6 +41,9 @@ PARTS: dict[str, Any] = {  # entries of a recipe beside options
     "procedure": Text | None,
     "aux": tuple[Text, ...],
     "aux_steps": Whole | None,
+    "unlabelled": tuple[Text, ...],
+    "unlabelled_size": Whole | None,
+    "pretrain": Text | None,
 }
 DATA_ROOT = "give the folder of the benchmark data with --data-root DIR"
 
@@ -69,8 +73,8 @@ class Study:
         name: Name of the study; its results go to ``runs/<name>`` unless told otherwise.
         models: Pre-trained models to start from.
         tasks: Names of benchmark tasks (`steadytune.tasks`) and of `tables`.
-        recipes: Recipes by name: ``methods``, ``procedure``, ``aux``, ``aux_steps``, and options of `Options`, which
-            override `options`.
+        recipes: Recipes by name: ``methods``, ``procedure``, ``aux``, ``aux_steps``, ``unlabelled``,
+            ``unlabelled_size``, ``pretrain``, and options of `Options`, which override `options`.
         train_sizes: Numbers of training rows to draw; None for all.
         options: Options of every recipe.
         seeds: Seeds of the runs of every recipe, one run for each.
@@ -217,7 +221,7 @@ class Study:
         return {table.name: table for table in self.tables}
 
     def parts(self, name: str) -> list[dict[str, Any]]:
-        """Records of the methods of a recipe, of its procedure, and of its auxiliary tables."""
+        """Records of the methods of a recipe, of its procedure, of its other tables and texts, and of pre-training."""
         given = self.recipes[name]
         records = [method_record(m) for m in make_methods(given.get("methods", ()))]
         if (procedure := make_procedure(given.get("procedure"))) is not None:
@@ -225,6 +229,14 @@ class Study:
         if aux := self.aux(name):
             files = fingerprint_files([Path(file) for file in aux], f"check aux of recipe {name!r}")
             records.append({"name": "aux", "options": {"files": files, "steps": given.get("aux_steps")}})
+        if texts := self.unlabelled(name):
+            known = [text for text in texts if text in (BLANK, REST)]
+            own = [Path(text) for text in texts if text not in known]
+            hash = {"files": fingerprint_files(own, f"check unlabelled of recipe {name!r}")} if own else {}
+            rows = {"rows": known, **hash, "size": given.get("unlabelled_size")}
+            records.append({"name": "unlabelled", "options": rows})
+        if (pretrain := given.get("pretrain")) is not None:
+            records.append(pretraining_record(pretrain))
         return records
 
     def aux(self, name: str) -> tuple[str, ...]:
@@ -235,6 +247,10 @@ class Study:
         """Whether the procedure of a recipe makes vectors of texts."""
         procedure = make_procedure(self.recipes[name].get("procedure"))
         return procedure is not None and procedure.embeds
+
+    def unlabelled(self, name: str) -> tuple[str, ...]:
+        """Sources of the texts without labels of a recipe."""
+        return tuple(expanded(source) for source in self.recipes[name].get("unlabelled", ()))
 
     def recipe(self, name: str) -> Options:
         """The options of a recipe, without seeds."""
@@ -320,6 +336,9 @@ class Study:
                     task.own,
                     self.aux(name),
                     self.recipes[name].get("aux_steps"),
+                    self.unlabelled(name),
+                    self.recipes[name].get("unlabelled_size"),
+                    self.recipes[name].get("pretrain"),
                 )
             )
         return trials
@@ -442,6 +461,9 @@ class Trial:
         own: Files of a user's own tables; None for a benchmark task.
         aux: Files of the auxiliary tables.
         aux_steps: Number of steps on each of them.
+        unlabelled: Sources of texts without labels.
+        unlabelled_size: Number of these texts to draw.
+        pretrain: Training on texts alone, as the study file spells it.
     """
 
     spec: dict[str, Any]
@@ -454,6 +476,9 @@ class Trial:
     own: OwnTables | None = None
     aux: tuple[str, ...] = ()
     aux_steps: int | None = None
+    unlabelled: tuple[str, ...] = ()
+    unlabelled_size: int | None = None
+    pretrain: str | None = None
 
     @property
     def id(self) -> str:

@@ -91,6 +91,23 @@ def fit(
     aux_steps: Annotated[
         int | None, option(TRAINING, "Optimizer steps on each of these tables. [dim]\\[default: as a fit on it][/]")
     ] = None,
+    unlabelled: Annotated[
+        list[str] | None,
+        option(
+            INPUT,
+            "File of texts without labels, for --pretrain or a procedure; blank: rows whose label is empty; rest: rows "
+            "that --train-size leaves over. Repeatable.",
+        ),
+    ] = None,
+    unlabelled_size: Annotated[int | None, option(INPUT, "Draw this many texts without labels.")] = None,
+    pretrain: Annotated[
+        str | None,
+        option(
+            TRAINING,
+            "Train on the texts alone first: tapt (masked words) or simcse (two readings of a text), with options: "
+            "tapt:steps=300.",
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         option(
@@ -272,8 +289,8 @@ def fit(
         elif train is None:
             raise UsageError("give a training file, or a benchmark task with --task NAME --data-root DIR.")
         same = ("model", "output", "label_separator", "group", "kind", "validation", "validation_column", "num_seeds",
-                "combine", "distil", "refit", "folds", "probe", "procedure", "aux_steps", "resume", "overwrite",
-                "save_steps", "push_to_hub")  # fmt: skip
+                "combine", "distil", "refit", "folds", "probe", "procedure", "aux_steps", "unlabelled_size",
+                "pretrain", "resume", "overwrite", "save_steps", "push_to_hub")  # fmt: skip
         options = {
             **{name: given[name] for name in (*same, *(field.name for field in dataclasses.fields(Options)))},
             "text": text or None,
@@ -281,6 +298,7 @@ def fit(
             "subgroup": subgroup or None,
             "methods": method or [],
             "aux": aux or None,
+            "unlabelled": unlabelled or None,
             "tests": tests,
             "metric": metric,
             "progress": not quiet,

@@ -84,7 +84,8 @@ class OneCell(Form):
         labels = frame[self.columns[0]]
         empty = is_empty(labels)
         hint = separator_hint(labels[~empty].map(label_name)) if empty.any() else ""
-        refuse(empty, self.words, "empty", origin, f"Fill them in or take them out.{hint}")
+        remedy = "Fill them in or take them out; fit reads such rows as texts without labels with --unlabelled blank."
+        refuse(empty, self.words, "empty", origin, f"{remedy}{hint}")
         return labels.astype(object)
 
     def write(self, predictions: pd.Series, taken: Collection[str] = (), *, as_text: bool = False) -> pd.DataFrame:

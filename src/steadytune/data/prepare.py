@@ -6,6 +6,7 @@ that names the thing, the rule, the value and the remedy. What may be meant is a
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -20,7 +21,8 @@ from ..errors import one_line as one_line
 from .labels import find_problem
 from .problem import Problem
 from .splits import cut, split, subset
-from .tables import Table, _follow, examples, keys, resolve
+from .tables import Table, _follow, examples, keys, resolve, texts
+from .unlabelled import BLANK, REST, Unlabelled, gathered, is_named, part_blank, sources_of, texts_of
 
 logger = logging.getLogger("steadytune")
 
@@ -39,6 +41,7 @@ class Data:
         origins: What messages call each set.
         coarser: Of each test set, class name to the name it is scored under.
         table: The training table with the names of its columns.
+        unlabelled: Texts without labels, if there are any.
     """
 
     train: pd.DataFrame
@@ -47,6 +50,7 @@ class Data:
     origins: Mapping[str, str]
     coarser: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     table: Table | None = None
+    unlabelled: Unlabelled | None = None
 
     def describe(self) -> dict[str, Any]:
         """Sizes, origins and fingerprints, ready for JSON."""
@@ -84,6 +88,8 @@ def prepare(
     validation_share: float = 0.1,
     validation_column: str | None = None,
     seed: int = 0,
+    unlabelled: Any = None,
+    unlabelled_size: int | None = None,
 ) -> Data:
     """Check every table and draw the splits.
 
@@ -96,6 +102,9 @@ def prepare(
         validation_column: Column of the training table that names the split of each row (see `cut`). Rows marked test
             become the test set `test`.
         seed: Seed of the draws.
+        unlabelled: Texts without labels: a file, frame or other source, ``"blank"`` (rows of the training table whose
+            label is empty), ``"rest"`` (rows that ``train_size`` leaves over), or a list of these.
+        unlabelled_size: Number of these texts to draw; all by default.
 
     Raises:
         UsageError: A table is not right, or a split is not possible.
@@ -104,7 +113,18 @@ def prepare(
     if "validation" in tests or "train" in tests:
         raise UsageError("a test set cannot be called 'train' or 'validation': name it with --test NAME=FILE.")
     train = resolve(train, () if validation_column is None else (validation_column,))
+    wanted = sources_of(unlabelled)
+    if unlabelled_size is not None and not wanted:
+        raise UsageError(
+            f"unlabelled_size {unlabelled_size} is for texts without labels: give unlabelled, or leave it out."
+        )
+    whole, positions = train, None
+    if any(is_named(source, BLANK) for source in wanted):
+        texts(whole)  # errors then count the rows of the whole table
+        train, positions = part_blank(whole)
     raw = examples(train)
+    if positions is not None:
+        raw.index = pd.Index(positions)
     parts = {"train": raw} if validation_column is None else cut(raw, train, validation_column)
     for name in parts.keys() & {*given}:
         raise UsageError(
@@ -113,9 +133,10 @@ def prepare(
     problem = find_problem(parts["train"], train)
     cuts = {name: _encoded(problem, rows, train) for name, rows in parts.items()}
     origins = {name: f"{train.origin}, {name} in {validation_column!r}" for name in cuts} | {"train": train.origin}
-    rows = cuts.pop("train")
+    rows = every = cuts.pop("train")
     if train_size is not None:
         rows = subset(rows, problem, train_size, seed)
+    rest = every.drop(index=rows.index)
     if validation is not None:
         validation = _follow(validation, train)
         cuts["validation"] = _encoded(problem, examples(validation), validation)
@@ -130,7 +151,7 @@ def prepare(
         origins["validation"] = f"{validation_share} of {train.origin}"
     tables = {name: _follow(table, train) for name, table in tests.items()}
     cuts |= {name: _encoded(problem, examples(table), table) for name, table in tables.items()}
-    return Data(
+    data = Data(
         train=rows,
         tests={name: cuts[name] for name in sorted(cuts, key=lambda name: name != "validation")},
         problem=problem,
@@ -138,6 +159,35 @@ def prepare(
         coarser={name: table.coarser for name, table in tables.items()},
         table=train,
     )
+    if not wanted:
+        return data
+    blank = whole.frame.drop(index=train.frame.index)
+    found = [_without_labels(source, train, rest, blank) for source in wanted]
+    return dataclasses.replace(data, unlabelled=gathered(found, data.train, data.tests.values(), unlabelled_size, seed))
+
+
+def _without_labels(source: Any, train: Table, rest: pd.DataFrame, blank: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Texts of one source, and its name; arguments as of `prepare`.
+
+    Args:
+        source: The source.
+        train: The resolved training table, without rows whose label is empty.
+        rest: Rows that the draw of training rows leaves over.
+        blank: Rows of the training table whose label is empty.
+
+    Raises:
+        UsageError: The source is not right.
+    """
+    if is_named(source, BLANK):
+        return texts(dataclasses.replace(train, frame=blank)), f"{train.origin}, rows without a label"
+    if not is_named(source, REST):
+        return texts_of(source, train)
+    if rest.empty:
+        raise UsageError(
+            f"unlabelled {REST!r} reads the rows that train_size leaves over, and none are: give train_size "
+            "(--train-size N), or a file of texts."
+        )
+    return rest, f"{train.origin}, rows left over"
 
 
 def _encoded(problem: Problem, rows: pd.DataFrame, table: Table) -> pd.DataFrame:

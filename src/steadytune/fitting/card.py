@@ -215,6 +215,10 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
     if (library := _library(recipe)) != "transformers" and not _is_ensemble(recipe):
         yield f"- this folder holds what was added to the base model, no model of its own: {library} joins them"
     for stage in recipe.get("stages", ()):
+        if "kind" not in stage:
+            texts = counted(stage["data"]["rows"], "text")
+            yield f"- trained first on {texts} without their labels ({call_words(stage)})"
+            continue
         rows = counted(stage["data"]["rows"], "row")
         yield f"- trained first on {rows} of {file_name(stage['data'])} ({stage['kind']}, {stage['steps']} steps)"
     if "procedure" in recipe:

@@ -30,6 +30,7 @@ SET_HERE = {
     "tests": "are scored by predict and score",
     "kind": "is told by the class of the estimator and by y",
     "subgroup": "is told by subgroups of fit(X, y, subgroups=...)",
+    "unlabelled": "are told by unlabelled of fit(X, y, unlabelled=...)",
     "output": "is a parameter of its own",
     "overwrite": "is always on",
     "save_steps": "is always 0",
@@ -99,7 +100,14 @@ class _Steady(BaseEstimator):
         return self
 
     def _fit(
-        self, X: Any, labels: Sequence[Any], sample_weight: Any, subgroups: Any, *, kind: Kind | None = None
+        self,
+        X: Any,
+        labels: Sequence[Any],
+        sample_weight: Any,
+        subgroups: Any,
+        unlabelled: Any = None,
+        *,
+        kind: Kind | None = None,
     ) -> None:
         if sample_weight is not None:
             raise UsageError(
@@ -119,6 +127,7 @@ class _Steady(BaseEstimator):
             if len(subgroups) != len(table):
                 raise UsageError(f"X has {len(table)} rows, subgroups has {len(subgroups)}: give one subgroup per row.")
             columns[part] = pd.Series(list(subgroups), dtype=object)
+        more = {} if unlabelled is None else {"unlabelled": _like(unlabelled, table)}
         own = self.get_params(deep=False)
         settings = {k: v for k, v in own.items() if k not in ("random_state", "output", "options")}
         with tempfile.TemporaryDirectory() as scratch:
@@ -132,6 +141,7 @@ class _Steady(BaseEstimator):
                 overwrite=self.output is not None,
                 save_steps=0,
                 seed=_seed(self.random_state),
+                **more,
                 **{**settings, **{ALIASES.get(name, name): value for name, value in (self.options or {}).items()}},
             )
         self.model_ = self.result_.model
@@ -206,7 +216,9 @@ class SteadyClassifier(ClassifierMixin, _Steady):
 
     _kind = "classification"
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None, subgroups: Any = None) -> SteadyClassifier:
+    def fit(
+        self, X: Any, y: Any, sample_weight: Any = None, subgroups: Any = None, unlabelled: Any = None
+    ) -> SteadyClassifier:
         """Fine-tune on texts (rows,) or (rows, 1 or 2) and labels (rows,), or several labels a row.
 
         Args:
@@ -214,24 +226,25 @@ class SteadyClassifier(ClassifierMixin, _Steady):
             y: Labels.
             sample_weight: Not supported; giving it raises a clear error.
             subgroups: Name of the subgroup of each row (rows,), for methods that read it and for scores of each.
+            unlabelled: Texts without labels, in the form of ``X``, for ``pretrain`` or a ``procedure`` of ``options``.
 
         Raises:
             UsageError: What `steadytune.fit` refuses, and weights of rows.
         """
         matrix = None
         if self._separator is not None:
-            self._fit(X, _column(y).tolist(), sample_weight, subgroups, kind="multilabel")
+            self._fit(X, _column(y).tolist(), sample_weight, subgroups, unlabelled, kind="multilabel")
             self.classes_ = np.array(self.model_.problem.names, dtype=object)
         elif (matrix := _matrix(y)) is not None:
             _check_matrix(matrix)
             self.classes_ = matrix.columns.to_numpy()
             rows = [[_name(label) for label in self.classes_[row]] for row in matrix.to_numpy()]
-            self._fit(X, rows, sample_weight, subgroups, kind="multilabel")
+            self._fit(X, rows, sample_weight, subgroups, unlabelled, kind="multilabel")
         elif (lists := _lists(y)) is not None:
             known = _sorted({label for row in lists for label in row})
             self.classes_ = np.fromiter(known, dtype=object, count=len(known))
             lists = [[_name(label) for label in row] for row in lists]
-            self._fit(X, lists, sample_weight, subgroups, kind="multilabel")
+            self._fit(X, lists, sample_weight, subgroups, unlabelled, kind="multilabel")
         else:
             labels = _labels(y)
             try:
@@ -239,7 +252,7 @@ class SteadyClassifier(ClassifierMixin, _Steady):
             except TypeError:
                 kinds = ", ".join(sorted({type(label).__name__ for label in labels}))
                 raise UsageError(f"y holds labels of several types ({kinds}): give them one type.") from None
-            self._fit(X, [_name(label) for label in labels], sample_weight, subgroups)
+            self._fit(X, [_name(label) for label in labels], sample_weight, subgroups, unlabelled)
         self._is_matrix = matrix is not None
         self._columns()
         return self
@@ -311,7 +324,9 @@ class SteadyRegressor(RegressorMixin, _Steady):
 
     _kind = "regression"
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None, subgroups: Any = None) -> SteadyRegressor:
+    def fit(
+        self, X: Any, y: Any, sample_weight: Any = None, subgroups: Any = None, unlabelled: Any = None
+    ) -> SteadyRegressor:
         """Fine-tune on texts (rows,) or (rows, 1 or 2) and numbers (rows,).
 
         Raises:
@@ -319,7 +334,7 @@ class SteadyRegressor(RegressorMixin, _Steady):
         """
         if getattr(y, "ndim", 1) == 2 and y.shape[1] != 1:
             raise UsageError(f"y has shape {y.shape}: give one number per row.")
-        self._fit(X, _labels(y).tolist(), sample_weight, subgroups)
+        self._fit(X, _labels(y).tolist(), sample_weight, subgroups, unlabelled)
         return self
 
     def predict(self, X: Any) -> np.ndarray:
@@ -333,6 +348,20 @@ def _frame(X: Any) -> pd.DataFrame:
     if isinstance(X, pd.DataFrame):
         return named_columns(X.reset_index(drop=True), "X")
     return sequence_rows(X, "X")
+
+
+def _like(X: Any, table: pd.DataFrame) -> pd.DataFrame:
+    """Texts as a frame with the columns of another one.
+
+    Raises:
+        UsageError: There are more or fewer columns.
+    """
+    frame = _frame(X)
+    if frame.shape[1] != table.shape[1]:
+        raise UsageError(
+            f"unlabelled has {frame.shape[1]} text columns, X has {table.shape[1]}: give the same columns."
+        )
+    return frame if {*frame.columns} == {*table.columns} else frame.set_axis(table.columns, axis=1)
 
 
 def _name(label: Any) -> str:

@@ -32,6 +32,7 @@ from .plan import (
     open_model,
     runs,
     selection_score,
+    settled,
     tune_threshold,
 )
 from .randomness import as_found
@@ -94,6 +95,14 @@ def fit(
         aux: Another labelled table, or several, to train on first (STILTs), see `stages.Intermediate`. The fit starts
             from the weights of the last of them, with a head of its own.
         aux_steps: Number of optimizer steps on each of these tables; by default as many as a fit on it has.
+        unlabelled: Texts without labels, for ``pretrain`` or a procedure: a file, frame or other source with the text
+            columns of `train`; ``"blank"``, the rows of `train` whose label is empty; ``"rest"``, the rows that
+            ``train_size`` leaves over, without their labels; or a list of these. Texts of test and validation sets
+            stay out.
+        unlabelled_size: Number of these texts to draw; all by default.
+        pretrain: Training on the texts of the rows and on those without labels before the fit: ``"tapt"`` predicts
+            masked words, ``"simcse"`` compares two readings of a text; with options, as in ``"tapt:steps=300"``. See
+            `steadytune.fitting.pretraining`.
         tests: Test tables by name, with the columns of `train`.
         validation: Validation table; without one, ``validation_share`` of the training rows is held out.
         validation_column: Column of `train` that names the split of each row, instead of a validation table.
@@ -253,6 +262,7 @@ def _checked_trainer(plan: Plan, pretrained: Pretrained, setup: Setup, job: Job,
         warn_of_start(trainer.model, pretrained, plan.options)
     logger.info("%s", trainer.vocabulary)
     record["vocabulary"] = trainer.vocabulary.record()
+    record["compact"] = plan.options.compact  # of the stages too
     record["drawn"] = drawn(trainer.model, pretrained, plan.options)
     record["cut"] = rehearse(plan, pretrained, trainer.model, record)
     return trainer
@@ -273,9 +283,10 @@ def _first_trainer(plan: Plan, setup: Setup, job: Job) -> FitTrainer:
 
 
 def _as_begun(plan: Plan, previous: Mapping[str, Any]) -> Plan:
-    """The plan of a run that is resumed, with a compact vocabulary if its checkpoints have one."""
-    compact = "trained_rows" in previous.get("vocabulary", {})
-    return dataclasses.replace(plan, options=dataclasses.replace(plan.options, compact=compact))
+    """The plan of a run that is resumed, with compact vocabularies if it began with them."""
+    compact = previous.get("compact", "trained_rows" in previous.get("vocabulary", {}))
+    stages = tuple(stage.with_compact(compact) for stage in plan.stages)
+    return dataclasses.replace(plan, options=dataclasses.replace(plan.options, compact=compact), stages=stages)
 
 
 def _opened(plan: Plan, previous: Mapping[str, Any] | None = None) -> tuple[Plan, Pretrained, Kernels | None]:
@@ -286,6 +297,7 @@ def _opened(plan: Plan, previous: Mapping[str, Any] | None = None) -> tuple[Plan
         previous: Record of the run that is resumed, which goes on with the kernels it began with.
     """
     pretrained = open_model(plan)
+    plan = settled(plan, pretrained)
     if not plan.options.tune_kernels:
         return plan, pretrained, None
     from .kernels import Kernels, tuned

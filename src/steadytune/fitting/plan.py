@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import pandas as pd
@@ -23,14 +23,16 @@ from ..data.splits import folds
 from ..data.tables import Kind, Table
 from ..errors import UsageError, suggest
 from .options import Options, python_value
-from .spelling import make_methods, make_procedure, method_record
+from .spelling import make_methods, make_procedure, method_record, procedure_record
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..core import Method
     from .fitted_model import FittedModel
     from .pretrained import Pretrained
+    from .pretraining import Pretraining
     from .procedure import Procedure
-    from .stages import Intermediate
     from .training import Job, Setup
 
 logger = logging.getLogger("steadytune")
@@ -40,6 +42,42 @@ Combine = Literal["best", "soup", "ensemble"]
 COMBINE = ("best", "soup", "ensemble")
 CROSS_VALIDATION = "cross-validation"  # name of the training rows as scored by the fold that left them out
 REFIT_EVALUATIONS = 10  # number of evaluations of a fold, which are the candidates for the number of steps
+
+
+class Stage(Protocol):
+    """A training before the fit, which moves the body of the pre-trained model."""
+
+    @property
+    def name(self) -> str:
+        """Kind of the stage, which names its folder among the checkpoints."""
+
+    @property
+    def title(self) -> str:
+        """What the stage does, for messages."""
+
+    @property
+    def reads_unlabelled(self) -> bool:
+        """Whether it reads the texts without labels."""
+
+    def settled(self, pretrained: Pretrained) -> Stage:
+        """The stage as it will be done with this checkpoint.
+
+        Raises:
+            UsageError: It cannot be done.
+        """
+
+    def with_compact(self, compact: bool) -> Stage:
+        """The stage with or without a compact vocabulary."""
+
+    def record(self) -> dict[str, Any]:
+        """What decides the moved weights, as JSON."""
+
+    def body(self, pretrained: Pretrained, name: str, checkpoints: Path) -> Mapping[str, Tensor]:
+        """Weights of the body after the training; a finished one is read from the checkpoints.
+
+        Raises:
+            Interrupted: After a checkpoint.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +99,7 @@ class Plan:
     procedure: Procedure | None = None
     distil: bool = False
     probe: bool = True
-    stages: tuple[Intermediate, ...] = ()
+    stages: tuple[Stage, ...] = ()
 
     @property
     def selects(self) -> bool:
@@ -94,6 +132,9 @@ def make_plan(
     procedure: str | Procedure | None = None,
     aux: Any = None,
     aux_steps: int | None = None,
+    unlabelled: Any = None,
+    unlabelled_size: int | None = None,
+    pretrain: str | Pretraining | None = None,
     tests: Mapping[str, Any] | None = None,
     validation: Any = None,
     validation_column: str | None = None,
@@ -152,6 +193,8 @@ def make_plan(
         validation_share=0.0 if refit else checked.validation_share,
         validation_column=validation_column,
         seed=checked.seeds["subset"],
+        unlabelled=unlabelled,
+        unlabelled_size=None if unlabelled_size is None else python_value("unlabelled_size", unlabelled_size, int),
     )
     for finding in raise_errors(inspect(data, standardize=checked.standardize)):
         logger.warning("%s", finding.message)
@@ -163,31 +206,54 @@ def make_plan(
         str(model), chosen, checked, data, checked.total_steps(len(data.train)),
         data.problem.metric(metric).name, num_seeds, combine, refit, folds, save_steps, progress,
         several, python_value("distil", distil, bool), python_value("probe", probe, bool),
-        _stages(aux, aux_steps, str(model), checked, chosen, data),
     )  # fmt: skip
+    plan = dataclasses.replace(plan, stages=_stages(aux, aux_steps, pretrain, plan))
     _check_selection(plan)
+    _check_unlabelled(plan)
     return plan
 
 
-def _stages(
-    aux: Any, steps: int | None, model: str, options: Options, methods: Sequence[Method], data: Data
-) -> tuple[Intermediate, ...]:
-    """The trainings on other tables that come first."""
-    if aux is None:
-        if steps is not None:
-            raise UsageError(
-                f"aux_steps {steps} is for auxiliary tables, and there is none: give aux, or leave it out."
-            )
+def _stages(aux: Any, steps: int | None, pretrain: str | Pretraining | None, plan: Plan) -> tuple[Stage, ...]:
+    """The trainings that come first: on texts alone, then on other tables."""
+    if aux is None and steps is not None:
+        raise UsageError(f"aux_steps {steps} is for auxiliary tables, and there is none: give aux, or leave it out.")
+    if aux is None and pretrain is None:
         return ()
-    from .stages import stages_of
+    from .stages import further, stages_of
 
-    kept = {method_record(method)["name"] for method in methods} & {"adapters"} or {options.peft} & {"prefix", "prompt"}
+    what, options, data = "aux" if pretrain is None else "pretrain", plan.options, plan.data
+    named = {method_record(method)["name"] for method in plan.methods}
+    kept = named & {"adapters"} or {options.peft} & {"prefix", "prompt"}
     if kept:
         raise UsageError(
-            f"the output of {kept.pop()} holds adapters for the model as it was published, and aux changes that model: "
+            f"the output of {kept.pop()} holds adapters for the model as it was published, and {what} changes that "
+            "model: leave one of them out."
+        )
+    if plan.refit and pretrain is not None:
+        raise UsageError(
+            "refit scores each row by a training that has not read it, and pretrain reads the texts of all rows: "
             "leave one of them out."
         )
-    return stages_of(aux, steps, model=model, options=options, fit=data)
+    texts = () if pretrain is None else (
+        further(pretrain, options=options, fit=data, save_steps=plan.save_steps, progress=plan.progress),
+    )  # fmt: skip
+    return (*texts, *(() if aux is None else stages_of(aux, steps, model=plan.model, options=options, fit=data)))
+
+
+def _check_unlabelled(plan: Plan) -> None:
+    """Texts without labels need something that reads them, and the other way round."""
+    procedure = plan.procedure
+    reads = procedure is not None and procedure.reads_unlabelled
+    if plan.data.unlabelled is None and procedure is not None and procedure.reads_unlabelled:
+        raise UsageError(
+            f"{procedure_record(procedure)['name']} learns from texts without labels: name them with unlabelled "
+            "(--unlabelled FILE, or blank for the rows of the training table whose label is empty)."
+        )
+    if plan.data.unlabelled is not None and not (reads or any(stage.reads_unlabelled for stage in plan.stages)):
+        raise UsageError(
+            "nothing here reads the texts without labels: give pretrain (--pretrain tapt) or a procedure that learns "
+            "from them (--procedure self-training), or leave unlabelled out."
+        )
 
 
 def _balanced(data: Data, names: Sequence[str] | None) -> Data:
@@ -275,6 +341,15 @@ def _check_selection(plan: Plan) -> None:
             raise UsageError(f"{name} is for classification, this is regression: leave it out.")
     if plan.procedure is not None:
         plan.procedure.check(plan)
+
+
+def settled(plan: Plan, pretrained: Pretrained) -> Plan:
+    """The plan with stages as this checkpoint can do them.
+
+    Raises:
+        UsageError: A stage cannot be done.
+    """
+    return dataclasses.replace(plan, stages=tuple(stage.settled(pretrained) for stage in plan.stages))
 
 
 def open_model(plan: Plan) -> Pretrained:

@@ -18,6 +18,7 @@ class Procedure(ABC):
     """Several trainings instead of one; a frozen dataclass of their options."""
 
     embeds: ClassVar[bool] = False  # whether texts become vectors, which need a pooling of their own; see `start`
+    reads_unlabelled: ClassVar[bool] = False  # whether it learns from texts without labels
 
     def options(self, options: Options) -> Options:
         """The options of the fit, with those that the procedure sets."""

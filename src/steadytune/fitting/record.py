@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.balance import WEIGHT, effective
+from ..data.prepare import fingerprint
 from ..errors import UsageError
 from ..files.atomic import write_json, write_whole, writing
 from ..version import __version__
@@ -24,6 +25,7 @@ from .report_page import HISTORY, INSPECTED, METRICS, MISTAKES, PAGE, PREDICTION
 from .spelling import method_record, procedure_record
 
 if TYPE_CHECKING:
+    from ..data.unlabelled import Unlabelled
     from .fitted_model import FittedModel
     from .plan import Plan
     from .pretrained import Pretrained
@@ -106,6 +108,7 @@ def _record(plan: Plan, pretrained: Pretrained) -> dict[str, Any]:
             "methods": [method_record(method) for method in plan.methods],
             **({} if plan.procedure is None else {"procedure": procedure_record(plan.procedure)}),
             **({"stages": [stage.record() for stage in plan.stages]} if plan.stages else {}),
+            **({} if plan.data.unlabelled is None else {"unlabelled": _without_labels(plan.data.unlabelled)}),
             "kind": plan.data.problem.kind,
             "labels": list(plan.data.problem.names),
             "optimizer": "AdamW (bias-corrected, fused), linear warm-up and decay",
@@ -132,6 +135,16 @@ def _record(plan: Plan, pretrained: Pretrained) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "files": [],
+    }
+
+
+def _without_labels(texts: Unlabelled) -> dict[str, Any]:
+    """Where the texts without labels come from, and by what a resume knows them."""
+    return {
+        "sources": list(texts.origins),
+        "rows": len(texts.rows),
+        "sha256": fingerprint(texts.rows),
+        "left_out": texts.left_out,
     }
 
 

@@ -12,6 +12,7 @@ from ..spelling import as_methods, parse_method
 
 if TYPE_CHECKING:
     from ..core import Method
+    from .pretraining import Pretraining
     from .procedure import Procedure
 
 
@@ -66,3 +67,23 @@ def procedure_record(procedure: Procedure) -> dict[str, Any]:
     names = {cls: name for name, cls in PROCEDURES.items()}
     fields: Any = procedure
     return {"name": names[type(procedure)], "options": dataclasses.asdict(fields)}
+
+
+def make_pretraining(pretrain: str | Pretraining) -> Pretraining:
+    """Training on texts alone from `name:option=value`, or the one given.
+
+    Raises:
+        UsageError: There is no such training.
+    """
+    from .pretraining import PRETRAININGS, Pretraining
+
+    chosen = parse_method(pretrain, PRETRAININGS, "pretrain") if isinstance(pretrain, str) else pretrain
+    if not isinstance(chosen, Pretraining):
+        raise UsageError(f"pretrain must be one of {', '.join(PRETRAININGS)}, got {one_line(repr(chosen), 60)}.")
+    return chosen
+
+
+def pretraining_record(pretrain: str | Pretraining) -> dict[str, Any]:
+    """Name and every option, ready for JSON."""
+    chosen: Any = make_pretraining(pretrain)
+    return {"name": chosen.name, "options": dataclasses.asdict(chosen)}

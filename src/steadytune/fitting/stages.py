@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -19,7 +20,9 @@ from ..core.anatomy import anatomy
 from ..data.tables import Table, keys
 from ..errors import UsageError
 from .options import SEEDS, Options
-from .plan import Plan, make_plan, make_setup, open_model, runs
+from .plan import Plan, Stage, make_plan, make_setup, open_model, runs
+from .pretraining import Pretraining, TextStage
+from .spelling import make_pretraining
 
 if TYPE_CHECKING:
     from ..data.prepare import Data
@@ -53,6 +56,9 @@ class Intermediate:
     plan: Plan
     left_out: int
 
+    name: ClassVar[str] = "aux"
+    reads_unlabelled: ClassVar[bool] = False
+
     @classmethod
     def of(cls, table: Any, name: str, *, model: str, options: Options, fit: Data) -> Intermediate:
         """Check the table.
@@ -78,6 +84,20 @@ class Intermediate:
             raise UsageError(f"{origin}: all of its texts are in the rows of the fit too: give another table.")
         data = dataclasses.replace(plan.data, train=plan.data.train[kept])
         return cls(dataclasses.replace(plan, data=data, steps=plan.options.total_steps(len(data.train))), left_out)
+
+    def settled(self, pretrained: Pretrained) -> Intermediate:
+        """The same stage: any checkpoint can be trained so."""
+        return self
+
+    def with_compact(self, compact: bool) -> Intermediate:
+        """The stage with or without a compact vocabulary."""
+        options = dataclasses.replace(self.plan.options, compact=compact)
+        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, options=options))
+
+    @property
+    def title(self) -> str:
+        """What the stage does, for messages."""
+        return f"{self.plan.steps} steps on {self.plan.data.origins['train']}"
 
     def record(self) -> dict[str, Any]:
         """What decides the moved weights, as JSON."""
@@ -122,11 +142,22 @@ def stages_of(tables: Any, steps: int | None, *, model: str, options: Options, f
     )
 
 
-def after_stages(stages: Sequence[Intermediate], pretrained: Pretrained, checkpoints: Path) -> Pretrained:
+def further(how: str | Pretraining, *, options: Options, fit: Data, save_steps: int, progress: bool) -> TextStage:
+    """The stage for the argument ``pretrain`` of `fit`.
+
+    Raises:
+        UsageError: There is no such training, or too few texts.
+    """
+    return TextStage.of(make_pretraining(how), options=options, fit=fit, save_steps=save_steps, progress=progress)
+
+
+def after_stages(stages: Sequence[Stage], pretrained: Pretrained, checkpoints: Path) -> Pretrained:
     """The pre-trained model with the body that the stages leave, each from where the one before ended."""
-    for i, stage in enumerate(stages):
-        logger.info("first %d steps on %s", stage.plan.steps, stage.plan.data.origins["train"])
-        pretrained = pretrained.moved(stage.body(pretrained, f"aux-{i}", checkpoints))
+    counts: Counter[str] = Counter()
+    for stage in stages:
+        logger.info("first %s", stage.title)
+        pretrained = pretrained.moved(stage.body(pretrained, f"{stage.name}-{counts[stage.name]}", checkpoints))
+        counts[stage.name] += 1
     return pretrained
 
 

@@ -62,6 +62,8 @@ class _Searching:
     def _train(self, table: pd.DataFrame, **settings: Any) -> Any:
         if settings.pop("subgroup") is not None:
             raise UsageError("subgroups are for SteadyClassifier and SteadyRegressor, a search compares all rows.")
+        if "unlabelled" in settings:
+            raise UsageError("unlabelled texts are for SteadyClassifier and SteadyRegressor, a search reads none.")
         del settings["save_steps"]
         self.search_ = search(table, **settings)
         return self.search_.fitted
