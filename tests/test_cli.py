@@ -85,6 +85,21 @@ def test_plan_goes_to_stderr_and_quiet_is_quiet(shell, bert):
     assert shell(*words, *learns, "--output", "b", "--quiet").stderr == ""
 
 
+def test_texts_without_labels_come_from_files_and_from_rows_without_a_label(shell, tmp_path, bert):
+    table = toy(30)
+    table.loc[[2, 5], "label"] = None
+    table.to_csv("gaps.csv", index=False)
+    toy(4, start=300)[["text"]].to_csv("more.csv", index=False)
+    words = ["fit", "gaps.csv", "--text", "text", "--label", "label", "--model", bert, *QUICK]
+    assert "--unlabelled blank" in " ".join(shell(*words, "--output", "out").stderr.split())
+    more = ["--unlabelled", "blank", "--unlabelled", "more.csv", "--pretrain", "simcse:steps=1"]
+    done = shell(*words, "--output", "out", *more)
+    assert done.exit_code == 0, done.output
+    recipe = json.loads((tmp_path / "out" / "steadytune.json").read_text())["recipe"]
+    assert recipe["unlabelled"]["rows"] == 6
+    assert recipe["unlabelled"]["sources"] == ["gaps.csv, rows without a label", "more.csv"]
+
+
 def test_pairs_regression_and_validation_file(shell, tmp_path, bert):
     toy(30, pair=True).to_parquet("pairs.parquet")
     toy(6, pair=True).to_parquet("v.parquet")

@@ -49,7 +49,7 @@ def test_blank_rows_have_no_label_and_the_others_keep_their_numbers(tmp_path):
     numbers = sorted([*found.train.index, *found.tests["validation"].index])
     assert numbers == [i for i in range(40) if i not in (1, 7, 12)]
     assert found.train["text"].tolist() == [f"text {i}" for i in found.train.index]
-    with pytest.raises(UsageError, match="empty in 3 of 40 rows.*--unlabelled blank"):
+    with pytest.raises(UsageError, match=r"empty in 3 of 40 rows.*--unlabelled blank"):
         data(str(tmp_path / "t.csv"))
 
 

@@ -115,3 +115,16 @@ def test_regression_takes_a_column_and_refuses_the_rest(bert):
 def test_a_text_column_may_be_called_label(bert):
     model = SteadyClassifier(bert, **QUICK).fit(pd.DataFrame({"label": X}), Y)
     assert model.classes_.tolist() == ["down", "up"]
+
+
+def test_texts_without_labels_have_the_form_of_x(bert, pairs):
+    options = {"pretrain": "simcse:steps=1"}
+    fitted = SteadyClassifier(bert, **QUICK, options=options).fit(X, Y, unlabelled=["a new film", X[0], "a new play"])
+    assert fitted.result_.output.name == "model"
+    _, frame = pairs
+    more = frame.assign(text="new").iloc[:3]
+    SteadyRegressor(bert, **QUICK, options=options).fit(frame, TOY["score"], unlabelled=more)
+    with pytest.raises(UsageError, match="unlabelled has 1 text columns, X has 2"):
+        SteadyClassifier(bert, **QUICK, options=options).fit(frame, Y, unlabelled=X)
+    with pytest.raises(UsageError, match="'unlabelled', which are told by unlabelled of fit"):
+        SteadyClassifier(bert, **QUICK, options={"unlabelled": X}).fit(X, Y)

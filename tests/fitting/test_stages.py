@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForSequenceClassification, BertModel, TrainerCallback
 
 from bench_helpers import make_root, records, small
 from fit_helpers import same, save_sentence_bert, save_tiny_bert, toy, weights
@@ -130,6 +130,23 @@ def test_interrupted_and_resumed_equals_uninterrupted(bert, tmp_path, monkeypatc
     with pytest.raises(UsageError, match="started otherwise"):
         run(tmp_path / "cut", bert, resume=True, **{**options, "aux": other()})
     run(tmp_path / "cut", bert, resume=True, **options)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_a_resumed_stage_goes_on_with_the_vocabulary_it_began_with(tmp_path, monkeypatch, compact):
+    """Its own is compact or whole, whatever that of the fit is. Naive: the fit's (whole, because of EMA) is asked."""
+    folder = save_tiny_bert(tmp_path / "bert")
+    model = BertModel.from_pretrained(folder)
+    model.resize_token_embeddings(300, mean_resizing=False)
+    model.save_pretrained(folder)
+    options = {"save_steps": 2, "aux": other(), "methods": ["ema"], "probe": False}
+    run(tmp_path / "whole", folder, compact=compact, **options)
+    monkeypatch.setattr(training, "Progress", lambda name: Cut(name, ("aux-0", 3)))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", folder, compact=compact, **{**options, "progress": True})
+    monkeypatch.undo()
+    run(tmp_path / "cut", folder, resume=True, compact=not compact, **options)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 

@@ -436,6 +436,9 @@ class MaskedTrainer(FitTrainer):
         loss = masked_loss(outputs.logits, labels)
         return (loss, outputs) if return_outputs else loss
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Say nothing of tied weights, which a checkpoint holds once."""
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Name the loss as the metric that chooses the step."""
         output: Any = super().evaluation_loop(*args, **kwargs)
