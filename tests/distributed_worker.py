@@ -226,6 +226,10 @@ DDP_RECIPES = {
     "mixup": lambda: [st.WeightMixup(outer=outer_parts, lr=0.05)],
     "mixup_difference": lambda: [st.WeightMixup(outer=outer_parts, lr=0.05, order="difference")],
     "meta_weight_net": lambda: [st.MetaWeightNet(outer=outer_parts, lr=0.05)],
+    "group_weights": lambda: [st.GroupWeights(column=by_length, rho=0.3, every=2, start=0.0, least=1)],
+    "group_weights_floor": lambda: [
+        st.GroupWeights("floor", by_length, share=0.99, every=2, start=0.0, least=1, smoothing=1.0)
+    ],
     "implicit_tune": lambda: [st.ImplicitTune(outer=outer_parts, per="block", start=0.5, terms=2)],
     "penalties": lambda: [st.RDrop(), st.R3F(scale=0.1), st.LNSR(scale=0.2)],
     "beside": lambda: [st.VIBERT(beta=0.1), st.EasyAdapt(2, domain=by_length, drop=0.0), st.Extrapolation(0.5)],

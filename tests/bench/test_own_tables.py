@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -156,6 +157,26 @@ def test_every_form_of_several_labels_gives_the_same_scores(folder):
     assert [spec["label"] for spec in specs] == [["new", "up"], "about"]
     assert "label_separator" not in specs[0]
     assert specs[1]["label_separator"] == ";"
+
+
+def test_records_and_report_have_the_scores_of_subgroups(folder):
+    """Naive: a study of group weights that shows the mean over all rows alone."""
+    about = "{train: reviews.csv, text: review, label: stars, test: {later: later.csv}, subgroup: [stars]}"
+    found = dataclasses.replace(study(about), seeds=(0, 1))
+    run_study(found, "out", workers=0, progress=False)
+    for id, record in records(Path("out")).items():
+        scores = record["sets"]["later"]
+        rows = pd.read_parquet(f"out/predictions/{id}.parquet")
+        right = (rows["label"] == rows["prediction"]).groupby(rows["label"]).mean()
+        assert {name: own["accuracy"] for name, own in scores["subgroups"].items()} == right.to_dict()
+        assert sum(own["rows"] for own in scores["subgroups"].values()) == scores["rows"] == 12
+    page = write_report("out").with_suffix(".md").read_text()
+    _, _, part = page.partition("## Subgroups")
+    lines = [line for line in part.partition("\n## ")[0].splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in lines[-3:]] == ["worst of each run", "down", "up"]
+    worst = np.mean([min(own["accuracy"] for own in record["sets"]["later"]["subgroups"].values())
+                     for record in records(Path("out")).values()])  # fmt: skip
+    assert f"{100 * worst:.1f}" in lines[-3]
 
 
 def test_benchmark_tasks_and_own_tables_stand_in_one_study(folder):

@@ -45,6 +45,35 @@ def test_one_column_names_subgroups_by_its_values_and_several_by_all_of_them():
     assert crossed.tolist()[:2] == ["source=mail, label=down", "source=web, label=up"]
 
 
+def test_length_and_overlap_are_made_of_the_texts_where_no_column_is_called_so():
+    """Ranges are fixed: naive ones, cut at the table's own quantiles, would mean other lengths in another table."""
+    lengths = [1, 8, 9, 16, 17, 128, 129]
+    frame = pd.DataFrame({"text": ["word " * n for n in lengths], "label": ["x"] * 7})
+    assert examples(Table(frame, "t", text=("text",), label="label", subgroup=("length",)))["subgroup"].tolist() == [
+        "0 to 8 words", "0 to 8 words", "9 to 16 words", "9 to 16 words", "17 to 32 words", "65 to 128 words",
+        "above 128 words",
+    ]  # fmt: skip
+    pairs = pd.DataFrame(
+        {"a": ["The dog saw a cat."] * 3, "b": ["a dog", "a dog sat", "it ran, the cow"], "label": [1, 0, 1]}
+    )
+    crossed = Table(pairs, "t", text=("a", "b"), label="label", subgroup=("overlap", "label"))
+    assert examples(crossed)["subgroup"].tolist() == [
+        "overlap=all, label=1", "overlap=half or more, label=0", "overlap=below half, label=1",
+    ]  # fmt: skip
+    own = Table(pairs.assign(length=["x", "y", "x"]), "t", text=("a", "b"), label="label", subgroup=("length",))
+    assert examples(own)["subgroup"].tolist() == ["x", "y", "x"]
+    with pytest.raises(UsageError, match="overlap is of pairs of texts, the rows have one text"):
+        examples(Table(frame, "t", text=("text",), label="label", subgroup=("overlap",)))
+
+
+def test_a_test_table_has_lengths_too(bert, tmp_path):
+    result = fit(table(), model=bert, output=tmp_path / "o", tests={"test": toy(12, start=100)}, subgroup="length",
+                 **QUICK, **COLUMNS)  # fmt: skip
+    assert set(result.metrics["test"]["subgroups"]) == {"0 to 8 words"}
+    again = FittedModel.load(result.output).evaluate(toy(12, start=100))
+    assert again["subgroups"] == result.metrics["test"]["subgroups"]
+
+
 def test_a_column_of_subgroups_is_neither_text_nor_label():
     """Naive: a column with few values beside an unknown label is a second candidate for it."""
     frame = table(40).rename(columns={"label": "verdict"}).drop(columns="score")

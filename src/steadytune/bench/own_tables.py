@@ -42,7 +42,8 @@ class OwnTables:
         label: The label column, found in the same way; or one column of 0 and 1 for each class.
         label_separator: Text between several labels in one cell.
         group: Column of groups; rows of one group stay in one fold.
-        subgroup: Column, or columns, that name the subgroup of each row, which methods read.
+        subgroup: Column, or columns, that name the subgroup of each row, or ``length`` or ``overlap``; each is scored,
+            and methods read it.
         kind: Kind of task; decided from the labels by default.
         metric: Metric of the task; by default the first of its kind.
         folds: Number of folds of the cross-validation; by default 5, or 10 below 200 rows. The run with seed s holds

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -16,6 +16,7 @@ from ..config import Rule, checked
 from ..errors import UsageError, one_line
 
 FORMAT = 1
+SUBGROUPS = "subgroups"  # entry of a set with the scores of each of its subgroups, where rows have subgroups
 FOLDER, STUDY, PLANNED = "records", "study.yaml", "planned.json"
 
 Finite = Annotated[float, Rule("a finite number or null", allow_inf_nan=False)]
@@ -53,6 +54,7 @@ class _Set:
     domain: Literal["in", "out", "select"]
     rows: int
     baseline: Finite | None
+    subgroups: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -132,7 +134,9 @@ def _read(file: Path) -> dict[str, Any]:
     for part in ("cost", "training"):
         _check_numbers(part, record[part] or {}, ("curve", "failing"))
     for name, scores in record["sets"].items():
-        _check_numbers(f"sets.{name}", scores, ("domain",))
+        _check_numbers(f"sets.{name}", scores, ("domain", SUBGROUPS))
+        for part, own in scores.get(SUBGROUPS, {}).items():
+            _check_numbers(f"sets.{name}.{SUBGROUPS}.{part}", own, ())
     return record
 
 

@@ -23,6 +23,7 @@ import pandas as pd
 
 from ..data.prepare import Data
 from ..data.problem import Problem
+from ..data.scores import subgroups_of
 from ..data.tables import Table
 from ..errors import UsageError
 from ..fitting import plan as planning
@@ -31,11 +32,13 @@ from ..fitting.options import SEEDS, STOCK
 from ..fitting.record import storable
 from ..tasks import find, load
 from ..version import __version__
+from .records import SUBGROUPS
 from .spec import FORMAT, Trial
 from .store import Store
 
 if TYPE_CHECKING:
     from ..fitting.fit_trainer import Trained
+    from ..fitting.fitted_model import FittedModel
 
 TEST_ROWS_SEED = 0  # which rows of a test set are used is the same for every run
 
@@ -118,7 +121,10 @@ def execute(run: Trial, folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     record = {
         **_header(run, "done"),
         "error": None,
-        "sets": {name: {**_about(name, run, plan.data, predictions), **s} for name, s in scores.items()},
+        "sets": {
+            name: {**_about(name, run, plan.data, predictions), **s, **_by_subgroup(model, name, plan.data, answered)}
+            for name, s in scores.items()
+        },
         "training": _training(trained, plan),
         "cost": {
             "seconds": time.perf_counter() - started,
@@ -241,6 +247,22 @@ def _about(name: str, run: Trial, data: Data, predictions: pd.DataFrame) -> dict
         outside = name in run.own.out_of_domain
     domain = "select" if name == "validation" else "out" if outside else "in"
     return {"domain": domain, "baseline": _baseline(data.tests[name], data, name, run.spec["metric"])}
+
+
+def _by_subgroup(
+    model: FittedModel, name: str, data: Data, answered: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, Any]]:
+    """Scores of each subgroup of a set, by its name; nothing for rows without subgroups."""
+    rows = data.tests[name]
+    if (parts := subgroups_of(rows)) is None:
+        return {}
+    coarser = data.coarser.get(name)
+    return {
+        SUBGROUPS: {
+            str(part): model.judge(rows[parts == part], answered[name][parts == part], coarser)[1]
+            for part in sorted(set(parts))
+        }
+    }
 
 
 def _baseline(rows: pd.DataFrame, data: Data, name: str, metric: str) -> float | None:

@@ -49,7 +49,10 @@ def fit(
     ] = None,
     subgroup: Annotated[
         list[str] | None,
-        option(INPUT, "Column of subgroups, such as a source: each is scored, and methods read it. Repeatable."),
+        option(
+            INPUT,
+            "Column of subgroups, such as a source; or length, or overlap (of a pair). Each is scored. Repeatable.",
+        ),
     ] = None,
     kind: Annotated[str, option(INPUT, "auto, classification, multilabel or regression.")] = "auto",
     metric: Annotated[str | None, option(INPUT, "Metric used for selection and shown first.")] = None,

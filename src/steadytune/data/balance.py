@@ -17,7 +17,6 @@ torch here.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +25,7 @@ import pandas as pd
 
 from ..errors import UsageError
 from .problem import Problem
+from .tables import overlap_of, words
 
 LEAST = 20  # rows with an attribute; fewer say little
 GAP = 0.3  # difference of the shares of a class that is worth a line
@@ -36,7 +36,6 @@ WEIGHT = "weight"  # column of training rows: their weights in the loss
 MOST = 10.0  # largest weight of a row
 RIDGES = np.logspace(-6, 2, 9)  # slack of the constraints; the first that keeps weights below MOST is taken
 NEGATION = r"\b(?:not|no|never|nor|none|nobody|nothing|nowhere|without|cannot)\b|n't\b|n’t\b"
-WORD = re.compile(r"\w+(?:['’]\w+)*")
 
 
 @dataclass(frozen=True)
@@ -175,22 +174,22 @@ class Attribute:
 def _attributes(rows: pd.DataFrame) -> Iterator[Attribute]:
     """Every attribute of the rows; words in fewer than LEAST rows are left out."""
     texts = [column for column in ("text", "text_pair") if column in rows]
-    words = [[_words(text) for text in rows[column]] for column in texts]
-    for column, own in zip(texts, words, strict=True):
+    said = [[words(text) for text in rows[column]] for column in texts]
+    for column, own in zip(texts, said, strict=True):
         which = "" if len(texts) == 1 else f" of {column}"
         lengths = np.array([len(row) for row in own])
         yield Attribute("length", f"length{which} above {np.median(lengths):g} words", lengths > np.median(lengths))
         denied = rows[column].str.contains(NEGATION, case=False).to_numpy(dtype=bool)
         yield Attribute("negation", f"negation{which}", denied)
     if len(texts) == 2:
-        overlap = np.array([len({*a} & {*b}) / max(len({*b}), 1) for a, b in zip(*words, strict=True)])
+        overlap = np.array([overlap_of(a, b) for a, b in zip(*said, strict=True)])
         middle = float(np.median(overlap))
         yield Attribute("overlap", f"overlap of the texts above {middle:.0%} of the second", overlap > middle)
     if "subgroup" in rows:
         for name in sorted(set(rows["subgroup"])):
             yield Attribute("subgroup", f"subgroup {name!r}", (rows["subgroup"] == name).to_numpy())
     having: dict[str, list[int]] = {}
-    for i, parts in enumerate(zip(*words, strict=True)):
+    for i, parts in enumerate(zip(*said, strict=True)):
         for word in {word for part in parts for word in part}:
             having.setdefault(word, []).append(i)
     for word, places in having.items():
@@ -198,7 +197,3 @@ def _attributes(rows: pd.DataFrame) -> Iterator[Attribute]:
             has = np.zeros(len(rows), dtype=bool)
             has[places] = True
             yield Attribute(word, repr(word), has, word=True)
-
-
-def _words(text: str) -> list[str]:
-    return WORD.findall(text.lower())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import logging
 import re
@@ -43,6 +44,9 @@ TEXTS = (
 )
 
 
+WORD = re.compile(r"\w+(?:['’]\w+)*")
+MEASURES = ("length", "overlap")  # names of subgroups that are made of the texts, where no column is called so
+LENGTHS = (8, 16, 32, 64, 128)  # largest number of words of each range of lengths
 UNNAMED = re.compile(r"column \d+")  # what a column is called that the header leaves without a name
 
 
@@ -258,9 +262,9 @@ def _like_label(column: pd.Series) -> bool:
 def _follow(table: Table, train: Table) -> Table:
     """A test table that takes from the training table which columns to read, unless it says so itself."""
     group = train.group if train.group in table.frame.columns else None
-    subgroup = train.subgroup if {*train.subgroup} <= {*table.frame.columns} else ()
-    if len(subgroup) < len(train.subgroup):
-        missing = next(column for column in train.subgroup if column not in table.frame.columns)
+    missing = missing_subgroup(table.frame, train.subgroup)
+    subgroup = train.subgroup if missing is None else ()
+    if missing is not None:
         logger.info("%s: no column %r, so that its subgroups are not scored", table.origin, missing)
     return dataclasses.replace(
         table,
@@ -270,6 +274,11 @@ def _follow(table: Table, train: Table) -> Table:
         subgroup=table.subgroup or subgroup,
         label_separator=table.label_separator or train.label_separator,
     )
+
+
+def missing_subgroup(frame: pd.DataFrame, subgroup: Sequence[str]) -> str | None:
+    """The first of the columns of subgroups that a table lacks, and whose values are not made of its texts."""
+    return next((column for column in subgroup if column not in {*frame.columns, *MEASURES}), None)
 
 
 def texts(table: Table) -> pd.DataFrame:
@@ -328,12 +337,16 @@ def _subgroups(table: Table, text: Sequence[str]) -> list[str]:
         UsageError: An unknown column, a text column, empty cells, or too many subgroups.
     """
     columns = table.subgroup
+    values = []
     for column in columns:
         if column in text:
             raise UsageError(f"subgroup and text must be different columns, got {column!r} for both.")
+        if column in MEASURES and column not in table.frame.columns:
+            values.append(_measured(table, column, text))
+            continue
         _check_column(table, column, "subgroup")
         refuse(is_empty(table.frame[column]), f"subgroup column {column!r}", "empty", table.origin)
-    values = [[label_name(value) for value in table.frame[column]] for column in columns]
+        values.append([label_name(value) for value in table.frame[column]])
     if len(columns) > 1:
         values = [[f"{column}={value}" for value in own] for column, own in zip(columns, values, strict=True)]
     names = [", ".join(parts) for parts in zip(*values, strict=True)]
@@ -343,6 +356,39 @@ def _subgroups(table: Table, text: Sequence[str]) -> list[str]:
             f"than {MOST_SUBGROUPS}: name a column with few values, or cut its numbers into ranges."
         )
     return names
+
+
+def _measured(table: Table, measure: str, text: Sequence[str]) -> list[str]:
+    """Subgroup of each row by the length of its texts, or by the overlap of a pair. Ranges are the same in all tables.
+
+    Raises:
+        UsageError: The overlap of one text.
+    """
+    said = [[words(str(cell)) for cell in table.frame[column]] for column in text]
+    if measure == "length":
+        return [_range(sum(map(len, parts))) for parts in zip(*said, strict=True)]
+    if len(said) < 2:
+        raise UsageError(f"subgroup overlap is of pairs of texts, the rows have one text ({text[0]!r}): leave it out.")
+    shares = [overlap_of(first, second) for first, second in zip(*said, strict=True)]
+    return ["all" if share == 1 else "half or more" if share >= 0.5 else "below half" for share in shares]
+
+
+def _range(count: int) -> str:
+    """The range of a number of words, as in "9 to 16 words"."""
+    place = bisect.bisect_left(LENGTHS, count)
+    if place == len(LENGTHS):
+        return f"above {LENGTHS[-1]} words"
+    return f"{LENGTHS[place - 1] + 1 if place else 0} to {LENGTHS[place]} words"
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case."""
+    return WORD.findall(text.lower())
+
+
+def overlap_of(first: Sequence[str], second: Sequence[str]) -> float:
+    """Share of the different words of the second text that are in the first one too."""
+    return len({*first} & {*second}) / max(len({*second}), 1)
 
 
 def keys(rows: pd.DataFrame) -> list[tuple[str, ...]]:

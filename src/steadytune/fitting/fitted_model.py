@@ -17,7 +17,7 @@ from ..data.forms import Label, as_label, form_of
 from ..data.guards import truncated
 from ..data.problem import Problem
 from ..data.scores import full_scores, subgroups_of
-from ..data.tables import Table, examples, texts
+from ..data.tables import Table, examples, missing_subgroup, texts
 from ..errors import UsageError, one_line
 from .encoding import check_vocabulary, token_counts, tokenise
 from .folder import MEMBERS, read_record
@@ -204,7 +204,7 @@ class FittedModel:
             UsageError: Unreadable tables, unknown labels.
         """
         table = Table.of(rows, self.text, self.label, "given", label_separator=self.label_separator)
-        if {*self.subgroup} <= {*table.frame.columns}:
+        if missing_subgroup(table.frame, self.subgroup) is None:
             table = dataclasses.replace(table, subgroup=table.subgroup or self.subgroup)
         rows = examples(table)
         checked = rows.assign(label=self.problem.encode(rows, table))

@@ -87,8 +87,9 @@ def fit(
             one label, or a list of labels.
         group: Column of groups; rows of one group stay on one side of each split.
         subgroup: Column, or columns, whose values name the subgroup of each row, such as its source; the label column
-            may be among them. Every subgroup is scored on its own, and the methods `GroupWeights` and `EasyAdapt` read
-            it.
+            may be among them. ``"length"`` and ``"overlap"`` need no column: they are ranges of the number of words,
+            and of the share of a pair's second text that is in the first. Every subgroup is scored on its own, and the
+            methods `GroupWeights` and `EasyAdapt` read it.
         methods: Methods, or their names with options (``"dps_dense:keep=0.7"``). They run in list order.
         procedure: Several trainings instead of one: ``"mixup-blo:folds=5"``, or ``"contrastive"``, which
             trains the encoder on pairs of the rows before its head; see `fitting.procedures`.

@@ -17,6 +17,7 @@ import pandas as pd
 
 from ...data.metrics import smaller_is_better
 from ...errors import UsageError, suggest
+from ..records import SUBGROUPS
 from ..stats import (
     Comparison,
     Steadiness,
@@ -65,6 +66,27 @@ def long_form(records: Sequence[Mapping[str, Any]], metric: str | None = None) -
     return frame
 
 
+def by_subgroup(records: Sequence[Mapping[str, Any]], runs: pd.DataFrame) -> pd.DataFrame:
+    """One row for each run, set and subgroup, with the score of the report; empty without subgroups.
+
+    Args:
+        records: As `read_records` gives them.
+        runs: As `long_form` gives them.
+    """
+    rows = [
+        {"id": record["id"], "set": name, "subgroup": part, **own}
+        for record in records
+        for name, scores in record["sets"].items()
+        for part, own in scores.get(SUBGROUPS, {}).items()
+    ]
+    if not rows:
+        return pd.DataFrame()
+    about = runs.loc[runs["used"], ["id", "set", "domain", "recipe", "metric", *CONDITION]]
+    frame = pd.DataFrame(rows).merge(about, on=["id", "set"])
+    names = sorted({*frame.columns} & {*frame["metric"]})
+    return frame.assign(score=_named_score(frame, frame["metric"], names))
+
+
 def _named_score(frame: pd.DataFrame, wanted: pd.Series, names: Sequence[str]) -> pd.Series:
     """The metric of each row that ``wanted`` names."""
     named = pd.Series(math.nan, frame.index)
@@ -85,7 +107,7 @@ _NUMBERS = (
     "rows",
     "baseline",
 )
-_NOT_SCORES = {"domain", "rows", "baseline"}
+_NOT_SCORES = {"domain", "rows", "baseline", SUBGROUPS}
 
 
 def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -108,7 +130,7 @@ def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     }
     empty = {"set": None, "domain": None, "rows": math.nan, "baseline": math.nan}
     for name, scores in record["sets"].items():
-        yield {**run, **empty, "set": name, **scores}
+        yield {**run, **empty, "set": name, **{key: value for key, value in scores.items() if key != SUBGROUPS}}
     if not record["sets"]:
         yield {**run, **empty}
 

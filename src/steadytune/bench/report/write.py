@@ -32,6 +32,7 @@ POINTS = ("mean", "sd", "iqm", "median", "min", "max")
 FIRST = 3  # number of runs to do that are named
 LOSSES = ("failed", "missing", "undefined", "collapsed")
 OUTLIER = 3  # the axis leaves out ends of intervals this many times as far out as most others
+WORST = "worst of each run"  # line of the subgroup with the lowest score of each run
 FEW = 6  # with fewer pairs, p of the sign-flip test cannot fall below 0.05
 
 
@@ -58,6 +59,7 @@ class Bench:
         self.to_do = [title for id, title in planned(folder).items() if id not in done]
         self.superseded = tables.superseded(self.records)
         self.runs = tables.long_form(self.records, metric)
+        self.parts = tables.by_subgroup(self.records, self.runs)
         self.scores = self._ordered(tables.per_run(self.runs))
         self.models, self.tasks, self.settings = (self._names(name) for name in tables.CONDITION)
         self.recipes = tables.in_order(self.scores["recipe"], self.study)
@@ -154,6 +156,7 @@ def make_sections(bench: Bench) -> list[Section]:
     parts: dict[str, Callable[[Bench], Iterator[Block]]] = {
         "What was run": _overview,
         "Scores": _scores,
+        "Subgroups": _subgroups,
         "Gains over the baseline": _gains,
         "Steadiness": _steadiness,
         "Figures": _figures,
@@ -344,31 +347,57 @@ def _every_set(bench: Bench) -> Iterator[Grid]:
         sets = beyond[(beyond["model"] == model) & (beyond["task"] == task)]
         if sets["set"].nunique() < 2:
             continue
-        factor, digits = unit(sets["metric"].iloc[0])
-        by_set = sets.groupby(["setting", "set", "recipe"])["score"].agg(["count", "mean", "std"])
-        cells = {
-            key: Cell(
-                number(row["mean"] * factor, digits)
-                + (f" ± {number(row['std'] * factor, digits)}" if row["count"] > 1 else ""),
-                (f"n = {row['count']:.0f}",),
-            )
-            for key, row in by_set.iterrows()
-        }
-        none = Cell(NONE, ("n = 0",))
-        groups = [
-            (
-                setting,
-                [[name, *(cells.get((setting, name, recipe), none) for recipe in bench.recipes)]
-                 for name in sorted(sets["set"].unique())],
-            )
-            for setting in bench.settings
-            if setting in set(sets["setting"])
-        ]  # fmt: skip
         yield Grid(
             caption=f"{bench.titled(f'Every out-of-domain set of {task}', model)}: mean ± standard deviation",
             head=["set", *bench.recipes],
-            groups=groups,
+            groups=_means(bench, sets, "set"),
         )
+
+
+def _subgroups(bench: Bench) -> Iterator[Grid]:
+    """Scores of each subgroup, and of the worst one of each run."""
+    if bench.parts.empty:
+        return
+    for model, task in itertools.product(bench.models, bench.tasks):
+        parts = bench.parts[(bench.parts["model"] == model) & (bench.parts["task"] == task)]
+        for name in parts["set"].unique():
+            rows = parts[parts["set"] == name]
+            smaller = smaller_is_better(rows["metric"].iloc[0])
+            worst = rows.groupby(["id", "setting", "recipe", "metric"], as_index=False)["score"]
+            worst = (worst.max() if smaller else worst.min()).assign(subgroup=WORST)
+            yield Grid(
+                caption=f"{bench.titled(f'Subgroups of {name} of {task}', model)}: mean ± standard deviation over runs",
+                head=["subgroup", *bench.recipes],
+                groups=_means(bench, pd.concat([worst, rows]), "subgroup"),
+                note="The worst subgroup is that of each run. Of noisy scores the worst one is low by chance too.",
+            )
+
+
+def _means(bench: Bench, frame: pd.DataFrame, column: str) -> list[tuple[str, list[list[Any]]]]:
+    """Mean and spread over runs, a group of lines for each setting, a line for each value of the column.
+
+    Args:
+        bench: The bench.
+        frame: Scores of one model and task.
+        column: What tells the lines apart.
+    """
+    factor, digits = unit(frame["metric"].iloc[0])
+    found = frame.groupby(["setting", column, "recipe"])["score"].agg(["count", "mean", "std"])
+    cells = {
+        key: Cell(
+            number(row["mean"] * factor, digits)
+            + (f" ± {number(row['std'] * factor, digits)}" if row["count"] > 1 else ""),
+            (f"n = {row['count']:.0f}",),
+        )
+        for key, row in found.iterrows()
+    }
+    none = Cell(NONE, ("n = 0",))
+    lines = sorted(frame[column].unique(), key=lambda name: (name != WORST, name))
+    return [
+        (setting, [[name, *(cells.get((setting, name, recipe), none) for recipe in bench.recipes)] for name in lines])
+        for setting in bench.settings
+        if setting in set(frame["setting"])
+    ]
 
 
 def _detailed(bench: Bench, domain: str) -> Grid:
