@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .fitting.estimators import SteadyClassifier as SteadyClassifier
     from .fitting.estimators import SteadyRegressor as SteadyRegressor
     from .fitting.fitted_model import FittedModel as FittedModel
+    from .fitting.inference_cost import InferenceCost as InferenceCost
+    from .fitting.inference_cost import inference_cost as inference_cost
     from .fitting.inspection import Inspected as Inspected
     from .fitting.inspection import inspect_labels as inspect_labels
     from .fitting.probing import Probed as Probed
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from .methods import *  # noqa: F403
     from .methods.adapters import load_adapters as load_adapters
     from .methods.adapters import save_adapters as save_adapters
+    from .methods.levi import load_levi as load_levi
+    from .methods.levi import save_levi as save_levi
     from .methods.smart import BregmanProximal as BregmanProximal
     from .searching import LearningCurve as LearningCurve
     from .searching import SearchResult as SearchResult
@@ -45,10 +49,12 @@ _HOMES = {
     "fitting": ("FitResult", "dry_run", "fit"),
     "fitting.estimators": ("SteadyClassifier", "SteadyRegressor"),
     "fitting.fitted_model": ("FittedModel",),
+    "fitting.inference_cost": ("InferenceCost", "inference_cost"),
     "fitting.inspection": ("Inspected", "inspect_labels"),
     "fitting.probing": ("Probed", "probe"),
     "methods": tuple(METHODS.classes),
     "methods.adapters": ("load_adapters", "save_adapters"),
+    "methods.levi": ("load_levi", "save_levi"),
     "methods.smart": ("BregmanProximal",),
     "searching": ("LearningCurve", "SearchResult", "curve", "search"),
     "searching.estimators": ("SteadySearchClassifier", "SteadySearchRegressor"),

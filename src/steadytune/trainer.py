@@ -21,6 +21,7 @@ from .core import WEIGHT_VERBS, Method, Run, bare, overrides, shards
 from .files import state
 from .methods import METHODS, ClipNorm
 from .methods.adapters import adapter_size, save_adapters
+from .methods.levi import has_levi, hide_config
 from .spelling import as_methods
 from .vocabulary import expect_whole, vocabulary_of
 
@@ -43,8 +44,8 @@ class Trainer(transformers.Trainer):
         **kwargs: Arguments of `transformers.Trainer`.
 
     Checkpoints gain one file, ``steadytune.safetensors``; their model files are plain and hold the evaluated weights
-    (with `Adapters` no plain model exists: ``adapters.safetensors`` is for `load_adapters`, and there is no
-    ``config.json``).
+    (with `Adapters` and `LEVI` no plain model exists: ``adapters.safetensors`` is for `load_adapters`, ``levi.json``
+    for `load_levi`, and there is no ``config.json``).
     The loss is scaled right under gradient accumulation for every model, also where the stock Trainer multiplies
     gradients by the number of accumulation steps or of devices (a model that takes ``num_items_in_batch`` and ignores
     it): the first batch that can tell decides, and the checkpoints remember.
@@ -372,7 +373,10 @@ class Trainer(transformers.Trainer):
         return Path(folder, SIDE_FILE.replace(".", f"{rank}.", 1))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, and in checkpoints the methods' state. A model is saved plain, unless it has `Adapters`."""
+        """Save the model, and in checkpoints the methods' state.
+
+        A model is saved plain, unless it has `Adapters` or `LEVI`.
+        """
         now = self.args.max_grad_norm
         self.args.max_grad_norm = now if self._taken_norm is None else self._taken_norm  # args are saved as given
         try:
@@ -380,8 +384,10 @@ class Trainer(transformers.Trainer):
         finally:
             self.args.max_grad_norm = now
         assert self.model is not None
-        if self.args.should_save and adapter_size(self.model) is not None:
-            folder = Path(output_dir or self.args.output_dir or "")
+        folder = Path(output_dir or self.args.output_dir or "")
+        if self.args.should_save and has_levi(self.model):
+            hide_config(folder, self.model)
+        elif self.args.should_save and adapter_size(self.model) is not None:
             save_adapters(folder, self.model)
             (folder / "config.json").unlink(missing_ok=True)  # read as a model, it would be one without its adapters
         if output_dir is None or not os.path.basename(output_dir).startswith(PREFIX_CHECKPOINT_DIR):

@@ -48,6 +48,7 @@ from steadytune import (
     FGM,
     L2SP,
     LAWA,
+    LEVI,
     LLRD,
     LNSR,
     METHODS,
@@ -95,6 +96,7 @@ from steadytune import (
     Trainer,
     WeightMixup,
     load_adapters,
+    load_levi,
     only,
 )
 from steadytune.core import Method, Weight, overrides
@@ -151,12 +153,13 @@ class Row:
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-NO_BODY = dict.fromkeys(("bitfit", "adapters"), "finds no pre-trained trainable")  # linear weights of the body
+NO_BODY = dict.fromkeys(("bitfit", "adapters", "levi"), "finds no pre-trained trainable")  # linear weights of the body
+NO_LEVI = {"levi": "finds no (pre-trained )?trainable weight"}  # of the body, all of which LEVI freezes
 NO_MATRICES = "MaskTraining finds no pre-trained trainable matrix"
 FREEZING = {"mask_training": "which a later method froze"}
 DRAWN = "ReInit draws 'bert.*frozen"
 SINGLE: dict[str, Row] = {
-    "pooling": Row([Pooling()], plain=False, draws=False, tokens=False),
+    "pooling": Row([Pooling()], plain=False, draws=False, tokens=False, refused={"levi": "cannot be bypassed"}),
     "head_init": Row([Pooling(how="cls"), HeadInit()], plain=False, draws=False, trainer=True, tokens=False),
     "dps_dense": Row([DPSDense(**DPS)], draws=False),
     "dps_dense_frozen": Row([DPSDense(frozen=True, **DPS)], draws=False, trainer=True),
@@ -164,19 +167,19 @@ SINGLE: dict[str, Row] = {
     "dps_mix": Row([DPSMix(**DPS)], trainer=True, refused=NO_BODY),
     "dps_mix_authors": Row([DPSMix(rescale_gradient=False, frequency_penalty="on", frozen=True, **DPS)]),
     "child_tuning_f": Row([ChildTuningF(keep=0.5)]),
-    "child_tuning_d": Row([ChildTuningD(keep=0.3)], passes=True, trainer=True),
+    "child_tuning_d": Row([ChildTuningD(keep=0.3)], passes=True, trainer=True, refused=NO_LEVI),
     "child_tuning_d_example": Row([ChildTuningD(keep=0.3, per="example", clip=1.0, scope="linear", frozen=True)]),
-    "rose_first": Row([ROSEFirst(keep=0.5)], plain=False),
+    "rose_first": Row([ROSEFirst(keep=0.5)], plain=False, refused=NO_LEVI),
     "rose_first_element": Row([ROSEFirst(keep=0.5, granularity="element", update="authors")], plain=False),
-    "rose_second": Row([ROSESecond(keep=0.5)], draws=False, moments=True, trainer=True),
+    "rose_second": Row([ROSESecond(keep=0.5)], draws=False, moments=True, trainer=True, refused=NO_LEVI),
     "rose_second_authors": Row([ROSESecond(keep=0.5, score="authors", update="authors")], draws=False, moments=True),
     "rose_second_element": Row([ROSESecond(keep=0.5, granularity="element")], draws=False, moments=True),
-    "rose_ensemble": Row([ROSEEnsemble(keep=0.5, gamma=0.3)], plain=False, moments=True),
-    "bi_drop": Row([BiDrop(keep=0.5)], plain=False),
+    "rose_ensemble": Row([ROSEEnsemble(keep=0.5, gamma=0.3)], plain=False, moments=True, refused=NO_LEVI),
+    "bi_drop": Row([BiDrop(keep=0.5)], plain=False, refused=NO_LEVI),
     "sift": Row(
         [SIFT(keep=0.05, batches=2, scope="linear")],
         passes=True,
-        refused={"bitfit": "SIFT finds no weight in scope 'linear' but the head's"},
+        refused=dict.fromkeys(("bitfit", "levi"), "SIFT finds no weight in scope 'linear' but the head's"),
     ),
     "sift_many": Row([SIFT(keep=0.2, batches=2, scope="linear")]),
     "mixout": Row([Mixout(keep=0.7)], trainer=True, refused=NO_BODY),
@@ -206,11 +209,11 @@ SINGLE: dict[str, Row] = {
     "weight_mixup": Row([WeightMixup(outer=outer_batches, lr=0.05)], trainer=True, refused=NO_BODY),
     "weight_mixup_difference": Row([WeightMixup(outer=outer_batches, lr=0.05, order="difference", convex=False)]),
     "meta_weight_net": Row([MetaWeightNet(outer=outer_batches, lr=0.05)], plain=False, trainer=True, tokens=False),
-    "implicit_tune": Row([ImplicitTune(outer=outer_batches, start=0.5)]),
+    "implicit_tune": Row([ImplicitTune(outer=outer_batches, start=0.5)], refused=NO_LEVI),
     "implicit_tune_neumann": Row([ImplicitTune(outer=outer_batches, toward="zero", per="block", start=0.5, terms=3)]),
-    "l2sp": Row([L2SP(alpha=0.5)], draws=False),
+    "l2sp": Row([L2SP(alpha=0.5)], draws=False, refused=NO_LEVI),
     "l2sp_coupled": Row([L2SP(alpha=0.5, decoupled=False, replace_decay=False)], draws=False),
-    "recadam": Row([RecAdam(gamma=3.0, t0=0.4, k=10.0)], draws=False, trainer=True),
+    "recadam": Row([RecAdam(gamma=3.0, t0=0.4, k=10.0)], draws=False, trainer=True, refused=NO_LEVI),
     "recadam_linear": Row(
         [RecAdam(gamma=3.0, t0=6.0, unit="steps", schedule="linear", replace_decay=False)], draws=False
     ),
@@ -221,20 +224,33 @@ SINGLE: dict[str, Row] = {
     "ema": Row([EMA(decay=0.8)], draws=False, trainer=True),
     "swa": Row([SWA(start=0.25, every=2)], draws=False),
     "lawa": Row([LAWA(last=2, every=1)], draws=False, trainer=True),
-    "re_init": Row([ReInit()], refused=dict.fromkeys(("bitfit", "adapters", "mask_training"), DRAWN)),
+    "re_init": Row([ReInit()], refused=dict.fromkeys(("bitfit", "adapters", "levi", "mask_training"), DRAWN)),
     "top_layers": Row([TopLayers(blocks=1)], plain=False, draws=False, refused=FREEZING),
-    "bitfit": Row([BitFit()], plain=False, draws=False, tokens=False, refused={"re_init": DRAWN, **FREEZING}),
+    "bitfit": Row(
+        [BitFit()],
+        plain=False,
+        draws=False,
+        tokens=False,
+        refused={"re_init": DRAWN, **FREEZING},
+    ),
     "adapters": Row(
         [Adapters(size=4)],
         plain=False,
         trainer=True,
         refused={"re_init": DRAWN, "adapters": "has adapters already", **FREEZING},
     ),
+    "levi": Row(
+        [LEVI(dropout=0.0)],
+        plain=False,
+        trainer=True,
+        tokens=False,
+        refused={"re_init": DRAWN, "pooling": "leave Pooling out", "levi": "has LEVI already", **FREEZING},
+    ),
     "mask_training": Row(
         [MaskTraining(keep=0.7, lr=0.05, every=1)],
         plain=False,
         trainer=True,
-        refused={"re_init": DRAWN, "bitfit": NO_MATRICES, "adapters": NO_MATRICES},
+        refused={"re_init": DRAWN, **dict.fromkeys(("bitfit", "adapters", "levi"), NO_MATRICES)},
     ),
     "llrd": Row([LLRD(decay=0.5)], draws=False, trainer=True),
 }
@@ -265,6 +281,11 @@ COMBINED: dict[str, Row] = {
     ),
 }
 ROWS = {**SINGLE, **COMBINED}
+# What reads a checkpoint of methods whose result is no plain model.
+READERS: dict[str, Callable[[Any], Any]] = {
+    "adapters": lambda folder: load_adapters(folder, bert()),
+    "levi": load_levi,
+}
 RECIPES = {name: row.recipe for name, row in ROWS.items()}
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 
@@ -515,10 +536,7 @@ def test_resumed_is_uninterrupted_bitwise_in_the_trainer(name, tmp_path):
         checkpoint = str(tmp_path / f"checkpoint-{step}")
         trainer.train(resume_from_checkpoint=checkpoint)
         assert_same(everything(trainer), everything(whole))
-        if name == "adapters":
-            held = load_adapters(checkpoint, bert())
-        else:
-            held = AutoModelForSequenceClassification.from_pretrained(checkpoint)
+        held = READERS.get(name, AutoModelForSequenceClassification.from_pretrained)(checkpoint)
         assert differs(copied(held), copied(whole.model))
 
 
@@ -646,10 +664,10 @@ def test_a_checkpoint_of_any_step_is_plain_and_gives_the_evaluated_logits(name, 
     assert len(seen) == len(saved)
     for step, logits in zip(saved, seen, strict=True):
         folder = tmp_path / f"checkpoint-{step}"
-        if name == "adapters":  # no plain model has these outputs: none can be read
+        if name in READERS:  # no plain model has these outputs: none can be read
             with pytest.raises((OSError, ValueError), match="config"):
                 AutoModelForSequenceClassification.from_pretrained(folder)
-            model = load_adapters(folder, bert())
+            model = READERS[name](folder)
         else:
             model, report = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
             assert not any(report.values()), report

@@ -100,9 +100,14 @@ def _head(record: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], m
 
 def _library(recipe: Mapping[str, Any]) -> str:
     """What loads the folder."""
-    if _is_ensemble(recipe) or any(method["name"] == "adapters" for method in recipe["methods"]):
+    if _is_ensemble(recipe) or {"adapters", "levi"} & _methods(recipe):
         return "steadytune"
     return "peft" if recipe.get("peft") in ("prefix", "prompt") else "transformers"
+
+
+def _methods(recipe: Mapping[str, Any]) -> set[str]:
+    """Names of the methods."""
+    return {method["name"] for method in recipe["methods"]}
 
 
 def _is_ensemble(recipe: Mapping[str, Any]) -> bool:
@@ -212,7 +217,9 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
         )
     if recipe.get("peft"):
         yield f"- adapters of PEFT: {recipe['peft']}"
-    if (library := _library(recipe)) != "transformers" and not _is_ensemble(recipe):
+    if "levi" in _methods(recipe):
+        yield "- this is two networks, the base model and a small one trained beside it; only steadytune loads both"
+    elif (library := _library(recipe)) != "transformers" and not _is_ensemble(recipe):
         yield f"- this folder holds what was added to the base model, no model of its own: {library} joins them"
     for stage in recipe.get("stages", ()):
         if "kind" not in stage:

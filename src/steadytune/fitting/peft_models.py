@@ -15,6 +15,8 @@ from ..core.anatomy import anatomy
 from ..errors import UsageError, one_line
 from ..methods.adapters import FILE as ADAPTERS
 from ..methods.adapters import adapter_size, load_adapters, save_adapters
+from ..methods.levi import FILE as LEVI
+from ..methods.levi import has_levi, load_levi, save_levi
 from .pretrained import quiet
 
 logger = logging.getLogger("steadytune")
@@ -89,8 +91,10 @@ def merged(model: nn.Module) -> PreTrainedModel:
 
 
 def write_model(model: Any, folder: str | Path) -> None:
-    """Write a plain model directory; if adapters cannot be merged, only the trained weights."""
-    if adapter_size(model) is None:
+    """Write a plain model directory; if adapters cannot be merged, only the trained weights; or two networks."""
+    if has_levi(model):
+        save_levi(folder, model)
+    elif adapter_size(model) is None:
         model.save_pretrained(folder)  # PEFT's writes its adapters
     else:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -100,6 +104,8 @@ def write_model(model: Any, folder: str | Path) -> None:
 def read_model(folder: str | Path, base: Callable[[], PreTrainedModel]) -> nn.Module:
     """Read a folder of `write_model` in float32; ``base`` loads the pre-trained model for adapters."""
     with quiet():
+        if Path(folder, LEVI).is_file():
+            return load_levi(folder)
         if Path(folder, ADAPTERS).is_file():
             return load_adapters(folder, base())
         if Path(folder, PEFT_CONFIG).is_file():

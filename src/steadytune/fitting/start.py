@@ -15,6 +15,7 @@ from ..core import Method
 from ..heads.features import output_layer
 from ..heads.pooling import add_pooling_block, dense_before, untrained_dense
 from ..methods.head_init import HeadInit
+from ..methods.levi import LEVI
 from ..methods.pooling import Pooling
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def chosen_pooling(
     wanted = options.pooling
     if wanted != "auto":
         return wanted
-    if any(isinstance(method, Pooling) for method in methods):
+    if any(isinstance(method, (Pooling, LEVI)) for method in methods):  # LEVI averages the tokens itself
         return "model"
     if embeds:
         return _embedding(pretrained, options, rows)

@@ -21,6 +21,7 @@ METHODS = Registry(
         "top_layers": "partial:TopLayers",
         "bitfit": "partial:BitFit",
         "adapters": "adapters:Adapters",
+        "levi": "levi:LEVI",
         "mask_training": "mask_training:MaskTraining",
         "llrd": "llrd:LLRD",
         "dps_dense": "dps:DPSDense",
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from .l2sp import L2SP as L2SP
     from .lawa import LAWA as LAWA
     from .layer_drop import LayerDrop as LayerDrop
+    from .levi import LEVI as LEVI
     from .llrd import LLRD as LLRD
     from .lnsr import LNSR as LNSR
     from .mask_training import MaskTraining as MaskTraining
