@@ -6,6 +6,7 @@ from pathlib import Path
 RECIPES = {
     "methods": {"methods": ["dps_mix:update_ratio=0.1", "ema"], "steps": 80, "head": "logistic"},
     "contrastive": {"procedure": "contrastive:steps=40,lr=1e-3,then=finetune", "steps": 30},
+    "meta": {"aux": 5, "meta": "imaml:inner_steps=2,inner_lr=1e-3", "aux_steps": 20, "steps": 20},
     "subgroups": {"methods": ["group_weights:every=3,rho=1.0"], "steps": 60, "subgroup": "label"},
 }
 
@@ -21,8 +22,11 @@ def train(folder: str, output: str, recipe: str) -> None:
     status = json.loads(record.read_text())["status"] if record.exists() else None
     if status == "finished":
         return
+    options = dict(RECIPES[recipe])
+    if "aux" in options:
+        options["aux"] = [toy(20, start=200 + 100 * i) for i in range(options["aux"])]
     fit(
         toy(40), model=str(Path(folder, "bert")), output=Path(folder, output), tests={"test": toy(20, start=100)},
         batch_size=4, lr=1e-3, save_steps=4, progress=False, text="text", label="label", resume=status is not None,
-        **RECIPES[recipe],
+        **options,
     )  # fmt: skip

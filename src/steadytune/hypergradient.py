@@ -20,6 +20,7 @@ Meta-Learning with Implicit Gradients, NeurIPS 2019, arXiv 1909.04630.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -127,6 +128,25 @@ def conjugate_gradient(
         before, square = square, dot(residual, residual)
         direction = along(residual, square / before.clamp(min=TINY), direction)
     return solution
+
+
+def proximal(
+    product: Callable[[Tensors], Tensors], vector: Tensors, *, strength: float, iterations: int
+) -> list[Tensor]:
+    """``(I + H / strength)^-1 vector`` by `conjugate_gradient`: the gradient at the start of a training held near it.
+
+    With ``phi = argmin L1(phi) + strength/2 |phi - theta|^2`` and the vector ``dL2/dphi`` it is ``dL2/dtheta``.
+
+    Args:
+        product: ``H p`` for any p, with H the Hessian of L1 at phi.
+        vector: The vector, as a list of tensors.
+        strength: Strength of the pull, above 0; an infinite one gives the vector itself.
+        iterations: Largest number of iterations.
+    """
+    if math.isinf(strength):
+        return list(vector)
+    solution = conjugate_gradient(product, vector, iterations=iterations, damping=strength)
+    return list(torch._foreach_mul(solution, strength))
 
 
 def along(start: Tensors, by: Tensor | float, direction: Tensors) -> list[Tensor]:

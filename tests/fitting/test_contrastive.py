@@ -21,6 +21,7 @@ from steadytune.fitting.contrastive import Balanced, Contrast, Pairs, distinct, 
 from steadytune.fitting.folder import read_record
 from steadytune.fitting.main import dry_run, fit
 from steadytune.fitting.training import Setup
+from steadytune.heads.features import text_vectors
 
 QUICK = {"steps": 8, "batch_size": 4, "lr": 1e-2, "progress": False, "validation_share": 0.25}
 
@@ -236,7 +237,7 @@ def test_rows_of_one_label_come_closer(bert, tmp_path, monkeypatch, loss):
 
     def gap(model):
         with torch.no_grad():
-            vectors = torch.nn.functional.normalize(stage.contrast.vectors(model.eval(), batch))
+            vectors = torch.nn.functional.normalize(text_vectors(model.eval(), batch, "mean"))
         cosines = vectors @ vectors.T
         return float(cosines[alike & ~torch.eye(len(rows), dtype=torch.bool)].mean() - cosines[~alike].mean())
 

@@ -150,6 +150,7 @@ def make_plan(run: Trial) -> planning.Plan:
         procedure=run.procedure,
         aux=run.aux or None,
         aux_steps=run.aux_steps,
+        meta=run.meta,
         unlabelled=[*run.unlabelled] or None,
         unlabelled_size=run.unlabelled_size,
         pretrain=run.pretrain,

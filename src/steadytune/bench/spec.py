@@ -24,7 +24,14 @@ from ..data.splits import usual_folds
 from ..data.unlabelled import BLANK, REST
 from ..errors import UsageError, suggest
 from ..fitting.options import SEEDS, STOCK, Options
-from ..fitting.spelling import make_methods, make_procedure, method_record, pretraining_record, procedure_record
+from ..fitting.spelling import (
+    make_methods,
+    make_procedure,
+    meta_record,
+    method_record,
+    pretraining_record,
+    procedure_record,
+)
 from ..heads.sentence_folder import sentence_folder
 from ..tasks import TASKS, find, layout, seen_by
 from .own_tables import HELD_OUT, OwnTables
@@ -41,6 +48,7 @@ PARTS: dict[str, Any] = {  # entries of a recipe beside options
     "procedure": Text | None,
     "aux": tuple[Text, ...],
     "aux_steps": Whole | None,
+    "meta": Text | None,
     "unlabelled": tuple[Text, ...],
     "unlabelled_size": Whole | None,
     "pretrain": Text | None,
@@ -73,7 +81,7 @@ class Study:
         name: Name of the study; its results go to ``runs/<name>`` unless told otherwise.
         models: Pre-trained models to start from.
         tasks: Names of benchmark tasks (`steadytune.tasks`) and of `tables`.
-        recipes: Recipes by name: ``methods``, ``procedure``, ``aux``, ``aux_steps``, ``unlabelled``,
+        recipes: Recipes by name: ``methods``, ``procedure``, ``aux``, ``aux_steps``, ``meta``, ``unlabelled``,
             ``unlabelled_size``, ``pretrain``, and options of `Options`, which override `options`.
         train_sizes: Numbers of training rows to draw; None for all.
         options: Options of every recipe.
@@ -229,6 +237,8 @@ class Study:
         if aux := self.aux(name):
             files = fingerprint_files([Path(file) for file in aux], f"check aux of recipe {name!r}")
             records.append({"name": "aux", "options": {"files": files, "steps": given.get("aux_steps")}})
+        if (meta := given.get("meta")) is not None:
+            records.append(meta_record(meta))
         if texts := self.unlabelled(name):
             known = [text for text in texts if text in (BLANK, REST)]
             own = [Path(text) for text in texts if text not in known]
@@ -339,6 +349,7 @@ class Study:
                     self.unlabelled(name),
                     self.recipes[name].get("unlabelled_size"),
                     self.recipes[name].get("pretrain"),
+                    self.recipes[name].get("meta"),
                 )
             )
         return trials
@@ -464,6 +475,7 @@ class Trial:
         unlabelled: Sources of texts without labels.
         unlabelled_size: Number of these texts to draw.
         pretrain: Training on texts alone, as the study file spells it.
+        meta: Meta-learning over the auxiliary tables, as the study file spells it.
     """
 
     spec: dict[str, Any]
@@ -479,6 +491,7 @@ class Trial:
     unlabelled: tuple[str, ...] = ()
     unlabelled_size: int | None = None
     pretrain: str | None = None
+    meta: str | None = None
 
     @property
     def id(self) -> str:

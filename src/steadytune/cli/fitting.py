@@ -94,6 +94,13 @@ def fit(
     aux_steps: Annotated[
         int | None, option(TRAINING, "Optimizer steps on each of these tables. [dim]\\[default: as a fit on it][/]")
     ] = None,
+    meta: Annotated[
+        str | None,
+        option(
+            TRAINING,
+            "Meta-learn a start from five or more of these tables instead: reptile, fomaml or imaml, with options.",
+        ),
+    ] = None,
     unlabelled: Annotated[
         list[str] | None,
         option(
@@ -292,7 +299,7 @@ def fit(
         elif train is None:
             raise UsageError("give a training file, or a benchmark task with --task NAME --data-root DIR.")
         same = ("model", "output", "label_separator", "group", "kind", "validation", "validation_column", "num_seeds",
-                "combine", "distil", "refit", "folds", "probe", "procedure", "aux_steps", "unlabelled_size",
+                "combine", "distil", "refit", "folds", "probe", "procedure", "aux_steps", "meta", "unlabelled_size",
                 "pretrain", "resume", "overwrite", "save_steps", "push_to_hub")  # fmt: skip
         options = {
             **{name: given[name] for name in (*same, *(field.name for field in dataclasses.fields(Options)))},

@@ -154,7 +154,11 @@ class Interrupt(TrainerCallback):
 
     @classmethod
     def listening(cls, trainer: Trainer) -> _Listening:
-        return _Listening(next(c for c in trainer.callback_handler.callbacks if isinstance(c, cls)))
+        return next(c for c in trainer.callback_handler.callbacks if isinstance(c, cls)).heard()
+
+    def heard(self) -> _Listening:
+        """A block in which the first signal is only noted, and after which it raises `Interrupted`."""
+        return _Listening(self)
 
 
 @dataclass

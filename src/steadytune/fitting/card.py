@@ -222,6 +222,9 @@ def _training(record: Mapping[str, Any]) -> Iterator[str]:
     elif (library := _library(recipe)) != "transformers" and not _is_ensemble(recipe):
         yield f"- this folder holds what was added to the base model, no model of its own: {library} joins them"
     for stage in recipe.get("stages", ()):
+        if "tables" in stage:
+            yield f"- learned first over {len(stage['tables'])} other tables ({call_words(stage)})"
+            continue
         if "kind" not in stage:
             texts = counted(stage["data"]["rows"], "text")
             yield f"- trained first on {texts} without their labels ({call_words(stage)})"

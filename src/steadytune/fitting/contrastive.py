@@ -31,7 +31,7 @@ from transformers import DataCollatorWithPadding, PrinterCallback, TrainerCallba
 from ..core import Within, check_fields
 from ..errors import UsageError
 from ..functional import supervised_contrastive
-from ..heads.features import head_inputs, output_layer, pooled_states
+from ..heads.features import output_layer, text_vectors
 from .callbacks import Interrupt, Progress
 from .fit_trainer import FitTrainer, Trained, arguments
 from .procedure import Procedure
@@ -254,10 +254,6 @@ class Contrast:
         """The sampler of the rows."""
         return (Pairs if self.kind == "cosine" else Balanced)(self.members, batch_size, seed)
 
-    def vectors(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Vectors (rows, width) of a batch."""
-        return head_inputs(model, inputs) if self.pooling == "model" else pooled_states(model, inputs, self.pooling)
-
     def loss(self, vectors: Tensor, labels: Tensor) -> Tensor:
         """Loss of a batch that the sampler has drawn.
 
@@ -386,7 +382,7 @@ class ContrastiveTrainer(FitTrainer):
         """Loss of the vectors of a batch."""
         labels = inputs.pop("labels")
         with self.accelerator.autocast():  # a part of the model does not know of it by itself
-            vectors = self.contrast.vectors(model, inputs)
+            vectors = text_vectors(model, inputs, self.contrast.pooling)
         loss = self.contrast.loss(vectors.float(), labels)
         return (loss, {"vectors": vectors}) if return_outputs else loss
 

@@ -95,7 +95,11 @@ def fit(
             trains the encoder on pairs of the rows before its head; see `fitting.procedures`.
         aux: Another labelled table, or several, to train on first (STILTs), see `stages.Intermediate`. The fit starts
             from the weights of the last of them, with a head of its own.
-        aux_steps: Number of optimizer steps on each of these tables; by default as many as a fit on it has.
+        aux_steps: Number of optimizer steps on each of these tables; by default as many as a fit on it has. With
+            ``meta``, the number of episodes; by default 100, or 10 for each table if that is more.
+        meta: Learn from five or more of these tables what few steps on any of them start from, instead of training on
+            one after the other: ``"reptile"``, ``"fomaml"`` or ``"imaml"``, with options, as in
+            ``"imaml:strength=2"``; see `steadytune.fitting.meta`.
         unlabelled: Texts without labels, for ``pretrain`` or a procedure: a file, frame or other source with the text
             columns of `train`; ``"blank"``, the rows of `train` whose label is empty; ``"rest"``, the rows that
             ``train_size`` leaves over, without their labels; or a list of these. Texts of test and validation sets

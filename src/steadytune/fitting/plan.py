@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from ..core import Method
     from .fitted_model import FittedModel
+    from .meta import MetaLearner
     from .pretrained import Pretrained
     from .pretraining import Pretraining
     from .procedure import Procedure
@@ -132,6 +133,7 @@ def make_plan(
     procedure: str | Procedure | None = None,
     aux: Any = None,
     aux_steps: int | None = None,
+    meta: str | MetaLearner | None = None,
     unlabelled: Any = None,
     unlabelled_size: int | None = None,
     pretrain: str | Pretraining | None = None,
@@ -207,16 +209,19 @@ def make_plan(
         data.problem.metric(metric).name, num_seeds, combine, refit, folds, save_steps, progress,
         several, python_value("distil", distil, bool), python_value("probe", probe, bool),
     )  # fmt: skip
-    plan = dataclasses.replace(plan, stages=_stages(aux, aux_steps, pretrain, plan))
+    plan = dataclasses.replace(plan, stages=_stages(aux, aux_steps, meta, pretrain, plan))
     _check_selection(plan)
     _check_unlabelled(plan)
     return plan
 
 
-def _stages(aux: Any, steps: int | None, pretrain: str | Pretraining | None, plan: Plan) -> tuple[Stage, ...]:
+def _stages(
+    aux: Any, steps: int | None, meta: str | MetaLearner | None, pretrain: str | Pretraining | None, plan: Plan
+) -> tuple[Stage, ...]:
     """The trainings that come first: on texts alone, then on other tables."""
-    if aux is None and steps is not None:
-        raise UsageError(f"aux_steps {steps} is for auxiliary tables, and there is none: give aux, or leave it out.")
+    if aux is None and (steps is not None or meta is not None):
+        given = f"aux_steps {steps}" if steps is not None else f"meta {meta}"
+        raise UsageError(f"{given} is for auxiliary tables, and there is none: give aux, or leave it out.")
     if aux is None and pretrain is None:
         return ()
     from .stages import further, stages_of
@@ -237,7 +242,11 @@ def _stages(aux: Any, steps: int | None, pretrain: str | Pretraining | None, pla
     texts = () if pretrain is None else (
         further(pretrain, options=options, fit=data, save_steps=plan.save_steps, progress=plan.progress),
     )  # fmt: skip
-    return (*texts, *(() if aux is None else stages_of(aux, steps, model=plan.model, options=options, fit=data)))
+    tables = () if aux is None else stages_of(
+        aux, steps, meta, model=plan.model, options=options, fit=data, save_steps=plan.save_steps,
+        progress=plan.progress,
+    )  # fmt: skip
+    return (*texts, *tables)
 
 
 def _check_unlabelled(plan: Plan) -> None:

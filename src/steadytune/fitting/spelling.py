@@ -12,6 +12,7 @@ from ..spelling import as_methods, parse_method
 
 if TYPE_CHECKING:
     from ..core import Method
+    from .meta import MetaLearner
     from .pretraining import Pretraining
     from .procedure import Procedure
 
@@ -81,6 +82,29 @@ def make_pretraining(pretrain: str | Pretraining) -> Pretraining:
     if not isinstance(chosen, Pretraining):
         raise UsageError(f"pretrain must be one of {', '.join(PRETRAININGS)}, got {one_line(repr(chosen), 60)}.")
     return chosen
+
+
+def make_meta(meta: str | MetaLearner) -> MetaLearner:
+    """Meta-learning from `name:option=value`, or the one given.
+
+    Raises:
+        UsageError: There is no such algorithm.
+    """
+    from .meta import LEARNERS, MetaLearner
+
+    chosen = parse_method(meta, LEARNERS, "meta") if isinstance(meta, str) else meta
+    if not isinstance(chosen, MetaLearner):
+        raise UsageError(f"meta must be one of {', '.join(LEARNERS)}, got {one_line(repr(chosen), 60)}.")
+    return chosen
+
+
+def meta_record(meta: str | MetaLearner) -> dict[str, Any]:
+    """Name and every option, ready for JSON."""
+    from .meta import LEARNERS
+
+    chosen: Any = make_meta(meta)
+    names = {cls: name for name, cls in LEARNERS.items()}
+    return {"name": names[type(chosen)], "options": dataclasses.asdict(chosen)}
 
 
 def pretraining_record(pretrain: str | Pretraining) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from torch import Tensor
 from ..core.anatomy import anatomy
 from ..data.tables import Table, keys
 from ..errors import UsageError
+from .meta import MetaLearner, MetaStage
 from .options import SEEDS, Options
 from .plan import Plan, Stage, make_plan, make_setup, open_model, runs
 from .pretraining import Pretraining, TextStage
-from .spelling import make_pretraining
+from .spelling import make_meta, make_pretraining
 
 if TYPE_CHECKING:
     from ..data.prepare import Data
@@ -128,18 +129,24 @@ class Intermediate:
         return body_of(trained.model)
 
 
-def stages_of(tables: Any, steps: int | None, *, model: str, options: Options, fit: Data) -> tuple[Intermediate, ...]:
-    """The stages for the arguments ``aux`` and ``aux_steps`` of `fit`.
+def stages_of(
+    tables: Any, steps: int | None, meta: str | MetaLearner | None, *, model: str, options: Options, fit: Data,
+    save_steps: int, progress: bool,
+) -> tuple[Stage, ...]:  # fmt: skip
+    """The stages for the arguments ``aux``, ``aux_steps`` and ``meta`` of `fit`.
 
     Raises:
-        UsageError: A table is not right.
+        UsageError: A table is not right, or there are too few for meta-learning.
     """
     given = list(tables) if isinstance(tables, (list, tuple)) else [tables]
     shared: dict[str, Any] = {name: getattr(options, name) for name in SHARED}
     own = Options(**shared, steps=steps, epochs=None if steps else options.epochs, validation_share=0.0)
-    return tuple(
+    stages = tuple(
         Intermediate.of(table, f"the table aux {i}", model=model, options=own, fit=fit) for i, table in enumerate(given)
     )
+    if meta is None:
+        return stages
+    return (MetaStage.of(make_meta(meta), stages, steps, options=own, save_steps=save_steps, progress=progress),)
 
 
 def further(how: str | Pretraining, *, options: Options, fit: Data, save_steps: int, progress: bool) -> TextStage:

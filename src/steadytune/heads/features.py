@@ -128,6 +128,11 @@ def pooled_states(model: Any, inputs: Mapping[str, Tensor], how: Literal["mean",
     return _pooled(*_token_states(model, inputs), how)
 
 
+def text_vectors(model: Any, inputs: Mapping[str, Tensor], pooling: Literal["model", "mean", "cls"]) -> Tensor:
+    """Vectors (rows, width) of one batch, with gradients: `head_inputs`, or `pooled_states`."""
+    return head_inputs(model, inputs) if pooling == "model" else pooled_states(model, inputs, pooling)
+
+
 def _token_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """States after the last block (rows, tokens, width), and the mask of the tokens that are not padding."""
     body = model.base_model

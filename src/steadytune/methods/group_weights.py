@@ -104,8 +104,9 @@ class GroupWeights(Method):
     def setup(self, run: Run) -> None:
         counts = row_counts(run, self.column, type(self).__name__)
         slots = merged(counts, self.least)
-        device = next(run.model.parameters()).device
-        sizes, reference = torch.zeros(max(slots) + 1), torch.zeros(max(slots) + 1)
+        like = next(run.model.parameters())
+        device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
+        sizes, reference = torch.zeros(2, max(slots) + 1, dtype=dtype)
         given = [0.0] * len(counts) if self.reference is None else list(self.reference)
         if len(given) != len(counts):
             raise ValueError(f"reference has {len(given)} losses, there are {len(counts)} subgroups: give one for each")
@@ -116,7 +117,7 @@ class GroupWeights(Method):
         self.rows = (sizes / sizes.sum()).to(device)  # share p of each slot in the rows
         self.reached = (reference / sizes).to(device)
         self.weights = torch.ones_like(self.rows)
-        self.mean = torch.zeros(2, len(self.rows), device=device)  # running sums of losses, and of the rates
+        self.mean = torch.zeros(2, len(self.rows), device=device, dtype=dtype)  # sums of losses, and of rates
         self.seen: list[tuple[Tensor, Tensor]] = []  # losses and slots of each micro-batch of the current step
 
     def penalty(self, step: Step) -> Tensor:
