@@ -10,7 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2Model, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForPreTraining,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2Model,
+    PreTrainedTokenizerFast,
+)
 
 WORDS = [
     "good", "bad", "fine", "poor", "film", "play", "cast", "plot",
@@ -39,6 +46,26 @@ def save_tiny_bert(folder: Path, **changes: Any) -> str:
     )  # fmt: skip
     BertForSequenceClassification(config).bert.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def masking_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with a mask."""
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "[MASK]", "cls_token": "[CLS]", "sep_token": "[SEP]"})
+    return tokenizer
+
+
+def save_masked_bert(folder: Path, kind: Any = BertForPreTraining) -> str:
+    """A checkpoint as BERT was published: body, pooler and the layers of its pre-training."""
+    tokenizer = masking_tokenizer()
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    kind(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 

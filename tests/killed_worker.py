@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
-RECIPES = {
+RECIPES: dict[str, dict[str, Any]] = {
     "methods": {"methods": ["dps_mix:update_ratio=0.1", "ema"], "steps": 80, "head": "logistic"},
     "contrastive": {"procedure": "contrastive:steps=40,lr=1e-3,then=finetune", "steps": 30},
     "meta": {"aux": 5, "meta": "imaml:inner_steps=2,inner_lr=1e-3", "aux_steps": 20, "steps": 20},
+    "tapt": {"pretrain": "tapt:steps=30,lr=1e-3", "unlabelled": 30, "steps": 20},
+    "self-training": {"procedure": "self-training:rounds=1,draws=2,most_shift=inf", "unlabelled": 30, "steps": 20},
     "subgroups": {"methods": ["group_weights:every=3,rho=1.0"], "steps": 60, "subgroup": "label"},
 }
 
@@ -25,6 +28,8 @@ def train(folder: str, output: str, recipe: str) -> None:
     options = dict(RECIPES[recipe])
     if "aux" in options:
         options["aux"] = [toy(20, start=200 + 100 * i) for i in range(options["aux"])]
+    if "unlabelled" in options:
+        options["unlabelled"] = toy(options["unlabelled"], start=200)[["text"]]
     fit(
         toy(40), model=str(Path(folder, "bert")), output=Path(folder, output), tests={"test": toy(20, start=100)},
         batch_size=4, lr=1e-3, save_steps=4, progress=False, text="text", label="label", resume=status is not None,

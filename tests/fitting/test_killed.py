@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 import killed_worker
-from fit_helpers import save_tiny_bert
+from fit_helpers import save_masked_bert, save_tiny_bert
 from helpers import KILLS
 
 
 @pytest.mark.parametrize("recipe", killed_worker.RECIPES)
 def test_killed_at_random_moments_and_resumed_equals_uninterrupted(tmp_path, recipe):
     """While features are read, in DPS stages, in checkpoints, between trainings, while the result is written."""
-    save_tiny_bert(tmp_path / "bert")
+    (save_masked_bert if recipe == "tapt" else save_tiny_bert)(tmp_path / "bert")
     processes = multiprocessing.get_context("forkserver")  # imports once: moments of the run are hit, not of imports
     processes.set_forkserver_preload(
         ["steadytune.fitting.training", "steadytune.fitting.main", "steadytune.fitting.fitted_model"]

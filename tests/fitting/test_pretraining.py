@@ -10,16 +10,20 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertForMaskedLM,
-    BertForPreTraining,
-    TrainerCallback,
-)
+from transformers import AutoModelForSequenceClassification, BertForMaskedLM, BertForPreTraining, TrainerCallback
 
 from bench_helpers import make_root, records, small
-from fit_helpers import WORDS, same, save_sentence_bert, save_tiny_bert, save_tiny_gpt2, toy, weights, word_tokenizer
+from fit_helpers import (
+    WORDS,
+    masking_tokenizer,
+    same,
+    save_masked_bert,
+    save_sentence_bert,
+    save_tiny_bert,
+    save_tiny_gpt2,
+    toy,
+    weights,
+)
 from steadytune.bench.study import run_study
 from steadytune.data.problem import Classification
 from steadytune.errors import UsageError
@@ -34,28 +38,9 @@ from steadytune.heads.features import pooled_features
 QUICK = {"steps": 3, "batch_size": 4, "lr": 1e-2, "progress": False, "validation_share": 0.25, "probe": False}
 
 
-def masking_tokenizer():
-    tokenizer = word_tokenizer()
-    tokenizer.add_special_tokens({"mask_token": "[MASK]", "cls_token": "[CLS]", "sep_token": "[SEP]"})
-    return tokenizer
-
-
-def save_bert(folder, kind=BertForPreTraining) -> str:
-    """A checkpoint as BERT was published: body, pooler and the layers of its pre-training."""
-    tokenizer = masking_tokenizer()
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    kind(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    return save_bert(tmp_path_factory.mktemp("bert"))
+    return save_masked_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +201,7 @@ def test_a_checkpoint_without_the_layer_for_masked_words_is_trained_by_contrast(
 
 def test_a_masked_model_without_its_layer_says_so(tmp_path, caplog):
     """The body of BERT with a mask token: naive, a random output layer distorts it."""
-    folder = save_bert(tmp_path / "bert")
+    folder = save_masked_bert(tmp_path / "bert")
     BertForPreTraining.from_pretrained(folder).bert.save_pretrained(folder)
     with caplog.at_level(logging.WARNING, logger="steadytune"):
         run(tmp_path / "o", folder, pretrain="tapt:steps=2")
@@ -224,7 +209,7 @@ def test_a_masked_model_without_its_layer_says_so(tmp_path, caplog):
 
 
 def test_a_masked_model_without_a_pooler_is_one_too(tmp_path):
-    folder = save_bert(tmp_path / "bert", BertForMaskedLM)
+    folder = save_masked_bert(tmp_path / "bert", BertForMaskedLM)
     result = run(tmp_path / "o", folder, pretrain="tapt:steps=2")
     assert read_record(result.output)["recipe"]["stages"][0]["name"] == "tapt"
 

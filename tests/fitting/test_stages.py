@@ -185,7 +185,7 @@ def test_bad_input_is_refused_before_training(bert, tmp_path, monkeypatch, optio
 
 
 def test_a_dry_run_measures_one_training(bert, tmp_path):
-    with pytest.raises(UsageError, match="auxiliary tables make several"):
+    with pytest.raises(UsageError, match="trainings before it make several"):
         dry_run(toy(40), model=bert, output=tmp_path / "o", aux=other(), **QUICK)
 
 

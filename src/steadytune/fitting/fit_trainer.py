@@ -54,6 +54,7 @@ class Trained:
             if it is not.
         history: Triples (step, name, value) of loss, lr, grad_norm, forwards, backwards, and scores on the select
             split.
+        notes: What else the user should know of the training, in sentences.
         state: State of core and methods at the end, as `Run.state_dict` gives it; empty unless the setup keeps it.
     """
 
@@ -69,6 +70,7 @@ class Trained:
     passes: float = 1.0
     hopeless: str | None = None
     history: list[tuple[int, str, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:

@@ -92,7 +92,8 @@ def fit(
             methods `GroupWeights` and `EasyAdapt` read it.
         methods: Methods, or their names with options (``"dps_dense:keep=0.7"``). They run in list order.
         procedure: Several trainings instead of one: ``"mixup-blo:folds=5"``, or ``"contrastive"``, which
-            trains the encoder on pairs of the rows before its head; see `fitting.procedures`.
+            trains the encoder on pairs of the rows before its head, or ``"self-training"``, which learns from texts
+            without labels; see `fitting.procedures`.
         aux: Another labelled table, or several, to train on first (STILTs), see `stages.Intermediate`. The fit starts
             from the weights of the last of them, with a head of its own.
         aux_steps: Number of optimizer steps on each of these tables; by default as many as a fit on it has. With
@@ -173,9 +174,9 @@ def dry_run(
     plan = make_plan(train, **wanted)
     if not plan.steps:
         raise UsageError("a dry run measures steps, and steps is 0: leave --dry-run out.")
-    passes = 1.0 if plan.procedure is None else plan.procedure.passes(plan.options, len(plan.data.train))
+    passes = 1.0 if plan.procedure is None else plan.procedure.cost(plan)
     if passes is None or plan.stages:
-        what = "a procedure is" if plan.stages == () else "auxiliary tables make"
+        what = "a procedure is" if plan.stages == () else "trainings before it make"
         raise UsageError(f"a dry run measures one training, {what} several: leave --dry-run or them out.")
     with as_found(), _refusals():
         plan, pretrained, _ = _opened(plan)
@@ -449,6 +450,7 @@ def _troubles(trained: Trained) -> Iterator[str]:
         yield "the training loss never fell below 0.9 log K: try --restarts 2, another lr or more steps"
     if trained.hopeless:
         yield f"the model {trained.hopeless}: try --restarts 2, another lr or more steps"
+    yield from trained.notes
 
 
 def _calibrate(trained: Trained, plan: Plan, pretrained: Pretrained) -> float:

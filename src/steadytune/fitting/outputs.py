@@ -28,8 +28,11 @@ def logits(
     bf16: bool = False,
     progress: bool = False,
     batch_size: int = 64,
+    dropout_seed: int | None = None,
 ) -> np.ndarray:
     """Outputs (rows, outputs) in the order of the rows; rows of like length go together, which spares padding.
+
+    With ``dropout_seed`` dropout is on, and that number decides it. No random number of the caller is drawn.
 
     Raises:
         UsageError: Outputs that are not finite.
@@ -38,8 +41,8 @@ def logits(
     batches = _batches(features, order, tokenizer, batch_size)
     total = -(-len(order) // batch_size)
     training, parts = model.training, []
-    model.eval()
-    with torch.inference_mode(), _autocast(model, bf16):
+    model.train(dropout_seed is not None)
+    with torch.inference_mode(), _autocast(model, bf16), _seeded(dropout_seed):
         for batch in progress_bar(batches, desc="predicting", unit="batch", total=total) if progress else batches:
             outputs = model(**batch.to(model.device)).logits
             parts.append(outputs.double().cpu().numpy())
@@ -79,6 +82,15 @@ def _batches(
     """Padded rows in an order."""
     for start in range(0, len(order), batch_size):
         yield tokenizer.pad([features[i] for i in order[start : start + batch_size]], return_tensors="pt")
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Seed torch inside the block, and restore its state; None changes nothing."""
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
 
 
 @contextlib.contextmanager

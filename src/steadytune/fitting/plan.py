@@ -392,6 +392,7 @@ def make_setup(plan: Plan, pretrained: Pretrained, checkpoints: Path) -> Setup:
     return Setup(
         pretrained, methods, plan.options, problem, plan.steps, plan.metric, checkpoints, plan.save_steps,
         plan.progress, keep=plan.num_seeds > 1 or plan.refit, moments=plan.refit, subgroups=subgroups,
+        unlabelled=None if plan.data.unlabelled is None else plan.data.unlabelled.rows,
     )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ from ..data.prepare import Data, fingerprint
 from ..data.tables import keys
 from ..errors import UsageError
 from ..files import state
-from ..heads.features import pooled_features
+from ..heads.features import pooled_features, pooled_states
 from .callbacks import Interrupt, KeepBest, Patience, Progress
 from .fit_trainer import FitTrainer, arguments
 from .folder import last_checkpoint
@@ -474,18 +474,13 @@ class ContrastiveTrainer(FitTrainer):
         given = dict(inputs)
         rows = given.pop(ROW)
         twice = {name: torch.cat([value, value]) for name, value in given.items()}
-        outputs = model(**twice)
-        states, mask = outputs.last_hidden_state, twice["attention_mask"]
-        if self.pooling == "cls":
-            pooled = states[torch.arange(len(states)), mask.argmax(dim=1)]
-        else:
-            pooled = (states * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        pooled = pooled_states(model, twice, self.pooling)
         one, two = nn.functional.normalize(pooled.float(), dim=-1).chunk(2)
         anchors = self.anchors[rows.cpu()].to(one.device)
         loss = info_nce(one, two, self.how.temperature)
         distance = ((one - anchors).square().sum(-1) + (two - anchors).square().sum(-1)).mean() / 2
         loss = loss + self.how.anchor * distance
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {}) if return_outputs else loss
 
 
 def info_nce(one: Tensor, two: Tensor, temperature: float) -> Tensor:

@@ -46,6 +46,10 @@ class Procedure(ABC):
         """
         return None
 
+    def cost(self, plan: Plan) -> float | None:
+        """As `passes`, for a plan."""
+        return self.passes(plan.options, len(plan.data.train))
+
     def words(self, plan: Plan) -> str | None:
         """The trainings and their cost in a sentence, instead of the number of steps; None for that number."""
         return None

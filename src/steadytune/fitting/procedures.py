@@ -17,6 +17,7 @@ from ..merge import uniform
 from ..methods import WeightMixup
 from .contrastive import Contrastive
 from .procedure import Procedure
+from .self_training import SelfTraining
 
 if TYPE_CHECKING:
     from .fit_trainer import FitTrainer, Trained
@@ -127,4 +128,8 @@ def mean_shares(several: Sequence[Shares]) -> Shares:
     return {name: [means[f"{name} {i}"] for i in range(len(ts))] for name, ts in several[0].items()}
 
 
-PROCEDURES: dict[str, type[Procedure]] = {"mixup-blo": MixupBLO, "contrastive": Contrastive}
+PROCEDURES: dict[str, type[Procedure]] = {
+    "mixup-blo": MixupBLO,
+    "contrastive": Contrastive,
+    "self-training": SelfTraining,
+}

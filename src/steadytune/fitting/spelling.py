@@ -30,8 +30,12 @@ def method_record(method: Method) -> dict[str, Any]:
     kind = options.pop("name")
     names = {cls: name for name, cls in METHODS.items()}
     options = {key: v for key, v in options.items() if key not in method.implied or v != method.implied[key]}
-    infinite = {name: repr(value) for name, value in options.items() if value in (inf, -inf)}
-    return {"name": names.get(type(method), kind), "options": options | infinite}
+    return {"name": names.get(type(method), kind), "options": _finite(options)}
+
+
+def _finite(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with infinity as text."""
+    return {name: repr(value) if value in (inf, -inf) else value for name, value in options.items()}
 
 
 def make_methods(methods: str | Method | Sequence[str | Method] | None) -> list[Method]:
@@ -62,12 +66,12 @@ def make_procedure(procedure: str | Procedure | None) -> Procedure | None:
 
 
 def procedure_record(procedure: Procedure) -> dict[str, Any]:
-    """Name and every option, ready for JSON."""
+    """Name and every option, ready for JSON; infinity becomes text."""
     from .procedures import PROCEDURES
 
     names = {cls: name for name, cls in PROCEDURES.items()}
     fields: Any = procedure
-    return {"name": names[type(procedure)], "options": dataclasses.asdict(fields)}
+    return {"name": names[type(procedure)], "options": _finite(dataclasses.asdict(fields))}
 
 
 def make_pretraining(pretrain: str | Pretraining) -> Pretraining:

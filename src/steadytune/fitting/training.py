@@ -90,6 +90,7 @@ class Setup:
         states: Whether to keep the state of the methods too.
         moments: Whether to keep the outputs of every evaluation, for `outputs_at`.
         subgroups: Names of the subgroups of the training rows; their positions are what methods read.
+        unlabelled: Texts without labels, for procedures; None without any.
     """
 
     pretrained: Pretrained
@@ -105,6 +106,7 @@ class Setup:
     states: bool = False
     moments: bool = False
     subgroups: Sequence[str] = ()
+    unlabelled: pd.DataFrame | None = None
 
     def train(self, job: Job, trainer: FitTrainer | None = None) -> Trained:
         """Train from the last checkpoint, and restart with other seeds if a run fails.
