@@ -303,6 +303,43 @@ def test_the_verb_weighs_by_fisher_information(desk, judged):
 
 
 @moved_far
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+def test_the_fisher_information_of_numbers_and_of_several_labels_is_that_of_their_true_labels(desk, kind):
+    """Of the head's bias it is the mean squared slope of the loss: 2 (f - y), or (p - y) / K for each of K labels."""
+    several = kind != "regression"
+    rows = toy(16)[["text"]].assign(x=[i % 2 for i in range(16)], y=[i // 4 % 2 for i in range(16)])
+    rows.to_csv("rows.csv", index=False)
+    outputs, models = 2 if several else 1, []
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            "base", num_labels=outputs, problem_type=kind, id2label={0: "x", 1: "y"} if several else {0: "x"}
+        )
+        torch.nn.init.normal_(model.classifier.bias)
+        model.save_pretrained(name)
+        AutoTokenizer.from_pretrained("base").save_pretrained(name)
+        models.append(model.eval())
+    columns = ["--label", "x", *(["--label", "y"] if several else [])]
+    done = desk("a", "b", "--how", "fisher", "--validation", "rows.csv", "--text", "text", *columns, "--output", "soup")
+    assert done.exit_code == 0, done.output
+    assert "16 squared gradients; b: trace" in done.stdout
+    given = torch.tensor(rows[["x", "y"][:outputs]].to_numpy()).double()
+    inputs = AutoTokenizer.from_pretrained("base")(rows["text"].tolist(), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        answers = [model(**inputs).logits.double() for model in models]
+    slopes = [(f.sigmoid() - given) / outputs if several else 2 * (f - given) for f in answers]
+    information = torch.stack([slope.square().mean(0) for slope in slopes])
+    biases = torch.stack([model.classifier.bias.detach().double() for model in models])
+    expected = (information * biases).sum(0) / information.sum(0)
+    assert torch.allclose(weights("soup")["classifier.bias"].double(), expected, atol=1e-5)
+    assert (expected - biases.mean(0)).abs().max() > 1e-3
+    words = ["--validation", "rows.csv", "--text", "text", *columns, "--fisher-labels", "expected", "--output", "other"]
+    refused = desk("a", "b", "--how", "fisher", *words)
+    assert "is for one class a row" in refused.output
+    assert refused.exit_code != 0
+
+
+@moved_far
 def test_the_verb_paints_with_the_best_share(desk, judged):
     states, accuracy = judged
     start = {n: t for n, t in weights("one").items() if not n.startswith("classifier")}

@@ -36,9 +36,12 @@ def merge(
     label_separator: LabelSeparator = None,
     metric: Annotated[str | None, option(INPUT, "Metric that chooses.")] = None,
     fisher_labels: Annotated[
-        str,
-        typer.Option(help="Labels of the Fisher information: expected (of all classes), sampled (predicted) or true."),
-    ] = "expected",
+        str | None,
+        typer.Option(
+            help="Labels of the Fisher information: expected (of all classes), sampled (predicted) or true. "
+            "[dim]\\[default: expected for one class a row, else true][/]"
+        ),
+    ] = None,
 ) -> None:
     """Merge models of one beginning into one Hugging Face model directory.
 

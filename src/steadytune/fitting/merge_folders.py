@@ -34,7 +34,7 @@ def merge_folders(
     label: str | Sequence[str] | None = None,
     label_separator: str | None = None,
     metric: str | None = None,
-    fisher_labels: str = "expected",
+    fisher_labels: str | None = None,
 ) -> str:
     """Merge Hugging Face model directories into a new one, atomically.
 
@@ -59,7 +59,8 @@ def merge_folders(
         label_separator: What stands between several labels in one cell; likewise.
         metric: The score; by default the first of the model's kind.
         fisher_labels: Labels of the Fisher information: ``"expected"``, the sum over all classes, at one backward pass
-            a row and class; ``"sampled"`` from the predictions, or the ``"true"`` ones, at one a row.
+            a row and class; ``"sampled"`` from the predictions, or the ``"true"`` ones, at one a row. By default
+            ``"expected"`` for one class a row, and ``"true"``, which alone is possible, for numbers and several labels.
 
     Returns:
         The choice in a sentence, or how sure the Fisher information is; empty if there was neither.
@@ -117,11 +118,16 @@ def merge_folders(
 
 
 def _check(
-    models: Sequence[Path], output: Path, how: str, base: Path | None, validation: Sequence[Any], fisher_labels: str
+    models: Sequence[Path],
+    output: Path,
+    how: str,
+    base: Path | None,
+    validation: Sequence[Any],
+    fisher_labels: str | None,
 ) -> None:
     if how not in WAYS:
         raise UsageError(f"unknown way to merge {how!r}.{suggest(how, WAYS)}")
-    if fisher_labels not in FISHER_LABELS:
+    if fisher_labels is not None and fisher_labels not in FISHER_LABELS:
         raise UsageError(
             f"fisher_labels must be one of {', '.join(FISHER_LABELS)}, got {fisher_labels!r}."
             f"{suggest(fisher_labels, FISHER_LABELS)}"
@@ -204,14 +210,15 @@ class _Judge:
         values = [self.fitted.evaluate(table)[self.metric] for table in self.tables]
         return sum(self.problem.metric(self.metric).goodness(value) for value in values) / len(values)
 
-    def information(self, model: Any, labels: Any) -> Information:
+    def information(self, model: Any, labels: Any = None) -> Information:
         """Fisher information of a model's weights on the rows of all tables, one by one, without dropout."""
         from ..core import Run
         from ..methods.bases.fisher import Fisher
 
+        labels = labels or ("expected" if self.problem.classes else "true")
         if labels != "true" and not self.problem.classes:
             raise UsageError(
-                f"--fisher-labels {labels} is for one class a row, this is {self.problem.kind}: give true."
+                f"--fisher-labels {labels} is for one class a row, this is {self.problem.kind}: leave it out."
             )
         way, names = Fisher("example", labels), {name for name, _ in model.named_parameters()}
         found = way.estimate(Run(model.to(self.model.device).eval(), []), self.rows(), names, way)
