@@ -402,6 +402,17 @@ class Trainer(transformers.Trainer):
             self._load_state(self.run, checkpoint)  # first: other methods may have split the optimizer's groups
         super()._load_optimizer_and_scheduler(checkpoint)
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        methods = [] if self.run is None else self.run.methods
+        if self.run is None or not hasattr(self.model, "peft_config") or not any(m.beside_adapters for m in methods):
+            return
+        assert self.state.best_model_checkpoint is not None
+        held = state.load(self._side_file(self.state.best_model_checkpoint))["methods"]
+        for method, own in zip(methods, held, strict=True):
+            if method.beside_adapters:
+                method.load_state_dict(own)
+
     def _load_state(self, run: Run, checkpoint: str) -> None:
         path = self._side_file(checkpoint)
         if not path.exists():

@@ -84,7 +84,7 @@ def fit(
         option(
             TRAINING,
             "Several trainings instead of one, with options: contrastive:then=finetune (pairs of rows train the "
-            "encoder first), mixup-blo:folds=1.",
+            "encoder first), mixup-blo:folds=1, dsee:share=0.2 (LoRA on a pruned model).",
         ),
     ] = None,
     aux: Annotated[

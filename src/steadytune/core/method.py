@@ -81,6 +81,7 @@ class Method:
     exclusive: ClassVar[str | None] = None  # at most one method of this name acts on a weight ("anchor", "average")
     structure: ClassVar[bool] = False  # changes the model or the choice of trained weights, so it must come first
     draws_weights: ClassVar[bool] = False  # its initial weights depend on the methods' seed: no soup over seeds
+    beside_adapters: ClassVar[bool] = False  # its state holds weights that PEFT's checkpoints lack
     scales_only: ClassVar[bool] = False  # `before_step` multiplies gradients by numbers, so that zeros stay zeros
     conflicts: ClassVar[tuple[str, ...]] = ()  # further things that it cannot be combined with, in words
     paper: ClassVar[Paper | None] = None  # paper that describes it; None for a method of your own

@@ -91,9 +91,9 @@ def fit(
             and of the share of a pair's second text that is in the first. Every subgroup is scored on its own, and the
             methods `GroupWeights` and `EasyAdapt` read it.
         methods: Methods, or their names with options (``"dps_dense:keep=0.7"``). They run in list order.
-        procedure: Several trainings instead of one: ``"mixup-blo:folds=5"``, or ``"contrastive"``, which
-            trains the encoder on pairs of the rows before its head, or ``"self-training"``, which learns from texts
-            without labels; see `fitting.procedures`.
+        procedure: Several trainings instead of one: ``"mixup-blo:folds=5"``; ``"contrastive"``, which trains the
+            encoder on pairs of the rows before its head; ``"self-training"``, which learns from texts without labels;
+            or ``"dsee"``, LoRA on a model that is pruned; see `fitting.procedures`.
         aux: Another labelled table, or several, to train on first (STILTs), see `stages.Intermediate`. The fit starts
             from the weights of the last of them, with a head of its own.
         aux_steps: Number of optimizer steps on each of these tables; by default as many as a fit on it has. With

@@ -16,6 +16,7 @@ from ..core import Within, check_fields
 from ..merge import uniform
 from ..methods import WeightMixup
 from .contrastive import Contrastive
+from .dsee import DSEERecipe
 from .procedure import Procedure
 from .self_training import SelfTraining
 
@@ -132,4 +133,5 @@ PROCEDURES: dict[str, type[Procedure]] = {
     "mixup-blo": MixupBLO,
     "contrastive": Contrastive,
     "self-training": SelfTraining,
+    "dsee": DSEERecipe,
 }

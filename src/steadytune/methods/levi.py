@@ -81,6 +81,7 @@ class LEVI(Method):
 
     structure: ClassVar = True
     draws_weights: ClassVar = True
+    beside_adapters: ClassVar = True
     exclusive: ClassVar = "choice of what is trained"
     conflicts: ClassVar[tuple[str, ...]] = (
         "encoder-decoders",

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from ..core import Run, Scope, Weight, Within, select
 from ..core.facts import Cost, Paper
 from ..core.step import Inputs
-from .bases.groups import split
+from .bases.groups import undecayed
 from .bases.static_mask import Batch, StaticMask, Tensors, top_masks
 
 
@@ -95,8 +95,3 @@ class SIFT(StaticMask):
         if self.keep == 1.0:
             return masks
         return {n: mask & (scores[n] > 0) for n, mask in masks.items()}  # where 0 is the threshold, all would tie
-
-
-def undecayed(group: dict[str, Any], factors: Mapping[int, float]) -> list[dict[str, Any]]:
-    """The parts of a group after its weight decay was multiplied; the group itself where nothing decays."""
-    return split(group, "weight_decay", factors) if group.get("weight_decay") else [group]

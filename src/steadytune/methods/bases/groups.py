@@ -28,3 +28,8 @@ def split(group: Mapping[str, Any], option: str, factors: Mapping[int, float]) -
         }
         parts.append({**group, **held, option: group[option] * factor})
     return parts
+
+
+def undecayed(group: dict[str, Any], factors: Mapping[int, float]) -> list[dict[str, Any]]:
+    """The parts of a group after its weight decay was multiplied; the group itself where nothing decays."""
+    return split(group, "weight_decay", factors) if group.get("weight_decay") else [group]
