@@ -287,6 +287,16 @@ def test_interrupted_and_resumed_equals_uninterrupted(bert, tmp_path, monkeypatc
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
+def test_kept_texts_that_do_harm_weigh_less_and_labelled_rows_weigh_one(bert, tmp_path, jobs):
+    run(tmp_path / "o", bert, procedure=f"{LOOSE},rounds=1,draws=2,influence=true", steps=60)
+    (_, first, _), (setup, job, _) = jobs
+    own = job.rows["text"].isin(first.rows["text"])
+    assert (job.rows[WEIGHT][own] == 1).all()
+    assert job.rows[WEIGHT][~own].between(0, 1).all()
+    features = setup.features(job.rows)
+    assert [feature[WEIGHT] for feature in features] == job.rows[WEIGHT].tolist()
+
+
 # ---- what is refused, and what is said --------------------------------------------------------------------------
 
 
@@ -297,6 +307,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(bert, tmp_path, monkeypatc
         ({"dropout": 0.0}, "differ by their dropout, and the model has none"),
         ({"procedure": "self-training:draws=1"}, "certainty needs two opinions"),
         ({"procedure": "self-training:draws=0"}, "certainty needs two opinions"),
+        ({"procedure": "self-training:influence=true", "methods": ["group_weights"], "subgroup": "label"}, "weighting"),
         ({"procedure": "self-training:folds=1"}, "folds must be 0"),
         ({"procedure": "self-training:folds=50", "validation_share": 0.0}, "folds must lie between 2 and"),
         ({"table": toy(40)[["text", "score"]].rename(columns={"score": "label"})}, "this is regression: leave it out"),

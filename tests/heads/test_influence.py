@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional
 
-from steadytune.heads.influence import cross_influence, influence, slopes
+from steadytune.heads.influence import cross_influence, influence, slopes, weights_of_texts
 from steadytune.heads.start import even_parts, fit_probe
 
 LOSSES = {
@@ -110,3 +110,26 @@ def test_every_row_is_judged_by_a_probe_that_did_not_see_it():
     for (inside, outside), known in zip(parts, list(seen), strict=True):
         assert known == set(inside)
         assert np.allclose(outputs[outside], fit(inside).outputs(phi[outside]))
+
+
+def test_texts_that_contradict_labelled_rows_weigh_less():
+    """Copies of labelled rows as texts: with their own label they weigh 1, with the other one less."""
+    rng = np.random.default_rng(3)
+    numbers = np.arange(60) % 2
+    phi = rng.normal(size=(60, 8)) + 2 * numbers[:, None] * np.eye(8)[0]
+    gold = np.eye(2)[numbers]
+    parts = even_parts(numbers, 0)
+
+    def fit(inside):
+        inner = even_parts(numbers[inside], 0)
+        return fit_probe(phi[inside], numbers[inside], 2, how="logistic", bias=True, parts=inner)
+
+    def weights(soft):
+        return weights_of_texts(phi, gold, phi, soft, fit, parts, "cross_entropy")
+
+    wrong = rng.random(60) < 0.3
+    mixed = weights(np.where(wrong[:, None], 1 - gold, gold))
+    assert ((mixed >= 0) & (mixed <= 1)).all()
+    assert roc_auc_score(wrong, -mixed) > 0.8
+    assert mixed[~wrong].mean() > 0.9
+    assert mixed[wrong].mean() < 0.5

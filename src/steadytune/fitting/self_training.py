@@ -32,11 +32,14 @@ from ..data.balance import WEIGHT
 from ..data.problem import Problem
 from ..data.splits import folds
 from ..errors import UsageError
+from ..heads.influence import weights_of_texts
+from ..heads.start import even_parts
 from ..methods import HeadInit
 from ..pages.words import counted
 from .loss import SOFT
-from .outputs import logits
+from .outputs import frozen_features, logits
 from .procedure import Procedure
+from .row_weights import RowWeights
 from .training import Job, Setup, restarted
 
 if TYPE_CHECKING:
@@ -46,7 +49,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("steadytune")
 
 SHARES = (0.2, 0.5, 0.8)  # of the texts, that are kept in the first rounds; the last is that of all further ones
-TEXTS = ("text", "text_pair")
+COLUMNS = ("text", "text_pair", "label", SOFT, "subgroup", WEIGHT)  # of the rows that a round learns from
 FORWARD = 1 / 3  # passes of reading a text without learning from it
 
 
@@ -61,6 +64,8 @@ class SelfTraining(Procedure):
         teachers: Number of models with different seeds that label the texts of a round.
         passes: Number of passes with dropout of each of them; 0 for one pass without dropout.
         weight: Factor of the weight of all kept texts together; 0 is plain fine-tuning.
+        influence: Whether kept texts weigh less if learning them would raise the loss of labelled rows, by the last
+            layer of probes on frozen features (`heads.influence`, after Ren, Yeh and Schwing, arXiv 2007.01293).
         balanced: Whether to keep equally many texts of each class, instead of the shares of the labelled rows.
         folds: Number of folds that choose the number of rounds, 0 rounds included: each labelled row is scored by
             models that have not seen it. 0 takes ``rounds`` as it is.
@@ -79,6 +84,7 @@ class SelfTraining(Procedure):
     teachers: Annotated[int, Within("[1, inf)")] = 1
     draws: Annotated[int, Within("[0, inf)")] = 10
     weight: Annotated[float, Within("[0, 1]")] = 1.0
+    influence: bool = False
     balanced: bool = False
     folds: Annotated[int, Within("[0, inf)")] = 0
     most_shift: Annotated[float, Within("[1, inf]")] = 2.0
@@ -150,6 +156,8 @@ class SelfTraining(Procedure):
                 "self-training compares passes that differ by their dropout, and the model has none: give a dropout "
                 "(--dropout 0.1), or several teachers without draws (--procedure self-training:teachers=3,draws=0)."
             )
+        if self.influence and self.last and not any(isinstance(method, RowWeights) for method in setup.methods):
+            setup = dataclasses.replace(setup, methods=[*setup.methods, RowWeights()])  # of 1 in round 0
         return dataclasses.replace(setup, keep=setup.keep or self.last > 0)
 
     def job_of(self, job: Job, i: int) -> Job:
@@ -247,6 +255,8 @@ class SelfTraining(Procedure):
             trainer = setup.trainer(job, job.seeds, setup.folder / job.name)
             assert trainer.model is not None
             start = {name: t.detach().to("cpu", copy=True) for name, t in trainer.model.state_dict().items()}
+        if self.influence:
+            kept = kept.assign(**{WEIGHT: helpfulness(setup, job, kept)})
         rows = learned_rows(job.rows, kept, setup.problem, self.weight, job.seeds["subset"])
         steps = setup.options.total_steps(len(job.rows) + len(kept))
         return dataclasses.replace(setup, methods=methods, steps=steps), dataclasses.replace(
@@ -360,8 +370,29 @@ def learned_rows(
     times = np.full(len(labelled), total // len(labelled))
     times[np.random.default_rng(seed).permutation(len(labelled))[: total % len(labelled)]] += 1
     certain = problem.membership(labelled["label"]).astype(float).tolist()
-    columns = [column for column in (*TEXTS, "label", SOFT, "subgroup", WEIGHT) if column in (*labelled, SOFT)]
     repeated = labelled.assign(**{SOFT: certain}).iloc[np.repeat(np.arange(len(labelled)), times)]
-    if WEIGHT in labelled:
-        kept = kept.assign(**{WEIGHT: 1.0})
-    return pd.concat([repeated, kept], ignore_index=True)[columns]
+    rows = pd.concat([repeated, kept], ignore_index=True)
+    if WEIGHT in rows:
+        rows[WEIGHT] = rows[WEIGHT].fillna(1.0)
+    return rows[[column for column in COLUMNS if column in rows]]
+
+
+def helpfulness(setup: Setup, job: Job, kept: pd.DataFrame) -> np.ndarray:
+    """Weights in [0, 1] of kept texts, by what they do to the loss of labelled rows on frozen features."""
+    from .probing import probe_of
+
+    problem, pretrained = setup.problem, setup.pretrained
+    model, _ = pretrained.read(job.seeds["init"])
+
+    def read(rows: pd.DataFrame) -> np.ndarray:
+        return frozen_features(model, pretrained.tokenizer, pretrained.tokenise(rows), pretrained.pooling)
+
+    phi, soft = read(job.rows), np.array(kept[SOFT].tolist())
+    numbers = np.array(problem.ids(job.rows["label"].tolist()))
+    weights = weights_of_texts(
+        phi, problem.membership(job.rows["label"]).astype(float), read(kept), soft,
+        lambda inside: probe_of(phi[inside], job.rows.iloc[inside], problem),
+        even_parts(numbers, job.seeds["subset"]), problem.loss,
+    )  # fmt: skip
+    logger.info("self-training: %d of %d kept texts weigh less, as they do harm", (weights < 1).sum(), len(weights))
+    return weights
