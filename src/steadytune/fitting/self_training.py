@@ -62,7 +62,7 @@ class SelfTraining(Procedure):
     Args:
         rounds: Number of rounds; with ``folds`` the largest number. 0 is plain fine-tuning.
         teachers: Number of models with different seeds that label the texts of a round.
-        passes: Number of passes with dropout of each of them; 0 for one pass without dropout.
+        draws: Number of passes of each of them with dropout; 0 for one pass without dropout.
         weight: Factor of the weight of all kept texts together; 0 is plain fine-tuning.
         influence: Whether kept texts weigh less if learning them would raise the loss of labelled rows, by the last
             layer of probes on frozen features (`heads.influence`, after Ren, Yeh and Schwing, arXiv 2007.01293).
@@ -75,7 +75,8 @@ class SelfTraining(Procedure):
     Departures:
         The authors keep equally many texts of each class, label by majority, draw texts by (1 - disagreement), train
         adapters, go on training one model, and choose the round on the set that they report. Their contrastive and
-        robust losses are not in their code, nor here.
+        robust losses are not in their code, nor here. Where there are more kept texts than labelled rows, labelled rows
+        are repeated instead of weighing the texts less.
     """
 
     reads_unlabelled: ClassVar[bool] = True
