@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.base import clone
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from bench_helpers import make_root, records, small
 from fit_helpers import same, save_sentence_bert, save_tiny_bert, save_tiny_gpt2, toy, weights
+from steadytune import SteadyClassifier
 from steadytune.bench.study import run_study
 from steadytune.errors import UsageError
 from steadytune.fitting import training
@@ -412,6 +414,15 @@ def test_a_dry_run_says_what_it_costs(bert, tmp_path):
                         procedure="contrastive:then=finetune", **QUICK))  # fmt: skip
     assert "Contrastive (cosine): 4 steps on pairs of rows, then 8 steps of fine-tuning follow" in words
     assert "2.00 times the passes of plain fine-tuning" in words
+
+
+def test_an_estimator_takes_it_as_an_option(bert, tmp_path):
+    table = toy(40)
+    options = {"procedure": "contrastive:lr=0.01,steps=60"}
+    model = SteadyClassifier(bert, steps=8, batch_size=4, output=str(tmp_path / "o"), options=options)
+    model = clone(model).fit(table["text"], table["label"])
+    assert read_record(tmp_path / "o")["recipe"]["procedure"]["name"] == "contrastive"
+    assert model.score(table["text"], table["label"]) > 0.8
 
 
 def test_a_study_has_it_as_a_recipe(tmp_path):
