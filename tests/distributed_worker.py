@@ -238,6 +238,7 @@ DDP_RECIPES = {
     "structure": lambda: [st.ReInit(), st.TopLayers(1), st.LLRD(0.5), st.EMA(0.8)],
     "mask_training": lambda: [st.MaskTraining(0.6, every=2)],
     "adapters": lambda: [st.Adapters(size=4)],
+    "levi": lambda: [st.LEVI(dropout=0.0)],
     "bitfit": lambda: [st.BitFit()],
 }
 PARTNERS = ("partners", "causal")  # whose rows meet each other, so that two processes are another training than one
@@ -451,6 +452,7 @@ SHARDED_RECIPES = {
     "conv1d": (gpt2, lambda: [st.Mixout(keep=0.6), st.DPSMix(**STAGES), st.EMA(0.8)]),
     "rates": (bert, lambda: [st.Extrapolation(0.5), st.HypergradientLR(0.3), st.EMA(0.8)]),
     "sam": (bert, lambda: [st.SAM(0.3), st.Mixout(keep=0.6), st.EMA(0.8), st.ClipNorm(0.5)]),
+    "awp": (bert, lambda: [st.AWP(0.1), st.LAWA(last=2, every=2)]),
     "random_penalties": (bert, lambda: [st.R3F(scale=0.1), st.R4F(scale=0.1), st.EMA(0.8)]),
     "everywhere": (gpt2, lambda: [st.DPSMix(**STAGES, scope=has_gradient, threshold="global"), st.L2SP(0.3)]),
 }
@@ -491,6 +493,31 @@ def sharded(name: str, *, run_first: bool = True, look: str = "never", kind: str
     seen: list = []
     with hash_noise():
         return {**train(run, before=looking(run, look, seen)), "seen": seen}
+
+
+def whole_only() -> dict:
+    """What methods that need whole weights say to shards, in `attach` or at the first step."""
+    found = {}
+    for method in (st.MaskTraining(0.6), st.CausalHead(), st.VIBERT(), st.LEVI(), st.FreeLB()):
+        model = bert()
+        run = st.Run(model, [method], total_steps=STEPS)
+        try:
+            run.attach(optimizer_of(shard(model)))
+            run.loss(parts(batch(0, model), *place(), 1)[0])
+        except (RuntimeError, ValueError) as error:
+            found[type(method).__name__] = str(error)
+    return found
+
+
+def sharded_partners() -> dict:
+    """Methods whose rows meet each other, or that draw for each row, on shards: the ranks must agree."""
+    model = bert()
+    recipe = [st.TMix(), st.SupCon(weight=0.5), st.LayerDrop(0.3), st.GroupWeights(column=by_length, least=1, every=2)]
+    run = st.Run(model, recipe, total_steps=STEPS, data=lambda: first_look(model))
+    run.attach(optimizer_of(shard(model)))
+    with warnings.catch_warnings():  # torch warns of hidden states that are views; nothing writes to them
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        return train(run, steps=4)
 
 
 def refusals() -> dict:
@@ -749,6 +776,8 @@ GROUPS = {
             for i, (name, when) in enumerate(LOOKS)
         },
         "refusals": refusals,
+        "whole_only": whole_only,
+        "sharded_partners": sharded_partners,
         "frozen_entries": frozen_entries,
         "sharded_gradient": sharded_gradient,
         "statistics": statistics,

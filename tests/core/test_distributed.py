@@ -244,6 +244,20 @@ def test_penalties_that_cannot_act_on_shards_say_so(core):
         assert attack == ascent
 
 
+def test_methods_that_need_whole_weights_refuse_shards_by_name(core):
+    for rank in core["whole_only"]:
+        assert set(rank) == {"MaskTraining", "CausalHead", "VIBERT", "LEVI", "FreeLB"}
+        assert all("sharded" in said and "use DistributedDataParallel" in said for said in rank.values())
+        assert all(said.startswith(name) for name, said in rank.items() if name != "FreeLB")
+
+
+def test_methods_of_rows_work_on_shards(core):
+    first, second = core["sharded_partners"]
+    assert_same(first["weights"], second["weights"])
+    before = {name: p.detach() for name, p in worker.bert().named_parameters()}
+    assert differs(first["weights"], before)
+
+
 def check_sharded(pair, whole: dict) -> None:
     first, second = pair
     assert_same(first["weights"], second["weights"])

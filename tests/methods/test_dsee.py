@@ -124,6 +124,13 @@ def test_what_cannot_be_is_refused(tmp_path, folder):
         fit(toy(48), model=folder, **{**given, "procedure": "dsee:share=1"})
 
 
+def test_shards_are_refused(monkeypatch):
+    run = Run(with_lora(), [DSEE()], total_steps=2, data=lambda: batches(1))
+    monkeypatch.setattr(Run, "sharded", True)
+    with pytest.raises(ValueError, match=r"DSEE needs whole weights, but these are sharded \(FSDP2\)"):
+        run.attach(torch.optim.AdamW(run.model.parameters(), 1e-2))
+
+
 def test_a_fit_leaves_a_plain_folder_with_zeros_and_resumes_bit_for_bit(tmp_path, folder, monkeypatch):
     """Naive: PEFT's checkpoints hold the adapters, and free entries and zeros are lost."""
     given = {"model": folder, "procedure": "dsee:share=0.5,entries=3", "save_steps": 4, **QUICK}

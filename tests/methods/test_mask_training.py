@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from helpers import assert_same, batches, bert, copied, train
-from steadytune import HeadInit, MaskTraining, Run, TopLayers, apply_delta, save_delta
+from steadytune import HeadInit, MaskTraining, Run, TopLayers, apply_delta, inference_cost, save_delta
+from steadytune.errors import UsageError
 from steadytune.methods.mask_training import allotted
 
 QUICK = {"settled": 0.25, "every": 1, "lr": 0.05}
@@ -115,3 +116,43 @@ def test_it_starts_from_a_probe_and_that_head_stays_if_asked():
 def test_matrices_that_a_later_method_freezes_are_told():
     with pytest.raises(ValueError, match="which a later method froze"):
         run_of(MaskTraining(), TopLayers(blocks=1))
+
+
+def test_with_a_teacher_the_loss_is_half_the_task_and_half_the_way_to_its_answers(tmp_path):
+    """By hand, at T = 2; a student that answers as the teacher has the half of the task alone."""
+    bert(seed=1).save_pretrained(tmp_path / "other")
+    bert().save_pretrained(tmp_path / "self")
+    teacher, batch = bert(seed=1).eval(), batches(1)[0]
+
+    def loss(folder):
+        return run_of(MaskTraining(teacher=str(folder)), model=bert(dropout=0.0)).loss(batch)
+
+    outputs = bert(dropout=0.0)(**batch)
+    with torch.no_grad():
+        answers = teacher(**batch).logits
+    own, known = ((z / 2).log_softmax(-1) for z in (outputs.logits, answers))
+    far = (known.exp() * (known - own)).sum(-1).mean()
+    assert torch.allclose(loss(tmp_path / "other"), 0.5 * outputs.loss + 0.5 * 4 * far, atol=1e-6)
+    assert torch.allclose(loss(tmp_path / "self"), 0.5 * outputs.loss, atol=1e-6)
+
+
+def test_a_teacher_of_other_classes_or_none_is_refused(tmp_path):
+    bert(labels=2).save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match="has the classes LABEL_0, LABEL_1 and"):
+        run_of(MaskTraining(teacher=str(tmp_path / "two")))
+    with pytest.raises(ValueError, match="cannot read its teacher"):
+        run_of(MaskTraining(teacher=str(tmp_path / "nowhere")))
+    model = bert(labels=1)
+    model.save_pretrained(tmp_path / "one")
+    run = run_of(MaskTraining(teacher=str(tmp_path / "one")), model=model)
+    with pytest.raises(UsageError, match="a teacher of one class a row"):
+        run.loss({**batches(1)[0], "labels": torch.rand(4)})
+
+
+def test_the_zeros_of_a_model_are_those_that_are_counted(caplog):
+    caplog.set_level("INFO", "steadytune")
+    run = train(run_of(MaskTraining(keep=0.7, **QUICK)), batches(8))
+    run.finish()
+    masks = run[MaskTraining].masks
+    assert inference_cost(run.model, 8).zeros == sum(int((~mask).sum()) for mask in masks.values())
+    assert f"{100 * run[MaskTraining].sparsity():.1f} % of the weights" in caplog.text

@@ -6,10 +6,15 @@ With S a score for each weight and v the share that is kept at progress t = min(
     dL/dS = dL/dW_fwd * W    as if M were S (straight through)
     v = keep + (1 - keep) * (1 - t)^3
     S <- AdamW(S, dL/dS + strength * (1 - (1 - t)^3) * d/dS of the mean sigmoid(S))       on the mean over all matrices
+
+With a teacher, whose logits are z_t, the loss of a row is
+
+    (1 - taught) * task + taught * T^2 * KL( softmax(z_t / T) || softmax(z / T) )
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,12 +22,17 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 
-from ..core import Method, Run, Scope, Weight, Within, select
+from ..core import Method, Run, Scope, Step, Weight, Within, select
 from ..core.facts import Cost, Paper
+from ..core.step import full
+from ..errors import UsageError, one_line
 from ..hypergradient import AdamW
 from .bases.static_mask import Tensors, top_masks
+
+logger = logging.getLogger("steadytune")
 
 START = 1e-3  # standard deviation of the first scores
 FLAT, STEEP = 4.0, 1.0  # divisors of the scores where matrices compete for their shares: above 0.7 kept, and below
@@ -41,6 +51,10 @@ class MaskTraining(Method):
         strength: Weight of the mean sigmoid of the scores, at the end of the pruning.
         settled: Share of the training, at its end, with the final number of kept weights.
         every: Number of steps between two choices of the kept weights.
+        teacher: Folder of a classifier with the same classes, such as a plain fine-tuned model, whose answers are
+            learned too (Hinton et al., arXiv 1503.02531); it costs one more forward a step. None: no teacher.
+        temperature: Divisor T of the logits of both where the teacher is learned from.
+        taught: Share of the teacher in the loss.
         train_head: Whether the head trains, with the optimizer's own learning rate. Without it nothing trains but the
             scores, so that the head must come from a probe (`HeadInit`).
         scope: Which matrices have scores; of a scope, those that are linear weights of the blocks.
@@ -52,14 +66,15 @@ class MaskTraining(Method):
     model is.
 
     Departures:
-        The head is that of the task; the authors use the masked-language-model head with words for the classes, and
-        distil a fine-tuned model. First scores are drawn, N(0, 1e-3^2); theirs are all 0, so that their first mask
-        keeps weights by position. The kept weights are chosen anew every ``every`` steps, theirs in each forward. With
-        ``"local"``, a share above 1 goes to the other blocks, so that the total is exact.
+        The head is that of the task; the authors use the masked-language-model head with words for the classes. The
+        teacher is an option, theirs is part of every run. First scores are drawn, N(0, 1e-3^2); theirs are all 0, so
+        that their first mask keeps weights by position. The kept weights are chosen anew every ``every`` steps, theirs
+        in each forward. With ``"local"``, a share above 1 goes to the other blocks, so that the total is exact.
 
     Raises:
-        ValueError: In setup, for a model without trainable matrices in its blocks; in attach, for sharded weights
-            (FSDP2), or a later method that froze the matrices.
+        ValueError: In setup, for a model without trainable matrices in its blocks, or a teacher that cannot be read or
+            has other classes; in attach, for sharded weights (FSDP2), or a later method that froze the matrices.
+        UsageError: At the first step with a teacher, for other labels than one class a row.
     """
 
     keep: Annotated[float, Within("(0, 1]")] = 0.9
@@ -70,6 +85,9 @@ class MaskTraining(Method):
     every: Annotated[int, Within("[1, inf)")] = 10
     train_head: bool = True
     scope: Scope = "encoder"
+    teacher: str | None = None
+    temperature: Annotated[float, Within("(0, inf)")] = 2.0
+    taught: Annotated[float, Within("[0, 1]")] = 0.5
 
     structure: ClassVar = True
     needs_steps = True
@@ -97,6 +115,8 @@ class MaskTraining(Method):
                 "frozen, quantised or adapters. Choose another scope, or leave out what freezes them"
             )
         run.train_only(self, lambda name, part: name in self.names or (part.head and self.train_head))
+        with run.forked_rng():
+            self.taught_by = None if self.teacher is None else read_teacher(self.teacher, run.model)
 
     def matrices(self, weight: Weight) -> bool:
         """Whether a weight may have scores."""
@@ -122,6 +142,23 @@ class MaskTraining(Method):
         self.moments = AdamW(self.lr).start(list(self.scores.values()))
 
     # ------------------------------------------------------------------ the step
+
+    def penalty(self, step: Step) -> Tensor | None:
+        """What the teacher's share changes in the loss."""
+        if self.taught_by is None:
+            return None
+        labels, logits = step.inputs["labels"], full(step.logits(step.outputs, self))
+        if logits.dim() != 2 or logits.size(-1) < 2 or labels.shape == logits.shape:
+            raise UsageError(
+                "MaskTraining learns from a teacher of one class a row, and these labels are of shape "
+                f"{tuple(labels.shape)}: leave teacher out"
+            )
+        inputs = {name: value for name, value in step.inputs.items() if name != "labels"}
+        with torch.no_grad():
+            answers = full(self.taught_by(**inputs).logits)
+        own, known = ((z / self.temperature).log_softmax(-1) for z in (logits, answers))
+        far = nn.functional.kl_div(own, known, reduction="none", log_target=True).sum(-1)
+        return self.taught * (self.temperature**2 * step.mean(far) - step.as_penalty(step.loss))
 
     def before_forward(self, run: Run, weights: Sequence[Weight]) -> None:
         for w in self.masked(weights):
@@ -177,6 +214,9 @@ class MaskTraining(Method):
             shares.update(zip(names, allotted(weights, share).tolist(), strict=True))
         return {name: score >= run.kth(score, shares[name]) for name, score in self.scores.items()}
 
+    def finish(self, run: Run) -> None:
+        logger.info("MaskTraining: %.1f %% of the weights of the blocks' matrices are zero", 100 * self.sparsity())
+
     def sparsity(self) -> float:
         """Share of the matrices' weights that are zero in what is evaluated and saved."""
         kept = sum(int(mask.sum()) for mask in self.masks.values())
@@ -189,6 +229,28 @@ class MaskTraining(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scores, self.masks, self.slopes = state["scores"], state["masks"], {}
         self.moments = (state["count"], state["first"], state["second"])
+
+
+def read_teacher(folder: str, student: Any) -> nn.Module:
+    """Read a classifier with the classes and the vocabulary of another model, in evaluation mode.
+
+    Raises:
+        ValueError: It cannot be read, or has others.
+    """
+    try:
+        teacher: Any = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"MaskTraining cannot read its teacher {folder!r} ({one_line(error)[:200]}): give a classifier's folder"
+        ) from error
+    config, own = teacher.config, student.config
+    if (config.id2label, config.vocab_size) != (own.id2label, own.vocab_size):
+        raise ValueError(
+            f"the teacher {folder!r} has the classes {', '.join(config.id2label.values())} and {config.vocab_size} "
+            f"tokens, this model {', '.join(own.id2label.values())} and {own.vocab_size}: fine-tune the teacher from "
+            "the same model on the same labels"
+        )
+    return teacher.eval().to(next(student.parameters()).device)
 
 
 def allotted(weights: Tensor, share: float) -> Tensor:
