@@ -225,7 +225,7 @@ class SimCSE(Pretraining):
         model: Any = classifier.base_model
         features = pretrained.tokenise(texts)
         steps = self.total_steps(len(texts))
-        trainer = ContrastiveTrainer(
+        trainer = SimCSETrainer(
             model=model,
             args=_arguments(self.options(options), seeds, steps, folder, save_steps),
             train_dataset=[{**row, ROW: number} for number, row in enumerate(features)],
@@ -460,7 +460,7 @@ def masked_loss(logits: Tensor, labels: Tensor) -> Tensor:
 # ---- contrast ---------------------------------------------------------------------------------------------------
 
 
-class ContrastiveTrainer(FitTrainer):
+class SimCSETrainer(FitTrainer):
     """Trainer on pairs of readings of the same text."""
 
     how: SimCSE
@@ -474,8 +474,8 @@ class ContrastiveTrainer(FitTrainer):
         given = dict(inputs)
         rows = given.pop(ROW)
         twice = {name: torch.cat([value, value]) for name, value in given.items()}
-        pooled = pooled_states(model, twice, self.pooling)
-        one, two = nn.functional.normalize(pooled.float(), dim=-1).chunk(2)
+        vectors = pooled_states(model, twice, self.pooling).float()
+        one, two = nn.functional.normalize(vectors, dim=-1).chunk(2)
         anchors = self.anchors[rows.cpu()].to(one.device)
         loss = info_nce(one, two, self.how.temperature)
         distance = ((one - anchors).square().sum(-1) + (two - anchors).square().sum(-1)).mean() / 2
