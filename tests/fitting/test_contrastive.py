@@ -344,7 +344,7 @@ def several_labels(rows):
         ({"label": "score", "accumulation": 2, "procedure": "contrastive:then=finetune"}, "mean"),
         ({"table": toy(40, pair=True), "text": ["text", "other"]}, "mean"),
         ({"pooling": "cls"}, "cls"),
-        ({"bf16": True}, "mean"),
+        ({"bf16": True, "calibrate": True}, "mean"),
     ],
 )
 def test_other_labels_texts_and_poolings(bert, tmp_path, options, read):
