@@ -1,14 +1,15 @@
 """What a whole fine-tuning costs in steadytune and in other libraries: processor seconds, peak memory, accuracy.
 
     python benchmarks/peers.py --data-root DIR --model DIR [--task sst2] [--rows 500] [--steps 50 150 400] [--rounds 3]
-                               [--target 0.78]
+                               [--target 0.78] [--records FILE] [--figure]
 
 Each figure is one process of its own, from its start to its end: imports, loading, tokenising, training, scores of the
 same test rows, and writing the model. The arms of a round run one after another in random order. A round draws training
 rows that all its arms share, and its number is their seed. Seconds are those of the processor (user and system), with
 one thread, so that other work on the machine changes them little. Libraries that are not installed are named and left
 out. With several numbers of steps and a target, the second table says how many seconds an arm takes to the smallest
-number of steps whose accuracy, as a mean over rounds, reaches the target. The arms:
+number of steps whose accuracy, as a mean over rounds, reaches the target. ``--records`` keeps a line for each process,
+and what is there is not measured again; with ``--figure`` they are drawn as docs/figures/peers.svg. The arms:
 
     steadytune            `steadytune fit` with its defaults: word embeddings that no training text reads are left out,
                           batches of similar length, and a linear probe beside the scores, for which every row passes
@@ -44,6 +45,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "peers.svg"
 NEEDS = {"peft": "peft", "setfit": "setfit", "sentence-transformers": "sentence_transformers"}  # arm -> module
 LENGTH, WARMUP, DECAY, CLIP = 128, 0.1, 0.01, 1.0
 
@@ -173,7 +175,7 @@ def run(arm: str, steps: int, seed: int, options: argparse.Namespace) -> dict[st
     """Processor seconds, peak memory (MB) and accuracy of one process."""
     with tempfile.TemporaryDirectory() as folder:
         given = {
-            **vars(options), "steps": steps, "seed": seed, "data_root": str(options.data_root),
+            **vars(options), "records": None, "steps": steps, "seed": seed, "data_root": str(options.data_root),
             "train": f"{options.tables}/train-{seed}.csv", "test": f"{options.tables}/test.csv",
             "folder": f"{folder}/out",
         }  # fmt: skip
@@ -208,6 +210,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--records", type=Path, help="file of JSON lines")
+    parser.add_argument("--figure", action="store_true")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--given", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -224,13 +228,15 @@ def main() -> None:
     missing = [arm for arm in options.arms if arm in NEEDS and importlib.util.find_spec(NEEDS[arm]) is None]
     arms = [arm for arm in options.arms if arm not in missing]
     cases = [(arm, steps) for arm in arms for steps in ([0] if arm == "sentence-transformers" else options.steps)]
-    measured: dict[tuple[str, int], list[dict[str, float]]] = {case: [] for case in cases}
+    kept = read(options.records, options)
     with tempfile.TemporaryDirectory() as folder:
         write_tables(options, Path(folder))
         for seed in tqdm(range(options.rounds)):
             for arm, steps in random.Random(seed).sample(cases, len(cases)):
-                measured[arm, steps].append(run(arm, steps, seed, options))
-                tqdm.write(f"{seed} {arm}, {steps} steps: {measured[arm, steps][-1]}", file=sys.stderr)
+                if (arm, steps, seed) not in kept:
+                    kept[arm, steps, seed] = run(arm, steps, seed, options)
+                    keep(options.records, options, arm, steps, seed, kept[arm, steps, seed])
+    measured = {case: [kept[*case, seed] for seed in range(options.rounds)] for case in cases}
     for arm in missing:
         print(f"{arm}: {NEEDS[arm]} is not installed, left out")
     print(
@@ -239,6 +245,59 @@ def main() -> None:
     print_costs(measured)
     if options.target is not None:
         print_seconds_to(options.target, arms, measured)
+    if options.figure:
+        draw(arms, measured)
+
+
+def read(file: Path | None, options: argparse.Namespace) -> dict[tuple[str, int, int], dict[str, float]]:
+    """What the records hold of this task and number of rows: arm, steps and draw -> figures."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file is not None and file.exists() else []
+    found = [json.loads(line) for line in lines]
+    return {
+        (one["arm"], one["steps"], one["draw"]): one["figures"]
+        for one in found
+        if (one["task"], one["rows"]) == (options.task, options.rows)
+    }
+
+
+def keep(
+    file: Path | None, options: argparse.Namespace, arm: str, steps: int, draw: int, figures: dict[str, float]
+) -> None:
+    """Add a line to the records."""
+    if file is None:
+        return
+    line = {"task": options.task, "rows": options.rows, "arm": arm, "steps": steps, "draw": draw, "figures": figures}
+    with file.open("a", encoding="utf-8") as records:
+        records.write(json.dumps(line) + "\n")
+
+
+def draw(arms: list[str], measured: dict[tuple[str, int], list[dict[str, float]]]) -> None:
+    """Mean accuracy over median seconds, a line for each arm."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "steadytune"  # the same bytes every time
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3.4))
+    for arm in arms:
+        points = sorted(
+            (np.median(column(found, "seconds")), 100 * column(found, "accuracy").mean(), steps)
+            for (name, steps), found in measured.items()
+            if name == arm
+        )
+        seconds, accuracies, steps = zip(*points, strict=True)
+        axis.plot(seconds, accuracies, marker="o", markersize=4, label=arm)
+        for place in zip(steps, seconds, accuracies, strict=True):
+            if place[0]:
+                axis.annotate(f"{place[0]}", place[1:], xytext=(3, 4), textcoords="offset points", fontsize=7)
+    axis.set_xlabel("processor seconds of the whole process; numbers at the points are steps", fontsize=8)
+    axis.set_ylabel("accuracy, %", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(FIGURE, metadata={"Date": None})
 
 
 def column(found: list[dict[str, float]], key: str) -> np.ndarray:
