@@ -133,7 +133,8 @@ class SelfTraining(Procedure):
             steps += models * options.total_steps(rows + round(share_of(number) * texts))
         per_step = options.batch_size * options.accumulation
         steps += self.last * self.opinions * texts * FORWARD / per_step
-        return (1 + self.folds) * steps / options.total_steps(rows)
+        times = 1 + self.folds if self.last else 1
+        return times * steps / options.total_steps(rows)
 
     def words(self, plan: Plan) -> str:
         assert plan.data.unlabelled is not None
@@ -294,8 +295,8 @@ class SelfTraining(Procedure):
         for name, share, expected in zip(problem.names, shares, prior, strict=True):
             if not expected / self.most_shift <= share <= expected * self.most_shift:
                 return (
-                    f"{share:.0%} of the texts were labelled {name!r}, which is {expected:.0%} of the labelled rows "
-                    f"(most_shift={self.most_shift:g} allows more)"
+                    f"{share:.0%} of the texts were labelled {name!r}, and {expected:.0%} of the labelled rows are: "
+                    f"the labels may have collapsed; if that share is right, set most_shift above {self.most_shift:g}"
                 )
         wanted = np.full(len(prior), 1 / len(prior)) if self.balanced else prior
         chosen = most_certain(predicted, certainty(opinions), wanted, share_of(number))
