@@ -221,7 +221,7 @@ def search(
             with writing(cells_at):
                 write_whole(cells_at / HARD_ROWS, hard.to_parquet)
                 write_json(cells_at / FOUND, found)
-        elif "search" in _record(place) and not overwrite:
+        elif "search" in _record(place) and (place / PAGE).is_file() and not overwrite:
             raise UsageError(f"--resume: the search in {place} is finished. Give a larger budget, or --overwrite.")
         logger.info("%s", found["verdict"])
         ship = recorded_recipe(found["ship"])
