@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -78,6 +79,24 @@ def test_the_page_begins_with_the_verdict_and_shows_arms_and_hard_rows(searched)
     assert again == page
 
 
+def test_the_learning_curve_takes_what_the_budget_leaves(searched):
+    """The cells of all rows are those of the race; only those of fewer rows are trained for it."""
+    curve = searched.record["curve"]
+    assert {name: [*sizes] for name, sizes in curve["scores"].items()} == {"plain": ["10", "20"], "probe": ["10", "20"]}
+    assert curve["verdict"] in Path("out/search.html").read_text()
+    records = [json.loads(file.read_text()) for file in Path("out/search/records").glob("*.json")]
+    trained = [r["training"]["rows"] for r in records if r["spec"]["options"].get("steps")]
+    assert trained.count(10) == 2
+    assert len(trained) == searched.record["trainings"] <= 12, "the last fit is the thirteenth"
+
+
+def test_a_budget_that_is_used_up_leaves_no_learning_curve(monkeypatch):
+    cells = SimpleNamespace(task=SimpleNamespace(models={"bert": "bert"}), left=1, cost=lambda recipe: 2)
+    monkeypatch.setattr(module, "smaller", lambda task: [10])
+    monkeypatch.setattr(module, "learning_curve", lambda *given: pytest.fail("was trained"))
+    assert module._curve(cells) is None
+
+
 def test_test_rows_are_scored_after_the_choice_and_by_nothing_else(searched):
     assert set(searched.fitted.metrics) == {"new"}
     for file in Path("out/search/records").glob("*.json"):
@@ -144,6 +163,8 @@ def test_a_dry_run_lists_arms_and_writes_nothing(home):
         ({"budget": "soon"}, "30m, 2h or 100runs, got 'soon'"),
         ({"arms": ["rdorp"]}, "Did you mean 'rdrop'"),
         ({"evaluations": 3}, "evaluations is no option of a search"),
+        ({"aux": "other.csv"}, "aux is no option of a search: its recipes begin with the model"),
+        ({"tune_kernels": True}, "tune_kernels is no option of a search"),
         ({"init_seed": 3}, "init_seed is no option of a search"),
         ({"learning": 3}, "unknown option 'learning'"),
         ({"folds": 90}, "folds must lie between 2 and 40"),

@@ -501,14 +501,15 @@ class Trial:
 
     @property
     def files(self) -> list[str]:
-        """Files of the user's own tables and of the auxiliary tables."""
+        """Files of the user's own tables, of the auxiliary tables, and of texts without labels."""
         own = () if self.own is None else (self.own.train, *self.own.tests.values())
-        return [*map(expanded, own), *self.aux]
+        return [*map(expanded, own), *self.aux, *(text for text in self.unlabelled if text not in (BLANK, REST))]
 
     def moved(self, places: Mapping[str, str]) -> Trial:
         """The same run, with its `files` in other places."""
         own = None if self.own is None else self.own.moved(lambda file: places[expanded(file)])
-        return dataclasses.replace(self, own=own, aux=tuple(places[file] for file in self.aux))
+        texts = tuple(places.get(text, text) for text in self.unlabelled)
+        return dataclasses.replace(self, own=own, aux=tuple(places[file] for file in self.aux), unlabelled=texts)
 
     @property
     def title(self) -> str:

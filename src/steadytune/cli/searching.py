@@ -121,6 +121,8 @@ def search(
     typer.echo(result.verdict)
     for line in searching.dropped_words(result.record):
         typer.echo(line)
+    if result.record.get("curve"):
+        typer.echo(result.record["curve"]["verdict"])
     if result.fitted.metrics:
         _show(result.fitted)
     typer.echo(f"Model: {output}")

@@ -1,6 +1,6 @@
 """Search: which recipe to use for a table, and how sure that is."""
 
-from .curve import LearningCurve as LearningCurve
+from .by_size import LearningCurve as LearningCurve
 from .curve import curve as curve
 from .main import SearchPlan as SearchPlan
 from .main import SearchResult as SearchResult

@@ -34,6 +34,7 @@ from ..fitting.folder import RECORD, SEARCH, Output
 from ..fitting.main import fit
 from ..fitting.options import Options, python_value
 from .budget import Budget
+from .by_size import learning_curve, smaller
 from .cells import Cells, Task
 from .hard_rows import HARD_ROWS, hard_rows
 from .progress import Progress
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("steadytune")
 
+MORE = 200  # rows of which the learning curve says what they would bring
 FOUND, ROWS = "found.json", "rows.parquet"  # in the folder of the cells: the result of the race, rows without a file
 NOT_HERE = {  # options of `fit` that hold rows out or choose, which the search does itself
     "evaluations": "a search keeps the last weights",
@@ -58,6 +60,15 @@ NOT_HERE = {  # options of `fit` that hold rows out or choose, which the search 
     "validation_share": "all rows are trained on in the end",
     "train_size": "all rows are searched",
     "seed": "seed is an argument of its own",
+    "methods": "methods are arms, as in --arm rdrop",
+    "procedure": "procedures are arms, as in --arm mixup-blo",
+    "aux": "its recipes begin with the model; to begin with other rows, give the output of a fit on them as the model",
+    "unlabelled": "its recipes learn from labelled rows alone",
+    "pretrain": "its recipes begin with the model",
+    "meta": "its recipes begin with the model",
+    "tune_kernels": "cells of several machines and days must be computed alike",
+    "num_seeds": "the last fit is one training",
+    "refit": "the number of steps is an arm, as in --arm steps*2",
 }
 
 
@@ -216,7 +227,10 @@ def search(
                             rules_of(task))  # fmt: skip
                 with Progress(race, cells, progress):
                     outcome = race.run()
-            found = search_record(race, outcome, cells, asked)
+                curve = _curve(cells)
+            found = {**search_record(race, outcome, cells, asked), "curve": curve}
+            if curve is not None:
+                found["trainings"] += len(smaller(task)) * task.k
             hard = hard_rows(cells, [race.plain, *race.frozen, *race.tried])
             with writing(cells_at):
                 write_whole(cells_at / HARD_ROWS, hard.to_parquet)
@@ -292,6 +306,18 @@ def make_task(table: OwnTables, models: Mapping[str, str], seed: int, options: M
         dataclasses.replace(table, folds=k), data, data.problem.metric(table.metric), models, base, given, k,
         rules.rungs + rules.fresh, python_value("seed", seed, int),
     )  # fmt: skip
+
+
+def _curve(cells: Cells) -> dict[str, Any] | None:
+    """The learning curve, if the budget is enough for it and no training on fewer rows fails."""
+    plain = Recipe(next(iter(cells.task.models)))
+    if len(smaller(cells.task)) * cells.cost(plain) > cells.left:
+        return None
+    try:
+        return learning_curve(cells.task, cells.store, cells.engine, MORE, 1).record()
+    except UsageError as error:
+        logger.warning("no learning curve: %s", error)
+        return None
 
 
 def rules_of(task: Task) -> Rules:

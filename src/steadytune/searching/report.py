@@ -50,6 +50,8 @@ def _sections(found: Mapping[str, Any], hard: pd.DataFrame) -> Iterator[Section]
     yield Section("Recipes", _arms(found))
     if found["standings"]:
         yield Section("Elimination", _elimination(found))
+    if found.get("curve"):
+        yield Section("Would more labels help?", _curve(found["curve"]))
     if len(hard):
         yield Section("Rows that most recipes get wrong", _hard(hard, found))
 
@@ -111,6 +113,17 @@ def _elimination(found: Mapping[str, Any]) -> list[Block]:
         "intervals. Empty circles stopped, filled ones went on, stars were chosen."
     )
     return [Figures(caption, panels), Text(f"{counted(len(last), 'stage')}; an arm stops when both halves stop it.")]
+
+
+def _curve(curve: Mapping[str, Any]) -> list[Block]:
+    rows = [
+        [size, *(f"{number(by_size[size]['value'], 3)} ± {number(by_size[size]['error'], 3)}"
+                 for by_size in curve["scores"].values())]
+        for size in next(iter(curve["scores"].values()))
+    ]  # fmt: skip
+    note = "All sizes are judged on the same rows, by one cross-validation each; ± is the standard error."
+    return [Text(curve["verdict"]), Grid("Scores by number of training rows", ["rows", *curve["scores"]], [("", rows)],
+                                         note)]  # fmt: skip
 
 
 def _hard(hard: pd.DataFrame, found: Mapping[str, Any]) -> list[Block]:
