@@ -169,6 +169,23 @@ def test_scale_zero_begins_with_outputs_of_zero():
     assert not model.classifier.weight.any()
 
 
+@pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification"])
+def test_probabilities_count_as_the_classes_that_they_name(kind):
+    """As the answers of an ensemble, from which one model learns."""
+    soft, hard = bert(), bert()
+    given = batches(6)
+    classes = soft.config.num_labels
+    named = [nn.functional.one_hot(batch["labels"], classes).float() for batch in given]
+    for model in (soft, hard):
+        model.config.problem_type = kind
+    unsure = [{**batch, "labels": 0.8 * labels + 0.05} for batch, labels in zip(given, named, strict=True)]
+    sure = given if kind.startswith("single") else [{**b, "labels": n} for b, n in zip(given, named, strict=True)]
+    Run(soft, [HeadInit()], data=lambda: unsure)
+    Run(hard, [HeadInit()], data=lambda: sure)
+    assert_same(copied(soft), copied(hard))
+    assert soft.classifier.weight.any()
+
+
 def test_an_anchor_leaves_the_new_head_out():
     model = bert()
     run = Run(model, [HeadInit(), L2SP()], data=lambda: batches(4))

@@ -96,6 +96,12 @@ def set_head(model: nn.Module, probe: Probe, scale: float = 1.0) -> None:
         layer.bias.copy_(torch.from_numpy(scale * probe.bias))
 
 
+def _hard(labels: np.ndarray, model: Any) -> np.ndarray:
+    """The classes that probabilities (rows, classes) name: the largest, or those above one half if several can hold."""
+    alone = getattr(getattr(model, "config", None), "problem_type", None) == "single_label_classification"
+    return labels.argmax(1) if alone else (labels > 0.5).astype(labels.dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class Labelled:
     """Features and labels of rows, with keys for an order that depends on the rows alone.
@@ -126,7 +132,8 @@ class Labelled:
         outputs = output_layer(model).out_features
         if labels.ndim > 2 or (labels.ndim == 2 and labels.shape[1] != outputs):
             raise ValueError(f"a head of {outputs} outputs cannot begin as a probe on labels of shape {labels.shape}")
-        labels = labels[:, 0] if outputs == 1 and labels.ndim == 2 else labels
+        if labels.ndim == 2:
+            labels = labels[:, 0] if outputs == 1 else _hard(labels, model)
         keys = [key for batch in held for key in _keys(batch)]
         return cls(features(model, held).numpy(), labels, keys)
 
