@@ -118,6 +118,7 @@ def test_heads_of_two_seeds_that_begin_as_the_same_probe_may_be_merged(tmp_path,
         ({"pooling": "mean", "peft": "lora"}, ["pooling mean", "adapters", "pooling='model'"]),
         ({"steps": 0}, ["steps 0", "head='logistic'"]),
         ({"steps": 0, "head": "ridge", "methods": ["ema"]}, ["steps 0", "methods"]),
+        ({"steps": 0, "head": "ridge", "class_weights": "balanced"}, ["class_weights", "steps 0"]),
         ({"pooling": "mean", "methods": ["pooling"]}, ["pooling='mean'", "leave one out"]),
     ],
 )

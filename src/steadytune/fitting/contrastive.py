@@ -102,12 +102,7 @@ class Contrastive(Procedure):
         """Adapters, and with ``then="head"`` what acts in fine-tuning."""
         if options.peft or options.lora:
             return "contrastive trains all weights of the encoder: leave lora and peft out."
-        asked = {
-            "evaluations": bool(options.evaluations), "balance": bool(options.balance),
-            "class_weights": options.class_weights != "none", "label_smoothing": bool(options.label_smoothing),
-            "focal": bool(options.focal),
-        }  # fmt: skip
-        unheeded = next((name for name, given in asked.items() if given), None)
+        unheeded = next(iter([*(["evaluations"] if options.evaluations else []), *options.in_steps]), None)
         return None if unheeded is None or self.then == "finetune" else _unheeded(unheeded)
 
     def options(self, options: Options) -> Options:

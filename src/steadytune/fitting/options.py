@@ -175,8 +175,22 @@ class Options:
                 "steps 0 trains nothing but the head, and evaluates nothing before the end: give head='logistic' and "
                 "no evaluations, or more steps."
             )
+        if self.steps == 0 and self.in_steps:
+            raise UsageError(
+                f"{self.in_steps[0]} acts in training steps, and with steps 0 there are none: leave it out, or give "
+                "more steps."
+            )
         if self.steps is not None and self.epochs is not None:
             raise UsageError(f"give steps ({self.steps}) or epochs ({self.epochs}), not both.")
+
+    @property
+    def in_steps(self) -> list[str]:
+        """Names of the given options that change nothing but the loss of training steps."""
+        given = {
+            "balance": bool(self.balance), "class_weights": self.class_weights != "none",
+            "label_smoothing": bool(self.label_smoothing), "focal": bool(self.focal),
+        }  # fmt: skip
+        return [name for name, is_given in given.items() if is_given]
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Options:
