@@ -19,9 +19,9 @@ from steadytune import SteadyClassifier
 from steadytune.bench.study import run_study
 from steadytune.errors import UsageError
 from steadytune.fitting import training
-from steadytune.fitting.contrastive import Balanced, Contrast, Pairs, distinct, likeness
 from steadytune.fitting.folder import read_record
 from steadytune.fitting.main import dry_run, fit
+from steadytune.fitting.procedures.contrastive import Balanced, Contrast, Pairs, distinct, likeness
 from steadytune.fitting.training import Setup
 from steadytune.heads.features import text_vectors
 
@@ -286,8 +286,8 @@ def test_fine_tuning_starts_from_the_contrastive_encoder_and_anchors_there(bert,
 
 def test_steps_are_one_pass_over_the_pairs_and_at_most_half_of_plain(bert, tmp_path):
     """n = 500: 125,000 pairs would be 7,800 steps."""
-    from steadytune.fitting.contrastive import Contrastive
     from steadytune.fitting.options import Options
+    from steadytune.fitting.procedures.contrastive import Contrastive
 
     few, many = Options(), Options(accumulation=2)
     assert Contrastive().stage_steps(few, 500, plain=640) == 320
@@ -316,7 +316,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(bert, tmp_path, monkeypatc
     options = {"save_steps": 2, "procedure": f"contrastive:lr=0.01,steps=6,then=finetune,loss={loss}"}
     run(tmp_path / "whole", bert, **options)
     monkeypatch.setattr(training, "Progress", lambda name: Cut(name, where))
-    monkeypatch.setattr("steadytune.fitting.contrastive.Progress", lambda name: Cut(name, where))
+    monkeypatch.setattr("steadytune.fitting.procedures.contrastive.Progress", lambda name: Cut(name, where))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", bert, **{**options, "progress": True})
     monkeypatch.undo()

@@ -11,10 +11,10 @@ from helpers import batches, bert, copied
 from steadytune import L2SP, Run
 from steadytune.bench.study import run_study
 from steadytune.errors import UsageError
-from steadytune.fitting import meta
 from steadytune.fitting.folder import read_record
 from steadytune.fitting.main import fit
-from steadytune.fitting.meta import FOMAML, IMAML, Episode, Reptile, adapt, after_episode
+from steadytune.fitting.stages import meta
+from steadytune.fitting.stages.meta import FOMAML, IMAML, Episode, Reptile, adapt, after_episode
 from steadytune.hypergradient import proximal
 
 WIDTH = 6

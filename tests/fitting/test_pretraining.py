@@ -27,12 +27,13 @@ from fit_helpers import (
 from steadytune.bench.study import run_study
 from steadytune.data.problem import Classification
 from steadytune.errors import UsageError
-from steadytune.fitting import pretraining, training
+from steadytune.fitting import training
 from steadytune.fitting.folder import read_record
 from steadytune.fitting.main import fit
 from steadytune.fitting.options import Options
 from steadytune.fitting.pretrained import Pretrained
-from steadytune.fitting.pretraining import TAPT, SimCSE, TextStage, info_nce, mask_words, masked_loss
+from steadytune.fitting.stages import pretraining
+from steadytune.fitting.stages.pretraining import TAPT, SimCSE, TextStage, info_nce, mask_words, masked_loss
 from steadytune.heads.features import pooled_features
 
 QUICK = {"steps": 3, "batch_size": 4, "lr": 1e-2, "progress": False, "validation_share": 0.25, "probe": False}

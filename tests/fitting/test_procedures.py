@@ -16,7 +16,7 @@ from steadytune.bench.study import run_study
 from steadytune.errors import UsageError
 from steadytune.fitting import training
 from steadytune.fitting.main import dry_run, fit
-from steadytune.fitting.procedures import mean_shares
+from steadytune.fitting.procedures.mixup import mean_shares
 from steadytune.fitting.training import Setup
 from steadytune.methods import WeightMixup
 

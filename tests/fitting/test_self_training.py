@@ -20,7 +20,7 @@ from steadytune.errors import UsageError
 from steadytune.fitting import training
 from steadytune.fitting.loss import SOFT
 from steadytune.fitting.main import dry_run, fit
-from steadytune.fitting.self_training import (
+from steadytune.fitting.procedures.self_training import (
     SelfTraining,
     certainty,
     disagreement,
@@ -241,7 +241,7 @@ def test_folds_choose_the_round_on_rows_that_models_have_not_seen(bert, tmp_path
 
 
 def test_the_best_round_is_the_one_with_the_best_score_and_of_equals_the_earliest(monkeypatch):
-    from steadytune.fitting import self_training
+    from steadytune.fitting.procedures import self_training
 
     rows = toy(8)
     setup = Setup(*[None] * 9)

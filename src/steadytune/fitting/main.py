@@ -100,7 +100,7 @@ def fit(
             ``meta``, the number of episodes; by default 100, or 10 for each table if that is more.
         meta: Learn from five or more of these tables what few steps on any of them start from, instead of training on
             one after the other: ``"reptile"``, ``"fomaml"`` or ``"imaml"``, with options, as in
-            ``"imaml:strength=2"``; see `steadytune.fitting.meta`.
+            ``"imaml:strength=2"``; see `steadytune.fitting.stages.meta`.
         unlabelled: Texts without labels, for ``pretrain`` or a procedure: a file, frame or other source with the text
             columns of `train`; ``"blank"``, the rows of `train` whose label is empty; ``"rest"``, the rows that
             ``train_size`` leaves over, without their labels; or a list of these. Texts of test and validation sets
@@ -108,7 +108,7 @@ def fit(
         unlabelled_size: Number of these texts to draw; all by default.
         pretrain: Training on the texts of the rows and on those without labels before the fit: ``"tapt"`` predicts
             masked words, ``"simcse"`` compares two readings of a text; with options, as in ``"tapt:steps=300"``. See
-            `steadytune.fitting.pretraining`.
+            `steadytune.fitting.stages.pretraining`.
         tests: Test tables by name, with the columns of `train`.
         validation: Validation table; without one, ``validation_share`` of the training rows is held out.
         validation_column: Column of `train` that names the split of each row, instead of a validation table.

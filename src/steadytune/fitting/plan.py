@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
     from ..core import Method
     from .fitted_model import FittedModel
-    from .meta import MetaLearner
     from .pretrained import Pretrained
-    from .pretraining import Pretraining
-    from .procedure import Procedure
+    from .procedures.base import Procedure
+    from .stages.meta import MetaLearner
+    from .stages.pretraining import Pretraining
     from .training import Job, Setup
 
 logger = logging.getLogger("steadytune")

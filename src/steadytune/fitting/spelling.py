@@ -12,9 +12,9 @@ from ..spelling import as_methods, parse_method
 
 if TYPE_CHECKING:
     from ..core import Method
-    from .meta import MetaLearner
-    from .pretraining import Pretraining
-    from .procedure import Procedure
+    from .procedures.base import Procedure
+    from .stages.meta import MetaLearner
+    from .stages.pretraining import Pretraining
 
 
 def method_record(method: Method) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def make_pretraining(pretrain: str | Pretraining) -> Pretraining:
     Raises:
         UsageError: There is no such training.
     """
-    from .pretraining import PRETRAININGS, Pretraining
+    from .stages.pretraining import PRETRAININGS, Pretraining
 
     chosen = parse_method(pretrain, PRETRAININGS, "pretrain") if isinstance(pretrain, str) else pretrain
     if not isinstance(chosen, Pretraining):
@@ -94,7 +94,7 @@ def make_meta(meta: str | MetaLearner) -> MetaLearner:
     Raises:
         UsageError: There is no such algorithm.
     """
-    from .meta import LEARNERS, MetaLearner
+    from .stages.meta import LEARNERS, MetaLearner
 
     chosen = parse_method(meta, LEARNERS, "meta") if isinstance(meta, str) else meta
     if not isinstance(chosen, MetaLearner):
@@ -104,7 +104,7 @@ def make_meta(meta: str | MetaLearner) -> MetaLearner:
 
 def meta_record(meta: str | MetaLearner) -> dict[str, Any]:
     """Name and every option, ready for JSON."""
-    from .meta import LEARNERS
+    from .stages.meta import LEARNERS
 
     chosen: Any = make_meta(meta)
     names = {cls: name for name, cls in LEARNERS.items()}

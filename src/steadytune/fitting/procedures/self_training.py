@@ -27,24 +27,24 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import numpy as np
 import pandas as pd
 
-from ..core import Within, check_fields
-from ..data.balance import WEIGHT
-from ..data.problem import Problem
-from ..data.splits import folds
-from ..errors import UsageError
-from ..heads.influence import weights_of_texts
-from ..heads.start import even_parts
-from ..methods import HeadInit
-from ..pages.words import counted
-from .loss import SOFT
-from .outputs import frozen_features, logits
-from .procedure import Procedure
-from .row_weights import RowWeights
-from .training import Job, Setup, restarted
+from ...core import Within, check_fields
+from ...data.balance import WEIGHT
+from ...data.problem import Problem
+from ...data.splits import folds
+from ...errors import UsageError
+from ...heads.influence import weights_of_texts
+from ...heads.start import even_parts
+from ...methods import HeadInit
+from ...pages.words import counted
+from ..loss import SOFT
+from ..outputs import frozen_features, logits
+from ..row_weights import RowWeights
+from ..training import Job, Setup, restarted
+from .base import Procedure
 
 if TYPE_CHECKING:
-    from .fit_trainer import FitTrainer, Trained
-    from .plan import Plan
+    from ..fit_trainer import FitTrainer, Trained
+    from ..plan import Plan
 
 logger = logging.getLogger("steadytune")
 
@@ -57,7 +57,7 @@ FORWARD = 1 / 3  # passes of reading a text without learning from it
 class SelfTraining(Procedure):
     """Label texts by the mean of several passes, and train a new model on those that it is most certain of.
 
-    See `steadytune.fitting.self_training` for the equations and the source.
+    See `steadytune.fitting.procedures.self_training` for the equations and the source.
 
     Args:
         rounds: Number of rounds; with ``folds`` the largest number. 0 is plain fine-tuning.
@@ -381,7 +381,7 @@ def learned_rows(
 
 def helpfulness(setup: Setup, job: Job, kept: pd.DataFrame) -> np.ndarray:
     """Weights in [0, 1] of kept texts, by what they do to the loss of labelled rows on frozen features."""
-    from .probing import probe_of
+    from ..probing import probe_of
 
     problem, pretrained = setup.problem, setup.pretrained
     model, _ = pretrained.read(job.seeds["init"])

@@ -35,21 +35,21 @@ from transformers import (
     PrinterCallback,
 )
 
-from ..core import Within, check_fields
-from ..data.prepare import Data, fingerprint
-from ..data.tables import keys
-from ..errors import UsageError
-from ..files import state
-from ..heads.features import pooled_features, pooled_states
-from .callbacks import Interrupt, KeepBest, Patience, Progress
-from .fit_trainer import FitTrainer, arguments
-from .folder import last_checkpoint
-from .options import MAX_STEPS, Options
-from .pretrained import quiet
-from .spelling import pretraining_record
+from ...core import Within, check_fields
+from ...data.prepare import Data, fingerprint
+from ...data.tables import keys
+from ...errors import UsageError
+from ...files import state
+from ...heads.features import pooled_features, pooled_states
+from ..callbacks import Interrupt, KeepBest, Patience, Progress
+from ..fit_trainer import FitTrainer, arguments
+from ..folder import last_checkpoint
+from ..options import MAX_STEPS, Options
+from ..pretrained import quiet
+from ..spelling import pretraining_record
 
 if TYPE_CHECKING:
-    from .pretrained import Pretrained
+    from ..pretrained import Pretrained
 
 logger = logging.getLogger("steadytune")
 

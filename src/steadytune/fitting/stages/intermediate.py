@@ -1,41 +1,27 @@
-"""Trainings before a fit: they move the body of the pre-trained model, and the fit starts from there.
-
-The fit draws its own head, and takes the moved weights for the pre-trained ones: anchors and distances of methods are
-measured from them.
-"""
+"""Training on another labelled table, whose head is dropped, before a fit."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from ..core.anatomy import anatomy
-from ..data.tables import Table, keys
-from ..errors import UsageError
-from .meta import MetaLearner, MetaStage
-from .options import SEEDS, Options
-from .plan import Plan, Stage, make_plan, make_setup, open_model, runs
-from .pretraining import Pretraining, TextStage
-from .spelling import make_meta, make_pretraining
+from ...core.anatomy import anatomy
+from ...data.tables import Table, keys
+from ...errors import UsageError
+from ..options import Options
+from ..plan import Plan, make_plan, make_setup, open_model, runs
 
 if TYPE_CHECKING:
-    from ..data.prepare import Data
-    from .pretrained import Pretrained
+    from ...data.prepare import Data
+    from ..pretrained import Pretrained
 
 logger = logging.getLogger("steadytune")
-
-# Options of the fit that hold for its stages too; the others are about the fit's own rows and labels.
-SHARED = (
-    "lr", "weight_decay", "warmup", "max_grad_norm", "batch_size", "accumulation", "max_length", "prompt", "dropout",
-    "bf16", "lora", "peft", "pooling", "compact", "standardize", *(f"{name}_seed" for name in SEEDS), "seed",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,45 +113,6 @@ class Intermediate:
         setup = dataclasses.replace(make_setup(self.plan, own, checkpoints), keep=True)
         trained = setup.train(dataclasses.replace(runs(self.plan)[0], name=name))
         return body_of(trained.model)
-
-
-def stages_of(
-    tables: Any, steps: int | None, meta: str | MetaLearner | None, *, model: str, options: Options, fit: Data,
-    save_steps: int, progress: bool,
-) -> tuple[Stage, ...]:  # fmt: skip
-    """The stages for the arguments ``aux``, ``aux_steps`` and ``meta`` of `fit`.
-
-    Raises:
-        UsageError: A table is not right, or there are too few for meta-learning.
-    """
-    given = list(tables) if isinstance(tables, (list, tuple)) else [tables]
-    shared: dict[str, Any] = {name: getattr(options, name) for name in SHARED}
-    own = Options(**shared, steps=steps, epochs=None if steps else options.epochs, validation_share=0.0)
-    stages = tuple(
-        Intermediate.of(table, f"aux {i}", model=model, options=own, fit=fit) for i, table in enumerate(given)
-    )
-    if meta is None:
-        return stages
-    return (MetaStage.of(make_meta(meta), stages, steps, options=own, save_steps=save_steps, progress=progress),)
-
-
-def further(how: str | Pretraining, *, options: Options, fit: Data, save_steps: int, progress: bool) -> TextStage:
-    """The stage for the argument ``pretrain`` of `fit`.
-
-    Raises:
-        UsageError: There is no such training, or too few texts.
-    """
-    return TextStage.of(make_pretraining(how), options=options, fit=fit, save_steps=save_steps, progress=progress)
-
-
-def after_stages(stages: Sequence[Stage], pretrained: Pretrained, checkpoints: Path) -> Pretrained:
-    """The pre-trained model with the body that the stages leave, each from where the one before ended."""
-    counts: Counter[str] = Counter()
-    for stage in stages:
-        logger.info("first %s", stage.title)
-        pretrained = pretrained.moved(stage.body(pretrained, f"{stage.name}-{counts[stage.name]}", checkpoints))
-        counts[stage.name] += 1
-    return pretrained
 
 
 def body_of(model: Any) -> Mapping[str, Tensor]:

@@ -6,14 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from ..core import Within, check_fields
-from ..methods.dsee import DSEE, Support
-from .procedure import Procedure
+from ...core import Within, check_fields
+from ...methods.dsee import DSEE, Support
+from .base import Procedure
 
 if TYPE_CHECKING:
-    from .fit_trainer import FitTrainer, Trained
-    from .options import Options
-    from .training import Job, Setup
+    from ..fit_trainer import FitTrainer, Trained
+    from ..options import Options
+    from ..training import Job, Setup
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""Procedures: several trainings that give one trained model.
-
-A procedure is called with the setup of all trainings, whose `train` does one of them, and with the job.
-"""
+"""Search the shares of mixtures with the pre-trained weights on splits of the rows, then fine-tune."""
 
 from __future__ import annotations
 
@@ -12,17 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from ..core import Within, check_fields
-from ..merge import uniform
-from ..methods import WeightMixup
-from .contrastive import Contrastive
-from .dsee import DSEERecipe
-from .procedure import Procedure
-from .self_training import SelfTraining
+from ...core import Within, check_fields
+from ...merge import uniform
+from ...methods import WeightMixup
+from .base import Procedure
 
 if TYPE_CHECKING:
-    from .fit_trainer import FitTrainer, Trained
-    from .training import Job, Setup
+    from ..fit_trainer import FitTrainer, Trained
+    from ..training import Job, Setup
 
 Shares = dict[str, list[Tensor]]  # factors by weight name
 
@@ -127,11 +121,3 @@ def mean_shares(several: Sequence[Shares]) -> Shares:
     """The mean of each factor over several searches."""
     means = uniform([{f"{n} {i}": t for n, ts in one.items() for i, t in enumerate(ts)} for one in several])
     return {name: [means[f"{name} {i}"] for i in range(len(ts))] for name, ts in several[0].items()}
-
-
-PROCEDURES: dict[str, type[Procedure]] = {
-    "mixup-blo": MixupBLO,
-    "contrastive": Contrastive,
-    "self-training": SelfTraining,
-    "dsee": DSEERecipe,
-}

@@ -28,20 +28,20 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import DataCollatorWithPadding, PrinterCallback, TrainerCallback
 
-from ..core import Within, check_fields
-from ..errors import UsageError
-from ..functional import supervised_contrastive
-from ..heads.features import output_layer, text_vectors
-from .callbacks import Interrupt, Progress
-from .fit_trainer import FitTrainer, Trained, arguments
-from .procedure import Procedure
-from .training import Job, Setup
-from .unread import leave_out_unread
+from ...core import Within, check_fields
+from ...errors import UsageError
+from ...functional import supervised_contrastive
+from ...heads.features import output_layer, text_vectors
+from ..callbacks import Interrupt, Progress
+from ..fit_trainer import FitTrainer, Trained, arguments
+from ..training import Job, Setup
+from ..unread import leave_out_unread
+from .base import Procedure
 
 if TYPE_CHECKING:
-    from ..data.problem import Problem
-    from .options import Options
-    from .plan import Plan
+    from ...data.problem import Problem
+    from ..options import Options
+    from ..plan import Plan
 
 logger = logging.getLogger("steadytune")
 

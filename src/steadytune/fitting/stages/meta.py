@@ -25,23 +25,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..core import Within, check_fields
-from ..core.anatomy import anatomy
-from ..data.problem import Regression
-from ..errors import UsageError
-from ..files import state
-from ..heads.features import output_layer, text_vectors
-from ..heads.start import even_parts, fit_probe
-from ..hypergradient import difference, moved, proximal
-from .callbacks import Interrupt
-from .options import Options
-from .outputs import device, frozen_features
-from .progress import progress_bar
-from .spelling import meta_record
+from ...core import Within, check_fields
+from ...core.anatomy import anatomy
+from ...data.problem import Regression
+from ...errors import UsageError
+from ...files import state
+from ...heads.features import output_layer, text_vectors
+from ...heads.start import even_parts, fit_probe
+from ...hypergradient import difference, moved, proximal
+from ..callbacks import Interrupt
+from ..options import Options
+from ..outputs import device, frozen_features
+from ..progress import progress_bar
+from ..spelling import meta_record
 
 if TYPE_CHECKING:
-    from .pretrained import Pretrained
-    from .stages import Intermediate
+    from ..pretrained import Pretrained
+    from .intermediate import Intermediate
 
 LEAST_TABLES = 5
 LEAST_ROWS = 4  # of a table: two to train on, two to judge by

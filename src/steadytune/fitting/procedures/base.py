@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from ..errors import UsageError
+from ...errors import UsageError
 
 if TYPE_CHECKING:
-    from .fit_trainer import FitTrainer, Trained
-    from .options import Options
-    from .plan import Plan
-    from .training import Job, Setup
+    from ..fit_trainer import FitTrainer, Trained
+    from ..options import Options
+    from ..plan import Plan
+    from ..training import Job, Setup
 
 
 class Procedure(ABC):
