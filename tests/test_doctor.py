@@ -58,11 +58,11 @@ def test_what_is_read_is_what_the_trainer_reads():
 
 
 def test_a_method_that_is_no_longer_called_and_an_attribute_that_is_gone(monkeypatch):
-    monkeypatch.setitem(doctor.CALLED, "evaluate", "the sky would fall")
+    monkeypatch.setitem(doctor.CALLED, "predict", "the sky would fall")
     monkeypatch.setitem(doctor.READ, "accelerator.absent", "nobody would notice")
     failed = [str(check) for check in doctor.training() if not check.ok]
     assert failed == [
-        "  FAILED  evaluate -> the sky would fall",
+        "  FAILED  predict -> the sky would fall",
         "  FAILED  accelerator.absent: gone -> nobody would notice",
     ]
 

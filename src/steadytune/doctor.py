@@ -44,6 +44,7 @@ CALLED = {
     "log": "the log would have a wrong gradient norm",
     "save_model": "checkpoints would lose the methods' state",
     "_load_optimizer_and_scheduler": "a resumed run would start its methods from scratch",
+    "_load_best_model": "the best checkpoint of a model with adapters would lack what methods train beside them",
 }
 # Attributes of a stock trainer that ours reads, and the consequence without them.
 READ = {
@@ -256,13 +257,18 @@ def hooks() -> list[Check]:
 
 
 def training() -> list[Check]:
-    """Train two steps of DPSDense with a checkpoint, repeat the second from it, and train one with accumulation."""
+    """Train two steps of DPSDense with a checkpoint, repeat the second from it, and train one with accumulation.
+
+    One step more ends with the best checkpoint.
+    """
     calls: set[str] = set()
     with tempfile.TemporaryDirectory() as folder, _silence():
         first = _trainer(Path(folder, "first"), calls)
         first.train()
         again = _trainer(Path(folder, "again"), calls)
         again.train(resume_from_checkpoint=str(Path(folder, "first", "checkpoint-1")))
+        best = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+        _trainer(Path(folder, "best"), calls, **best).train()
         results = [
             _half_moved(first, Path(folder, "first", "checkpoint-1", "model.safetensors")),
             _resumed(first, again),
@@ -292,7 +298,7 @@ def _silence() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _trainer(folder: Path, calls: set[str]) -> Trainer:
+def _trainer(folder: Path, calls: set[str], **more: Any) -> Trainer:
     """Trainer of DPSDense with one step in each stage and half of the entries frozen; it notes the methods called."""
     from .methods import DPSDense
     from .trainer import Trainer
@@ -309,7 +315,8 @@ def _trainer(folder: Path, calls: set[str]) -> Trainer:
 
     noted = type("Noted", (Trainer,), {name: noting(name) for name in CALLED if hasattr(Trainer, name)})
     methods = [DPSDense(keep=0.5, update_ratio=0.5, frozen=True)]
-    return noted(model_init=_bert, args=_arguments(folder), train_dataset=_rows(), methods=methods)
+    args, rows = _arguments(folder, **more), _rows()
+    return noted(model_init=_bert, args=args, train_dataset=rows, eval_dataset=rows, methods=methods)
 
 
 def _bert() -> Any:
