@@ -38,7 +38,6 @@ from transformers import (
 )
 
 import steadytune
-from steadytune.data.metrics import score
 from steadytune.data.prepare import Data, prepare
 from steadytune.data.tables import Table
 from steadytune.fitting.encoding import tokenise
@@ -80,7 +79,7 @@ def stock(data: Data, options: argparse.Namespace, seed: int, *, padded: bool) -
         found = trainer.predict(features(dev)).predictions
         trainer.save_model(folder)
     predicted = np.array(names, dtype=object)[found.argmax(1)]
-    return score(data.problem, dev["label"].to_numpy(), predicted)[options.metric]
+    return data.problem.score(dev["label"].to_numpy(), predicted)[options.metric]
 
 
 def ours(data: Data, tables: tuple, options: argparse.Namespace, seed: int, *, bf16: bool) -> float:

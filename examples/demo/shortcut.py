@@ -124,7 +124,7 @@ def report(runs: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
     newline = "\n"
     return f"""# A shortcut, and methods that should resist it
 
-Written by `examples/demo/shortcut.py`. The task is that of the [demonstration](../../examples/demo/CALIBRATION.md): 200
+Written by `examples/demo/shortcut.py`. The task is that of the demonstration (`examples/demo`): 200
 invented pairs, all-MiniLM-L6-v2. In training and in domain, pairs that share most words are entailments in four cases
 of five; out of domain this holds in two of five. The seed decides head, order and dropout. Accuracy in %, mean and
 standard deviation; gains are over plain, paired by seed, with 95 % intervals that are not adjusted for the number of
