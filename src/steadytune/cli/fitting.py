@@ -163,8 +163,8 @@ def fit(
         str,
         option(
             TRAINING,
-            "Initial output layer: random, or a linear probe on frozen features (logistic; ridge is faster "
-            "with many classes).",
+            "Initial output layer: random, a linear probe on frozen features (logistic; ridge is faster with many "
+            "classes), or the language model's weights of the class names (words; decoders, ModernBERT).",
         ),
     ] = "random",
     pooling: Annotated[

@@ -29,7 +29,11 @@ from .report_page import PROBE_NOTE, SUBGROUP_NOTE, file_name
 TASK = "text-classification"  # as the hub calls it, for numbers too
 SHOWN_CLASSES = 30  # in the table of classes
 BESIDE = {"baseline": "constant answer", "probe": "frozen probe", "runs": "runs: mean ± SD"}  # columns beside a score
-START = {"logistic": "a logistic regression on frozen features", "ridge": "a ridge regression on frozen features"}
+START = {
+    "logistic": "a logistic regression on frozen features",
+    "ridge": "a ridge regression on frozen features",
+    "words": "the language model's output weights of the class names",
+}
 READ = {"mean": "the mean over tokens", "cls": "the first token, without the dense layer before the head"}
 
 

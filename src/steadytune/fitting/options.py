@@ -63,7 +63,8 @@ class Options:
         peft: Kind of adapters to train: ``"lora"`` or ``"ia3"`` (merged at the end), ``"prefix"`` or ``"prompt"`` (not
             merged: the output contains only them, in PEFT's format, and `predict` adds them to the base model).
         head: Initial output layer: ``"random"``, or a linear probe on the frozen features of the training rows,
-            ``"logistic"`` or ``"ridge"`` (for numbers ridge in both cases); see `methods.HeadInit`.
+            ``"logistic"`` or ``"ridge"`` (for numbers ridge in both cases), or ``"words"``, the language model's output
+            weights of the class names (decoders and ModernBERT); see `methods.HeadInit`, which takes other words.
         pooling: Input of the head: ``"model"`` does not change it, ``"mean"`` is the mean over tokens, ``"cls"`` the
             first token without the dense layer before the head; see `methods.Pooling`. ``"auto"`` is the mean for
             single texts and a sentence encoder that was trained with it and whose dense layer was never trained.
@@ -117,7 +118,7 @@ class Options:
     tune_kernels: bool = False
     lora: bool | None = None
     peft: Literal["lora", "ia3", "prefix", "prompt"] | None = None
-    head: Literal["random", "logistic", "ridge"] = "random"
+    head: Literal["random", "logistic", "ridge", "words"] = "random"
     pooling: Literal["auto", "model", "mean", "cls"] = "auto"
     compact: bool = True
     class_weights: Literal["none", "balanced"] = "none"
@@ -273,7 +274,7 @@ def _threshold(value: Any) -> float:
 
 _CHOICES = {
     "class_weights": ("none", "balanced"),
-    "head": ("random", "logistic", "ridge"),
+    "head": ("random", "logistic", "ridge", "words"),
     "pooling": ("auto", "model", "mean", "cls"),
 }
 _POSITIVE = ("above 0", lambda value: value > 0)

@@ -111,7 +111,7 @@ def with_start(methods: Sequence[Method], options: Options, pooling: Pooled) -> 
 
 def warn_of_start(model: Any, pretrained: Pretrained, options: Options) -> None:
     """Say that a head begins as a probe on features that no pre-training has made."""
-    if options.head == "random" or pretrained.pooling != "model":
+    if options.head in ("random", "words") or pretrained.pooling != "model":
         return
     if (dense := untrained_dense(model, pretrained.new)) is not None:
         logger.warning(

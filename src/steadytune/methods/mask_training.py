@@ -66,10 +66,11 @@ class MaskTraining(Method):
     model is.
 
     Departures:
-        The head is that of the task; the authors use the masked-language-model head with words for the classes. The
-        teacher is an option, theirs is part of every run. First scores are drawn, N(0, 1e-3^2); theirs are all 0, so
-        that their first mask keeps weights by position. The kept weights are chosen anew every ``every`` steps, theirs
-        in each forward. With ``"local"``, a share above 1 goes to the other blocks, so that the total is exact.
+        The head is that of the task; the authors use the masked-language-model head with words for the classes, for
+        which `HeadInit` has ``how="words"`` where a stock head can hold it. The teacher is an option, theirs is part of
+        every run. First scores are drawn, N(0, 1e-3^2); theirs are all 0, so that their first mask keeps weights by
+        position. The kept weights are chosen anew every ``every`` steps, theirs in each forward. With ``"local"``, a
+        share above 1 goes to the other blocks, so that the total is exact.
 
     Raises:
         ValueError: In setup, for a model without trainable matrices in its blocks, or a teacher that cannot be read or
