@@ -24,6 +24,10 @@ from ..errors import one_line
 from .features import TOLERANCE, evaluating, head_inputs, output_layer
 from .probe import Probe
 
+LANGUAGE_MODELS: tuple[tuple[Any, Any], ...] = (
+    (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+)
 ROWS, TOKENS = 2, 6  # size of the batch on which the two heads are compared
 
 
@@ -66,15 +70,11 @@ def _language_model(name: str) -> Any:
     Raises:
         ValueError: There is none.
     """
-    language: Any
     try:
         kind = AutoConfig.from_pretrained(name).model_type
-        for auto, known in (
-            (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING_NAMES),
-            (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-        ):
+        for auto, known in LANGUAGE_MODELS:
             if kind in known:
-                language, info = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True)  # type: ignore[misc]
+                language, info = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
                 if not info["missing_keys"]:
                     return language.eval()
     except (OSError, ValueError) as error:
