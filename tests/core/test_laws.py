@@ -79,6 +79,7 @@ from steadytune import (
     ImplicitTune,
     LayerDrop,
     MaskTraining,
+    MetaSemi,
     MetaWeightNet,
     Mixout,
     NEFTune,
@@ -157,6 +158,7 @@ NO_BODY = dict.fromkeys(("bitfit", "adapters", "levi"), "finds no pre-trained tr
 NO_LEVI = {"levi": "finds no (pre-trained )?trainable weight"}  # of the body, all of which LEVI freezes
 NO_MATRICES = "MaskTraining finds no pre-trained trainable matrix"
 FREEZING = {"mask_training": "which a later method froze"}
+BEFORE_SAM = {"meta_semi": "replaces the gradient, and with it what MetaSemi adds"}
 DRAWN = "ReInit draws 'bert.*frozen"
 SINGLE: dict[str, Row] = {
     "pooling": Row([Pooling()], plain=False, draws=False, tokens=False, refused={"levi": "cannot be bypassed"}),
@@ -195,8 +197,8 @@ SINGLE: dict[str, Row] = {
     "fgm": Row([FGM()]),
     "pgd": Row([PGD(steps=2)]),
     "freelb": Row([FreeLB(steps=3)]),
-    "sam": Row([SAM(rho=0.1)], draws=False, trainer=True),
-    "awp": Row([AWP(gamma=0.1)], draws=False),
+    "sam": Row([SAM(rho=0.1)], draws=False, trainer=True, refused=BEFORE_SAM),
+    "awp": Row([AWP(gamma=0.1)], draws=False, refused=BEFORE_SAM),
     "neftune": Row([NEFTune()], trainer=True),
     "tmix": Row([TMix()], partners=True, tokens=False),
     "supcon": Row([SupCon(weight=0.5)], draws=False, partners=True, trainer=True, tokens=False),
@@ -209,6 +211,7 @@ SINGLE: dict[str, Row] = {
     "weight_mixup": Row([WeightMixup(outer=outer_batches, lr=0.05)], trainer=True, refused=NO_BODY),
     "weight_mixup_difference": Row([WeightMixup(outer=outer_batches, lr=0.05, order="difference", convex=False)]),
     "meta_weight_net": Row([MetaWeightNet(outer=outer_batches, lr=0.05)], plain=False, trainer=True, tokens=False),
+    "meta_semi": Row([MetaSemi(unlabelled=outer_batches)], trainer=True, tokens=False),
     "implicit_tune": Row([ImplicitTune(outer=outer_batches, start=0.5)], refused=NO_LEVI),
     "implicit_tune_neumann": Row([ImplicitTune(outer=outer_batches, toward="zero", per="block", start=0.5, terms=3)]),
     "l2sp": Row([L2SP(alpha=0.5)], draws=False, refused=NO_LEVI),

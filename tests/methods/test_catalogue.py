@@ -29,6 +29,7 @@ SETTINGS = {
     "group_weights": {"column": lambda inputs: inputs["labels"] % 2, "least": 1, "every": 2},
     "implicit_tune": {"outer": lambda: [BATCH]},
     "meta_weight_net": {"outer": lambda: [BATCH], "hidden": 4},
+    "meta_semi": {"unlabelled": lambda: [BATCH]},
     "weight_mixup": {"outer": lambda: [BATCH], "rank": "tensor"},  # at this size shares by row and column are a tenth
     "dps_dense": {"update_ratio": STAGE / 12},
     "dps_mix": {"update_ratio": STAGE / 12},

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -297,15 +297,25 @@ class Run(Binding):
         """
         sent = [micro for micro in self._micro_batches if micro.sent is not None]
         left = iter(sent)
-        try:
-            with self._views.moved(moves):
-                grads = self.gradient([micro.inputs for micro in sent], lambda _: self._repeat(next(left)))
-        finally:
-            self._watch = Watch(self.weights())  # weights were written, and are what they were
+        with self.moved(moves):
+            grads = self.gradient([micro.inputs for micro in sent], lambda _: self._repeat(next(left)))
         factor = torch.stack([micro.sent for micro in sent if micro.sent is not None]).mean()
         for w in self.weights():
             if w.grad is not None:
                 w.grad.copy_(grads[w.name] / factor) if w.name in grads else w.grad.zero_()
+
+    @contextlib.contextmanager
+    def moved(self, moves: Iterable[tuple[Weight, Tensor]]) -> Iterator[None]:
+        """Move live weights inside, in `Method.after_backward`. Afterwards they are as before, bit for bit.
+
+        Args:
+            moves: Weights, each with the tensor that is added to its live values.
+        """
+        try:
+            with self._views.moved(moves):
+                yield
+        finally:
+            self._watch = Watch(self.weights())  # weights were written, and are what they were
 
     def _repeat(self, micro: MicroBatch) -> Tensor:
         """What the loop sent back for a micro-batch, computed once more at the live weights."""

@@ -251,17 +251,18 @@ def _stages(
 
 def _check_unlabelled(plan: Plan) -> None:
     """Texts without labels need something that reads them, and the other way round."""
-    procedure = plan.procedure
-    reads = procedure is not None and procedure.reads_unlabelled
-    if plan.data.unlabelled is None and procedure is not None and procedure.reads_unlabelled:
+    readers = [method_record(method)["name"] for method in plan.methods if method.reads_unlabelled]
+    if plan.procedure is not None and plan.procedure.reads_unlabelled:
+        readers.append(procedure_record(plan.procedure)["name"])
+    if plan.data.unlabelled is None and readers:
         raise UsageError(
-            f"{procedure_record(procedure)['name']} learns from texts without labels: name them with unlabelled "
-            "(--unlabelled FILE, or blank for the rows of the training table whose label is empty)."
+            f"{readers[0]} learns from texts without labels: name them with unlabelled (--unlabelled FILE, or blank "
+            "for the rows of the training table whose label is empty)."
         )
-    if plan.data.unlabelled is not None and not (reads or any(stage.reads_unlabelled for stage in plan.stages)):
+    if plan.data.unlabelled is not None and not (readers or any(stage.reads_unlabelled for stage in plan.stages)):
         raise UsageError(
-            "nothing here reads the texts without labels: give pretrain (--pretrain tapt) or a procedure that learns "
-            "from them (--procedure self-training), or leave unlabelled out."
+            "nothing here reads the texts without labels: give pretrain (--pretrain tapt), a procedure or a method "
+            "that learns from them (--procedure self-training, --method meta_semi), or leave unlabelled out."
         )
 
 

@@ -29,6 +29,7 @@ from ..data.splits import split
 from ..files import state
 from ..files.atomic import write_json
 from ..methods.bases.bilevel import BiLevel
+from ..methods.meta_semi import MetaSemi
 from .callbacks import Interrupt, KeepBest, KeepOutputs, Patience, Progress, StopAt, StopFailing
 from .fit_trainer import FitTrainer, Trained, arguments, only_logits
 from .folder import last_checkpoint
@@ -90,7 +91,7 @@ class Setup:
         states: Whether to keep the state of the methods too.
         moments: Whether to keep the outputs of every evaluation, for `outputs_at`.
         subgroups: Names of the subgroups of the training rows; their positions are what methods read.
-        unlabelled: Texts without labels, for procedures; None without any.
+        unlabelled: Texts without labels, for procedures and methods; None without any.
     """
 
     pretrained: Pretrained
@@ -206,6 +207,8 @@ class Setup:
         methods, rows = self.hold_out(job)
         features = self.features(rows)
         read = features if rows is job.rows else self.pretrained.tokenise(job.rows)
+        if self.unlabelled is not None and any(method.reads_unlabelled for method in methods):
+            read = [*read, *self.pretrained.tokenise(self.unlabelled)]
         vocabulary = leave_out_unread(model, methods, self.options, read, self.pretrained.tokenizer)
         if selecting and self.options.patience is not None:
             callbacks.append(Patience(self.metric, self.options.patience))
@@ -261,19 +264,21 @@ class Setup:
         return np.load(self.folder / job.name / OUTPUTS / f"{step}.npy", allow_pickle=False)
 
     def hold_out(self, job: Job) -> tuple[list[Method], pd.DataFrame]:
-        """Methods, with held-out rows for those that learn on a share of them, and the remaining rows."""
+        """Methods, with the rows that they learn on beside the training rows, and the remaining training rows."""
         methods, rows = [], job.rows
         for method in self.methods:
             if isinstance(method, BiLevel) and method.learns and isinstance(method.outer, float):
                 rows, others = split(rows, self.problem, method.outer, job.seeds["subset"])
                 method = copy.copy(method)
-                method.outer = self.batches(others)
+                method.outer = self.batches(self.features(others))
+            elif isinstance(method, MetaSemi) and self.unlabelled is not None:
+                method = copy.copy(method)
+                method.unlabelled = self.batches(self.pretrained.tokenise(self.unlabelled))
             methods.append(method)
         return methods, rows
 
-    def batches(self, rows: pd.DataFrame) -> Callable[[], Iterable[Any]]:
+    def batches(self, features: Any) -> Callable[[], Iterable[Any]]:
         """A function that returns batches of all rows, in another order at each call."""
-        features: Any = self.features(rows)
         collator = DataCollatorWithPadding(self.pretrained.tokenizer)
         return lambda: DataLoader(features, self.options.batch_size, shuffle=True, collate_fn=collator)
 

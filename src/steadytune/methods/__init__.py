@@ -52,6 +52,7 @@ METHODS = Registry(
         "easy_adapt": "easy_adapt:EasyAdapt",
         "causal_head": "causal_head:CausalHead",
         "weight_mixup": "weight_mixup:WeightMixup",
+        "meta_semi": "meta_semi:MetaSemi",
         "meta_weight_net": "meta_weight_net:MetaWeightNet",
         "group_weights": "group_weights:GroupWeights",
         "l2sp": "l2sp:L2SP",
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
     from .llrd import LLRD as LLRD
     from .lnsr import LNSR as LNSR
     from .mask_training import MaskTraining as MaskTraining
+    from .meta_semi import MetaSemi as MetaSemi
     from .meta_weight_net import MetaWeightNet as MetaWeightNet
     from .mixout import Mixout as Mixout
     from .neftune import NEFTune as NEFTune
