@@ -184,9 +184,17 @@ def test_bad_input_is_refused_before_training(bert, tmp_path, monkeypatch, optio
     assert not (tmp_path / "o").exists()
 
 
-def test_a_dry_run_measures_one_training(bert, tmp_path):
-    with pytest.raises(UsageError, match="trainings before it make several"):
-        dry_run(toy(40), model=bert, output=tmp_path / "o", aux=other(), **QUICK)
+def test_a_dry_run_counts_the_trainings_before(bert, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages.Intermediate, "body", lambda *args: pytest.fail("trained"))
+    monkeypatch.setattr(stages.TextStage, "body", lambda *args: pytest.fail("trained"))
+    few = {**QUICK, "aux_steps": None, "model": bert, "output": tmp_path / "o"}
+    plain = dry_run(toy(40), **few)
+    aux = dry_run(toy(40), **{**few, "aux": other(), "aux_steps": 100_000})
+    assert aux.minutes > 50 * plain.minutes
+    assert str(aux).startswith("First 100000 steps on ")
+    texts = dry_run(toy(40), **few, pretrain="simcse:steps=100000")
+    assert texts.minutes > 50 * plain.minutes
+    assert str(texts).startswith("First at most 100000 steps of simcse on 30 texts")
 
 
 def test_a_refused_method_is_said_before_the_other_table_is_trained(bert, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from ..core.facts import FORWARD
 from .fit_trainer import ByLength
 from .memory import peak_memory
 from .training import Job, Setup
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 MEASURED = 3  # number of measured steps, after one for warming up
-FORWARD = 1 / 3  # share of the forward in a training step: the backward pass costs twice as much
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Estimate:
         files: Size in bytes of each kind of file that will be written.
         vocabulary: What the compact vocabulary saves, or why there is none, in words.
         procedure: The trainings of a procedure, in words.
+        stages: The trainings before it, in words; their time is part of the minutes.
     """
 
     trainings: int
@@ -48,11 +49,12 @@ class Estimate:
     files: dict[str, int]
     vocabulary: str
     procedure: str = ""
+    stages: str = ""
 
     def __str__(self) -> str:
         written = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in self.files.items())
         return (
-            f"{self.procedure}{self.trainings} training(s) of at most {self.steps} steps, "
+            f"{self.stages}{self.procedure}{self.trainings} training(s) of at most {self.steps} steps, "
             f"{self.seconds_per_step:.2f} s each: about {self.minutes:.1f} minutes with evaluation. "
             f"Peak memory about {self.memory / 1e9:.1f} GB. "
             f"Files: {written}. {_sentence(self.vocabulary)}"
@@ -94,7 +96,9 @@ def estimate(make_setup: Callable[[Path], Setup], jobs: Sequence[Job], plan: Pla
     tests = sum(len(f["input_ids"]) for rows in plan.data.tests.values() for f in setup.pretrained.tokenise(rows))
     trainings = plan.num_seeds + (plan.folds if plan.refit else 0) + plan.distil
     evaluated = trainings + (trainings * plan.options.evaluations)
-    seconds = passes * trainings * plan.steps * padded.mean() * per_token + evaluated * tests * per_token * FORWARD
+    before = sum(stage.tokens(setup.pretrained) for stage in plan.stages) * per_token
+    trained = passes * trainings * plan.steps * padded.mean() * per_token
+    seconds = before + trained + evaluated * tests * per_token * FORWARD
     return Estimate(
         trainings=trainings,
         steps=plan.steps,
@@ -108,6 +112,7 @@ def estimate(make_setup: Callable[[Path], Setup], jobs: Sequence[Job], plan: Pla
         },
         vocabulary=str(trainer.vocabulary),
         procedure="" if plan.procedure is None else f"{_sentence(plan.procedure.words(plan) or '')} ",
+        stages="".join(f"First {stage.title}. " for stage in plan.stages),
     )
 
 

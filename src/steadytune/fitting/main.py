@@ -175,9 +175,11 @@ def dry_run(
     if not plan.steps:
         raise UsageError("a dry run measures steps, and steps is 0: leave --dry-run out.")
     passes = 1.0 if plan.procedure is None else plan.procedure.cost(plan)
-    if passes is None or plan.stages:
-        what = "a procedure is" if plan.stages == () else "trainings before it make"
-        raise UsageError(f"a dry run measures one training, {what} several: leave --dry-run or them out.")
+    if passes is None:
+        raise UsageError(
+            "a dry run measures one training, and only records tell how long this procedure's take: leave --dry-run or "
+            "the procedure out."
+        )
     with as_found(), _refusals():
         plan, pretrained, _ = _opened(plan)
         return estimate(lambda checkpoints: make_setup(plan, pretrained, checkpoints), runs(plan), plan, passes)

@@ -60,6 +60,9 @@ class Stage(Protocol):
     def reads_unlabelled(self) -> bool:
         """Whether it reads the texts without labels."""
 
+    def tokens(self, pretrained: Pretrained) -> float:
+        """About how many tokens pass forward and backward in all its steps together, without padding."""
+
     def settled(self, pretrained: Pretrained) -> Stage:
         """The stage as it will be done with this checkpoint.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -38,6 +39,7 @@ logger = logging.getLogger("steadytune")
 
 MAX_LENGTH = 128
 NAMED = "name:"  # prefix of the name of a prompt in the folder of a sentence encoder
+SAMPLED = 256  # number of rows whose mean length stands for that of all
 SHOWN = 4  # largest number of names in a message
 
 
@@ -143,6 +145,11 @@ class Pretrained:
             fresh = tokenise(pd.DataFrame(unknown, columns=columns), self.tokenizer, self.max_length, self.prompt)
             self._tokens.update(zip(unknown, fresh, strict=True))
         return [self._tokens[key] for key in keys]
+
+    def mean_length(self, rows: pd.DataFrame) -> float:
+        """Mean number of tokens of a row, from at most `SAMPLED` of them."""
+        some = rows.iloc[:: max(1, len(rows) // SAMPLED)].head(SAMPLED)
+        return float(np.mean([len(row["input_ids"]) for row in self.tokenise(some)]))
 
     def notes(self, max_length: int | None, prompt: str | None) -> Iterator[str]:
         """What a sentence-transformers folder decides here, and what it says that was not asked for.

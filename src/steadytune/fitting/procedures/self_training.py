@@ -28,6 +28,7 @@ import numpy as np
 import pandas as pd
 
 from ...core import Within, check_fields
+from ...core.facts import FORWARD
 from ...data.balance import WEIGHT
 from ...data.problem import Problem
 from ...data.splits import folds
@@ -50,7 +51,6 @@ logger = logging.getLogger("steadytune")
 
 SHARES = (0.2, 0.5, 0.8)  # of the texts, that are kept in the first rounds; the last is that of all further ones
 COLUMNS = ("text", "text_pair", "label", SOFT, "subgroup", WEIGHT)  # of the rows that a round learns from
-FORWARD = 1 / 3  # passes of reading a text without learning from it
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,12 @@ class Intermediate:
         options = dataclasses.replace(self.plan.options, compact=compact)
         return dataclasses.replace(self, plan=dataclasses.replace(self.plan, options=options))
 
+    def tokens(self, pretrained: Pretrained) -> float:
+        """As of `plan.Stage`."""
+        options, rows = self.plan.options, self.plan.data.train
+        at_once = min(options.batch_size, len(rows)) * options.accumulation
+        return self.plan.steps * at_once * pretrained.mean_length(rows)
+
     @property
     def title(self) -> str:
         """What the stage does, for messages."""

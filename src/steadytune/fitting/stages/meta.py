@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from ...core import Within, check_fields
 from ...core.anatomy import anatomy
+from ...core.facts import FORWARD
 from ...data.problem import Regression
 from ...errors import UsageError
 from ...files import state
@@ -95,6 +96,11 @@ class MetaLearner(ABC):
         """Strength of the pull toward the start in the steps of an episode."""
         return 0.0
 
+    @property
+    def passes(self) -> float:
+        """Batches that pass forward and backward in an episode; its head is fitted to one forward of each."""
+        return self.inner_steps * (1 + FORWARD)
+
     @abstractmethod
     def move(self, start: Sequence[Tensor], episode: Episode, optimizer: Optimizer, left: float) -> None:
         """Move the body from where an episode has ended to the new start.
@@ -137,6 +143,10 @@ class FOMAML(MetaLearner):
 
     outer_lr: Annotated[float, Within("(0, inf)")] | None = None
 
+    @property
+    def passes(self) -> float:
+        return super().passes + 1
+
     def move(self, start: Sequence[Tensor], episode: Episode, optimizer: Optimizer, left: float) -> None:
         gradient = self.gradient(episode)
         torch._foreach_copy_(episode.body, list(start))
@@ -173,6 +183,10 @@ class IMAML(FOMAML):
     @property
     def pull(self) -> float:
         return self.strength
+
+    @property
+    def passes(self) -> float:
+        return super().passes + 2 * self.iterations * self.inner_steps
 
     def gradient(self, episode: Episode) -> list[Tensor]:
         def product(direction: Sequence[Tensor]) -> list[Tensor]:
@@ -375,6 +389,11 @@ class MetaStage:
     def with_compact(self, compact: bool) -> MetaStage:
         """The same stage, which trains the whole vocabulary."""
         return self
+
+    def tokens(self, pretrained: Pretrained) -> float:
+        """As of `plan.Stage`."""
+        row = sum(pretrained.mean_length(table.plan.data.train) for table in self.tables) / len(self.tables)
+        return self.episodes * self.learner.passes * self.options.batch_size * row
 
     @property
     def title(self) -> str:

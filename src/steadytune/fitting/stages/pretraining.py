@@ -63,6 +63,7 @@ class Pretraining(ABC):
     """What texts without labels train a body with."""
 
     name: ClassVar[str]
+    readings: ClassVar[int] = 1  # how often a step reads each of its texts
     steps: int | None
     epochs: float
     lr: float
@@ -193,6 +194,7 @@ class SimCSE(Pretraining):
     """
 
     name: ClassVar[str] = "simcse"
+    readings: ClassVar[int] = 2
 
     steps: Annotated[int, Within("[1, inf)")] | None = None
     epochs: Annotated[float, Within("(0, inf)")] = 1.0
@@ -294,6 +296,11 @@ class TextStage:
     def steps(self) -> int:
         """Number of optimizer steps."""
         return self.how.total_steps(len(self.texts))
+
+    def tokens(self, pretrained: Pretrained) -> float:
+        """As of `plan.Stage`."""
+        at_once = min(self.how.batch_size, len(self.texts)) * self.how.readings
+        return self.steps * at_once * pretrained.mean_length(self.texts)
 
     @property
     def title(self) -> str:
