@@ -129,8 +129,8 @@ class Trainer(transformers.Trainer):
         exact = [type(m).__name__ for m in known if m.full_precision]
         if exact and (self.args.bf16 or self.args.fp16):
             raise ValueError(
-                f"{exact[0]} subtracts gradients, which in half precision leaves little but their rounding: train in "
-                "float32, or without it (WeightMixup: order='first'; ImplicitTune: terms=1)"
+                f"{exact[0]} subtracts gradients or losses, of which half precision leaves little but the rounding: "
+                "train in float32, or without it (WeightMixup: order='first'; ImplicitTune: terms=1)"
             )
         if not any(overrides(m, verb) for m in known for verb in WEIGHT_VERBS):
             return

@@ -1484,6 +1484,23 @@ def test_one_autocast_context_round_all_steps_sees_new_weights(name):
     assert_same(one.all(), many.all())
 
 
+@pytest.mark.filterwarnings("ignore:R.F. noise of scale 1e-05 is below the resolution of torch.bfloat16")
+@every_recipe
+def test_a_step_under_the_trainers_autocast(name, tmp_path):
+    """Naive: features in bfloat16 meet a method's own weights in float32, outside of the autocast context."""
+
+    def trained():
+        trainer = trainer_of(RECIPES[name], tmp_path, bf16=True, max_steps=TOTAL, callbacks=[Stop(1)])
+        trainer.train()
+        return trainer.model
+
+    if any(method.full_precision for method in RECIPES[name]):
+        with pytest.raises(ValueError, match="half precision leaves little but the rounding"):
+            trained()
+    else:
+        assert all(torch.isfinite(p).all() for p in trained().parameters())
+
+
 # ---------------------------------------------------------------- a second look at the batch
 
 

@@ -90,6 +90,12 @@ def test_the_probe_of_the_head_reads_the_model_that_methods_have_changed(tmp_pat
     assert same(weights(tmp_path / "option"), weights(tmp_path / "methods"))
 
 
+@pytest.mark.parametrize("method", ["mask_training", "top_layers:blocks=1", "bitfit", "levi"])
+def test_methods_may_freeze_what_pooling_has_added(tmp_path, sentences, method):
+    """Naive: a weight that the mean over tokens has drawn must be in the optimizer, also if it is frozen."""
+    assert start(tmp_path / "out", sentences, methods=[method], steps=1).steps == 1
+
+
 def test_zero_steps_leave_the_encoder_alone_and_keep_the_probe(tmp_path, bert):
     found = start(tmp_path / "out", bert, head="logistic", steps=0)
     after = weights(tmp_path / "out")

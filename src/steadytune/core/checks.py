@@ -101,9 +101,13 @@ def check_structure(methods: Sequence[Method], wrapped: bool) -> None:
 
 
 def check_added(added: Iterable[str], model: nn.Module, optimizer: Optimizer) -> None:
-    """Raise for an optimizer that was built before methods ``added`` weights, which it would not train."""
+    """Raise for an optimizer that was built before methods ``added`` weights, which it would not train.
+
+    What a later method has frozen need not be in it.
+    """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    lost = sorted(n for n in added if id(model.get_parameter(n)) not in held)
+    trained = ((name, model.get_parameter(name)) for name in added)
+    lost = sorted(name for name, p in trained if p.requires_grad and id(p) not in held)
     if lost:
         raise ValueError(
             f"the optimizer does not hold {lost[0]!r}, which a method added or drew anew: make Run(model, methods) "

@@ -142,8 +142,8 @@ class CausalHead(AtBlock, BesideHead[LowLevel]):
         if not self.mu:
             return loss
         assert high is not None
-        way = nn.functional.linear(high[: len(labels)], self.beside.align) - self.before(step)[: len(labels)]
-        return loss + self.mu * full(way).square().mean()
+        now, before = (full(features[: len(labels)]) for features in (high, self.before(step)))
+        return loss + self.mu * (nn.functional.linear(now, self.beside.align) - before).square().mean()
 
     def check(self, high: Tensor | None, labels: Tensor, logits: Tensor) -> None:
         """Raise unless there is one class and one vector for each row."""
@@ -157,7 +157,7 @@ class CausalHead(AtBlock, BesideHead[LowLevel]):
 
     def low_features(self, step: Step) -> Tensor:
         """Mean states of the low block, (rows, width), constants."""
-        states = self.hidden(step, step.outputs)[0].detach()
+        states = full(self.hidden(step, step.outputs)[0].detach())
         return step.unpadded(states).sum(1) / step.lengths().clamp(min=1).unsqueeze(-1).to(states.dtype)
 
     def order(self, step: Step, k: int, rows: int) -> Tensor:
