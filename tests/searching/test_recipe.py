@@ -8,6 +8,7 @@ from steadytune.errors import UsageError
 from steadytune.fitting.options import Options
 from steadytune.searching.budget import Budget
 from steadytune.searching.recipe import PORTFOLIO, Recipe, changed, frozen, stage_of, stages
+from steadytune.searching.record import recipe_record, recorded_recipe
 
 BASE = Options(lr=3e-5, validation_share=0.0)
 PLAIN = Recipe("bert")
@@ -83,6 +84,29 @@ def test_other_models_are_a_stage_before_the_others():
     assert others[0].arms(other)[0].name == "roberta + rdrop"
 
 
+def test_other_texts_and_tables_come_before_the_fit(tmp_path):
+    (tmp_path / "other.csv").write_text("text,label\ngood,up\n")
+    recipe = changed(changed(PLAIN, f"aux={tmp_path / 'other.csv'}", BASE), "pretrain=simcse:steps=3", BASE)
+    assert recipe.trainings == {"aux": [str(tmp_path / "other.csv")], "pretrain": "simcse:steps=3"}
+    assert recipe.reads_texts
+    assert stage_of("pretrain=tapt") == "start"
+    assert recorded_recipe(recipe_record(recipe, {"bert": "bert"})) == recipe
+    plain = recipe_record(PLAIN, {"bert": "bert"})
+    assert recorded_recipe({k: v for k, v in plain.items() if k != "before"}) == PLAIN, "as older searches wrote it"
+
+
+def test_texts_without_labels_bring_arms_more_and_arms_that_need_them_say_so():
+    def names(texts, arms=None):
+        return [arm for stage in stages(arms, BASE, ["bert"], {"bert": "model"}, texts) for arm in stage.arms(PLAIN)]
+
+    more = {arm.name for arm in names(True)} - {arm.name for arm in names(False)}
+    assert more == {"pretrain=tapt", "self-training"}
+    for arm in ("self-training", "meta_semi"):
+        assert [arm_.name for arm_ in names(True, [arm])] == [arm]
+        with pytest.raises(UsageError, match="learns from texts without labels: name them with unlabelled"):
+            names(False, [arm])
+
+
 def test_the_probe_trains_nothing():
     assert dict(frozen("bert").options) == {"head": "logistic", "steps": 0, "epochs": None}
 
@@ -96,6 +120,8 @@ def test_the_probe_trains_nothing():
         ("lr=fast", "arm 'lr=fast': lr must be a number"),
         ("mixup-blo:folds=0", "folds"),
         ("dps_mix:keep=2", "keep"),
+        ("pretrain=tatp", "tapt"),
+        ("aux=nowhere.csv", "no file 'nowhere.csv'"),
     ],
 )
 def test_what_is_no_arm_is_named(arm, message):

@@ -97,6 +97,42 @@ def test_a_budget_that_is_used_up_leaves_no_learning_curve(monkeypatch):
     assert module._curve(cells) is None
 
 
+def test_texts_without_labels_and_another_table_are_searched(home):
+    """Texts of a fold's held-out rows stay out of its trainings; the last fit reads what the recipe reads."""
+    rows = pd.read_csv("rows.csv")
+    texts = pd.concat([rows[["text"]], toy(20, start=500)[["text"]]])
+    texts.to_csv("texts.csv", index=False)
+    toy(24, start=700).assign(label=lambda t: t["score"] > 1)[["text", "label"]].to_csv("aux.csv", index=False)
+    found = steadytune.search(
+        "rows.csv", output="texts", budget="7runs", arms=["pretrain=simcse:steps=2", "aux=aux.csv"],
+        unlabelled="texts.csv", **SETTINGS,
+    )  # fmt: skip
+    assert {"pretrain=simcse:steps=2", "aux=aux.csv"} <= {arm["name"] for arm in found.record["arms"]}
+    records = [json.loads(file.read_text()) for file in Path("texts/search/records").glob("*.json")]
+    assert {record["status"] for record in records} == {"done"}
+    procedures = {record["spec"]["recipe"]: json.dumps(record["spec"]) for record in records}
+    assert "unlabelled" in procedures["pretrain=simcse:steps=2"]
+    assert "unlabelled" not in procedures["plain"]
+    assert "unlabelled" not in procedures["aux=aux.csv"]
+    fitted = json.loads(Path("texts/steadytune.json").read_text())
+    assert found.record["asked"]["unlabelled"]["size"] is None
+    assert ("stages" in fitted["recipe"]) == bool(found.record["ship"]["before"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"unlabelled": "nowhere.csv"}, "must be files, which its trainings read; got 'nowhere.csv'"),
+        ({"unlabelled": pd.DataFrame({"text": ["good"]})}, "got a DataFrame"),
+        ({"unlabelled_size": 3}, "unlabelled_size 3 draws from texts without labels"),
+        ({"pretrain": "tapt"}, r"as in --arm pretrain=tapt"),
+    ],
+)
+def test_texts_of_a_search_are_files(given, message):
+    with pytest.raises(UsageError, match=message):
+        steadytune.search("rows.csv", output="never", **given, **SETTINGS)
+
+
 def test_test_rows_are_scored_after_the_choice_and_by_nothing_else(searched):
     assert set(searched.fitted.metrics) == {"new"}
     for file in Path("out/search/records").glob("*.json"):
@@ -163,7 +199,7 @@ def test_a_dry_run_lists_arms_and_writes_nothing(home):
         ({"budget": "soon"}, "30m, 2h or 100runs, got 'soon'"),
         ({"arms": ["rdorp"]}, "Did you mean 'rdrop'"),
         ({"evaluations": 3}, "evaluations is no option of a search"),
-        ({"aux": "other.csv"}, "aux is no option of a search: its recipes begin with the model"),
+        ({"aux": "other.csv"}, "aux is no option of a search: other tables are arms"),
         ({"tune_kernels": True}, "tune_kernels is no option of a search"),
         ({"init_seed": 3}, "init_seed is no option of a search"),
         ({"learning": 3}, "unknown option 'learning'"),

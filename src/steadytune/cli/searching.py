@@ -58,13 +58,18 @@ def search(
     test: Annotated[
         list[str] | None, option(INPUT, "Test file, or NAME=FILE; scored once, after the choice. Repeatable.")
     ] = None,
+    unlabelled: Annotated[
+        list[str] | None,
+        option(INPUT, "File of texts without labels, from which more arms learn. Repeatable."),
+    ] = None,
+    unlabelled_size: Annotated[int | None, option(INPUT, "Draw this many texts without labels.")] = None,
     budget: Annotated[str, option(SELECTION, "Time or number of trainings: 30m, 2h, 100runs.")] = "30m",
     arms: Annotated[
         list[str] | None,
         option(
             SELECTION,
-            "What to try: a method (dps_mix:update_ratio=0.1), options (head=logistic,pooling=mean), lr*3, lr/3 or "
-            "steps*2. Repeatable. [dim]\\[default: 12 arms in three stages][/]",
+            "What to try: a method (dps_mix:update_ratio=0.1), options (head=logistic,pooling=mean), lr*3, lr/3, "
+            "steps*2, pretrain=tapt or aux=FILE. Repeatable. [dim]\\[default: 12 arms in three stages][/]",
             "--arm",
             "--arms",
         ),
@@ -109,9 +114,10 @@ def search(
         from .. import searching
 
         same = ("label_separator", "group", "kind", "metric", "budget", "folds", "seed", "steps", "epochs", "lr",
-                "batch_size", "max_length", "bf16")  # fmt: skip
+                "batch_size", "max_length", "bf16", "unlabelled_size")  # fmt: skip
         asked = {name: given[name] for name in same}
         asked |= {"model": _models(model), "text": text or None, "label": label or None, "arms": arms or None}
+        asked |= {"unlabelled": unlabelled or None}
         if dry_run:
             return typer.echo(str(searching.plan_search(train, **asked)))
         result = searching.search(

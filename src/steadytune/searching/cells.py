@@ -58,6 +58,8 @@ class Task:
         repeats: Largest number of repeats.
         seed: Seed of halves, folds and trainings.
         size: Number of rows that a fold draws to train on; None for all that it has.
+        unlabelled: Files of texts without labels.
+        unlabelled_size: Number of these texts to draw; None for all.
     """
 
     table: OwnTables
@@ -70,6 +72,15 @@ class Task:
     repeats: int
     seed: int
     size: int | None = None
+    unlabelled: tuple[str, ...] = ()
+    unlabelled_size: int | None = None
+
+    def texts_for(self, recipe: Recipe) -> dict[str, Any]:
+        """The texts without labels as arguments of `fit`; empty for a recipe that does not read them."""
+        if not (self.unlabelled and recipe.reads_texts):
+            return {}
+        size = {} if self.unlabelled_size is None else {"unlabelled_size": self.unlabelled_size}
+        return {"unlabelled": list(self.unlabelled), **size}
 
     @property
     def inside(self) -> int:
@@ -94,8 +105,8 @@ class Task:
         recipes = {
             recipe.name: {
                 **recipe.settings(self.base, self.inside),
-                **({"methods": list(recipe.methods)} if recipe.methods else {}),
-                **({"procedure": recipe.procedure} if recipe.procedure else {}),
+                **recipe.trainings,
+                **self.texts_for(recipe),
             }
             for recipe, _ in wanted
         }
@@ -231,6 +242,7 @@ class Cells:
         """Cost of a training as a multiple of a plain one, before it ran."""
         procedure = make_procedure(recipe.procedure)
         several = 1.0 if procedure is None else procedure.passes(self.task.base, self.task.inside) or PROCEDURE_PASSES
+        several += (PROCEDURE_PASSES - 1) * len(recipe.before)
         return recipe.lengthened * passes(recipe.methods) * several
 
     def _done(self, recipe: Recipe) -> list[dict[str, Any]]:

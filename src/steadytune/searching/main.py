@@ -20,6 +20,7 @@ import numpy as np
 
 from ..bench.forecast import measure
 from ..bench.own_tables import OwnTables
+from ..bench.places import fingerprint_files
 from ..bench.run import silent
 from ..bench.spec import chosen_options
 from ..bench.store import Store
@@ -62,10 +63,9 @@ NOT_HERE = {  # options of `fit` that hold rows out or choose, which the search 
     "seed": "seed is an argument of its own",
     "methods": "methods are arms, as in --arm rdrop",
     "procedure": "procedures are arms, as in --arm mixup-blo",
-    "aux": "its recipes begin with the model; to begin with other rows, give the output of a fit on them as the model",
-    "unlabelled": "its recipes learn from labelled rows alone",
-    "pretrain": "its recipes begin with the model",
-    "meta": "its recipes begin with the model",
+    "aux": "other tables are arms, as in --arm aux=FILE",
+    "pretrain": "trainings on texts are arms, as in --arm pretrain=tapt",
+    "meta": "its recipes begin with the model, or with one other table, as in --arm aux=FILE",
     "tune_kernels": "cells of several machines and days must be computed alike",
     "num_seeds": "the last fit is one training",
     "refit": "the number of steps is an arm, as in --arm steps*2",
@@ -158,6 +158,8 @@ def search(
     kind: Kind = "auto",
     metric: str | None = None,
     tests: Mapping[str, Any] | None = None,
+    unlabelled: str | Path | Sequence[str | Path] | None = None,
+    unlabelled_size: int | None = None,
     budget: str = "30m",
     arms: Sequence[str] | None = None,
     folds: int | None = None,
@@ -187,9 +189,13 @@ def search(
         kind: As of `fit`.
         metric: Metric by which recipes are compared; by default the first of the kind.
         tests: Test tables by name. They are scored once, after the choice.
+        unlabelled: Files of texts without labels. With them the portfolio holds ``"pretrain=tapt"`` and
+            ``"self-training"`` too; of a text that is in a fold's held-out rows, that fold learns nothing.
+        unlabelled_size: Number of these texts to draw; all by default.
         budget: Time, or number of trainings: ``"30m"``, ``"2h"``, ``"100runs"``. The last fit is part of it.
         arms: What is tried: methods (``"dps_mix:update_ratio=0.1"``), procedures, options (``"head=logistic"``) and
-            factors of options (``"lr*3"``); by default a portfolio, `steadytune.searching.recipe.PORTFOLIO`.
+            factors of options (``"lr*3"``), and trainings before the fit (``"pretrain=tapt"``, ``"aux=other.csv"``);
+            by default a portfolio, `steadytune.searching.recipe.PORTFOLIO`.
         folds: Number of folds; by default 5, or 10 below 200 rows.
         seed: Seed of halves, folds and trainings.
         workers: Number of worker processes; 0 trains in this process.
@@ -213,12 +219,15 @@ def search(
     with source_file(train, cells_at) as file:
         table = OwnTables("table", file, text=column_names(text), label=label_names(label), metric=metric,
                           label_separator=label_separator, group=group, kind=kind, folds=folds)  # fmt: skip
-        task = make_task(table, _models(model), seed, options)
-        tried = stages(arms, task.base, [*task.models], _pooling(task))
+        task = with_texts(make_task(table, _models(model), seed, options), unlabelled, unlabelled_size)
+        tried = stages(arms, task.base, [*task.models], _pooling(task), bool(task.unlabelled))
         if overwrite:
             shutil.rmtree(cells_at, ignore_errors=True)
             _keep_rows(train, cells_at)
         asked |= {"models": dict(task.models), "rows": table.files()["train"]}
+        if task.unlabelled:
+            texts = fingerprint_files(map(Path, task.unlabelled))
+            asked["unlabelled"] = {"files": texts, "size": task.unlabelled_size}
         found = _found(cells_at, asked)
         if found is None:
             with opened(engine, workers) as used:
@@ -242,8 +251,8 @@ def search(
         started = again and _record(place).get("status") == "training"
         fitted = fit(
             train, model=ship.model, text=text, label=label, label_separator=label_separator, group=group, kind=kind,
-            metric=metric, tests=tests, methods=list(ship.methods), procedure=ship.procedure, validation_share=0.0,
-            seed=seed, output=place, resume=started, overwrite=overwrite or (again and not started), progress=progress,
+            metric=metric, tests=tests, validation_share=0.0, seed=seed, output=place, resume=started,
+            overwrite=overwrite or (again and not started), progress=progress, **ship.trainings, **task.texts_for(ship),
             **{**task.given, **ship.settings(task.base, len(task.data.train))},
         )  # fmt: skip
     _tell(fitted, found)
@@ -264,6 +273,8 @@ def plan_search(
     group: str | None = None,
     kind: Kind = "auto",
     metric: str | None = None,
+    unlabelled: str | Path | Sequence[str | Path] | None = None,
+    unlabelled_size: int | None = None,
     **options: Any,
 ) -> SearchPlan:
     """What `search` with these arguments would do; three steps are measured, and nothing is written.
@@ -275,10 +286,10 @@ def plan_search(
     with tempfile.TemporaryDirectory() as scratch, source_file(train, Path(scratch)) as file:
         table = OwnTables("table", file, text=column_names(text), label=label_names(label), metric=metric,
                           label_separator=label_separator, group=group, kind=kind, folds=folds)  # fmt: skip
-        task = make_task(table, _models(model), seed, options)
+        task = with_texts(make_task(table, _models(model), seed, options), unlabelled, unlabelled_size)
         plain = Recipe(next(iter(task.models)))
         tried = {s.name: [str(arm) for arm in s.arms(plain)] for s in
-                 stages(arms, task.base, [*task.models], _pooling(task))}  # fmt: skip
+                 stages(arms, task.base, [*task.models], _pooling(task), bool(task.unlabelled))}  # fmt: skip
         with silent():
             (trial, *_) = task.trials([(plain, 0)])
             pace = measure(trial)
@@ -306,6 +317,25 @@ def make_task(table: OwnTables, models: Mapping[str, str], seed: int, options: M
         dataclasses.replace(table, folds=k), data, data.problem.metric(table.metric), models, base, given, k,
         rules.rungs + rules.fresh, python_value("seed", seed, int),
     )  # fmt: skip
+
+
+def with_texts(task: Task, unlabelled: str | Path | Sequence[str | Path] | None, size: int | None) -> Task:
+    """The task with texts without labels.
+
+    Raises:
+        UsageError: They are in no file, or a size is given without them.
+    """
+    given: list[Any] = (
+        list(unlabelled or ()) if isinstance(unlabelled, (list, tuple)) or unlabelled is None else [unlabelled]
+    )
+    for source in given:
+        if not (isinstance(source, (str, Path)) and Path(source).is_file()):
+            what = repr(source) if isinstance(source, (str, Path)) else f"a {type(source).__name__}"
+            raise UsageError(f"unlabelled of a search must be files, which its trainings read; got {what}.")
+    if size is not None and not given:
+        raise UsageError(f"unlabelled_size {size} draws from texts without labels: name them with unlabelled.")
+    files = tuple(str(Path(source).absolute()) for source in given)
+    return dataclasses.replace(task, unlabelled=files, unlabelled_size=size)
 
 
 def _curve(cells: Cells) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """Recipes of a search, and how they are written: the arms that change a recipe. No torch here.
 
 An arm is a method or a procedure with its options (``dps_mix:update_ratio=0.1``), options of `fit`
-(``head=logistic,pooling=mean``), or a factor of an option (``lr*3``, ``lr/3``, ``steps*2``).
+(``head=logistic,pooling=mean``), a factor of an option (``lr*3``, ``lr/3``, ``steps*2``), or a training before the fit:
+``pretrain=tapt`` on texts alone, ``aux=FILE`` on another labelled table.
 """
 
 from __future__ import annotations
@@ -10,21 +11,25 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..bench.spec import option
 from ..errors import UsageError, suggest
 from ..fitting.options import Options
-from ..fitting.spelling import make_methods, make_procedure
+from ..fitting.spelling import make_methods, make_pretraining, make_procedure
 from ..spelling import convert
 from .race import Stage
 
 # Arms by stage, the most promising first. A stage's arms change what earlier stages have chosen.
-PORTFOLIO = {
+PORTFOLIO: dict[str, tuple[str, ...]] = {
+    "start": (),
     "head": ("head=logistic", "head=logistic,pooling=mean"),
     "schedule": ("lr*3", "lr/3", "steps*2"),
     "method": ("llrd", "rdrop", "dps_dense", "dps_mix", "mixout", "smart", "contrastive", "mixup-blo"),
 }
+WITH_TEXTS = ("pretrain=tapt", "self-training")  # arms more, where there are texts without labels
+BEFORE = ("pretrain", "aux")  # what an arm puts before the fit
 PROBE = "probe"  # the frozen encoder with a fitted head
 FACTOR = re.compile(r"(lr|steps)\s*([*/])\s*(\d+(?:\.\d+)?)")
 
@@ -40,6 +45,7 @@ class Recipe:
         lengthened: Factor of the number of steps.
         methods: Methods as they are spelled.
         procedure: Procedure as it is spelled.
+        before: Trainings before the fit: ``pretrain`` and how, ``aux`` and a file.
     """
 
     model: str
@@ -48,6 +54,7 @@ class Recipe:
     lengthened: float = 1.0
     methods: tuple[str, ...] = ()
     procedure: str | None = None
+    before: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
@@ -56,6 +63,23 @@ class Recipe:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether it learns from texts without labels."""
+        procedure = make_procedure(self.procedure)
+        methods = any(method.reads_unlabelled for method in make_methods(list(self.methods)))
+        return methods or "pretrain" in dict(self.before) or (procedure is not None and procedure.reads_unlabelled)
+
+    @property
+    def trainings(self) -> dict[str, Any]:
+        """What of it are no options, as arguments of `fit`; empty for plain fine-tuning."""
+        tables = [file for what, file in self.before if what == "aux"]
+        given = {
+            "methods": list(self.methods), "procedure": self.procedure, "aux": tables,
+            "pretrain": dict(self.before).get("pretrain"),
+        }  # fmt: skip
+        return {name: value for name, value in given.items() if value}
 
     def settings(self, base: Options, rows: int) -> dict[str, Any]:
         """Options that differ from the search's own, for a number of training rows."""
@@ -90,6 +114,8 @@ def changed(recipe: Recipe, arm: str, base: Options) -> Recipe:
             return dataclasses.replace(named, lengthened=recipe.lengthened * times)
         lr = float(f"{times * float(dict(recipe.options).get('lr', base.lr)):.3g}")
         return dataclasses.replace(named, options=_with(recipe.options, {"lr": lr}))
+    if (before := _before(arm)) is not None:
+        return dataclasses.replace(named, before=(*recipe.before, before))
     if "=" in arm.partition(":")[0]:
         return dataclasses.replace(named, options=_with(recipe.options, _options(arm)))
     if _is_procedure(arm):
@@ -105,6 +131,8 @@ def stage_of(arm: str) -> str:
     """
     if FACTOR.fullmatch(arm.strip()):
         return "schedule"
+    if _before(arm) is not None:
+        return "start"
     if "=" in arm.partition(":")[0]:
         return "head" if {*_options(arm)} <= {"head", "pooling"} else "schedule"
     if _is_procedure(arm):
@@ -114,21 +142,27 @@ def stage_of(arm: str) -> str:
     return "method"
 
 
-def stages(arms: Sequence[str] | None, base: Options, models: Sequence[str], pooling: Mapping[str, str]) -> list[Stage]:
-    """The stages of a search: other models, then heads, schedule and methods.
+def stages(
+    arms: Sequence[str] | None, base: Options, models: Sequence[str], pooling: Mapping[str, str], texts: bool = False
+) -> list[Stage]:
+    """The stages of a search: other models, then trainings before the fit, heads, schedule and methods.
 
     Args:
         arms: Arms to try; the portfolio by default.
         base: Options of the search.
         models: Names of the models; the first is that of plain fine-tuning.
         pooling: What the head of each model reads in plain fine-tuning.
+        texts: Whether there are texts without labels.
 
     Raises:
-        UsageError: An arm is none.
+        UsageError: An arm is none, or needs texts that are not there.
     """
     tried: dict[str, list[str]] = {name: [] for name in PORTFOLIO}
-    for arm in _portfolio(base) if arms is None else arms:
+    for arm in _portfolio(base, texts) if arms is None else arms:
         tried[stage_of(arm)].append(arm)
+        if not texts and _before(arm) is None and changed(Recipe(""), arm, base).reads_texts:
+            raise UsageError(f"arm {arm!r} learns from texts without labels: name them with unlabelled "
+                             "(--unlabelled FILE), or leave the arm out.")  # fmt: skip
 
     def made(recipe: Recipe, arm: str) -> Recipe | None:
         """None for an arm that changes nothing."""
@@ -143,14 +177,15 @@ def stages(arms: Sequence[str] | None, base: Options, models: Sequence[str], poo
     return [*encoders, *(Stage(name, on_top(given)) for name, given in tried.items() if given)]
 
 
-def _portfolio(base: Options) -> list[str]:
+def _portfolio(base: Options, texts: bool) -> list[str]:
     """The arms of the portfolio, without procedures that refuse the options of the search."""
+    every = [*(arm for given in PORTFOLIO.values() for arm in given), *(WITH_TEXTS if texts else ())]
 
     def refused(arm: str) -> bool:
         procedure = make_procedure(arm) if _is_procedure(arm) else None
         return procedure is not None and procedure.refuses(base) is not None
 
-    return [arm for given in PORTFOLIO.values() for arm in given if not refused(arm)]
+    return [arm for arm in every if not refused(arm)]
 
 
 def _same(after: Recipe, before: Recipe, base: Options, pooling: str) -> bool:
@@ -160,7 +195,7 @@ def _same(after: Recipe, before: Recipe, base: Options, pooling: str) -> bool:
         options = dataclasses.replace(base, **dict(recipe.options))
         reads = pooling if options.pooling == "auto" else options.pooling
         rest = dataclasses.replace(options, pooling="auto")
-        return rest, reads, recipe.lengthened, recipe.methods, recipe.procedure
+        return rest, reads, recipe.lengthened, recipe.methods, recipe.procedure, recipe.before
 
     return decisive(after) == decisive(before)
 
@@ -186,6 +221,24 @@ def _options(arm: str) -> dict[str, Any]:
         option(f"arm {arm!r}", key, chosen[key])
     Options.of({key: value for key, value in chosen.items() if value is not None})
     return chosen
+
+
+def _before(arm: str) -> tuple[str, str] | None:
+    """What an arm puts before the fit, and how; None for another arm.
+
+    Raises:
+        UsageError: There is no such training, or no such file.
+    """
+    what, _, how = (part.strip() for part in arm.partition("="))
+    if what not in BEFORE:
+        return None
+    if what == "pretrain":
+        make_pretraining(how)
+        return what, how
+    file = Path(how)
+    if not file.is_file():
+        raise UsageError(f"arm {arm!r}: there is no file {how!r}: give another labelled table as aux=FILE.")
+    return what, str(file.absolute())
 
 
 def _is_procedure(arm: str) -> bool:

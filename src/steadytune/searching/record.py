@@ -62,6 +62,7 @@ def recipe_record(recipe: Recipe, models: Mapping[str, str]) -> dict[str, Any]:
         "lengthened": recipe.lengthened,
         "methods": list(recipe.methods),
         "procedure": recipe.procedure,
+        "before": [list(each) for each in recipe.before],
     }
 
 
@@ -69,7 +70,7 @@ def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
     """The recipe of a record; its model is a path."""
     return Recipe(
         record["model"], tuple(record["arms"]), tuple(sorted(record["options"].items())), record["lengthened"],
-        tuple(record["methods"]), record["procedure"],
+        tuple(record["methods"]), record["procedure"], tuple((what, how) for what, how in record.get("before", ())),
     )  # fmt: skip
 
 
