@@ -1,9 +1,11 @@
 """What a study costs beside its trainings: workers, overhead of a run, and the report of a large folder.
 
     python benchmarks/study_scaling.py --data-root DIR --model DIR [--runs 8] [--rounds 3] [--records 5000]
+    python benchmarks/study_scaling.py --data-root DIR --model DIR --engine ray
 
-Workers have one thread each. A round is the same study with one worker and with two, in random order; the pools are
-warmed by a study of their own, which is not counted. Prints runs per hour and their ratio (2 would be perfect), the
+Workers have one thread each. A round is the same study with one worker and with two, in random order; the engines are
+warmed by a study of their own, which is not counted. With ``--engine ray`` a worker is a node of one processor of a Ray
+cluster on this machine. Prints runs per hour and their ratio (2 would be perfect), the
 seconds of a run outside training and testing, and the seconds in which `report` reads a synthetic folder.
 """
 
@@ -15,11 +17,14 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from steadytune.bench.pool import Pool, slots
+from steadytune.bench.cluster import Ray
+from steadytune.bench.pool import Engine, Pool, slots
 from steadytune.bench.report.write import write_report
 from steadytune.bench.spec import Study, Trial
 from steadytune.bench.store import Store
@@ -43,14 +48,40 @@ def study(options: argparse.Namespace, seeds: range) -> list[Trial]:
     ).runs(options.data_root)
 
 
+@contextmanager
+def processes(workers: int) -> Iterator[Engine]:
+    """Worker processes."""
+    pool = Pool(WORK, slots(workers, workers))
+    yield pool
+    pool.close()
+
+
+@contextmanager
+def nodes(workers: int) -> Iterator[Engine]:
+    """A Ray cluster with so many nodes of one processor."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    for _ in range(workers - 1):
+        cluster.add_node(**node)
+    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield Ray()
+    ray.shutdown()
+    cluster.shutdown()
+
+
+ENGINES = {"local": processes, "ray": nodes}
+
+
 def runs_per_hour(workers: int, options: argparse.Namespace) -> tuple[float, list[float]]:
     """And the seconds that each run took outside training and testing."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ENGINES[options.engine](workers) as engine:
         store = Store(folder)
-        pool = Pool(WORK, slots(workers, workers))
         warm, timed = study(options, range(1000, 1000 + workers)), study(options, range(options.runs))
         store.begin("", {})
-        outcomes = pool.map([(folder, run) for run in (*warm, *timed)])
+        outcomes = engine.map([(folder, run) for run in (*warm, *timed)])
         for _ in warm:
             next(outcomes)
         started = time.perf_counter()
@@ -78,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--engine", choices=ENGINES, default="local")
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)

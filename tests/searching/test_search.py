@@ -119,6 +119,17 @@ def test_texts_without_labels_and_another_table_are_searched(home):
     assert ("stages" in fitted["recipe"]) == bool(found.record["ship"]["before"])
 
 
+def test_methods_of_a_search_read_subgroups(home):
+    pd.read_csv("rows.csv").assign(shop=lambda t: ["a" if i % 3 else "b" for i in range(len(t))]).to_csv("shops.csv")
+    found = steadytune.search(
+        "shops.csv", output="shops", budget="7runs", arms=["group_weights:start=0,least=1"], text="text", label="label",
+        subgroup="shop", tests={"new": pd.read_csv("shops.csv").head(9)}, **SETTINGS,
+    )  # fmt: skip
+    assert "group_weights:start=0,least=1" in {arm["name"] for arm in found.record["arms"]}
+    assert found.record["dropped"] == {}
+    assert set(found.fitted.metrics["new"]["subgroups"]) == {"a", "b"}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -51,6 +51,13 @@ def _configure(context: typer.Context, file: Path | None) -> Path | None:
     return file
 
 
+Subgroups = Annotated[
+    list[str] | None,
+    option(
+        INPUT,
+        "Column of subgroups, such as a source; or length, or overlap (of a pair). Each is scored. Repeatable.",
+    ),
+]
 LabelColumns = Annotated[
     list[str] | None,
     option(

@@ -21,6 +21,7 @@ from .common import (
     LabelColumns,
     LabelSeparator,
     OneName,
+    Subgroups,
     app,
     errors_in_one_line,
     named_files,
@@ -47,13 +48,7 @@ def fit(
     group: Annotated[
         str | None, option(INPUT, "Column of groups; rows of one group stay on one side of each split.")
     ] = None,
-    subgroup: Annotated[
-        list[str] | None,
-        option(
-            INPUT,
-            "Column of subgroups, such as a source; or length, or overlap (of a pair). Each is scored. Repeatable.",
-        ),
-    ] = None,
+    subgroup: Subgroups = None,
     kind: Annotated[str, option(INPUT, "auto, classification, multilabel or regression.")] = "auto",
     metric: Annotated[str | None, option(INPUT, "Metric used for selection and shown first.")] = None,
     test: Annotated[list[str] | None, option(INPUT, "Test file, or NAME=FILE; repeatable.")] = None,

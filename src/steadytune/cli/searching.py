@@ -24,6 +24,7 @@ from .common import (
     LabelColumns,
     LabelSeparator,
     OneName,
+    Subgroups,
     Workers,
     app,
     errors_in_one_line,
@@ -53,6 +54,7 @@ def search(
     label: LabelColumns = None,
     label_separator: LabelSeparator = None,
     group: Annotated[str | None, option(INPUT, "Column of groups; rows of one group stay in one fold.")] = None,
+    subgroup: Subgroups = None,
     kind: Annotated[str, option(INPUT, "auto, classification, multilabel or regression.")] = "auto",
     metric: Annotated[str | None, option(INPUT, "Metric by which recipes are compared.")] = None,
     test: Annotated[
@@ -117,7 +119,7 @@ def search(
                 "batch_size", "max_length", "bf16", "unlabelled_size")  # fmt: skip
         asked = {name: given[name] for name in same}
         asked |= {"model": _models(model), "text": text or None, "label": label or None, "arms": arms or None}
-        asked |= {"unlabelled": unlabelled or None}
+        asked |= {"unlabelled": unlabelled or None, "subgroup": subgroup or None}
         if dry_run:
             return typer.echo(str(searching.plan_search(train, **asked)))
         result = searching.search(

@@ -155,6 +155,7 @@ def search(
     label: str | Sequence[str] | None = None,
     label_separator: str | None = None,
     group: str | None = None,
+    subgroup: str | Sequence[str] | None = None,
     kind: Kind = "auto",
     metric: str | None = None,
     tests: Mapping[str, Any] | None = None,
@@ -186,6 +187,7 @@ def search(
         label: As of `fit`.
         label_separator: As of `fit`.
         group: Column of groups; rows of one group stay in one fold, and in one half.
+        subgroup: As of `fit`: methods read it, and the test rows of each are scored. Recipes are compared on all rows.
         kind: As of `fit`.
         metric: Metric by which recipes are compared; by default the first of the kind.
         tests: Test tables by name. They are scored once, after the choice.
@@ -218,13 +220,16 @@ def search(
     cells_at = place / SEARCH
     with source_file(train, cells_at) as file:
         table = OwnTables("table", file, text=column_names(text), label=label_names(label), metric=metric,
-                          label_separator=label_separator, group=group, kind=kind, folds=folds)  # fmt: skip
+                          label_separator=label_separator, group=group, subgroup=column_names(subgroup), kind=kind,
+                          folds=folds)  # fmt: skip
         task = with_texts(make_task(table, _models(model), seed, options), unlabelled, unlabelled_size)
         tried = stages(arms, task.base, [*task.models], _pooling(task), bool(task.unlabelled))
         if overwrite:
             shutil.rmtree(cells_at, ignore_errors=True)
             _keep_rows(train, cells_at)
         asked |= {"models": dict(task.models), "rows": table.files()["train"]}
+        if table.subgroup:
+            asked["subgroup"] = list(table.subgroup)
         if task.unlabelled:
             texts = fingerprint_files(map(Path, task.unlabelled))
             asked["unlabelled"] = {"files": texts, "size": task.unlabelled_size}
@@ -250,10 +255,10 @@ def search(
         ship = recorded_recipe(found["ship"])
         started = again and _record(place).get("status") == "training"
         fitted = fit(
-            train, model=ship.model, text=text, label=label, label_separator=label_separator, group=group, kind=kind,
-            metric=metric, tests=tests, validation_share=0.0, seed=seed, output=place, resume=started,
-            overwrite=overwrite or (again and not started), progress=progress, **ship.trainings, **task.texts_for(ship),
-            **{**task.given, **ship.settings(task.base, len(task.data.train))},
+            train, model=ship.model, text=text, label=label, label_separator=label_separator, group=group,
+            subgroup=subgroup, kind=kind, metric=metric, tests=tests, validation_share=0.0, seed=seed, output=place,
+            resume=started, overwrite=overwrite or (again and not started), progress=progress, **ship.trainings,
+            **task.texts_for(ship), **{**task.given, **ship.settings(task.base, len(task.data.train))},
         )  # fmt: skip
     _tell(fitted, found)
     return SearchResult(place, fitted, found)
@@ -271,6 +276,7 @@ def plan_search(
     folds: int | None = None,
     label_separator: str | None = None,
     group: str | None = None,
+    subgroup: str | Sequence[str] | None = None,
     kind: Kind = "auto",
     metric: str | None = None,
     unlabelled: str | Path | Sequence[str | Path] | None = None,
@@ -285,7 +291,8 @@ def plan_search(
     limit = Budget.of(budget)
     with tempfile.TemporaryDirectory() as scratch, source_file(train, Path(scratch)) as file:
         table = OwnTables("table", file, text=column_names(text), label=label_names(label), metric=metric,
-                          label_separator=label_separator, group=group, kind=kind, folds=folds)  # fmt: skip
+                          label_separator=label_separator, group=group, subgroup=column_names(subgroup), kind=kind,
+                          folds=folds)  # fmt: skip
         task = with_texts(make_task(table, _models(model), seed, options), unlabelled, unlabelled_size)
         plain = Recipe(next(iter(task.models)))
         tried = {s.name: [str(arm) for arm in s.arms(plain)] for s in
