@@ -51,6 +51,14 @@ def _configure(context: typer.Context, file: Path | None) -> Path | None:
     return file
 
 
+LABELLED = typer.Argument(
+    help="CSV, TSV, JSON-lines or Parquet file with labelled text, or a data set: hub:owner/name."
+)
+TrainTable = Annotated[str, LABELLED]
+TextColumns = Annotated[
+    list[str] | None, option(INPUT, "Text column; give it twice for pairs. [dim]\\[default: found][/]")
+]
+GroupColumn = Annotated[str | None, option(INPUT, "Column of groups; rows of one group stay in one fold.")]
 Subgroups = Annotated[
     list[str] | None,
     option(
@@ -65,11 +73,13 @@ LabelColumns = Annotated[
         "Label column; for several labels a row give the column of 0 and 1 of each class. [dim]\\[default: found][/]",
     ),
 ]
-
-
 LabelSeparator = Annotated[str | None, option(INPUT, "Sign between several labels in one cell, as | in food|price.")]
-
-
+Folds = Annotated[
+    int | None, option(SELECTION, "Folds of the cross-validation. [dim]\\[default: 5, or 10 below 200 rows][/]")
+]
+Epochs = Annotated[float | None, option(TRAINING, "Epochs, instead of steps.", "--epochs", "--num-train-epochs")]
+BatchSize = Annotated[int, option(TRAINING, "Rows per forward pass.", "--batch-size", "--per-device-train-batch-size")]
+MaxLength = Annotated[int | None, option(TRAINING, "Tokens per row. [dim]\\[default: 128, or the model's limit][/]")]
 EngineName = Annotated[str, option(TRAINING, "local, or ray: runs are tasks of a Ray cluster, docs/studies.md.")]
 Workers = Annotated[
     int | None,

@@ -6,22 +6,26 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table as Grid
 
 from .common import (
     INPUT,
+    LABELLED,
     OUTPUT,
     SEEDS,
     SELECTION,
     TRAINING,
+    BatchSize,
     Config,
+    Epochs,
     LabelColumns,
     LabelSeparator,
+    MaxLength,
     OneName,
     Subgroups,
+    TextColumns,
     app,
     errors_in_one_line,
     named_files,
@@ -36,13 +40,8 @@ SHOWN_SUBGROUPS = 10  # of each set, the worst first
 def fit(
     model: Annotated[str, option(INPUT, "Hugging Face model directory or hub name.")],
     output: Annotated[Path, option(OUTPUT, "Directory for model and results: new or empty.")],
-    train: Annotated[
-        str | None,
-        typer.Argument(help="CSV, TSV, JSON-lines or Parquet file with labelled text, or a data set: hub:owner/name."),
-    ] = None,
-    text: Annotated[
-        list[str] | None, option(INPUT, "Text column; give it twice for pairs. [dim]\\[default: found][/]")
-    ] = None,
+    train: Annotated[str | None, LABELLED] = None,
+    text: TextColumns = None,
     label: LabelColumns = None,
     label_separator: LabelSeparator = None,
     group: Annotated[
@@ -122,9 +121,7 @@ def fit(
             "--max-steps",
         ),
     ] = None,
-    epochs: Annotated[
-        float | None, option(TRAINING, "Epochs, instead of steps.", "--epochs", "--num-train-epochs")
-    ] = None,
+    epochs: Epochs = None,
     lr: Annotated[
         float,
         option(TRAINING, "Peak learning rate; 10 % warm-up, then linear decay to 0.", "--lr", "--learning-rate"),
@@ -132,16 +129,12 @@ def fit(
     weight_decay: Annotated[float, option(TRAINING, "Weight decay of AdamW.")] = 0.01,
     warmup: Annotated[float, option(TRAINING, "Share of the steps that warm up.", "--warmup", "--warmup-ratio")] = 0.1,
     max_grad_norm: Annotated[float, option(TRAINING, "Largest norm of the gradient; 0 disables clipping.")] = 1.0,
-    batch_size: Annotated[
-        int, option(TRAINING, "Rows per forward pass.", "--batch-size", "--per-device-train-batch-size")
-    ] = 16,
+    batch_size: BatchSize = 16,
     accumulation: Annotated[
         int,
         option(TRAINING, "Forward passes per optimizer step.", "--accumulation", "--gradient-accumulation-steps"),
     ] = 1,
-    max_length: Annotated[
-        int | None, option(TRAINING, "Tokens per row. [dim]\\[default: 128, or the model's limit][/]")
-    ] = None,
+    max_length: MaxLength = None,
     prompt: Annotated[
         str | None,
         option(

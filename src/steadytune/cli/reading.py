@@ -17,9 +17,13 @@ from .common import (
     SELECTION,
     TRAINING,
     Config,
+    GroupColumn,
     LabelColumns,
     LabelSeparator,
+    MaxLength,
     OneName,
+    TextColumns,
+    TrainTable,
     app,
     errors_in_one_line,
     named_files,
@@ -68,17 +72,12 @@ def predict(
 
 @app.command(cls=OneName)
 def probe(
-    train: Annotated[
-        str,
-        typer.Argument(help="CSV, TSV, JSON-lines or Parquet file with labelled text, or a data set: hub:owner/name."),
-    ],
+    train: TrainTable,
     model: Annotated[list[str], option(INPUT, "Hugging Face model directory or hub name, or NAME=MODEL; repeatable.")],
-    text: Annotated[
-        list[str] | None, option(INPUT, "Text column; give it twice for pairs. [dim]\\[default: found][/]")
-    ] = None,
+    text: TextColumns = None,
     label: LabelColumns = None,
     label_separator: LabelSeparator = None,
-    group: Annotated[str | None, option(INPUT, "Column of groups; rows of one group stay in one fold.")] = None,
+    group: GroupColumn = None,
     kind: Annotated[str, option(INPUT, "auto, classification, multilabel or regression.")] = "auto",
     metric: Annotated[str | None, option(INPUT, "Metric that ranks.")] = None,
     test: Annotated[list[str] | None, option(INPUT, "Test file, or NAME=FILE; repeatable.")] = None,
@@ -98,9 +97,7 @@ def probe(
             "Text before each row's first text, as in 'query: '; name:query takes it from its folder.",
         ),
     ] = None,
-    max_length: Annotated[
-        int | None, option(TRAINING, "Tokens per row. [dim]\\[default: 128, or the model's limit][/]")
-    ] = None,
+    max_length: MaxLength = None,
     folds: Annotated[int, option(SELECTION, "Folds of the cross-fitting.")] = 5,
     seed: Annotated[int, option(SEEDS, "Seed of folds and of the draw.")] = 0,
     output: Annotated[Path | None, option(OUTPUT, "File for the table: .csv or .json.")] = None,
@@ -131,25 +128,18 @@ def probe(
 
 @app.command(cls=OneName)
 def inspect(
-    train: Annotated[
-        str,
-        typer.Argument(help="CSV, TSV, JSON-lines or Parquet file with labelled text, or a data set: hub:owner/name."),
-    ],
+    train: TrainTable,
     model: Annotated[str, option(INPUT, "Hugging Face model directory or hub name, or the --output of a fit.")],
-    text: Annotated[
-        list[str] | None, option(INPUT, "Text column; give it twice for pairs. [dim]\\[default: found][/]")
-    ] = None,
+    text: TextColumns = None,
     label: LabelColumns = None,
     label_separator: LabelSeparator = None,
-    group: Annotated[str | None, option(INPUT, "Column of groups; rows of one group stay in one fold.")] = None,
+    group: GroupColumn = None,
     kind: Annotated[str, option(INPUT, "auto, classification, multilabel or regression.")] = "auto",
     pooling: Annotated[
         str, option(TRAINING, "Features of the model: mean, cls, model or auto, as of [b]steadytune probe[/].")
     ] = "auto",
     prompt: Annotated[str | None, option(TRAINING, "Text before each row's first text, as in 'query: '.")] = None,
-    max_length: Annotated[
-        int | None, option(TRAINING, "Tokens per row. [dim]\\[default: 128, or the model's limit][/]")
-    ] = None,
+    max_length: MaxLength = None,
     folds: Annotated[int, option(SELECTION, "Folds of the cross-fitting.")] = 5,
     seed: Annotated[int, option(SEEDS, "Seed of the folds.")] = 0,
     output: Annotated[Path, option(OUTPUT, "CSV file for the list.")] = Path("inspected.csv"),

@@ -17,14 +17,21 @@ from .common import (
     SELECTION,
     TRAINING,
     Address,
+    BatchSize,
     Config,
     Cpus,
     EngineName,
+    Epochs,
+    Folds,
     Gpus,
+    GroupColumn,
     LabelColumns,
     LabelSeparator,
+    MaxLength,
     OneName,
     Subgroups,
+    TextColumns,
+    TrainTable,
     Workers,
     app,
     errors_in_one_line,
@@ -39,21 +46,16 @@ from .reading import _models
 
 @app.command(cls=OneName)
 def search(
-    train: Annotated[
-        str,
-        typer.Argument(help="CSV, TSV, JSON-lines or Parquet file with labelled text, or a data set: hub:owner/name."),
-    ],
+    train: TrainTable,
     model: Annotated[
         list[str],
         option(INPUT, "Hugging Face model directory or hub name, or NAME=MODEL; repeatable, the first is plain's."),
     ],
     output: Annotated[Path, option(OUTPUT, "Directory for model and results: new or empty.")],
-    text: Annotated[
-        list[str] | None, option(INPUT, "Text column; give it twice for pairs. [dim]\\[default: found][/]")
-    ] = None,
+    text: TextColumns = None,
     label: LabelColumns = None,
     label_separator: LabelSeparator = None,
-    group: Annotated[str | None, option(INPUT, "Column of groups; rows of one group stay in one fold.")] = None,
+    group: GroupColumn = None,
     subgroup: Subgroups = None,
     kind: Annotated[str, option(INPUT, "auto, classification, multilabel or regression.")] = "auto",
     metric: Annotated[str | None, option(INPUT, "Metric by which recipes are compared.")] = None,
@@ -76,9 +78,7 @@ def search(
             "--arms",
         ),
     ] = None,
-    folds: Annotated[
-        int | None, option(SELECTION, "Folds of the cross-validation. [dim]\\[default: 5, or 10 below 200 rows][/]")
-    ] = None,
+    folds: Folds = None,
     workers: Workers = None,
     engine: EngineName = "local",
     address: Address = None,
@@ -87,16 +87,10 @@ def search(
     steps: Annotated[
         int | None, option(TRAINING, "Optimizer steps of plain fine-tuning.", "--steps", "--max-steps")
     ] = None,
-    epochs: Annotated[
-        float | None, option(TRAINING, "Epochs, instead of steps.", "--epochs", "--num-train-epochs")
-    ] = None,
+    epochs: Epochs = None,
     lr: Annotated[float, option(TRAINING, "Learning rate of plain fine-tuning.", "--lr", "--learning-rate")] = 2e-5,
-    batch_size: Annotated[
-        int, option(TRAINING, "Rows per forward pass.", "--batch-size", "--per-device-train-batch-size")
-    ] = 16,
-    max_length: Annotated[
-        int | None, option(TRAINING, "Tokens per row. [dim]\\[default: 128, or the model's limit][/]")
-    ] = None,
+    batch_size: BatchSize = 16,
+    max_length: MaxLength = None,
     bf16: Annotated[bool, option(TRAINING, "bfloat16 autocast; weights stay float32.")] = False,
     seed: Annotated[int, option(SEEDS, "Seed of halves, folds and trainings.")] = 0,
     resume: Annotated[bool, option(OUTPUT, "Go on with the search in the output directory.", "--resume")] = False,
@@ -138,41 +132,28 @@ def search(
 
 @app.command(cls=OneName)
 def curve(
-    train: Annotated[
-        str,
-        typer.Argument(help="CSV, TSV, JSON-lines or Parquet file with labelled text, or a data set: hub:owner/name."),
-    ],
+    train: TrainTable,
     model: Annotated[str, option(INPUT, "Hugging Face model directory or hub name.")],
     output: Annotated[Path, option(OUTPUT, "Folder of the records; the same command goes on in it.")],
-    text: Annotated[
-        list[str] | None, option(INPUT, "Text column; give it twice for pairs. [dim]\\[default: found][/]")
-    ] = None,
+    text: TextColumns = None,
     label: LabelColumns = None,
     label_separator: LabelSeparator = None,
-    group: Annotated[str | None, option(INPUT, "Column of groups; rows of one group stay in one fold.")] = None,
+    group: GroupColumn = None,
     kind: Annotated[str, option(INPUT, "auto, classification, multilabel or regression.")] = "auto",
     metric: Annotated[str | None, option(INPUT, "Metric of the scores.")] = None,
     more: Annotated[int, option(INPUT, "Number of rows that would be added.")] = 200,
     repeats: Annotated[int, option(SELECTION, "Number of cross-validations of each size, from 1 to 4.")] = 1,
-    folds: Annotated[
-        int | None, option(SELECTION, "Folds of the cross-validation. [dim]\\[default: 5, or 10 below 200 rows][/]")
-    ] = None,
+    folds: Folds = None,
     workers: Workers = None,
     engine: EngineName = "local",
     address: Address = None,
     cpus: Cpus = None,
     gpus: Gpus = None,
     steps: Annotated[int | None, option(TRAINING, "Optimizer steps.", "--steps", "--max-steps")] = None,
-    epochs: Annotated[
-        float | None, option(TRAINING, "Epochs, instead of steps.", "--epochs", "--num-train-epochs")
-    ] = None,
+    epochs: Epochs = None,
     lr: Annotated[float, option(TRAINING, "Learning rate.", "--lr", "--learning-rate")] = 2e-5,
-    batch_size: Annotated[
-        int, option(TRAINING, "Rows per forward pass.", "--batch-size", "--per-device-train-batch-size")
-    ] = 16,
-    max_length: Annotated[
-        int | None, option(TRAINING, "Tokens per row. [dim]\\[default: 128, or the model's limit][/]")
-    ] = None,
+    batch_size: BatchSize = 16,
+    max_length: MaxLength = None,
     seed: Annotated[int, option(SEEDS, "Seed of folds and trainings.")] = 0,
     quiet: Annotated[bool, option(OUTPUT, "The table only.", "--quiet")] = False,
     config: Config = None,
