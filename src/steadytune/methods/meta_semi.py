@@ -3,7 +3,7 @@
 With g the gradient of the labelled rows of a step, T a running mean of the weights, and p_i the answer of the model
 at T to text i, dropout off:
 
-    T      <- decay * T + (1 - decay) * W   after each step
+    T      <- T + max(1 - decay, 1 / (t + 1)) * (W - T)     after step t
     l_i(W) = cross entropy of softmax(f_i(W)) against p_i
     s_i    = l_i(W) - l_i(W - e g)          e = reach / ||g||, the same dropout twice
     v_i    = 1 if s_i > 0, else 0           for small e: the inner product of g and the gradient of l_i is positive
@@ -39,7 +39,8 @@ class MetaSemi(Method):
         unlabelled: Function that returns batches without labels each time it is called; each process gives its own.
             `steadytune.fit` gives the texts of its option ``unlabelled``.
         strength: Weight of the texts' loss. The mean is over all texts of the batch, those that are left out too.
-        decay: Share of the old mean that stays in a step. With 0 the answers are the model's own, from which it learns
+        decay: Share of the old mean that stays in a step, less in the first steps, which have equal shares, so that the
+            mean does not stay at a random head. With 0 the answers are the model's own, from which it learns
             nothing but to do without dropout.
         reach: Length of the trial step, the norm of all moves together. Far above 0.01 the curvature decides, and
             hardly a text counts.
@@ -125,7 +126,8 @@ class MetaSemi(Method):
         held = [w for w in weights if w.name in self.mean]
         if not held:
             return
-        torch._foreach_lerp_([self.mean[w.name] for w in held], [w.data for w in held], 1 - self.decay)
+        rate = max(1 - self.decay, 1 / (run.index + 2))
+        torch._foreach_lerp_([self.mean[w.name] for w in held], [w.data for w in held], rate)
 
     def check(self, labels: Tensor) -> None:
         """Refuse labels that are not class numbers."""
