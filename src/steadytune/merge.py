@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 State = Mapping[str, Tensor]
 ALPHAS = tuple(i / 10 for i in range(11))
@@ -36,6 +37,17 @@ def uniform(states: Sequence[State]) -> dict[str, Tensor]:
     """
     _check_alike(states)
     return {name: _mean(name, [state[name] for state in states]) for name in states[0]}
+
+
+def souped(models: Sequence[nn.Module]) -> Any:
+    """The first model with the mean of all weights; alone it stays as it is.
+
+    Raises:
+        ValueError: As `uniform`.
+    """
+    if len(models) > 1:
+        models[0].load_state_dict(uniform([model.state_dict() for model in models]))
+    return models[0]
 
 
 def fisher(states: Sequence[State], information: Sequence[State], floor: float = 1e-6) -> dict[str, Tensor]:

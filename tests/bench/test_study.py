@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import random
@@ -19,8 +20,9 @@ from typer.testing import CliRunner
 
 import bench_helpers
 from bench_helpers import Counting, comparable, make_root, predictions, records, small
+from fit_helpers import same, weights
 from helpers import KILLS
-from steadytune import RDrop, cli
+from steadytune import RDrop, cli, fit
 from steadytune.bench import forecast
 from steadytune.bench.pool import Outcome
 from steadytune.bench.report.write import write_report
@@ -32,7 +34,7 @@ from steadytune.data.problem import Classification
 from steadytune.errors import UsageError
 from steadytune.fitting.options import Options
 from steadytune.methods import METHODS
-from steadytune.tasks import TASKS, find, seen_by
+from steadytune.tasks import TASKS, find, load, seen_by
 
 
 @pytest.fixture(scope="module")
@@ -662,3 +664,20 @@ def test_a_forecast_measures_no_run_without_steps(root, tmp_path):
     assert found.unknown == []
     alone = forecast.forecast([run for run in study.runs(root) if run.spec["recipe"] == "probe"], Store(tmp_path))
     assert len(alone.unknown) == 1
+
+
+def test_a_soup_is_the_mean_of_its_trainings(tmp_path, root):
+    """As `fit` makes it: the same head, other orders of rows and dropout; and the passes of all trainings."""
+    study = small(root, recipes={"plain": {}, "soup": {"soup": 3}}, seeds=1, keep_models=True)
+    run_study(study, tmp_path / "study", data_root=root, workers=0, progress=False)
+    found = {record["spec"]["recipe"]: record for record in records(tmp_path / "study").values()}
+    assert found["soup"]["spec"]["methods"] == [{"name": "soup", "options": {"runs": 3}}]
+    assert found["soup"]["cost"]["passes"] == pytest.approx(3 * found["plain"]["cost"]["passes"])
+    (run,) = (run for run in study.runs(root) if run.soup == 3)
+    options = dataclasses.asdict(make_plan(run).options)
+    table, tests = load("sst2", root)
+    fit(
+        table, tests=tests, model=str(root / "bert"), output=tmp_path / "fit", num_seeds=3, combine="soup", probe=False,
+        save_steps=0, progress=False, **{name: value for name, value in options.items() if value is not None},
+    )  # fmt: skip
+    assert same(weights(Store(tmp_path / "study").model(run.id)), weights(tmp_path / "fit"))

@@ -152,6 +152,17 @@ def test_a_budget_of_trainings_is_never_exceeded(folder, budget):
     assert (len(trained) > budget - 13) == (budget < 70)
 
 
+def test_each_training_of_a_soup_counts(folder):
+    """Naive: a soup is one training for the budget, and its last fit is too."""
+    cells, engine = make("15runs")
+    arm = changed(PLAIN, "soup=3", cells.task.base)
+    cells.do([(PLAIN, 0), (arm, 0)])
+    assert (len(engine.done), cells.trainings) == (6, 12)
+    assert cells.cost(arm) == 9
+    assert cells.left == 0, "the last fit may be the soup, of three trainings"
+    assert {run.soup for run in engine.done} == {1, 3}
+
+
 @pytest.mark.parametrize("minutes", [5, 8, 15])
 def test_a_budget_of_minutes_is_kept_with_the_last_fit(folder, monkeypatch, minutes):
     cells, _ = make(f"{minutes}m", monkeypatch, seconds=10.0)

@@ -121,6 +121,7 @@ def test_the_probe_trains_nothing():
         ("mixup-blo:folds=0", "folds"),
         ("dps_mix:keep=2", "keep"),
         ("pretrain=tatp", "tapt"),
+        ("soup=1", "averages the weights of 1 training(s): give 2 or more"),
         ("aux=nowhere.csv", "no file 'nowhere.csv'"),
     ],
 )

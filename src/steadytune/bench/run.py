@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,18 +99,20 @@ def execute(run: Trial, folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     """Train and test; returns the record and the predictions. `folder` is for the model, if the study keeps models."""
     started = time.perf_counter()
     reset_peak()
+    from ..merge import souped  # imports torch, which the others here do not
+
     plan = make_plan(run)
     pretrained = planning.open_model(plan)
     plan = planning.settled(plan, pretrained)
     with tempfile.TemporaryDirectory(prefix="steadytune-") as scratch:
         if plan.stages:
-            from ..fitting.stages import after_stages  # imports torch, which the others here do not
+            from ..fitting.stages import after_stages  # as above
 
             pretrained = after_stages(plan.stages, pretrained, Path(scratch))
         setup = planning.make_setup(plan, pretrained, Path(scratch))
-        (job,) = planning.runs(plan)
-        trained = setup.in_units(setup.train(job) if plan.procedure is None else plan.procedure(setup, job))
-        model = planning.fitted_model(plan, pretrained, [trained.model])
+        one = setup.train if plan.procedure is None else functools.partial(plan.procedure, setup)
+        each = [setup.in_units(one(job)) for job in planning.runs(plan)]
+        model = planning.fitted_model(plan, pretrained, [souped([t.model for t in each])])
         ended = time.perf_counter()
         answered = planning.answers(model, pretrained, plan.data)
         planning.tune_threshold(model, plan, answered)
@@ -125,12 +127,12 @@ def execute(run: Trial, folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
             name: {**_about(name, run, plan.data, predictions), **s, **_by_subgroup(model, name, plan.data, answered)}
             for name, s in scores.items()
         },
-        "training": _training(trained, plan),
+        "training": _training(each, plan),
         "cost": {
             "seconds": time.perf_counter() - started,
-            "train_seconds": trained.seconds,
+            "train_seconds": sum(t.seconds for t in each),
             "test_seconds": tested,
-            "passes": trained.passes,
+            "passes": sum(t.passes for t in each),
             "peak_memory": peak_memory(),
         },
     }
@@ -154,6 +156,8 @@ def make_plan(run: Trial) -> planning.Plan:
         unlabelled=[*run.unlabelled] or None,
         unlabelled_size=run.unlabelled_size,
         pretrain=run.pretrain,
+        num_seeds=run.soup,
+        combine="soup",
         tests=tests if rows is None else {name: _head(test, rows) for name, test in tests.items()},
         metric=spec["metric"],
         train_size=spec["train_size"],
@@ -277,14 +281,15 @@ def _baseline(rows: pd.DataFrame, data: Data, name: str, metric: str) -> float |
     return max((value for value in values if value is not None), default=None)
 
 
-def _training(trained: Trained, plan: planning.Plan) -> dict[str, Any]:
+def _training(each: Sequence[Trained], plan: planning.Plan) -> dict[str, Any]:
+    """What is recorded of the trainings of a run: steps, loss and curve of the first."""
     return {
         "rows": len(plan.data.train),
-        "steps": trained.steps,
-        "loss": trained.loss,
-        "failing": trained.failing,
-        "restarts": trained.failures,
-        "curve": [list(point) for point in trained.curve],
+        "steps": each[0].steps,
+        "loss": each[0].loss,
+        "failing": any(t.failing for t in each),
+        "restarts": sum(t.failures for t in each),
+        "curve": [list(point) for point in each[0].curve],
     }
 
 

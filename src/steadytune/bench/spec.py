@@ -52,6 +52,7 @@ PARTS: dict[str, Any] = {  # entries of a recipe beside options
     "unlabelled": tuple[Text, ...],
     "unlabelled_size": Whole | None,
     "pretrain": Text | None,
+    "soup": Whole | None,
 }
 DATA_ROOT = "give the folder of the benchmark data with --data-root DIR"
 
@@ -82,7 +83,8 @@ class Study:
         models: Pre-trained models to start from.
         tasks: Names of benchmark tasks (`steadytune.tasks`) and of `tables`.
         recipes: Recipes by name: ``methods``, ``procedure``, ``aux``, ``aux_steps``, ``meta``, ``unlabelled``,
-            ``unlabelled_size``, ``pretrain``, and options of `Options`, which override `options`.
+            ``unlabelled_size``, ``pretrain``, ``soup`` (number of trainings whose weights are averaged), and
+            options of `Options`, which override `options`.
         train_sizes: Numbers of training rows to draw; None for all.
         options: Options of every recipe.
         seeds: Seeds of the runs of every recipe, one run for each.
@@ -247,6 +249,8 @@ class Study:
             records.append({"name": "unlabelled", "options": rows})
         if (pretrain := given.get("pretrain")) is not None:
             records.append(pretraining_record(pretrain))
+        if (soup := given.get("soup") or 1) > 1:
+            records.append({"name": "soup", "options": {"runs": soup}})
         return records
 
     def aux(self, name: str) -> tuple[str, ...]:
@@ -350,6 +354,7 @@ class Study:
                     self.recipes[name].get("unlabelled_size"),
                     self.recipes[name].get("pretrain"),
                     self.recipes[name].get("meta"),
+                    self.recipes[name].get("soup") or 1,
                 )
             )
         return trials
@@ -476,6 +481,7 @@ class Trial:
         unlabelled_size: Number of these texts to draw.
         pretrain: Training on texts alone, as the study file spells it.
         meta: Meta-learning over the auxiliary tables, as the study file spells it.
+        soup: Number of trainings whose weights are averaged.
     """
 
     spec: dict[str, Any]
@@ -492,6 +498,7 @@ class Trial:
     unlabelled_size: int | None = None
     pretrain: str | None = None
     meta: str | None = None
+    soup: int = 1
 
     @property
     def id(self) -> str:

@@ -73,7 +73,7 @@ def search(
         option(
             SELECTION,
             "What to try: a method (dps_mix:update_ratio=0.1), options (head=logistic,pooling=mean), lr*3, lr/3, "
-            "steps*2, pretrain=tapt or aux=FILE. Repeatable. [dim]\\[default: 12 arms in three stages][/]",
+            "steps*2, pretrain=tapt or aux=FILE. Repeatable. [dim]\\[default: 14 arms in three stages][/]",
             "--arm",
             "--arms",
         ),

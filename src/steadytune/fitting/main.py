@@ -474,7 +474,7 @@ def _combine(
     plan: Plan, trained: list[Trained], single: Sequence[FittedModel], each: Sequence[Mapping[str, np.ndarray]]
 ) -> tuple[list[Any], int | None]:
     """The models whose predictions are averaged, and the number of the run chosen, if one was."""
-    from ..merge import uniform
+    from ..merge import souped
 
     models = [t.model for t in trained]
     if len(models) == 1:
@@ -482,8 +482,7 @@ def _combine(
     if plan.combine == "ensemble":
         return models, None
     if plan.combine == "soup":
-        models[0].load_state_dict(uniform([m.state_dict() for m in models]))
-        return models[:1], None
+        return [souped(models)], None
     goodness = plan.data.problem.metric(plan.metric).goodness
     scores = (selection_score(plan, model, answered) for model, answered in zip(single, each, strict=True))
     chosen = int(np.argmax([*map(goodness, scores)]))

@@ -107,6 +107,7 @@ class Task:
                 **recipe.settings(self.base, self.inside),
                 **recipe.trainings,
                 **self.texts_for(recipe),
+                **({"soup": recipe.soup} if recipe.soup > 1 else {}),
             }
             for recipe, _ in wanted
         }
@@ -205,13 +206,14 @@ class Cells:
     def trainings(self) -> int:
         """Number of trainings that have begun; frozen recipes train nothing."""
         every = [run for runs in self.runs.values() for run in runs if _trains(run)]
-        return sum(run.id in self._under_way or self.store.has(run.id) for run in every)
+        return sum(run.soup for run in every if run.id in self._under_way or self.store.has(run.id))
 
     @property
     def left(self) -> float:
         """Trainings or seconds that are left, without those of the last fit."""
         if self.budget.unit == "runs":
-            return self.budget.amount - 1 - self.trainings
+            last = max((recipe.soup for recipe, _ in self.runs), default=1)
+            return self.budget.amount - last - self.trainings
         return self.budget.amount - self.spent - self.last_fit
 
     @property
@@ -222,7 +224,7 @@ class Cells:
 
     def cost(self, recipe: Recipe) -> float:
         if self.budget.unit == "runs":
-            return 0.0 if dict(recipe.options).get("steps") == 0 else float(self.task.k)
+            return 0.0 if dict(recipe.options).get("steps") == 0 else float(self.task.k * recipe.soup)
         return self.seconds(recipe) / self.engine.size
 
     def seconds(self, recipe: Recipe) -> float:
@@ -242,7 +244,7 @@ class Cells:
         """Cost of a training as a multiple of a plain one, before it ran."""
         procedure = make_procedure(recipe.procedure)
         several = 1.0 if procedure is None else procedure.passes(self.task.base, self.task.inside) or PROCEDURE_PASSES
-        several += (PROCEDURE_PASSES - 1) * len(recipe.before)
+        several = recipe.soup * several + (PROCEDURE_PASSES - 1) * len(recipe.before)
         return recipe.lengthened * passes(recipe.methods) * several
 
     def _done(self, recipe: Recipe) -> list[dict[str, Any]]:

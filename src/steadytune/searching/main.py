@@ -67,7 +67,7 @@ NOT_HERE = {  # options of `fit` that hold rows out or choose, which the search 
     "pretrain": "trainings on texts are arms, as in --arm pretrain=tapt",
     "meta": "its recipes begin with the model, or with one other table, as in --arm aux=FILE",
     "tune_kernels": "cells of several machines and days must be computed alike",
-    "num_seeds": "the last fit is one training",
+    "num_seeds": "several trainings are an arm, as in --arm soup=3",
     "refit": "the number of steps is an arm, as in --arm steps*2",
 }
 
@@ -258,7 +258,8 @@ def search(
             train, model=ship.model, text=text, label=label, label_separator=label_separator, group=group,
             subgroup=subgroup, kind=kind, metric=metric, tests=tests, validation_share=0.0, seed=seed, output=place,
             resume=started, overwrite=overwrite or (again and not started), progress=progress, **ship.trainings,
-            **task.texts_for(ship), **{**task.given, **ship.settings(task.base, len(task.data.train))},
+            **task.texts_for(ship), **({"num_seeds": ship.soup, "combine": "soup"} if ship.soup > 1 else {}),
+            **{**task.given, **ship.settings(task.base, len(task.data.train))},
         )  # fmt: skip
     _tell(fitted, found)
     return SearchResult(place, fitted, found)

@@ -2,7 +2,8 @@
 
 An arm is a method or a procedure with its options (``dps_mix:update_ratio=0.1``), options of `fit`
 (``head=logistic,pooling=mean``), a factor of an option (``lr*3``, ``lr/3``, ``steps*2``), or a training before the fit:
-``pretrain=tapt`` on texts alone, ``aux=FILE`` on another labelled table.
+``pretrain=tapt`` on texts alone, ``aux=FILE`` on another labelled table. ``soup=3`` averages the weights of three
+trainings.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ PORTFOLIO: dict[str, tuple[str, ...]] = {
     "start": (),
     "head": ("head=logistic", "head=logistic,pooling=mean"),
     "schedule": ("lr*3", "lr/3", "steps*2"),
-    "method": ("llrd", "rdrop", "dps_dense", "dps_mix", "mixout", "smart", "contrastive", "mixup-blo"),
+    "method": ("llrd", "rdrop", "dps_dense", "dps_mix", "mixout", "smart", "contrastive", "mixup-blo", "soup=3"),
 }
 WITH_TEXTS = ("pretrain=tapt", "self-training")  # arms more, where there are texts without labels
 BEFORE = ("pretrain", "aux")  # what an arm puts before the fit
 PROBE = "probe"  # the frozen encoder with a fitted head
+SOUP = re.compile(r"soup\s*=\s*(\d+)")
 FACTOR = re.compile(r"(lr|steps)\s*([*/])\s*(\d+(?:\.\d+)?)")
 
 
@@ -46,6 +48,7 @@ class Recipe:
         methods: Methods as they are spelled.
         procedure: Procedure as it is spelled.
         before: Trainings before the fit: ``pretrain`` and how, ``aux`` and a file.
+        soup: Number of trainings whose weights are averaged.
     """
 
     model: str
@@ -55,6 +58,7 @@ class Recipe:
     methods: tuple[str, ...] = ()
     procedure: str | None = None
     before: tuple[tuple[str, str], ...] = ()
+    soup: int = 1
 
     @property
     def name(self) -> str:
@@ -114,6 +118,8 @@ def changed(recipe: Recipe, arm: str, base: Options) -> Recipe:
             return dataclasses.replace(named, lengthened=recipe.lengthened * times)
         lr = float(f"{times * float(dict(recipe.options).get('lr', base.lr)):.3g}")
         return dataclasses.replace(named, options=_with(recipe.options, {"lr": lr}))
+    if soup := SOUP.fullmatch(arm):
+        return dataclasses.replace(named, soup=_trainings(arm, soup))
     if (before := _before(arm)) is not None:
         return dataclasses.replace(named, before=(*recipe.before, before))
     if "=" in arm.partition(":")[0]:
@@ -131,6 +137,9 @@ def stage_of(arm: str) -> str:
     """
     if FACTOR.fullmatch(arm.strip()):
         return "schedule"
+    if soup := SOUP.fullmatch(arm.strip()):
+        _trainings(arm, soup)
+        return "method"
     if _before(arm) is not None:
         return "start"
     if "=" in arm.partition(":")[0]:
@@ -195,7 +204,7 @@ def _same(after: Recipe, before: Recipe, base: Options, pooling: str) -> bool:
         options = dataclasses.replace(base, **dict(recipe.options))
         reads = pooling if options.pooling == "auto" else options.pooling
         rest = dataclasses.replace(options, pooling="auto")
-        return rest, reads, recipe.lengthened, recipe.methods, recipe.procedure, recipe.before
+        return rest, reads, recipe.lengthened, recipe.methods, recipe.procedure, recipe.before, recipe.soup
 
     return decisive(after) == decisive(before)
 
@@ -221,6 +230,17 @@ def _options(arm: str) -> dict[str, Any]:
         option(f"arm {arm!r}", key, chosen[key])
     Options.of({key: value for key, value in chosen.items() if value is not None})
     return chosen
+
+
+def _trainings(arm: str, soup: re.Match[str]) -> int:
+    """Number of trainings of a soup.
+
+    Raises:
+        UsageError: It averages nothing.
+    """
+    if int(soup[1]) < 2:
+        raise UsageError(f"arm {arm!r} averages the weights of {soup[1]} training(s): give 2 or more.")
+    return int(soup[1])
 
 
 def _before(arm: str) -> tuple[str, str] | None:

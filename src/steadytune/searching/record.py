@@ -63,6 +63,7 @@ def recipe_record(recipe: Recipe, models: Mapping[str, str]) -> dict[str, Any]:
         "methods": list(recipe.methods),
         "procedure": recipe.procedure,
         "before": [list(each) for each in recipe.before],
+        "soup": recipe.soup,
     }
 
 
@@ -71,6 +72,7 @@ def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
     return Recipe(
         record["model"], tuple(record["arms"]), tuple(sorted(record["options"].items())), record["lengthened"],
         tuple(record["methods"]), record["procedure"], tuple((what, how) for what, how in record.get("before", ())),
+        record.get("soup", 1),
     )  # fmt: skip
 
 
