@@ -35,10 +35,11 @@ class AWP(Method):
         The paper perturbs the inputs, then the weights on the perturbed inputs alone; here the loss of the clean inputs
         counts too. The input perturbation of the second pass is found anew at the moved weights. The authors move the
         weights by one step of an optimizer with a learning rate of its own and rescale the result; for one step this is
-        the move above. Published values of gamma are for images.
+        the move above. Their gamma of 0.005 is for images that are trained on from scratch. With it all-MiniLM-L6-v2
+        stayed at chance on 500 rows of SST-2 and of QNLI (three seeds each), with 0.0005 on QNLI (one seed).
     """
 
-    gamma: Annotated[float, Within("[0, inf)")] = 0.005
+    gamma: Annotated[float, Within("[0, inf)")] = 1e-4
     scope: Scope = "linear"
 
     null: ClassVar = {"gamma": 0.0}
