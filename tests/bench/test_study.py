@@ -681,3 +681,13 @@ def test_a_soup_is_the_mean_of_its_trainings(tmp_path, root):
         save_steps=0, progress=False, **{name: value for name, value in options.items() if value is not None},
     )  # fmt: skip
     assert same(weights(Store(tmp_path / "study").model(run.id)), weights(tmp_path / "fit"))
+
+
+def test_the_forecast_counts_each_training_of_a_soup(tmp_path, root):
+    """Naive: a soup takes as long as one of its trainings."""
+    run_study(small(root, recipes={"plain": {}}, seeds=1), tmp_path, data_root=root, workers=0, progress=False)
+    (cost,) = (record["cost"] for record in records(tmp_path).values())
+    study = small(root, recipes={"plain": {}, "soup": {"soup": 3}}, seeds=1)
+    (soup,) = (run for run in study.runs(root) if run.soup == 3)
+    found = forecast.forecast([soup], Store(tmp_path))
+    assert sum(found.seconds.values()) == pytest.approx(cost["seconds"] + 2 * cost["train_seconds"])

@@ -75,6 +75,15 @@ def test_a_decoder_starts_with_the_words_that_may_follow(tmp_path):
     assert torch.allclose(begun(name, "bad/good")(**inputs).logits, wanted, atol=1e-6)
 
 
+def test_a_decoder_without_a_padding_token_begins_too(tmp_path):
+    """Naive: two rows are compared, which such a model refuses, or its number of the padding token."""
+    name = llama(tmp_path)
+    model = classifier(name)
+    model.config.pad_token_id = None
+    Run(model, [HeadInit(how="words", words="bad/good")])
+    assert torch.equal(model.score.weight, begun(name, "bad/good").score.weight)
+
+
 def test_no_random_number_is_drawn(tmp_path):
     name = llama(tmp_path)
     model = classifier(name)

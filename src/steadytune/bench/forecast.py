@@ -88,12 +88,12 @@ def forecast(runs: Sequence[Trial], store: Store) -> Forecast:
     seconds: dict[str, float] = {}
     unknown = []
     for run in sorted(
-        runs, key=lambda run: (_untrained(run), run.procedure is not None, len(run.methods))
+        runs, key=lambda run: (_untrained(run), run.procedure is not None, run.soup, len(run.methods))
     ):  # plain runs first: these are measured
         same = [r["cost"]["seconds"] for r in done if _recipe(r["spec"]) == _recipe(run.spec)]
         if same:
             took = sum(same) / len(same)
-        elif key(run.spec) in paces or not (_untrained(run) or run.procedure):
+        elif key(run.spec) in paces or not (_untrained(run) or run.procedure or run.soup > 1):
             if key(run.spec) not in paces:
                 paces[key(run.spec)] = measure(run)
             pace, options = paces[key(run.spec)], Options.of(run.spec["options"])
@@ -101,7 +101,7 @@ def forecast(runs: Sequence[Trial], store: Store) -> Forecast:
             if several is None:
                 unknown.append(run.title)
                 continue
-            took = pace.seconds(options, passes(run.methods) - 1 + several)
+            took = pace.seconds(options, run.soup * (passes(run.methods) - 1 + several))
         else:
             unknown.append(run.title)
             continue

@@ -99,8 +99,8 @@ def fit(
         list[str] | None,
         option(
             INPUT,
-            "File of texts without labels, for --pretrain or a procedure; blank: rows whose label is empty; rest: rows "
-            "that --train-size leaves over. Repeatable.",
+            "File of texts without labels, for --pretrain, a procedure or a method; blank: rows whose label is empty; "
+            "rest: rows that --train-size leaves over. Repeatable.",
         ),
     ] = None,
     unlabelled_size: Annotated[int | None, option(INPUT, "Draw this many texts without labels.")] = None,

@@ -101,9 +101,9 @@ def fit(
         meta: Learn from five or more of these tables what few steps on any of them start from, instead of training on
             one after the other: ``"reptile"``, ``"fomaml"`` or ``"imaml"``, with options, as in
             ``"imaml:strength=2"``; see `steadytune.fitting.stages.meta`.
-        unlabelled: Texts without labels, for ``pretrain`` or a procedure: a file, frame or other source with the text
-            columns of `train`; ``"blank"``, the rows of `train` whose label is empty; ``"rest"``, the rows that
-            ``train_size`` leaves over, without their labels; or a list of these. Texts of test and validation sets
+        unlabelled: Texts without labels, for ``pretrain``, a procedure or a method: a file, frame or other source with
+            the text columns of `train`; ``"blank"``, the rows of `train` whose label is empty; ``"rest"``, the rows
+            that ``train_size`` leaves over, without their labels; or a list of these. Texts of test and validation sets
             stay out.
         unlabelled_size: Number of these texts to draw; all by default.
         pretrain: Training on the texts of the rows and on those without labels before the fit: ``"tapt"`` predicts

@@ -28,7 +28,7 @@ LANGUAGE_MODELS: tuple[tuple[Any, Any], ...] = (
     (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING_NAMES),
     (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
 )
-ROWS, TOKENS = 2, 6  # size of the batch on which the two heads are compared
+TOKENS = 6  # length of the row on which the two heads are compared
 
 
 @torch.no_grad()
@@ -108,8 +108,9 @@ def _tokens(tokenizer: Any, words: Sequence[str]) -> list[int]:
 def _check(model: Any, language: Any, tokens: Sequence[int], head: Probe) -> None:
     """Raise unless the head on the classifier's features gives the language model's logits of some token."""
     layer = output_layer(model)
-    ids = torch.arange(ROWS * TOKENS).view(ROWS, TOKENS) % model.config.vocab_size
-    ids = ids.masked_fill(ids == model.config.pad_token_id, int(tokens[0]))  # padding would end the text
+    ids = torch.arange(TOKENS)[None]  # one row, as a decoder without a padding token takes no more
+    if model.config.pad_token_id is not None:
+        ids = ids.masked_fill(ids == model.config.pad_token_id, int(tokens[0]))  # padding would end the text
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     wanted = language(**inputs).logits[..., list(tokens)].double()
     if layer.in_features == head.weight.shape[1]:

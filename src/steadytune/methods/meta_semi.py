@@ -50,8 +50,9 @@ class MetaSemi(Method):
     repeat a step (`SAM`), which come first in the list.
 
     Departures:
-        The labelled rows train the model too; in the paper they choose among the texts, and enter through mixtures of
-        rows. The answers come from averaged weights; the authors average the answers to each text over the training.
+        Written from the rule of the paper; no code of the authors was read. The labelled rows train the model too; in
+        the paper they choose among the texts, and enter through mixtures of rows. The answers come from averaged
+        weights; the authors average the answers to each text over the training. The length of the trial step is ours.
 
     Raises:
         ValueError: In setup without texts, with weights below float32, or before a method that replaces the gradient;
