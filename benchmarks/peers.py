@@ -2,6 +2,10 @@
 
     python benchmarks/peers.py --data-root DIR --model DIR [--task sst2] [--rows 500] [--steps 50 150 400] [--rounds 3]
                                [--target 0.78] [--records FILE] [--figure]
+    python benchmarks/peers.py --tables DIR --model DIR --task NAME ...
+
+``--tables`` is a folder with train.parquet and test.parquet, each with a column of texts and then one of labels, as
+`make_sources.py` writes it; ``--task`` is then only its name in the records.
 
 Each figure is one process of its own, from its start to its end: imports, loading, tokenising, training, scores of the
 same test rows, and writing the model. The arms of a round run one after another in random order. A round draws training
@@ -157,26 +161,32 @@ def tables(options: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame, lis
 
 def write_tables(options: argparse.Namespace, folder: Path) -> None:
     """Draw the test rows of all rounds and the training rows of each."""
+    train, test = labelled_texts(options)
+    test.sample(min(options.test_rows, len(test)), random_state=0).to_csv(folder / "test.csv", index=False)
+    for seed in range(options.rounds):
+        train.sample(options.rows, random_state=seed).to_csv(folder / f"train-{seed}.csv", index=False)
+    options.drawn = str(folder)
+
+
+def labelled_texts(options: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """All training rows and test rows, with the columns text and label."""
+    if options.tables is not None:
+        files = [options.tables / f"{part}.parquet" for part in ("train", "test")]
+        train, test = (pd.read_parquet(file).set_axis(["text", "label"], axis="columns") for file in files)
+        return train, test
     from steadytune.data.tables import examples
     from steadytune.tasks import load
 
     table, tests = load(options.task, options.data_root)
-    test = examples(next(iter(tests.values())))
-    test.sample(min(options.test_rows, len(test)), random_state=0)[["text", "label"]].to_csv(
-        folder / "test.csv", index=False
-    )
-    for seed in range(options.rounds):
-        drawn = examples(table).sample(options.rows, random_state=seed)[["text", "label"]]
-        drawn.to_csv(folder / f"train-{seed}.csv", index=False)
-    options.tables = str(folder)
+    return examples(table)[["text", "label"]], examples(next(iter(tests.values())))[["text", "label"]]
 
 
 def run(arm: str, steps: int, seed: int, options: argparse.Namespace) -> dict[str, float]:
     """Processor seconds, peak memory (MB) and accuracy of one process."""
     with tempfile.TemporaryDirectory() as folder:
         given = {
-            **vars(options), "records": None, "steps": steps, "seed": seed, "data_root": str(options.data_root),
-            "train": f"{options.tables}/train-{seed}.csv", "test": f"{options.tables}/test.csv",
+            "model": options.model, "lr": options.lr, "batch_size": options.batch_size, "steps": steps, "seed": seed,
+            "train": f"{options.drawn}/train-{seed}.csv", "test": f"{options.drawn}/test.csv",
             "folder": f"{folder}/out",
         }  # fmt: skip
         log = Path(folder, "log")
@@ -200,6 +210,7 @@ def run(arm: str, steps: int, seed: int, options: argparse.Namespace) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--tables", type=Path)
     parser.add_argument("--model")
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--rows", type=int, default=500)
@@ -223,8 +234,8 @@ def main() -> None:
         accuracy = ARMS[options.arm](given, given.folder)
         Path(given.folder).with_name("accuracy").write_text(str(accuracy))
         return
-    if options.data_root is None or options.model is None:
-        parser.error("give --data-root and --model")
+    if (options.data_root is None) == (options.tables is None) or options.model is None:
+        parser.error("give --model, and --data-root or --tables")
     missing = [arm for arm in options.arms if arm in NEEDS and importlib.util.find_spec(NEEDS[arm]) is None]
     arms = [arm for arm in options.arms if arm not in missing]
     cases = [(arm, steps) for arm in arms for steps in ([0] if arm == "sentence-transformers" else options.steps)]

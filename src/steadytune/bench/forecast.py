@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ class Forecast:
 
     Attributes:
         seconds: Seconds by task and rows, summed over its runs.
-        unknown: Titles of the runs whose time cannot be estimated; the sums leave them out.
+        unknown: Recipe of each run whose time cannot be estimated; the sums leave these runs out.
     """
 
     seconds: Mapping[str, float]
@@ -56,7 +57,8 @@ class Forecast:
         lines = [f"{name}: {_minutes(seconds)}" for name, seconds in self.seconds.items()]
         lines.append(f"together {_minutes(sum(self.seconds.values()))}, one run after another")
         if self.unknown:
-            lines.append(f"not counted, because no record tells how long they take: {', '.join(self.unknown)}")
+            counts = ", ".join(f"{count} of {recipe}" for recipe, count in Counter(self.unknown).items())
+            lines.append(f"not counted are runs of which no record tells how long they take: {counts}")
         return "\n".join(lines)
 
 
@@ -99,11 +101,11 @@ def forecast(runs: Sequence[Trial], store: Store) -> Forecast:
             pace, options = paces[key(run.spec)], Options.of(run.spec["options"])
             several = _procedure_passes(run, options, pace.rows)
             if several is None:
-                unknown.append(run.title)
+                unknown.append(run.spec["recipe"])
                 continue
             took = pace.seconds(options, run.soup * (passes(run.methods) - 1 + several))
         else:
-            unknown.append(run.title)
+            unknown.append(run.spec["recipe"])
             continue
         name = " ".join(str(part) for part in key(run.spec) if part is not None)
         seconds[name] = seconds.get(name, 0.0) + took
