@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from fit_helpers import save_tiny_bert, toy
+from fit_helpers import WORDS, save_tiny_bert, toy
 from steadytune.cli import app
 from steadytune.data.scores import best_threshold
 from steadytune.errors import UsageError
@@ -40,6 +40,18 @@ def test_scores_come_with_intervals_baseline_and_classes(tmp_path, bert):
     again = FittedModel.load(tmp_path / "o").evaluate(toy(30, start=200))
     assert again == {**found, **{name: pytest.approx(found[name]) for name in ("log_loss", "brier")}}
     assert "(95 % interval " in (tmp_path / "o" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_the_probe_beside_the_scores_keeps_groups_together(tmp_path, bert, numbers):
+    """Naive: with one label for all rows of a writer, a probe that knows the writer looks perfect."""
+    rng = np.random.default_rng(0)
+    texts = [f"{a} {b} {a}" for a in WORDS[:12] for b in WORDS[:8]]
+    writer = np.repeat(np.arange(12), 8)
+    label = rng.normal(size=12)[writer] if numbers else np.where(rng.permutation(12)[writer] < 6, "x", "y")
+    rows = pd.DataFrame({"text": texts, "label": label, "writer": writer})
+    result = fit(rows, model=bert, output=tmp_path / "o", group="writer", refit=True, folds=4, **{**QUICK, "steps": 2})
+    assert result.probe["pearson" if numbers else "accuracy"] < 0.8
 
 
 def test_a_model_no_better_than_one_answer_is_the_last_thing_said(tmp_path, bert, monkeypatch):

@@ -8,7 +8,7 @@ from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from steadytune.heads.probe import MISSING, STRENGTHS, Probe, logistic, logistic_each, ridge, ridge_classes
-from steadytune.heads.start import cross_fitted, even_parts, fit_probe
+from steadytune.heads.start import Labelled, cross_fitted, even_parts, fit_probe
 
 
 def rows(n: int = 60, width: int = 8, classes: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -138,6 +138,49 @@ def test_leave_one_out_of_ridge_equals_n_refits(n, bias):
         assert probe.out_of_fold[i, 0] == pytest.approx(model.predict(phi[[i]] / s)[0], abs=1e-9)
     whole = Ridge(alpha=probe.strength, fit_intercept=bias, solver="svd").fit(phi / s, y)
     assert np.allclose(probe.outputs(phi)[:, 0], whole.predict(phi / s), atol=1e-9)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_ridge_leaves_out_the_rows_of_a_unit_together(bias):
+    rng = np.random.default_rng(1)
+    phi = 2 + rng.normal(size=(20, 9))
+    y = phi @ rng.normal(size=9) + rng.normal(size=20)
+    units = np.array([0, 1, 0, 2, 2, 2, *range(3, 17)])
+    probe = ridge(phi, y, bias=bias, units=units.tolist())
+    s = (phi - (phi.mean(0) if bias else 0.0)).std()
+    for unit in np.unique(units):
+        inside, outside = units != unit, units == unit
+        model = Ridge(alpha=probe.strength, fit_intercept=bias, solver="svd").fit(phi[inside] / s, y[inside])
+        assert np.allclose(probe.out_of_fold[outside, 0], model.predict(phi[outside] / s), atol=1e-9)
+
+
+@pytest.mark.parametrize("how", ["logistic", "ridge"])
+def test_copies_of_a_row_do_not_judge_each_other(how):
+    """Naive: pure noise with every row twice has a correlation, or an accuracy, of 1."""
+    rng = np.random.default_rng(0)
+    phi, noise = rng.normal(size=(40, 60)), rng.normal(size=40)
+    twice, keys = np.concatenate([phi, phi]), [bytes([i % 40]) for i in range(80)]
+    numbers = np.concatenate([noise, noise])
+    found = Labelled(twice, numbers, keys).probe(1, how=how, bias=True)
+    assert np.corrcoef(found.out_of_fold[:, 0], numbers)[0, 1] < 0.5
+    classes = (numbers > 0).astype(int)
+    found = Labelled(twice, classes, keys).probe(2, how=how, bias=True)
+    assert (found.out_of_fold.argmax(1) == classes).mean() < 0.8
+
+
+def test_copies_with_other_labels_give_the_same_probe_in_any_order():
+    """Naive: rows of equal tokens keep the loader's order, and the chosen penalty depends on it."""
+    rng = np.random.default_rng(0)
+    texts = np.repeat(np.arange(20), 3)
+    phi = rng.normal(size=(20, 8))[texts]
+    labels = (phi[:, 0] + 1.5 * rng.normal(size=60) > 0).astype(int)
+    found = []
+    for seed in range(4):
+        order = np.random.default_rng(seed).permutation(60)
+        some = Labelled(phi[order], labels[order], [bytes([i]) for i in texts[order]])
+        found.append(some.probe(2, how="logistic", bias=True))
+    assert {one.strength for one in found} == {found[0].strength}
+    assert all(np.allclose(one.weight, found[0].weight, atol=1e-12) for one in found)
 
 
 def test_ridge_on_classes_is_scaled_to_the_lowest_log_loss():

@@ -7,7 +7,7 @@ training rows alone. If the fine-tuned model scores no better, fine-tuning has g
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.problem import Problem
-from ..data.splits import folds
+from ..data.splits import folds, units
 from ..heads.features import output_layer
 from ..heads.probe import Probe
 from ..heads.start import Labelled, cross_fitted, token_key
@@ -84,9 +84,10 @@ def frozen_probe(plan: Plan, pretrained: Pretrained, model: Any) -> FrozenProbe 
         return None
     labels = np.array(problem.ids(rows["label"].tolist()))
     keys = [token_key(row["input_ids"]) for row in tokens]
+    together: Sequence[Hashable] = units(rows).tolist() if "group" in rows else keys  # keys also join texts cut alike
 
     def fitted(inside: Sequence[int] | np.ndarray) -> Probe:
-        some = Labelled(phi[inside], labels[inside], [keys[i] for i in inside])
+        some = Labelled(phi[inside], labels[inside], [keys[i] for i in inside], [together[i] for i in inside])
         return some.probe(len(problem.names) or 1, how="logistic", bias=output_layer(model).bias is not None)
 
     probe = fitted(range(len(rows)))

@@ -298,11 +298,12 @@ def _judged(name: str, pretrained: Pretrained, pooling: Pooled, data: Data, part
 def probe_of(phi: np.ndarray, rows: pd.DataFrame, problem: Problem) -> Probe:
     """A probe of these rows, whose penalty is chosen on them alone."""
     labels = np.array(problem.ids(rows["label"].tolist()))
+    units = splits.units(rows).tolist()
     try:
         parts: Parts = splits.folds(rows, problem, FOLDS, seed=0)
     except UsageError:  # a class of one row, or fewer rows than folds
-        parts = even_parts(labels, seed=0)
-    return fit_probe(phi, labels, len(problem.names) or 1, how="logistic", bias=True, parts=parts)
+        parts = even_parts(labels, seed=0, units=units)
+    return fit_probe(phi, labels, len(problem.names) or 1, how="logistic", bias=True, parts=parts, units=units)
 
 
 def _pooling(

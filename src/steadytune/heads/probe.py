@@ -13,6 +13,8 @@ C is chosen by the cross-validated log-loss, lambda by the exact leave-one-out e
 
     h_ii = 1/n + sum_j U_ij^2 S_j^2 / (S_j^2 + lambda)        e_i = (y_i - yhat_i) / (1 - h_ii)
 
+and, where rows g must be left out together, e_g = (I - H_gg)^-1 (y_g - yhat_g).
+
 The head reads Phi itself: W/s takes the place of W, and b - W m / s that of b. Ananya Kumar et al. (ICLR 2022, arXiv
 2202.10054) begin fine-tuning with such a head. Departures from their code: C is chosen by log-loss instead of accuracy,
 since a head's size matters to the training that follows; a class without rows gets a bias below all others instead of
@@ -22,7 +24,7 @@ zeros, which could win; features are centred, which changes nothing but the cond
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,24 +115,33 @@ def logistic_each(features: np.ndarray, labels: np.ndarray, parts: Parts, *, bia
     return Probe(np.stack(weight), np.array(biases), np.stack(outside, axis=1), float(np.mean(strengths)))
 
 
-def ridge(features: np.ndarray, targets: np.ndarray, *, bias: bool = True) -> Probe:
-    """Ridge regression; ``out_of_fold`` are exact leave-one-out predictions.
+def ridge(
+    features: np.ndarray, targets: np.ndarray, *, bias: bool = True, units: Sequence[Hashable] | None = None
+) -> Probe:
+    """Ridge regression; ``out_of_fold`` are exact predictions without the row, and without all rows of its unit.
 
     Args:
         features: (rows, width).
         targets: (rows,) or (rows, outputs).
         bias: Whether the head has one.
+        units: Unit of each row, two or more different ones: rows of one unit, such as copies of a text, are left out
+            together. None takes each row for itself.
     """
     y = targets.reshape(len(targets), -1).astype(float)
     z, m, s, basis = _standardised(features, centred=bias)
     mean = y.mean(axis=0) if bias else np.zeros(y.shape[1])
     u, d, vt = np.linalg.svd(z, full_matrices=False)
     scores = u.T @ (y - mean)
+    together = _several(units)
     best: tuple[float, float, np.ndarray] | None = None
     for penalty in PENALTIES * max(float(np.square(d).mean()), np.finfo(float).tiny):
         shrunk = np.square(d) / (np.square(d) + penalty)
-        leverage = np.square(u) @ shrunk + (1 / len(y) if bias else 0.0)
-        errors = (y - mean - u @ (shrunk[:, None] * scores)) / np.maximum(1 - leverage, 1e-12)[:, None]
+        constant = 1 / len(y) if bias else 0.0
+        residuals = y - mean - u @ (shrunk[:, None] * scores)
+        errors = residuals / np.maximum(1 - np.square(u) @ shrunk - constant, 1e-12)[:, None]
+        for rows in together:
+            leverage = (u[rows] * shrunk) @ u[rows].T + constant
+            errors[rows] = np.linalg.lstsq(np.eye(len(rows)) - leverage, residuals[rows], rcond=None)[0]
         loss = float(np.square(errors).mean())
         if best is None or loss < best[0]:
             best = loss, penalty, y - errors
@@ -140,14 +151,30 @@ def ridge(features: np.ndarray, targets: np.ndarray, *, bias: bool = True) -> Pr
     return _undone(w @ basis, mean, m, s, held_out, float(penalty))
 
 
-def ridge_classes(features: np.ndarray, labels: np.ndarray, classes: int, *, bias: bool = True) -> Probe:
+def _several(units: Sequence[Hashable] | None) -> list[np.ndarray]:
+    """Rows of each unit that has more than one, and not all."""
+    members: dict[Hashable, list[int]] = {}
+    for row, unit in enumerate(units if units is not None else ()):
+        members.setdefault(unit, []).append(row)
+    return [np.array(rows) for rows in members.values() if len(rows) > 1 and len(members) > 1]
+
+
+def ridge_classes(
+    features: np.ndarray,
+    labels: np.ndarray,
+    classes: int,
+    *,
+    bias: bool = True,
+    units: Sequence[Hashable] | None = None,
+) -> Probe:
     """Ridge regression on indicators of the classes, scaled so that its leave-one-out log-loss is lowest.
 
-    Two orders of magnitude faster than `logistic` where there are many features and classes.
+    Two orders of magnitude faster than `logistic` where there are many features and classes. Arguments are those of
+    `ridge`, with class numbers (rows,) for targets.
     """
     from scipy.optimize import minimize_scalar
 
-    probe = ridge(features, np.eye(classes)[labels], bias=bias)
+    probe = ridge(features, np.eye(classes)[labels], bias=bias, units=units)
     rows = np.arange(len(labels))
     chosen = minimize_scalar(
         lambda power: -_log_softmax(np.exp(power) * probe.out_of_fold)[rows, labels].mean(),

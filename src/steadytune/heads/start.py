@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,16 @@ Inputs = Mapping[str, Tensor]
 FOLDS = 5
 
 
-def fit_probe(phi: np.ndarray, labels: np.ndarray, outputs: int, *, how: How, bias: bool, parts: Parts) -> Probe:
+def fit_probe(
+    phi: np.ndarray,
+    labels: np.ndarray,
+    outputs: int,
+    *,
+    how: How,
+    bias: bool,
+    parts: Parts,
+    units: Sequence[Hashable] | None = None,
+) -> Probe:
     """Fit the probe for a kind of labels.
 
     Args:
@@ -31,13 +40,14 @@ def fit_probe(phi: np.ndarray, labels: np.ndarray, outputs: int, *, how: How, bi
         how: Kind of probe for classes. Numbers always use ridge, several labels always logistic regressions.
         bias: Whether the head has one.
         parts: Folds of the logistic probes, as of `probe.logistic`.
+        units: Unit of each row for the ridge probes, as of `probe.ridge`.
     """
     if labels.ndim == 2:
         return logistic_each(phi, labels, parts, bias=bias)
     if outputs == 1:
-        return ridge(phi, labels, bias=bias)
+        return ridge(phi, labels, bias=bias, units=units)
     if how == "ridge":
-        return ridge_classes(phi, labels.astype(int), outputs, bias=bias)
+        return ridge_classes(phi, labels.astype(int), outputs, bias=bias, units=units)
     return logistic(phi, labels.astype(int), outputs, parts, bias=bias)
 
 
@@ -56,7 +66,7 @@ def cross_fitted(phi: np.ndarray, fit: Callable[[np.ndarray], Probe], parts: Par
     return np.concatenate([outputs for _, outputs in judged])[order]
 
 
-def even_parts(labels: np.ndarray, seed: int, folds: int = FOLDS, keys: Sequence[bytes] = ()) -> Parts:
+def even_parts(labels: np.ndarray, seed: int, folds: int = FOLDS, units: Sequence[Hashable] = ()) -> Parts:
     """Folds of similar sizes, with similar shares of the classes if labels are class numbers.
 
     Rows are shuffled, sorted by class, and dealt out in turn.
@@ -65,10 +75,10 @@ def even_parts(labels: np.ndarray, seed: int, folds: int = FOLDS, keys: Sequence
         labels: (rows,) or (rows, classes).
         seed: Seed of the shuffle.
         folds: Number of folds; at most the number of different rows.
-        keys: Key of each row; rows with equal keys share a fold.
+        units: Unit of each row; rows of one unit share a fold.
     """
-    numbers: dict[bytes, int] = {}
-    unit = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+    numbers: dict[Hashable, int] = {}
+    unit = np.array([numbers.setdefault(one, len(numbers)) for one in units])
     if len(numbers) < 2:
         unit = np.arange(len(labels))
     _, first = np.unique(unit, return_index=True)
@@ -110,11 +120,14 @@ class Labelled:
         phi: Features (rows, width).
         labels: Class numbers or floats (rows,), or 0 and 1 (rows, classes).
         keys: Tokens of each row, by which rows are ordered.
+        units: Unit of each row: no row is judged by a probe that saw another row of its unit. None takes rows of equal
+            tokens for a unit.
     """
 
     phi: np.ndarray
     labels: np.ndarray
     keys: list[bytes]
+    units: Sequence[Hashable] | None = None
 
     @classmethod
     def of(cls, model: Any, batches: Iterable[Inputs | Sequence[Inputs]]) -> Labelled:
@@ -149,8 +162,8 @@ class Labelled:
     def probe(self, outputs: int, *, how: How, bias: bool, seed: int = 0) -> Probe:
         """Fit the probe on these rows.
 
-        Rows are sorted by their tokens before they are dealt into folds, so that the folds and the penalty do not
-        depend on the order of a loader. ``out_of_fold`` has the order of the rows here.
+        Rows are sorted by their tokens, and copies by their labels, before they are dealt into folds, so that the folds
+        and the penalty do not depend on the order of a loader. ``out_of_fold`` has the order of the rows here.
 
         Args:
             outputs: Outputs of the head.
@@ -158,9 +171,12 @@ class Labelled:
             bias: Whether the head has one.
             seed: Seed of the folds.
         """
-        order = np.array(sorted(range(len(self.keys)), key=self.keys.__getitem__))
-        parts = even_parts(self.labels[order], seed, keys=[self.keys[i] for i in order])
-        probe = fit_probe(self.phi[order], self.labels[order], outputs, how=how, bias=bias, parts=parts)
+        order = np.array(sorted(range(len(self.keys)), key=lambda i: (self.keys[i], self.labels[i].tolist())))
+        given = self.keys if self.units is None else self.units
+        units = [given[i] for i in order]
+        phi, labels = self.phi[order], self.labels[order]
+        parts = even_parts(labels, seed, units=units)
+        probe = fit_probe(phi, labels, outputs, how=how, bias=bias, parts=parts, units=units)
         return dataclasses.replace(probe, out_of_fold=probe.out_of_fold[np.argsort(order)])
 
 

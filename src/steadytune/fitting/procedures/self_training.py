@@ -31,7 +31,7 @@ from ...core import Within, check_fields
 from ...core.facts import FORWARD
 from ...data.balance import WEIGHT
 from ...data.problem import Problem
-from ...data.splits import folds
+from ...data.splits import folds, units
 from ...errors import UsageError
 from ...heads.influence import weights_of_texts
 from ...heads.start import even_parts
@@ -394,7 +394,7 @@ def helpfulness(setup: Setup, job: Job, kept: pd.DataFrame) -> np.ndarray:
     weights = weights_of_texts(
         phi, problem.membership(job.rows["label"]).astype(float), read(kept), soft,
         lambda inside: probe_of(phi[inside], job.rows.iloc[inside], problem),
-        even_parts(numbers, job.seeds["subset"]), problem.loss,
+        even_parts(numbers, job.seeds["subset"], units=units(job.rows).tolist()), problem.loss,
     )  # fmt: skip
     logger.info("self-training: %d of %d kept texts weigh less, as they do harm", (weights < 1).sum(), len(weights))
     return weights
