@@ -47,7 +47,8 @@ def test_flipped_rows_come_first_with_the_right_label_beside_them(found, flipped
     suspects, harmful = found.frame["suspect"].sum(), (found.frame["influence"] < 0).sum()
     assert found.summary == (
         f"{suspects} of 90 rows may carry a wrong label, because the frozen encoder expects another one: read them "
-        f"before you change any. {harmful} do harm to the others."
+        f"before you change any. {harmful} have a negative influence on the others, which alone is "
+        "no fault: look at the lowest."
     )
 
 

@@ -96,6 +96,13 @@ def test_kept_columns_are_those_named(model, rows, tmp_path, caplog):
         predict_file(model, tmp_path / "new.csv", tmp_path / "out2.csv", keep=["idd"])
 
 
+def test_as_many_text_columns_as_in_training_are_read(model, rows, tmp_path):
+    """Naive: a model of single texts labels pairs, as its tokenizer takes them."""
+    rows.assign(more=rows["text"]).to_csv(tmp_path / "new.csv", index=False)
+    with pytest.raises(UsageError, match=r"reads 1 text column a row \('text'\), got 2 \(text, more\): give --text"):
+        predict_file(model, tmp_path / "new.csv", tmp_path / "out.csv", text=["text", "more"])
+
+
 def test_a_column_called_like_the_predictions_is_refused(model, rows, tmp_path):
     rows.assign(prediction="x").to_csv(tmp_path / "new.csv", index=False)
     with pytest.raises(UsageError, match="column 'prediction' of its own"):

@@ -360,7 +360,8 @@ def _show(result: Any) -> None:
         console.print(grid)
         if any(scores["selected"] for scores in result.metrics.values()):
             console.print("* These rows chose the model: expect lower scores on new rows.")
-        console.print("More scores, classes one by one and the confusion matrices: metrics.json.", highlight=False)
+        more = ", classes one by one and the confusion matrices" if result.model.problem.names else ""
+        console.print(f"More scores{more}: metrics.json.", highlight=False)
     console.print(f"{result.steps} steps, {result.seconds:.0f} s. Model: {result.output}", soft_wrap=True, markup=False)
     notes = [note for scores in result.metrics.values() for note in scores["notes"]]
     for line in dict.fromkeys([*notes, *(f"warning: {text}" for text in result.warnings)]):

@@ -121,8 +121,8 @@ def _few_validation_rows(data: Data) -> Iterator[Finding]:
     if rows is not None and len(rows) < LEAST_ROWS:
         yield Finding(
             "warning",
-            f"{_origin(data, 'validation')}: {len(rows)} validation rows are too few to tell good from bad: raise "
-            f"--validation-share, or give a validation set of {LEAST_ROWS} rows or more.",
+            f"{_origin(data, 'validation')}: {len(rows)} validation rows are too few to tell good from bad: give a "
+            f"validation set of {LEAST_ROWS} rows or more, or train on all rows with --validation-share 0.",
         )
 
 

@@ -179,6 +179,7 @@ def warnings(
         answer = answers.iloc[0]
         shown = (" and ".join(map(repr, answer)) or "no label") if isinstance(answer, tuple) else repr(answer)
         sentences.append(f"{name}: the model answers {shown} for all {len(answers)} rows")
+    probed, first = (scores.get("probe") or {}).get(metric), metric
     trivials = scores.get("baseline") or {}
     if trivials.get(metric) is None:  # for one answer the correlation is undefined, so an error is compared
         metric = next((name for name, trivial in trivials.items() if trivial is not None), metric)
@@ -189,11 +190,12 @@ def warnings(
         sentences.append(
             f"{name}: {metric} {value:.4f} is not better than the {trivial:.4f} of one answer for all rows"
         )
-    probed = (scores.get("probe") or {}).get(metric)
+    value, chosen = scores[first], problem.metric(first)
+    perfect = chosen.limits[1] if chosen.larger_is_better else 0.0
     if value is not None and probed not in (None, perfect) and chosen.goodness(value) <= chosen.goodness(probed):
         sentences.append(
-            f"{name}: {metric} {value:.4f} is not better than the {probed:.4f} of a linear probe, which leaves the "
-            "encoder as it is: try more steps, another lr or head='logistic'"
+            f"{name}: {first} {value:.4f} is not better than the {probed:.4f} of a linear probe, which leaves the "
+            "encoder as it is: try more steps, another learning rate, or a head that begins as the probe"
         )
     return sentences
 

@@ -42,6 +42,7 @@ from .report_page import INSPECTED, write_page
 logger = logging.getLogger("steadytune")
 
 FILES = (".csv",)  # endings of a list that is saved
+NO_FAULT = "which alone is no fault: look at the lowest"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +65,11 @@ class Inspected:
         harmful = int((self.frame["influence"] < 0).sum())
         rows = counted(len(self.frame), "row")
         if "suspect" not in self.frame:
-            return f"{harmful} of {rows} do harm to the others."
+            return f"{harmful} of {rows} have a negative influence on the others, {NO_FAULT}."
         suspects = int(self.frame["suspect"].sum())
         return (
             f"{suspects} of {rows} may carry a wrong label, because the frozen encoder expects another one: read them "
-            f"before you change any. {harmful} do harm to the others."
+            f"before you change any. {harmful} have a negative influence on the others, {NO_FAULT}."
         )
 
     def save(self, path: str | Path) -> None:

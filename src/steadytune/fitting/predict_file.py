@@ -20,6 +20,7 @@ from ..data.forms import PREDICTION
 from ..data.tables import Table, is_empty, texts
 from ..errors import UsageError, first_rows, suggest
 from ..files.atomic import write_whole, writing
+from ..pages.words import counted
 from .fitted_model import FittedModel
 from .progress import progress_bar
 
@@ -117,6 +118,12 @@ def predict_file(
     if on_empty not in ON_EMPTY:
         raise UsageError(f"on_empty must be one of {', '.join(ON_EMPTY)}, got {on_empty!r}.")
     columns = tuple(text) or model.text
+    if len(columns) != len(model.text):
+        known = " and ".join(map(repr, model.text))
+        raise UsageError(
+            f"the model reads {counted(len(model.text), 'text column')} a row ({known}), got {len(columns)} "
+            f"({', '.join(columns)}): give --text NAME for each."
+        )
     done = Predicted()
 
     def write(part: Path) -> None:

@@ -133,7 +133,7 @@ class TAPT(Pretraining):
         why = _no_masked_model(pretrained)
         if why is None:
             return self
-        logger.warning("tapt: %s: its body is trained by simcse instead, with the defaults of simcse", why)
+        logger.warning("tapt: %s: its body is trained by simcse instead, whose own defaults hold but for steps", why)
         return SimCSE(steps=self.steps).settled(pretrained)
 
     def trainer(
