@@ -94,7 +94,7 @@ def read_records(folder: str | Path) -> tuple[list[dict[str, Any]], list[Problem
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder. Give the folder of a bench.")
+        raise UsageError(f"{folder}: no such folder. Give that of a bench or of a fit.")
     if not (folder / FOLDER).is_dir():
         raise UsageError(f"{folder}: no {FOLDER}/ in it, so it is not the folder of a bench.")
     records, problems = [], []

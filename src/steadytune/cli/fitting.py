@@ -331,7 +331,8 @@ def _show(result: Any) -> None:
     from rich.markup import escape
 
     from ..data.scores import worst_first
-    from ..pages.words import bounds_words, counted, score_names, spread_words
+    from ..errors import one_line
+    from ..pages.words import bounds_words, counted, metric_words, score_names, spread_words
 
     console = Console()
     known = result.model.problem.metrics
@@ -340,6 +341,7 @@ def _show(result: Any) -> None:
         for name in score_names(result.metrics.values(), result.metric)
         if name == result.metric or (name in known and not known[name].needs_probabilities)
     ]
+    classes = [one_line(name, 20) for name in result.model.problem.names]
     extra = {"baseline": "baseline", "probe": "probe", "runs": "runs: mean ± SD"}
     shown = [part for part in extra if any(part in scores for scores in result.metrics.values())]
     grid = Grid(box=box.SIMPLE, collapse_padding=True, pad_edge=False, show_edge=False)  # 80 columns hold it
@@ -350,7 +352,7 @@ def _show(result: Any) -> None:
         for name in names:
             beside = [spread_words(scores.get(part) or {}, name) for part in shown]
             figures = [spread_words(scores, name), bounds_words(scores, name), *beside]
-            grid.add_row(f" {name}", *figures, end_section=name == names[-1] and not scores.get("subgroups"))
+            grid.add_row(f" {escape(metric_words(name, classes))}", *figures, end_section=name == names[-1] and not scores.get("subgroups"))
         parts = worst_first(scores, result.metric)[:SHOWN_SUBGROUPS]
         for part, own in parts:
             about = f" {result.metric} of {escape(part)}, {counted(own['rows'], 'row')}"
