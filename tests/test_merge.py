@@ -210,9 +210,10 @@ def test_the_verb_makes_a_plain_model_directory(desk, tmp_path):
 
 
 @moved_far
-def test_the_verb_interpolates_the_body_and_leaves_the_head(desk):
+def test_the_verb_interpolates_the_body_and_leaves_the_head(desk, caplog):
     done = desk("one", "--how", "interpolate", "--base", "base", "--alpha", "0.25", "--output", "out")
     assert done.exit_code == 0, done.output
+    assert "base has no classifier.weight and classifier.bias: the merged model takes these from one" in caplog.text
     found, one = weights("out"), weights("one")
     for name, tuned in one.items():
         expected = tuned if name.startswith("classifier") else tuned - 0.75 * 0.1  # the base lies 0.1 below

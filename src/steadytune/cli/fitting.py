@@ -352,7 +352,8 @@ def _show(result: Any) -> None:
         for name in names:
             beside = [spread_words(scores.get(part) or {}, name) for part in shown]
             figures = [spread_words(scores, name), bounds_words(scores, name), *beside]
-            grid.add_row(f" {escape(metric_words(name, classes))}", *figures, end_section=name == names[-1] and not scores.get("subgroups"))
+            about = f" {escape(metric_words(name, classes))}"
+            grid.add_row(about, *figures, end_section=name == names[-1] and not scores.get("subgroups"))
         parts = worst_first(scores, result.metric)[:SHOWN_SUBGROUPS]
         for part, own in parts:
             about = f" {result.metric} of {escape(part)}, {counted(own['rows'], 'row')}"

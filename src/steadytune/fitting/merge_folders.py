@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,13 @@ from ..data.problem import Problem
 from ..data.tables import Table, examples, resolve
 from ..errors import UsageError, suggest
 from ..files.atomic import write_json, write_whole, writing
+from ..pages.words import listed
 from .folder import MEMBERS, RECORD
 
 if TYPE_CHECKING:
     from ..methods.bases.fisher import Information
+
+logger = logging.getLogger("steadytune")
 
 FISHER_LABELS = ("expected", "sampled", "true")
 WAYS = ("uniform", "greedy", "fisher", "interpolate", "paint", "add")
@@ -80,6 +84,8 @@ def merge_folders(
         if base is None:
             _check_heads(models)
         start = {} if base is None else _body(base, model)
+        if base is not None and (lacking := [name for name in states[0] if name not in start]):
+            logger.warning("%s has no %s: the merged model takes these from %s", base, listed(lacking), models[0])
         if how == "uniform":
             merged = merge.uniform(states)
         elif how == "interpolate":
