@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from helpers import batches, bert
 from steadytune import L2SP, LLRD, HeadInit, ReInit, Run
 from steadytune.core.anatomy import anatomy, blocks
+from steadytune.heads.features import output_layer
 from steadytune.heads.pooling import TOLERANCE, add_pooling_block, bypass, dense_before, untrained_dense
 from steadytune.methods.pooling import Pooling
 
@@ -128,6 +129,23 @@ def test_a_bypassed_dense_layer_hands_on_what_it_is_given(architecture, error):
     if architecture != "Bert":  # the bias of the head took back the move
         wanted = nn.functional.linear(seen[0] + layer.bias, head.weight, head.bias)
     assert (logits - wanted).abs().max() < error * (1 + wanted.abs().max())
+
+
+@pytest.mark.parametrize("architecture", ["DistilBert", "Electra", "DebertaV2"])
+def test_dropout_leaves_the_shift_of_a_rectifier_alone_also_in_a_folder(architecture, tmp_path):
+    """Naive: dropout drops and rescales the shift too, and the first training loss is thousands of times larger."""
+    model = tiny(architecture)
+    (batch,) = batches(1)
+    bypass(model, [batch])
+    model.save_pretrained(tmp_path)
+    seen = []
+    for one in (model, AutoModelForSequenceClassification.from_pretrained(tmp_path)):
+        one.get_submodule(dense_before(one)).register_forward_hook(lambda module, args, output: seen.append(output))
+        output_layer(one).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        with torch.no_grad():
+            one.train()(**inputs(batch))
+        assert torch.allclose(seen[-2].flatten(), seen[-1].flatten(), atol=1e-4)
+        assert any(module.p for module in one.modules() if isinstance(module, nn.Dropout))
 
 
 def test_a_pooler_that_was_never_trained_is_told_from_one_that_was():

@@ -40,6 +40,9 @@ MIXED = ("attention.output.dense", "attention.out_lin")
 ADDED = ("output.dense", "ffn.lin2")
 NORMS = ("attention.output.LayerNorm", "sa_layer_norm", "output.LayerNorm", "output_layer_norm")
 
+# Entries of configs with the dropout of the head alone: DistilBERT; ELECTRA. DeBERTa reads the last one undeclared.
+HEAD_DROPOUT = ("seq_classif_dropout", "classifier_dropout", "cls_dropout")
+
 
 def untrained_dense(model: nn.Module, missing: frozenset[str] = frozenset()) -> str | None:
     """Name of the dense layer before the head if it was never trained, or None.
@@ -205,7 +208,8 @@ def bypass(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[str]:
     """Make the dense layer before the head pass its input on, as exactly as its activation allows.
 
     Before tanh its weight becomes ``0.3 I``. Before a rectifier (ReLU, GELU) it becomes the identity, shifted to where
-    the rectifier is linear. It then trains like any other layer.
+    the rectifier is linear, and dropout between the two is set to 0, in the model and its config: it would drop and
+    rescale the shift, which is far larger than what the layer hands on. It then trains like any other layer.
 
     Args:
         model: A classifier; it is changed in place.
@@ -232,6 +236,7 @@ def bypass(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[str]:
         layer.bias.fill_(high)
         if head.bias is not None:
             head.bias.sub_(high * head.weight.sum(1))
+        _silence(model, layer, batches[0])
     elif 0.9 < at < 1.1:
         layer.weight.copy_(SQUEEZE * torch.eye(*layer.weight.shape))
         if layer.bias is not None:
@@ -266,6 +271,25 @@ def _activated(model: Any, layer: Any, batch: Mapping[str, Tensor], value: float
         fill.remove()
         read.remove()
     return float(seen[0].flatten()[0])
+
+
+def _silence(model: Any, layer: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Set dropout between a layer and the head to 0, in the config too, from which a saved model is built again."""
+    head = output_layer(model)
+    order: list[nn.Module] = []
+    watched = [m for m in model.modules() if m is layer or m is head or isinstance(m, nn.Dropout)]
+    handles = [m.register_forward_pre_hook(lambda module, args: order.append(module)) for m in watched]
+    try:
+        _run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    between: list[Any] = order[order.index(layer) + 1 : order.index(head)]
+    for dropout in between:
+        dropout.p = 0.0
+    if between:
+        for name in [name for name in HEAD_DROPOUT if hasattr(model.config, name)] or HEAD_DROPOUT[-1:]:
+            setattr(model.config, name, 0.0)
 
 
 def _run(model: Any, batch: Mapping[str, Tensor]) -> None:
