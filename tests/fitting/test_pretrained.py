@@ -19,12 +19,16 @@ from transformers import (
     BartModel,
     BertConfig,
     BertForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    ModernBertModel,
     RobertaConfig,
     RobertaModel,
 )
 
 from fit_helpers import WORDS, save_tiny_bert, save_tiny_gpt2, toy, word_tokenizer
 from steadytune import FittedModel, fit
+from steadytune.core.anatomy import anatomy
 from steadytune.data.problem import Classification
 from steadytune.errors import UsageError
 from steadytune.fitting.pretrained import Pretrained, matching
@@ -121,6 +125,33 @@ def test_a_pooler_that_no_checkpoint_of_the_kind_holds_may_be_new(tmp_path):
     name = "bert.encoder.layer.0.output.dense.weight"
     assert torch.equal(model.state_dict()[name], held[name])
     assert not any("pooler" in key for key in held)
+
+
+def modern_bert(folder, kind=ModernBertModel):
+    config = ModernBertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, pad_token_id=0,
+        cls_token_id=2, sep_token_id=3,
+    )  # fmt: skip
+    kind(config).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return Pretrained.open(str(folder), TWO)
+
+
+@pytest.mark.parametrize(("kind", "new"), [(ModernBertModel, True), (ModernBertForMaskedLM, False)])
+def test_a_dense_layer_after_the_body_may_be_new_and_counts_as_new_then(tmp_path, kind, new):
+    """Naive: a sentence encoder is refused, as it lacks what checkpoints of the language model hold."""
+    pretrained = modern_bert(tmp_path, kind)
+    model = pretrained.load(0)
+    assert ("head.dense.weight" in pretrained.new) is new
+    assert anatomy(model)["head.dense.weight"].head is new
+    assert not anatomy(model)["model.layers.0.mlp.Wi.weight"].head
+
+
+def test_a_dense_layer_that_the_checkpoint_holds_under_another_name_is_an_error(tmp_path):
+    pretrained = modern_bert(tmp_path, ModernBertForMaskedLM)
+    renamed(tmp_path, lambda name: name.replace("head.dense", "old.head.dense"))
+    with pytest.raises(UsageError, match=r"weights would be drawn at random.*head\.dense\.weight"):
+        pretrained.load(0)
 
 
 # ---- heads ------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 Kind = Literal["linear", "embedding", "norm", "bias", "other"]
+DRAWN = "drawn_anew"  # attribute of a module whose checkpoint lacks its weights: it counts as a head
 POOLING = "pooling_block"  # config entry: the last block was added for pooling, see `steadytune.heads.pooling`
 
 
@@ -45,9 +46,10 @@ def anatomy(model: nn.Module) -> dict[str, Part]:
     A parameter is a head if it lies outside the base model of a transformers model (`base_model_prefix`), or, where a
     transformers model is a part of somebody's own module, outside that part. So BERT's pooler is no head, DeBERTa's is.
     Pre-training heads are no heads: all of a model with output embeddings (masked, causal, seq2seq LM) or named
-    `ForPreTraining` or `ForNextSentencePrediction`, and ModernBERT's `head`, which its checkpoints hold. LoRA matrices
-    belong to the layer they adapt. A model that contains no transformers model has no head. A block that was added
-    for pooling is a head and no block: no checkpoint of the kind holds it.
+    `ForPreTraining` or `ForNextSentencePrediction`, and ModernBERT's `head`, unless the module is marked as `DRAWN`:
+    checkpoints of the language model hold it, those of the body alone do not. LoRA matrices belong to the layer they
+    adapt. A model that contains no transformers model has no head. A block that was added for pooling is a head and no
+    block: no checkpoint of the kind holds it.
     """
     kinds: dict[int, Kind] = {}
     transposed: set[int] = set()
@@ -174,7 +176,7 @@ def _pretrained(root: Any) -> Iterator[nn.Parameter]:
     elif isinstance(base, nn.Module):
         yield from base.parameters()
         for child in root.children():
-            if type(child).__name__.endswith("PredictionHead"):
+            if type(child).__name__.endswith("PredictionHead") and not getattr(child, DRAWN, False):
                 yield from child.parameters()
     elif inner and (
         "For" in name or not library

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as hub_logging
 
-from ..core.anatomy import anatomy
+from ..core.anatomy import DRAWN, anatomy
 from ..data.problem import Problem, Regression
 from ..errors import UsageError, one_line
 from ..heads.features import last_linear
@@ -226,6 +226,9 @@ class Pretrained:
             )
         mismatched = {key for key, *_ in info["mismatched_keys"]}
         self._check_body(model, info["missing_keys"], mismatched, info["unexpected_keys"])
+        for part, child in model.named_children():
+            if any(name.startswith(f"{part}.") for name in info["missing_keys"]) and child is not model.base_model:
+                setattr(child, DRAWN, True)
         if self.body is not None:
             model.load_state_dict(self.body, strict=False)  # without the head
         return model, frozenset({*info["missing_keys"], *mismatched})
@@ -239,7 +242,10 @@ class Pretrained:
     def _check_body(
         self, model: PreTrainedModel, missing: Collection[str], mismatched: Collection[str], unused: Collection[str]
     ) -> None:
-        """Raise unless only a head is new or of another size; a pooler that the checkpoint lacks may be new too.
+        """Raise unless only a head is new or of another size.
+
+        What the checkpoint lacks altogether may be new too if it is a pooler, or lies outside of the base model, as
+        ModernBERT's `head` does: a sentence encoder is saved without it.
 
         Raises:
             UsageError: Another weight is new, or a weight is not finite.
@@ -258,15 +264,20 @@ class Pretrained:
             self._say(f"{len(left)} weights of the checkpoint have no place in the model and are not used "
                       f"({_some(left)}): config.json may be of a smaller model")  # fmt: skip
 
+        parameters = dict(model.named_parameters())
+        base = {id(p) for p in model.base_model.parameters()}
+
         def may_be_new(name: str) -> bool:
-            pooler = ".pooler." in f".{name}" and not any(key.endswith(_tail(name)) for key in unused)
-            return pooler or name in heads or name not in dict(model.named_parameters())
+            if name in heads or name not in parameters:
+                return True
+            above = ".pooler." in f".{name}" or id(parameters[name]) not in base
+            return above and not any(key.endswith(_tail(name)) for key in unused)
 
         output = {name for name in heads if model.get_parameter(name).shape[:1] == (model.config.num_labels,)}
         lost = sorted({n for n in missing if not may_be_new(n)} | {n for n in mismatched if n not in output})
         if not lost:
             return
-        count = len(dict(model.named_parameters()))
+        count = len(parameters)
         said = f"model {self.name!r}: {len(lost)} of its {count} weights would be drawn at random, as the checkpoint "
         if all(name in mismatched for name in lost):
             said += f"holds them in other sizes than config.json says ({_some(lost)})"
@@ -337,8 +348,8 @@ def _draw_anew(model: PreTrainedModel, layer: nn.Linear, seed: int) -> None:
 
 
 def _tail(name: str) -> str:
-    """The name of a weight from its pooler on."""
-    return name[name.index("pooler.") :]
+    """The name of a weight from its pooler on, or the whole name outside of one."""
+    return name[max(name.find("pooler."), 0) :]
 
 
 def _some(names: Iterable[str]) -> str:
