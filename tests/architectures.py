@@ -52,6 +52,7 @@ OTHERS: dict[str, dict] = {  # for the tests of heads alone: their bodies are li
     "Camembert": {**SIZES, **TOKENS},
     "ConvBert": {**SIZES, "embedding_size": 8},
     "Ernie": SIZES,
+    "EuroBert": DECODER,
     "Mistral": DECODER,
     "OPT": {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 16}
     | {"max_position_embeddings": 20, "word_embed_proj_dim": 8, **TOKENS},

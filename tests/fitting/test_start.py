@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, ModernBertConfig, ModernBertModel
 
-from fit_helpers import same, save_sentence_bert, save_tiny_bert, toy, weights
+from fit_helpers import same, save_sentence_bert, save_tiny_bert, toy, weights, word_tokenizer
 from steadytune import FittedModel, SteadyClassifier, fit
 from steadytune.errors import UsageError
 from steadytune.fitting import main as fitting_main
@@ -114,6 +114,19 @@ def test_heads_of_two_seeds_that_begin_as_the_same_probe_may_be_merged(tmp_path,
     for first in ("random-0", "probe-0"):
         with pytest.raises(UsageError, match="different seeds"):
             merge_folders([tmp_path / first, tmp_path / "random-1"], output=tmp_path / "no", how="uniform")
+
+
+def test_a_dense_layer_that_pooling_leaves_as_drawn_is_recorded(tmp_path):
+    """Naive: two runs that began with different dense layers are averaged."""
+    config = ModernBertConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, pad_token_id=0,
+        cls_token_id=2, sep_token_id=3,
+    )  # fmt: skip
+    ModernBertModel(config).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    start(tmp_path / "out", str(tmp_path / "model"), pooling="mean", head="logistic", steps=1)
+    record = json.loads((tmp_path / "out" / "steadytune.json").read_text())
+    assert record["drawn"] == ["head.dense.weight", "head.norm.weight"]
 
 
 @pytest.mark.parametrize(

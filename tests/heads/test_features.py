@@ -20,9 +20,9 @@ from steadytune.methods.head_init import HeadInit
 ARCHITECTURES = sorted({*CONFIGS, *OTHERS} - {"Bart", "T5"})
 
 
-def tiny(architecture: str, labels: int = 3) -> transformers.PreTrainedModel:
+def tiny(architecture: str, labels: int = 3, **changes: object) -> transformers.PreTrainedModel:
     """A tiny model for the vocabulary of `helpers.batches`, whose weights are large enough to tell rows apart."""
-    return architectures.tiny(architecture, vocab_size=VOCABULARY, num_labels=labels, initializer_range=0.3)
+    return architectures.tiny(architecture, vocab_size=VOCABULARY, num_labels=labels, initializer_range=0.3, **changes)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from helpers import batches, bert
 from steadytune import L2SP, LLRD, HeadInit, ReInit, Run
 from steadytune.core.anatomy import anatomy, blocks
-from steadytune.heads.features import output_layer
+from steadytune.heads.features import features, output_layer
 from steadytune.heads.pooling import TOLERANCE, add_pooling_block, bypass, dense_before, untrained_dense
 from steadytune.methods.pooling import Pooling
 
@@ -157,16 +157,39 @@ def test_a_pooler_that_was_never_trained_is_told_from_one_that_was():
     assert untrained_dense(tiny("GPT2")) is None
 
 
-@pytest.mark.parametrize("architecture", ["ModernBert"])
-def test_models_that_pool_by_themselves_are_told_to(architecture):
-    model = tiny(architecture).eval()
+@pytest.mark.parametrize(
+    ("architecture", "how", "begins", "told"),
+    [
+        ("ModernBert", "mean", "cls", "mean"),
+        ("ModernBert", "cls", "mean", "cls"),
+        ("EuroBert", "mean", "late", "mean"),
+        ("EuroBert", "cls", "late", "bos"),
+    ],
+)
+def test_models_that_pool_by_themselves_are_told_to(architecture, how, begins, told, tmp_path):
+    """Naive: the first token is none of them, and a dense layer that was never trained goes on as it was drawn."""
+    model = tiny(architecture, classifier_pooling=begins)
     (batch,) = batches(1)
+    run = Run(model, [Pooling(how), HeadInit()], data=lambda: [batch])
+    assert model.config.classifier_pooling == told
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        cls = model(**inputs(batch)).logits
-        Run(model, [Pooling()], data=lambda: [batch])
-        mean = model(**inputs(batch)).logits
-    assert model.config.classifier_pooling == "mean"
-    assert not torch.allclose(cls, mean)
+        assert torch.equal(again(**inputs(batch)).logits, model(**inputs(batch)).logits)
+    hidden, mask = states(model, batch), batch["attention_mask"].unsqueeze(-1)
+    pooled = hidden[:, 0] if how == "cls" else (hidden * mask).sum(1) / mask.sum(1)
+    if architecture == "EuroBert":
+        phi = features(model, [batch]) - model.dense.bias.double()
+        assert torch.allclose(phi, pooled.double(), atol=1e-4)
+        assert run[Pooling].written == ["dense.weight", "dense.bias"]
+
+
+def test_a_dense_layer_that_was_trained_is_kept_by_models_that_pool_by_themselves():
+    model = tiny("EuroBert")
+    nn.init.normal_(model.dense.bias)
+    before = model.dense.weight.clone()
+    Run(model, [Pooling()], data=lambda: batches(1))
+    assert torch.equal(model.dense.weight, before)
 
 
 def test_pooling_then_head_gives_the_probe_on_the_mean(tmp_path):

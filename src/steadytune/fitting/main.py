@@ -271,7 +271,7 @@ def _checked_trainer(plan: Plan, pretrained: Pretrained, setup: Setup, job: Job,
     logger.info("%s", trainer.vocabulary)
     record["vocabulary"] = trainer.vocabulary.record()
     record["compact"] = plan.options.compact  # of the stages too
-    record["drawn"] = drawn(trainer.model, pretrained, plan.options)
+    record["drawn"] = drawn(trainer.run, pretrained, plan.options)
     record["cut"] = rehearse(plan, pretrained, trainer.model, record)
     return trainer
 

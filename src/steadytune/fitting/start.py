@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..core import Method
+from ..core import Method, Run
 from ..heads.features import output_layer
-from ..heads.pooling import add_pooling_block, dense_before, untrained_dense
+from ..heads.pooling import NATIVE, add_pooling_block, dense_before, native_pooling, untrained_dense
 from ..methods.head_init import HeadInit
 from ..methods.levi import LEVI
 from ..methods.pooling import Pooling
@@ -59,7 +59,7 @@ def chosen_pooling(
         return "model"
     model, new = pretrained.peek(options.seeds["init"])
     untrained = untrained_dense(model, new)
-    if untrained is None and not hasattr(model.config, "classifier_pooling"):
+    if untrained is None and not hasattr(model.config, NATIVE):
         return "model"
     if options.peft or options.lora:
         logger.warning(
@@ -87,11 +87,12 @@ def _embedding(pretrained: Pretrained, options: Options, rows: pd.DataFrame) -> 
 
 def _can_pool(model: Any, pretrained: Pretrained, rows: pd.DataFrame) -> bool:
     """Whether `Pooling` can give the head the mean; the block is tried on a copy."""
-    if hasattr(model.config, "classifier_pooling"):
+    tried = copy.deepcopy(model)
+    if native_pooling(tried, "mean"):
         return True
     batch: Any = pretrained.tokenizer.pad(pretrained.tokenise(rows), return_tensors="pt")
     try:
-        add_pooling_block(copy.deepcopy(model), [batch])
+        add_pooling_block(tried, [batch])
     except ValueError:
         return False
     return True
@@ -121,11 +122,16 @@ def warn_of_start(model: Any, pretrained: Pretrained, options: Options) -> None:
         )
 
 
-def drawn(model: Any, pretrained: Pretrained, options: Options) -> list[str]:
+def drawn(run: Run, pretrained: Pretrained, options: Options) -> list[str]:
     """Names of the weights that begin with what the seed of the head says, in a model with `with_start` applied."""
+    model: Any = run.model
     written: set[int] = set()
     if options.head != "random":
         written.update(id(p) for p in output_layer(model).parameters())
-    if pretrained.pooling != "model" and (dense := dense_before(model)) is not None:
+    pooled = [method for method in run.methods if isinstance(method, Pooling)]
+    for method in pooled:
+        written.update(id(model.get_parameter(name)) for name in method.written)
+    later = not pooled and pretrained.pooling != "model" and not hasattr(model.config, NATIVE)  # in a procedure
+    if later and (dense := dense_before(model)) is not None:
         written.update(id(p) for p in model.get_submodule(dense).parameters())
     return sorted(pretrained.new - {name for name, p in model.named_parameters() if id(p) in written})

@@ -33,6 +33,9 @@ REST = 5e-4  # largest weight of the first token's own state in relation to the 
 TOLERANCE = 1e-2  # largest difference between the block's output and LN(mean), as a share of its largest entry
 SQUEEZE = 0.3  # weight of a dense layer before tanh: nearly linear for states of spread 1
 
+NATIVE = "classifier_pooling"  # config entry of models that pool by themselves
+FIRST = {"eurobert": "bos"}  # what models call the first token in it, if not "cls"
+
 # Parts of a block by path: BERT, RoBERTa, XLM-R, ELECTRA, ERNIE, DeBERTa; DistilBERT.
 SCORES = ("query", "key", "q_lin", "k_lin", "query_proj", "key_proj", "pos_query_proj", "pos_key_proj")
 VALUE = ("value", "v_lin", "value_proj")
@@ -82,6 +85,17 @@ def pooling_block_names(model: nn.Module) -> set[str]:
         return set()
     added = {id(p) for p in stack[-1].parameters()}
     return {name for name, p in model.named_parameters() if id(p) in added}
+
+
+def native_pooling(model: Any, how: Pool) -> bool:
+    """Tell a model that pools by itself (ModernBERT, EuroBERT) what its head reads; return whether it is one."""
+    if not hasattr(model.config, NATIVE):
+        return False
+    mode = FIRST.get(model.config.model_type, how) if how == "cls" else how
+    for holder in (model.config, model):  # EuroBERT copies the entry
+        if hasattr(holder, NATIVE):
+            setattr(holder, NATIVE, mode)
+    return True
 
 
 # ---- the block ----------------------------------------------------------------------------------------------------

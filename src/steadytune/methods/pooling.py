@@ -6,6 +6,7 @@ dense <- nearly the identity     before the first step
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +15,7 @@ import torch
 from ..core import Method, Run
 from ..core.anatomy import POOLING
 from ..core.facts import Paper
-from ..heads.pooling import add_pooling_block, bypass
+from ..heads.pooling import add_pooling_block, bypass, native_pooling, untrained_dense
 from ..heads.start import first_batches
 
 How = Literal["mean", "cls"]
@@ -31,7 +32,8 @@ class Pooling(Method):
     Many checkpoints hold a pooler that was never trained, sentence encoders among them. Fine-tuning then starts from a
     random projection of a token that pre-training never read out. The result loads with AutoModel as any other model;
     its config has one block more. The new weights have no pre-trained value: anchors leave them out, and no block
-    counts them. ModernBERT and EuroBERT pool by themselves, so that their config is set instead. The method looks at
+    counts them. ModernBERT and EuroBERT pool by themselves, so that their config is set instead, and
+    their dense layer is bypassed only if it was never trained. The method looks at
     the rows of the first step: `Run` must be given the training rows as ``data``, the Trainer gives them itself.
 
     Departures:
@@ -62,15 +64,16 @@ class Pooling(Method):
             raise ValueError("Pooling changes the blocks that PEFT has adapted already: apply it before the adapters")
         if run.data is None:
             raise ValueError("Pooling looks at the first training rows: pass Run(..., data=lambda: loader)")
-        if self.how == "mean" and hasattr(model.config, "classifier_pooling"):
-            model.config.classifier_pooling = "mean"
-            if hasattr(model, "classifier_pooling"):
-                model.classifier_pooling = "mean"
+        native = native_pooling(model, self.how)
+        self.written: list[str] = []  # names of the weights that no longer begin as they were drawn
+        if native and untrained_dense(model) is None:
             return
         if getattr(model.config, POOLING, None) is not None:
             return  # the checkpoint contains the block
         with run.forked_rng():
             torch.manual_seed(run.draw_seed("data"))
             batches = first_batches(run.data())
-        added = add_pooling_block(model, batches) if self.how == "mean" else []
-        run.mark_new([*added, *bypass(model, batches)])
+        added = add_pooling_block(model, batches) if self.how == "mean" and not native else []
+        with contextlib.suppress(ValueError) if native else contextlib.nullcontext():  # ModernBERT's goes on as drawn
+            self.written = bypass(model, batches)
+        run.mark_new([*added, *self.written])
