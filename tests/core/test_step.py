@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import steadytune
 from architectures import tiny
 from helpers import batches, bert
 from steadytune import FGM, LNSR, PGD, R3F, SMART, NEFTune, RDrop, Run, Step
@@ -64,6 +65,26 @@ def test_logits_are_found(outputs, inputs, expected):
 def test_outputs_without_logits_are_refused_by_the_name_of_the_method(outputs):
     with pytest.raises(UsageError, match=r"RDrop looks at logits, and the model's outputs hold none \((loss|a tuple)"):
         logits_of(outputs, {}, RDrop())
+
+
+@pytest.mark.parametrize("name", ["TMix", "SupCon", "CausalHead", "LEVI", "MetaWeightNet", "MetaSemi", "GroupWeights"])
+def test_a_batch_without_labels_is_refused_by_the_name_of_the_method_that_needs_them(name):
+    extra = {"MetaWeightNet": {"outer": lambda: batches(1)}, "MetaSemi": {"unlabelled": lambda: batches(1)}}
+    data = [{**batch, "subgroup": torch.tensor([0, 0, 1, 1])} for batch in batches(16)]
+    model = bert()
+    run = Run(model, [getattr(steadytune, name)(**extra.get(name, {}))], total_steps=4, data=lambda: data)
+    run.attach(torch.optim.SGD(model.parameters(), 0.1))
+
+    def compute(model, inputs, copies):
+        outputs = model(**inputs)
+        return outputs["logits"].square().mean(), outputs
+
+    def step():
+        run.loss({k: v for k, v in data[0].items() if k not in {"labels", "subgroup"}}, compute=compute).backward()
+        run.optimizer.step()
+
+    with pytest.raises(UsageError, match=f"{name} needs a label for each row, and this batch holds no 'labels'"):
+        step()
 
 
 class Given(nn.Module):

@@ -12,6 +12,7 @@ import architectures
 from architectures import CONFIGS, OTHERS
 from helpers import VOCABULARY, assert_same, batches, bert, copied
 from steadytune import L2SP, METHODS, Run
+from steadytune.errors import UsageError
 from steadytune.heads.features import features, output_layer, pooled_features
 from steadytune.heads.start import probe_of_batches, set_head
 from steadytune.methods.head_init import HeadInit
@@ -145,6 +146,17 @@ def test_labels_of_another_shape_are_refused(labels):
     batch = {k: v for k, v in {**batch, "labels": labels}.items() if v is not None}
     with pytest.raises(ValueError, match="labels"):
         probe_of_batches(bert(), [batch], how="logistic")
+
+
+def test_labels_of_tokens_and_several_numbers_are_refused():
+    first, second = batches(2)
+    ragged = [{**b, "labels": b["input_ids"][:, :width]} for b, width in ((first, 5), (second, 4))]
+    with pytest.raises(UsageError, match=r"a head of 3 outputs .* labels of shape \(4, 5\)"):
+        probe_of_batches(bert(), ragged, how="logistic")
+    model = bert()
+    model.config.problem_type = "regression"
+    with pytest.raises(UsageError, match=r"a head of 3 numbers a row .* leave HeadInit out"):
+        probe_of_batches(model, [{**first, "labels": torch.randn(4, 3)}], how="logistic")
 
 
 # ---- the method ---------------------------------------------------------------------------------------------------

@@ -151,6 +151,17 @@ def test_a_weighted_step_is_that_of_the_weighted_mean_of_the_losses():
         assert torch.allclose(p.grad, q.grad, atol=1e-7), name
 
 
+@pytest.mark.parametrize("labels", [1, 3])
+def test_numbers_a_row_keep_the_loss_of_the_task(labels):
+    model = bert(labels=labels, dropout=0.0)
+    model.config.problem_type = "regression"
+    (batch,) = column(batches(1))
+    batch["labels"] = 5 * torch.randn(4, labels)
+    run = run_of(GroupWeights(), model=model)
+    loss = run.loss(batch)
+    assert torch.allclose(run[GroupWeights].seen[0][0].mean(), loss, atol=1e-5)
+
+
 def test_the_group_whose_loss_stays_high_comes_to_count_more():
     """Naive: a running mean that begins at 0 is too low at first, and lower for a rare group."""
     run = run_of(GroupWeights(every=2, start=0.0, smoothing=0.01))

@@ -126,6 +126,18 @@ def test_losses_of_rows_have_the_mean_that_the_task_has():
     assert torch.allclose(row_losses(logits[:, :1], several[:, 0]), (logits[:, 0] - several[:, 0]).square())
 
 
+def test_losses_of_rows_follow_the_problem_type_where_there_is_a_label_for_each_output():
+    logits, numbers = torch.randn(5, 3), 5 * torch.randn(5, 3)
+    assert torch.allclose(row_losses(logits, numbers, "regression").mean(), nn.functional.mse_loss(logits, numbers))
+    one = row_losses(logits[:, :1], numbers[:, :1])
+    assert torch.equal(one, row_losses(logits[:, :1], numbers[:, 0]))
+    assert torch.allclose(one.mean(), nn.functional.mse_loss(logits[:, :1], numbers[:, :1]))
+    several = row_losses(logits[:, :1], numbers[:, :1].sigmoid(), "multi_label_classification")
+    assert torch.allclose(
+        several.mean(), nn.functional.binary_cross_entropy_with_logits(logits[:, :1], numbers[:, :1].sigmoid())
+    )
+
+
 def test_labels_of_tokens_are_refused():
     ids = torch.randint(3, 60, (2, 6))
     run = run_of(llama(), MetaWeightNet(outer=outer))

@@ -542,6 +542,11 @@ PROBLEM_TYPES: dict[str | None, Callable[[Tensor, Tensor, Divergence], Tensor]] 
 }  # of a transformers config
 
 
+def problem_type(model: Any) -> str | None:
+    """What the config of a transformers model, in its wrappers, says about its labels; None if it says nothing."""
+    return getattr(getattr(without_peft(shards.unwrap(model)), "config", None), "problem_type", None)
+
+
 def distances(
     model: Any, inputs: Inputs, first: Tensor, second: Tensor, divergence: Divergence
 ) -> tuple[Tensor, Tensor | None]:
@@ -553,8 +558,7 @@ def distances(
     """
     first, second = full(first), full(second)
     labels = inputs.get("labels")
-    problem_type = getattr(getattr(without_peft(shards.unwrap(model)), "config", None), "problem_type", None)
-    compare = squares if first.size(-1) == 1 else PROBLEM_TYPES.get(problem_type)
+    compare = squares if first.size(-1) == 1 else PROBLEM_TYPES.get(problem_type(model))
     if compare is not None:
         return compare(first, second, divergence), None
     if first.dim() == 2 or labels is None or labels.dim() < 2 or labels.is_floating_point():

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..core.step import problem_type
+from ..errors import UsageError
 from .features import features, output_layer
 from .probe import Parts, Probe, logistic, logistic_each, ridge, ridge_classes
 
@@ -108,7 +110,7 @@ def set_head(model: nn.Module, probe: Probe, scale: float = 1.0) -> None:
 
 def _hard(labels: np.ndarray, model: Any) -> np.ndarray:
     """The classes that probabilities (rows, classes) name: the largest, or those above one half if several can hold."""
-    alone = getattr(getattr(model, "config", None), "problem_type", None) == "single_label_classification"
+    alone = problem_type(model) == "single_label_classification"
     return labels.argmax(1) if alone else (labels > 0.5).astype(labels.dtype)
 
 
@@ -134,17 +136,28 @@ class Labelled:
         """Pass the batches, or lists of micro-batches, through the model.
 
         Raises:
-            ValueError: Batches have no labels, or not one label, or one label per output, for each row.
+            ValueError: Batches have no labels.
+            UsageError: They have not one label, or one label per output, for each row; or several numbers.
         """
         held: list[Inputs] = []
         for given in batches:
             held += [given] if isinstance(given, Mapping) else list(given)
         if not held or any("labels" not in batch for batch in held):
             raise ValueError("a head can begin as a probe only on batches that hold labels")
-        labels = torch.cat([batch["labels"].cpu() for batch in held]).numpy()
         outputs = output_layer(model).out_features
-        if labels.ndim > 2 or (labels.ndim == 2 and labels.shape[1] != outputs):
-            raise ValueError(f"a head of {outputs} outputs cannot begin as a probe on labels of shape {labels.shape}")
+        shapes = {tuple(batch["labels"].shape[1:]): tuple(batch["labels"].shape) for batch in held}
+        for rest, shape in shapes.items():
+            if rest not in ((), (outputs,)) or len(shapes) > 1:
+                raise UsageError(
+                    f"a head of {outputs} outputs cannot begin as a probe on labels of shape {shape}: give one label a "
+                    "row, or one for each output, or leave HeadInit out"
+                )
+        if outputs > 1 and () not in shapes and problem_type(model) == "regression":
+            raise UsageError(
+                f"a head of {outputs} numbers a row cannot begin as a probe, which is of classes, of one number or of "
+                "several labels: leave HeadInit out"
+            )
+        labels = torch.cat([batch["labels"].cpu() for batch in held]).numpy()
         if labels.ndim == 2:
             labels = labels[:, 0] if outputs == 1 else _hard(labels, model)
         keys = [key for batch in held for key in _keys(batch)]

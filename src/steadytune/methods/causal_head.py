@@ -27,6 +27,7 @@ from ..errors import UsageError
 from .bases.at_block import AtBlock
 from .bases.beside_head import Beside, BesideHead
 from .bases.head_input import HeadInput
+from .bases.rows import labels_of
 
 RATE = 0.01  # smallest share of the newest step in the mean of the low-level features
 
@@ -128,7 +129,7 @@ class CausalHead(AtBlock, BesideHead[LowLevel]):
         self.high.listen()
 
     def penalty(self, step: Step) -> Tensor:
-        high, labels, logits = self.high.pop(), step.inputs["labels"], full(step.logits(step.outputs, self))
+        high, labels, logits = self.high.pop(), labels_of(step.inputs, self), full(step.logits(step.outputs, self))
         self.check(high, labels, logits)
         low = self.low_features(step)
         self.seen[step.number - 1 :] = [low.mean(0)]  # drops those of a step that was abandoned

@@ -28,10 +28,11 @@ from ..core import Method, Run, Step, Within
 from ..core.anatomy import POOLING, blocks
 from ..core.checks import check_layout, check_lengths
 from ..core.facts import Cost, Paper
+from ..core.step import problem_type
 from ..errors import UsageError
 from ..files.atomic import write_json
 from ..heads.features import output_layer
-from .bases.rows import exclusive_classes, row_losses
+from .bases.rows import labels_of, row_losses
 
 logger = logging.getLogger("steadytune")
 
@@ -144,10 +145,10 @@ class LEVI(Method):
         self.views.listening = True
 
     def penalty(self, step: Step) -> Tensor:
-        logits, labels = self.views.pop(), step.inputs["labels"]
-        exclusive = exclusive_classes(inner(step.run.model))
+        logits, labels = self.views.pop(), labels_of(step.inputs, self)
+        problem = problem_type(step.run.model)
         labels = labels.repeat(len(logits[0]) // len(labels), *[1] * (labels.dim() - 1))  # of each copy of the batch
-        return torch.stack([step.mean(row_losses(each, labels, exclusive)) for each in logits]).mean()
+        return torch.stack([step.mean(row_losses(each, labels, problem)) for each in logits]).mean()
 
     def state_dict(self) -> dict[str, Any]:
         if not self.adapted:  # else checkpoints hold the adapters and nothing else of the model

@@ -27,6 +27,7 @@ from ..errors import UsageError
 from ..heads.features import evaluating
 from ..hypergradient import TINY, check_masters, length
 from .bases.bilevel import Outer, OuterRows
+from .bases.rows import labels_of
 
 logger = logging.getLogger("steadytune")
 
@@ -107,7 +108,7 @@ class MetaSemi(Method):
     def after_backward(self, run: Run, weights: Sequence[Weight]) -> None:
         if not self.strength or not weights:
             return
-        self.check(run.batch[0]["labels"])
+        self.check(labels_of(run.batch[0], self))
         texts = self.draw(run)
         with evaluating(run.model), torch.no_grad(), run.moved((w, self.mean[w.name] - w.data) for w in weights):
             answers = self.logits(run, texts, run.model).softmax(-1)

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..core import Run, Step, Weight, Within
 from ..core.facts import Cost, Paper
-from ..core.step import full, logits_of
+from ..core.step import full, logits_of, problem_type
 from ..hypergradient import check_masters, check_slope, difference
 from .bases.bilevel import BiLevel, Outer, flat
-from .bases.rows import exclusive_classes, losses_of, row_losses
+from .bases.rows import labels_of, losses_of, row_losses
 
 
 @dataclass
@@ -113,8 +113,11 @@ class MetaWeightNet(BiLevel):
         views = ((w, torch.addcmul(w.data, directions[w.name], by)) for w in moving)
         with run.showing(views), run.forked_rng(), torch.no_grad():
             torch.manual_seed(run.draw_seed("network inner", rank=True))
-            alone = exclusive_classes(run.model)
-            return [row_losses(logits_of(run.task(b, run.model)[1], b, self), b["labels"], alone) for b in run.batch]
+            problem = problem_type(run.model)
+            return [
+                row_losses(logits_of(run.task(b, run.model)[1], b, self), labels_of(b, self), problem)
+                for b in run.batch
+            ]
 
 
 def row_weights(network: Sequence[Tensor], losses: Tensor) -> Tensor:

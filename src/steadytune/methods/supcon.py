@@ -20,6 +20,7 @@ from ..errors import UsageError
 from ..functional import supervised_contrastive
 from ..heads.features import output_layer
 from .bases.head_input import HeadInput
+from .bases.rows import labels_of
 
 
 @dataclass
@@ -70,7 +71,7 @@ class SupCon(Method):
     def penalty(self, step: Step) -> Tensor | None:
         if not self.weight:
             return None
-        features, labels = self.read.pop(), step.inputs["labels"]
+        features, labels = self.read.pop(), labels_of(step.inputs, self)
         if features is None or features.dim() != 2 or labels.dim() != 1 or labels.is_floating_point():
             held = "nothing (is it compiled?)" if features is None else f"features {tuple(features.shape)}"
             raise UsageError(

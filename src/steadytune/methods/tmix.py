@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..core import Step, Within
 from ..core.facts import Cost, Paper
+from ..core.step import problem_type
 from .bases.at_block import AtBlock
-from .bases.rows import exclusive_classes, row_losses
+from .bases.rows import labels_of, row_losses
 
 
 @dataclass
@@ -73,8 +74,8 @@ class TMix(AtBlock):
         share = self.share(step)
         way = self.toward_next(step, self.hidden(step, step.outputs)[0])  # graph alive: both examples learn
         logits = step.logits(step.forward(dropout="same", add={self.module(step): (1 - share) * way}), self)
-        labels, exclusive = step.inputs["labels"], exclusive_classes(step.run.model)
-        own, other = (row_losses(logits, y, exclusive) for y in (labels, labels.roll(1, 0)))
+        labels, problem = labels_of(step.inputs, self), problem_type(step.run.model)
+        own, other = (row_losses(logits, y, problem) for y in (labels, labels.roll(1, 0)))
         return self.weight * step.mean(share * own + (1 - share) * other)
 
     def share(self, step: Step) -> float:

@@ -10,38 +10,38 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...core import Run, Step
-from ...core.step import full
+from ...core.step import full, problem_type
+from ...errors import UsageError
 
 Column = str | Callable[[Mapping[str, Any]], Tensor]  # name of a column of the batch, or a function of the inputs
 
 
-def row_losses(logits: Tensor, labels: Tensor, exclusive: bool = False) -> Tensor:
+def row_losses(logits: Tensor, labels: Tensor, problem: str | None = None) -> Tensor:
     """Loss of the task for each row: (rows, outputs) -> (rows,).
 
     Args:
         logits: Outputs of the model.
         labels: One label for each row, or one for each output.
-        exclusive: Whether labels for each output are probabilities of classes that exclude each other.
+        problem: `problem_type` of the model, which tells numbers, probabilities of classes that exclude each other, and
+            several labels apart where there is a label for each output. One output alone is a number.
 
     Raises:
         ValueError: There is neither one label per row nor one per output.
     """
     logits = full(logits)
-    if logits.dim() == 2 and logits.size(-1) == 1 and labels.dim() == 1:
-        return (logits.squeeze(-1) - labels).square()
-    if logits.dim() == 2 and (labels.dim() == 1 or (exclusive and labels.shape == logits.shape)):
-        return nn.functional.cross_entropy(logits, labels, reduction="none")
-    if logits.dim() == 2 and labels.shape == logits.shape:
-        return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
+    if logits.dim() == 2:
+        alone, each = logits.size(-1) == 1, labels.shape == logits.shape
+        numbers = problem == "regression" or (alone and problem != "multi_label_classification")
+        if (alone and labels.dim() == 1) or (each and numbers):
+            return (logits - labels.view_as(logits)).square().mean(-1)
+        if labels.dim() == 1 or (each and problem == "single_label_classification"):
+            return nn.functional.cross_entropy(logits, labels, reduction="none")
+        if each:
+            return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
     raise ValueError(
         f"the loss of each row needs one label per row, or one per output; got logits {tuple(logits.shape)} and "
         f"labels {tuple(labels.shape)}: leave out methods that weigh rows"
     )
-
-
-def exclusive_classes(model: Any) -> bool:
-    """Whether the config of a model says that its classes exclude each other."""
-    return getattr(getattr(model, "config", None), "problem_type", None) == "single_label_classification"
 
 
 def numbers_of(inputs: Mapping[str, Any], column: Column, name: str) -> Tensor:
@@ -90,7 +90,23 @@ def row_counts(run: Run, column: Column, name: str) -> list[int]:
     return torch.bincount(torch.tensor([number for number in numbers if number >= 0])).tolist()
 
 
+def labels_of(inputs: Mapping[str, Any], method: object) -> Tensor:
+    """The labels of a batch, which a method needs one of for each row.
+
+    Raises:
+        UsageError: The batch holds none, as in question answering.
+    """
+    labels = inputs.get("labels")
+    if labels is None:
+        name = type(method).__name__
+        raise UsageError(
+            f"{name} needs a label for each row, and this batch holds no 'labels' (it holds {', '.join(inputs)}): put "
+            f"them there, or leave {name} out"
+        )
+    return labels
+
+
 def losses_of(step: Step, method: Any) -> Tensor:
     """Loss of each row of a micro-batch (rows,), graph alive."""
-    logits = step.logits(step.outputs, method)
-    return row_losses(logits, step.inputs["labels"], exclusive_classes(step.run.model))
+    labels = labels_of(step.inputs, method)
+    return row_losses(step.logits(step.outputs, method), labels, problem_type(step.run.model))
