@@ -24,7 +24,22 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
 
-from steadytune import EMA, L2SP, LLRD, ClipNorm, DPSDense, DPSMix, Method, Mixout, RDrop, Run, Trainer, only
+from steadytune import (
+    EMA,
+    L2SP,
+    LLRD,
+    SIFT,
+    ClipNorm,
+    DPSDense,
+    DPSMix,
+    HeadInit,
+    Method,
+    Mixout,
+    RDrop,
+    Run,
+    Trainer,
+    only,
+)
 from steadytune.errors import UsageError
 from steadytune.files import state
 from steadytune.trainer import SIDE_FILE, halves
@@ -221,6 +236,16 @@ def test_model_init_binds_the_model_that_trains(tmp_path):
     assert trainer.run.model is trainer.model is not first
     assert trainer.run.index == 8
     given = make(tmp_path, [DPSDense(update_ratio=0.25), EMA(0.5)], bert())
+    given.train()
+    assert same(trainer.model, given.model)
+
+
+@pytest.mark.parametrize("method", [HeadInit(), SIFT(keep=0.05, batches=2)], ids=["in setup", "at the first step"])
+def test_model_init_and_methods_that_read_the_rows(tmp_path, method):
+    # naive: the stock constructor makes the first model before it has the rows
+    trainer = make(tmp_path, [method], trainer={"model_init": lambda: bert()})
+    trainer.train()
+    given = make(tmp_path, [method], bert())
     given.train()
     assert same(trainer.model, given.model)
 

@@ -167,9 +167,14 @@ class Trainer(transformers.Trainer):
         self.accelerator.clip_grad_norm_ = noted
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Bind the methods to each model that ``model_init`` makes."""
+        """Bind the methods to each model that ``model_init`` makes.
+
+        The first one is made inside the stock constructor, before it has the rows that methods may read: `__init__`
+        binds that one.
+        """
         model = super().call_model_init(trial)
-        self._bind(model)
+        if hasattr(self, "train_dataset"):
+            self._bind(model)
         return model
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
