@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from helpers import Net, arguments, assert_same, batches, bert, collate, copied, differs, points, rows, train
-from steadytune import EMA, ClipNorm, Run, Trainer, WeightMixup
+from steadytune import EMA, ClipNorm, Method, Run, Trainer, WeightMixup
 from steadytune.functional import mixture
 from steadytune.methods.bases.bilevel import OuterRows, flat
 
@@ -191,6 +192,26 @@ def test_the_difference_on_a_transformer_under_dropout_equals_autograd(monkeypat
         indirect = torch.stack(torch.autograd.grad(along, list(alphas.values())))
     found = torch.stack(list(learned[0])) - torch.stack(direct)
     assert torch.linalg.vector_norm(found + indirect) < 1e-3 * torch.linalg.vector_norm(indirect)
+
+
+@dataclass
+class Gradients(Method):
+    """Gradients before the optimizer's step and after it."""
+
+    def before_step(self, run, weights):
+        self.before = {w.name: w.grad.clone() for w in weights}
+
+    def after_step(self, run, weights):
+        self.after = {w.name: w.grad.clone() for w in weights if w.grad is not None}
+
+
+def test_the_gradient_of_the_step_stays_for_the_methods_that_come_after():
+    """Naive: the directions are written into it, and a second bi-level method takes the slope at the directions."""
+    model = Net()
+    run = Run(model, [WeightMixup(outer=outer, order="difference"), Gradients()], total_steps=2)
+    run.attach(torch.optim.AdamW(model.parameters(), 1e-2))
+    train(run, points(1))
+    assert_same(run[Gradients].before, run[Gradients].after)
 
 
 # ---------------------------------------------------------------- outer rows

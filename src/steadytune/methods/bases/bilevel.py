@@ -79,26 +79,26 @@ class BiLevel(Method):
     def follow(self, run: Run, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Directions q of `hypergradient` for the last step of the optimizer, by weight name.
 
-        They are written into the weights' ``.grad``, which the step no longer needs, so that no further copy of the
-        weights is in memory.
+        They are written into ``grads``, so that no further copy of the weights is in memory. The weights' ``.grad``
+        stays as it was, because further methods compute the slope of the same step.
 
         Args:
             run: The run, inside `Method.after_step`.
-            grads: Gradient of the outer loss.
+            grads: Gradient of the outer loss, which is used up.
         """
         directions = {}
         for w in run.weights():
             if w.grad is not None and w.name in grads:
-                directions[w.name] = torch.mul(grads[w.name], self.slope(run, w, out=w.grad), out=w.grad)
+                directions[w.name] = grads[w.name].mul_(self.slope(run, w))
         return directions
 
-    def slope(self, run: Run, weight: Weight, out: Tensor | None = None) -> Tensor | float:
+    def slope(self, run: Run, weight: Weight) -> Tensor | float:
         """Slope of the step of a weight: that of the optimizer, or the learning rate for plain descent."""
         assert run.optimizer is not None
         assert weight.grad is not None
         if not self.precondition:
             return weight.group["lr"]
-        return slope(weight.group, run.optimizer.state.get(weight.parameter, {}), weight.grad, out=out)
+        return slope(weight.group, run.optimizer.state.get(weight.parameter, {}), weight.grad)
 
     def rate(self, run: Run) -> float:
         """Learning rate of the variables at this step."""
