@@ -181,6 +181,18 @@ def test_a_skipped_block_hands_on_its_input_for_that_example_alone():
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
 
 
+def test_hidden_states_are_those_that_a_skip_hands_on_whatever_the_model_was_asked_before():
+    """Naive: transformers keeps the output of a block before the skip, once it has been asked for hidden states."""
+    inputs, model = batches(1)[0], steady()
+    model(**inputs, output_hidden_states=True)
+    run = run_of(model, LayerDrop(p=0.9))
+    run[LayerDrop].hook.draw = lambda hidden: torch.zeros(len(hidden))
+    run.enter()
+    embedded, *others = model(**inputs, output_hidden_states=True).hidden_states
+    run.leave()
+    assert all(torch.equal(states, embedded) for states in others)
+
+
 def test_evaluation_uses_every_block_and_a_finished_run_skips_none():
     inputs, model = batches(1)[0], bert(dropout=0.0)
     plain = model.eval()(**inputs).logits

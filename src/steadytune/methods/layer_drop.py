@@ -32,7 +32,10 @@ class Skip(nn.Module):
     def listen(self, layers: Sequence[nn.Module]) -> None:
         """Act on these blocks, once."""
         if not self.handles:
-            self.handles = [layer.register_forward_hook(self.skip, with_kwargs=True) for layer in layers]
+            self.handles = [
+                layer.register_forward_hook(self.skip, with_kwargs=True, prepend=True)  # before who keeps its output
+                for layer in layers
+            ]
 
     def remove(self) -> None:
         """Act on no block."""
