@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from helpers import assert_same, batches, bert, copied, llama, train
+from helpers import assert_same, batches, bert, copied, differs, llama, train
 from steadytune import CausalHead, Run
 from steadytune.errors import UsageError
 
@@ -96,6 +96,15 @@ def test_without_mu_there_is_no_further_forward_and_no_copy_of_the_weights():
     assert run.nbytes() < 200
     other = train(run_of(bert(), CausalHead()), batches(1))
     assert (other.passes.forwards, other.passes.backwards) == (2, 1)
+
+
+def test_weights_in_half_precision_train():
+    run = Run(bert(dtype=torch.bfloat16), [CausalHead()])
+    run.attach(torch.optim.SGD(run.model.parameters(), 0.1))
+    before = copied(run.model)
+    train(run, batches(2))
+    assert all(p.isfinite().all() for p in run.model.parameters())
+    assert differs(before, copied(run.model))
 
 
 def test_a_step_that_is_left_leaves_no_trace_in_the_mean():

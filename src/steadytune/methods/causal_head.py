@@ -134,7 +134,7 @@ class CausalHead(AtBlock, BesideHead[LowLevel]):
         low = self.low_features(step)
         self.seen[step.number - 1 :] = [low.mean(0)]  # drops those of a step that was abandoned
         centred = low - (self.mean if self.steps else low.mean(0))
-        shift = full(nn.functional.linear(centred, self.beside.low))
+        shift = full(nn.functional.linear(centred, full(self.beside.low)))
         own = nn.functional.cross_entropy(logits + shift, labels)
         orders = [self.order(step, k, len(labels)) for k in range(self.permutations)]
         each = torch.stack([(logits + shift[order]).log_softmax(-1) for order in orders])
@@ -144,7 +144,7 @@ class CausalHead(AtBlock, BesideHead[LowLevel]):
             return loss
         assert high is not None
         now, before = (full(features[: len(labels)]) for features in (high, self.before(step)))
-        return loss + self.mu * (nn.functional.linear(now, self.beside.align) - before).square().mean()
+        return loss + self.mu * (nn.functional.linear(now, full(self.beside.align)) - before).square().mean()
 
     def check(self, high: Tensor | None, labels: Tensor, logits: Tensor) -> None:
         """Raise unless there is one class and one vector for each row."""
