@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification
 
 from fit_helpers import same, save_tiny_bert, toy, weights
 from helpers import batches, bert, copied
-from steadytune import Run, fit, inference_cost
+from steadytune import EMA, LAWA, SWA, Run, fit, inference_cost
 from steadytune.errors import UsageError
 from steadytune.fitting import main as fitting_main
 from steadytune.methods.dsee import DSEE, largest, residual
@@ -129,6 +129,29 @@ def test_shards_are_refused(monkeypatch):
     monkeypatch.setattr(Run, "sharded", True)
     with pytest.raises(ValueError, match=r"DSEE needs whole weights, but these are sharded \(FSDP2\)"):
         run.attach(torch.optim.AdamW(run.model.parameters(), 1e-2))
+
+
+def test_its_state_is_that_of_a_model_that_was_moved_since():
+    model = with_lora()
+    run = Run(model, [DSEE(entries=4, start=0.5)], total_steps=6, data=lambda: batches(2))
+    model.to(torch.float64)
+    trained(run.attach(torch.optim.AdamW(model.parameters(), 1e-2)))
+    state = run[DSEE].state_dict()
+    assert state["values"]
+    for name, mask in state["masks"].items():
+        assert torch.equal(state["values"][name], model.get_parameter(name).detach()[mask])
+
+
+@pytest.mark.parametrize("average", [EMA(0.5), SWA(), LAWA(every=1)], ids=lambda method: type(method).__name__)
+def test_averages_in_which_nothing_would_be_pruned_are_refused(average):
+    def attached(**options):
+        model = with_lora()
+        run = Run(model, [DSEE(**options), average], total_steps=6, data=lambda: batches(2))
+        return run.attach(torch.optim.AdamW(model.parameters(), 1e-2))
+
+    with pytest.raises(UsageError, match=rf"DSEE\(share=0.2\) .* leave {type(average).__name__} out, or set share=0"):
+        attached()
+    trained(attached(share=0.0), 1)
 
 
 def test_a_fit_leaves_a_plain_folder_with_zeros_and_resumes_bit_for_bit(tmp_path, folder, monkeypatch):

@@ -22,6 +22,7 @@ from ..core import Run, Scope, Weight, Within
 from ..core.anatomy import anatomy
 from ..core.facts import Cost, Paper
 from ..core.step import Inputs
+from ..errors import UsageError
 from .bases.groups import undecayed
 from .bases.static_mask import Batch, StaticMask, Tensors
 
@@ -66,6 +67,7 @@ class DSEE(StaticMask):
     Raises:
         ValueError: In setup, for a model without LoRA on query and value matrices (with attention in one matrix, such
             as GPT-2 and ModernBERT), or without `data` for ``"gradient"``; in attach, for sharded weights (FSDP2).
+        UsageError: In attach, with an average of the matrices that are pruned (EMA, SWA, LAWA).
     """
 
     entries: Annotated[int, Within("[0, inf)")] = 16
@@ -108,7 +110,7 @@ class DSEE(StaticMask):
                 for part in ("lora_A", "lora_B"):
                     layer.get_submodule(part).requires_grad_(False)
         self.layers = chosen
-        self.held = {name: p.detach() for name, p in model.named_parameters()}
+        self.held = dict(model.named_parameters())  # not their values now: the model may be moved
         self.sparse = {f"{name}.base_layer.weight" for name in chosen if self.entries}
         for name in self.sparse:
             model.get_parameter(name).requires_grad_(True)
@@ -122,6 +124,13 @@ class DSEE(StaticMask):
         assert run.optimizer is not None
         if run.sharded:
             raise ValueError("DSEE needs whole weights, but these are sharded (FSDP2): use DistributedDataParallel")
+        for other in (m for m in run.methods if self.share and m.exclusive == "average"):
+            if any(w.name in self.sparse for w in run.weights(other, getattr(other, "scope", "all"))):
+                name = type(other).__name__
+                raise UsageError(
+                    f"DSEE(share={self.share}) sets weights to zero, and {name} evaluates other values of these "
+                    f"weights, in which they are not: leave {name} out, or set share=0 to prune nothing"
+                )
         still = {id(w.parameter): 0.0 for w in run.weights(self, self.scope)}
         groups = run.optimizer.param_groups
         groups[:] = [part for group in groups for part in undecayed(group, still)]
@@ -183,7 +192,7 @@ class DSEE(StaticMask):
     # ------------------------------------------------------------------ state; checkpoints of PEFT hold adapters only
 
     def state_dict(self) -> dict[str, Any]:
-        values = {name: self.held[name][mask] for name, mask in self.masks.items()}
+        values = {name: self.held[name].detach()[mask] for name, mask in self.masks.items()}
         return {"masks": self.masks, "values": values, "kept": {name: mask for name, (mask, _) in self.removed.items()}}
 
     @torch.no_grad()
