@@ -14,7 +14,23 @@ import torch
 from torch import nn
 
 from helpers import Net, assert_same, batches, bert, copied, differs, points, train
-from steadytune import EMA, LLRD, ClipNorm, DPSDense, Mixout, RDrop, Run
+from steadytune import (
+    EMA,
+    LLRD,
+    SAM,
+    BiDrop,
+    CausalHead,
+    ClipNorm,
+    DPSDense,
+    GroupWeights,
+    ImplicitTune,
+    MetaWeightNet,
+    Mixout,
+    RDrop,
+    ROSEFirst,
+    Run,
+    WeightMixup,
+)
 from steadytune.core.watch import IN_A_ROW
 from steadytune.errors import UsageError
 
@@ -161,6 +177,50 @@ def test_dropped_gradients_end_the_step():
     assert len(run.batch) == 1
     run.optimizer.step()
     assert_same(copied(run.model), copied(train(attached(Net(), Mixout(keep=0.5)), data[1:2]).model))
+
+
+def outer() -> Any:
+    return batches(2, seed=5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        SAM(),
+        BiDrop(),
+        ROSEFirst(),
+        ImplicitTune(outer=outer),
+        WeightMixup(outer=outer, order="difference"),
+        MetaWeightNet(outer=outer),
+        GroupWeights(column=lambda inputs: inputs["input_ids"][:, 0] % 2, least=1, start=0.0),
+        CausalHead(permutations=1),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_a_loss_that_is_thrown_away_is_not_of_the_step(method):
+    """Naive: methods that pass the step's batch once more take a batch whose loss was not finite, and spread it."""
+    bad, *data = batches(3, seed=7)
+
+    def compute(model: Any, inputs: Any, copies: int) -> Any:
+        outputs = model(**inputs)
+        return outputs.loss * (math.nan if inputs["input_ids"][0, 0] == bad["input_ids"][0, 0] else 1.0), outputs
+
+    ends = []
+    for given in ([data[0], bad, data[1]], data):
+        model = bert()
+        run = Run(model, [method], total_steps=TOTAL, data=lambda: data).attach(torch.optim.AdamW(model.parameters()))
+        for batch in given:
+            torch.manual_seed(int(batch["input_ids"].sum()))
+            loss = run.loss(batch, compute=compute)
+            if loss.isfinite():
+                loss.backward()
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+        ends.append(copied(model))
+        assert run.index == run.batches == 2
+    assert all(t.isfinite().all() for t in ends[0].values())
+    if not isinstance(method, CausalHead):  # whose draws follow the number of the micro-batch
+        assert_same(*ends)
 
 
 def test_an_embedding_that_renormalises_itself_is_no_foreign_step():

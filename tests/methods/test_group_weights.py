@@ -159,7 +159,7 @@ def test_numbers_a_row_keep_the_loss_of_the_task(labels):
     batch["labels"] = 5 * torch.randn(4, labels)
     run = run_of(GroupWeights(), model=model)
     loss = run.loss(batch)
-    assert torch.allclose(run[GroupWeights].seen[0][0].mean(), loss, atol=1e-5)
+    assert torch.allclose(run[GroupWeights].seen[1][0].mean(), loss, atol=1e-5)
 
 
 def test_the_group_whose_loss_stays_high_comes_to_count_more():

@@ -18,7 +18,7 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,7 @@ from .watch import FiniteGradients, RateRatios, Watch
 
 FORMAT = 1  # of Run.state_dict(); older formats must go on loading
 KEY = "steadytune"  # the extra key in an optimizer's state dict
+T = TypeVar("T")
 
 
 class Run(Binding):
@@ -152,8 +153,12 @@ class Run(Binding):
 
     @property
     def batch(self) -> list[Inputs]:
-        """The micro-batches of the step under way."""
+        """The micro-batches of the step under way; from its backward pass on, those whose loss was sent back."""
         return [micro.inputs for micro in self._micro_batches]
+
+    def kept(self, each: Mapping[int, T]) -> list[T]:
+        """What a method kept for each micro-batch of `batch`, out of what it kept by `Step.number`."""
+        return [each[micro.number] for micro in self._micro_batches if micro.number in each]
 
     # ------------------------------------------------------------------ the step
 
@@ -232,6 +237,8 @@ class Run(Binding):
         penalty_scale: float = 1.0,
     ) -> Tensor:
         """Compute the loss of one micro-batch with all penalties. The first call of a step builds the forward view.
+
+        A loss that is not sent back, as one that is not finite, does not count: the step is that of the others.
 
         Args:
             inputs: Keyword arguments of the model, batch axis first.
@@ -440,6 +447,7 @@ class Run(Binding):
             )
         if not self._micro_batches:
             check_unseen(self.methods)
+        self._forget_unsent()
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf):
             self.leave()
@@ -462,6 +470,14 @@ class Run(Binding):
         for method in self.methods:
             method.before_step(self, self._restrict(method, ready))
         self._views.hold(weights, optimizer)
+
+    def _forget_unsent(self) -> None:
+        """Leave out micro-batches whose loss the loop threw away (not finite, or of an evaluation): no gradient is
+        theirs. If no loss was seen to be sent back, the loop made its gradients in another way, and all stay.
+        """
+        sent = [micro for micro in self._micro_batches if micro.sent is not None]
+        if sent:
+            self._micro_batches, self._rule = sent, sent[-1].rule
 
     def _not_finite(self, weights: Sequence[Weight], optimizer: Optimizer) -> bool:
         """Skip a step whose gradient is not finite: nobody sees the gradient, nothing is counted as a step."""

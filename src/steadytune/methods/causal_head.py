@@ -120,7 +120,7 @@ class CausalHead(AtBlock, BesideHead[LowLevel]):
         self.high = HeadInput(self.head)
         self.mean = next(run.model.parameters()).new_zeros(self.beside.low.size(1)).detach()
         self.steps = 0  # optimizer steps that the mean has seen
-        self.seen: list[Tensor] = []  # mean low-level features of the micro-batches of the step under way
+        self.seen: dict[int, Tensor] = {}  # mean low-level features of the micro-batches of the step under way
 
     def build(self, head: nn.Linear) -> LowLevel:
         return LowLevel(self.low_width, head.in_features, head.out_features)
@@ -132,7 +132,7 @@ class CausalHead(AtBlock, BesideHead[LowLevel]):
         high, labels, logits = self.high.pop(), labels_of(step.inputs, self), full(step.logits(step.outputs, self))
         self.check(high, labels, logits)
         low = self.low_features(step)
-        self.seen[step.number - 1 :] = [low.mean(0)]  # drops those of a step that was abandoned
+        self.seen[step.number] = low.mean(0)
         centred = low - (self.mean if self.steps else low.mean(0))
         shift = full(nn.functional.linear(centred, full(self.beside.low)))
         own = nn.functional.cross_entropy(logits + shift, labels)
@@ -177,12 +177,13 @@ class CausalHead(AtBlock, BesideHead[LowLevel]):
         return kept
 
     def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
-        if not self.seen:
+        seen = run.kept(self.seen)
+        if not seen:
             return
-        newest = torch.stack(self.seen).mean(0)
+        newest = torch.stack(seen).mean(0)
         run.all_reduce([newest])
         self.mean.lerp_(newest.to(self.mean.dtype), max(RATE, 1 / (self.steps + 1)))
-        self.steps, self.seen = self.steps + 1, []
+        self.steps, self.seen = self.steps + 1, {}
 
     def finish(self, run: Run) -> None:
         self.high.stop()

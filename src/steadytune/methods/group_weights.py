@@ -118,24 +118,24 @@ class GroupWeights(Method):
         self.reached = (reference / sizes).to(device)
         self.weights = torch.ones_like(self.rows)
         self.mean = torch.zeros(2, len(self.rows), device=device, dtype=dtype)  # sums of losses, and of rates
-        self.seen: list[tuple[Tensor, Tensor]] = []  # losses and slots of each micro-batch of the current step
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}  # losses and slots of the micro-batches of the current step
 
     def penalty(self, step: Step) -> Tensor:
         losses = losses_of(step, self)
         numbers = numbers_of(step.inputs, self.column, type(self).__name__)
         slots = torch.where(numbers < 0, -1, self.slots[numbers.clamp(min=0)])
-        self.seen[step.number - 1 :] = [(losses.detach(), slots)]  # drops those of a step that was abandoned
+        self.seen[step.number] = (losses.detach(), slots)
         weights = torch.where(slots < 0, 1.0, self.weights[slots.clamp(min=0)])
         return ((weights - 1) * losses).mean()
 
     def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
         sums = torch.zeros_like(self.mean)
-        for losses, slots in self.seen:
+        for losses, slots in run.kept(self.seen):
             known = (slots >= 0).to(sums.dtype)
             sums[0].index_add_(0, slots.clamp(min=0), losses.to(sums.dtype) * known)
             sums[1].index_add_(0, slots.clamp(min=0), known)
         run.all_reduce([sums])
-        self.seen = []
+        self.seen = {}
         new = torch.stack([sums[0] / sums[1].clamp(min=1e-30), torch.ones_like(sums[1])])
         self.mean = torch.where(sums[1] > 0, self.mean.lerp(new, self.smoothing), self.mean)
         taken = run.index + 1

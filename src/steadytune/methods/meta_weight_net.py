@@ -73,7 +73,7 @@ class MetaWeightNet(BiLevel):
     def setup(self, run: Run) -> None:
         super().setup(run)
         check_masters([w.data for w in run.weights()])
-        self.losses: list[Tensor] = []  # losses of the rows of each micro-batch of the current step
+        self.losses: dict[int, Tensor] = {}  # losses of the rows of each micro-batch of the current step
 
     def attach(self, run: Run) -> None:
         assert run.optimizer is not None
@@ -89,7 +89,7 @@ class MetaWeightNet(BiLevel):
 
     def penalty(self, step: Step) -> Tensor:
         losses = losses_of(step, self)
-        self.losses[step.number - 1 :] = [losses.detach()]  # drops those of a step that was abandoned
+        self.losses[step.number] = losses.detach()
         weighted = (row_weights(flat(self.variables), losses.detach()) * losses).mean()
         return weighted - step.as_penalty(step.loss)
 
@@ -100,12 +100,12 @@ class MetaWeightNet(BiLevel):
         slopes = difference(lambda by: self.losses_at(run, directions, by), list(directions.values()))
         network = [t.detach().requires_grad_() for t in flat(self.variables)]
         with torch.enable_grad():
-            pairs = zip(self.losses, slopes, strict=True)
+            pairs = zip(run.kept(self.losses), slopes, strict=True)
             rise = torch.stack([(row_weights(network, losses) * slope).mean() for losses, slope in pairs]).mean()
             gradients = torch.autograd.grad(-rise, network)
         run.all_reduce(gradients)
         self.learn(run, gradients)
-        self.losses = []
+        self.losses = {}
 
     def losses_at(self, run: Run, directions: Mapping[str, Tensor], by: Tensor) -> list[Tensor]:
         """Losses of the rows of each micro-batch at W + by * q, under the same dropout at every call."""
