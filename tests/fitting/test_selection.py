@@ -383,6 +383,15 @@ def test_the_score_of_refit_is_that_of_the_rows_that_each_fold_left_out(tmp_path
     assert "cross-validation (selected on)" in (result.output / "README.md").read_text()
 
 
+@pytest.mark.parametrize("combine", ["soup", "ensemble"])
+def test_several_runs_of_refit_are_spread_on_test_sets_alone(tmp_path, bert, combine):
+    """The rows of the cross-validation were scored by the folds, and by none of the runs."""
+    own = {**QUICK, "steps": 4, "tests": {"test": toy(10, start=200)}, "refit": True, "folds": 2, "evaluations": 1}
+    result = fit(toy(40), model=bert, output=tmp_path / "o", num_seeds=2, combine=combine, **own)
+    assert list(result.metrics) == ["cross-validation", "test"]
+    assert [scores.get("runs", {}).get("accuracy", {}).get("n") for scores in result.metrics.values()] == [None, 2]
+
+
 # ---- failing runs -----------------------------------------------------------------------------------------------
 
 

@@ -418,7 +418,7 @@ def _finish(
         if probe is not None:
             metrics[name]["probe"] = probe.metrics(name, plan.data.problem, given["label"], plan.data.coarser.get(name))
         troubles += warnings(plan.data.problem, name, plan.metric, metrics[name], given)
-    for name in metrics if scores else ():
+    for name in scores[0] if scores else ():  # not the rows of a cross-validation, which the folds have scored
         metrics[name]["runs"] = spread([s[name] for s in scores])
     for trouble in troubles:
         logger.warning("%s", trouble)
