@@ -112,6 +112,16 @@ def test_batches_without_domains_or_with_others_are_refused():
         make_plan(toy(40), model="m", text="text", label="label", methods=["easy_adapt"])
 
 
+def test_a_finished_model_asks_for_no_column():
+    """A model that has labelled texts is read in training mode too, with dropout, and no batch has domains there."""
+    (batch,) = batches(1)
+    model = bert()
+    run = run_of(model, EasyAdapt(2))
+    take(run, {**batch, "domain": DOMAINS})
+    run.finish()
+    assert model.train()(**batch).logits.shape == (4, 3)
+
+
 def test_a_second_run_on_one_model_finds_the_column_too():
     (batch,) = batches(1)
     model = bert()

@@ -135,6 +135,12 @@ class EasyAdapt(BesideHead[Domains]):
     def hook(self, head: nn.Module) -> Any:
         return head.register_forward_hook(self.beside)
 
+    def finish(self, run: Run) -> None:
+        super().finish(run)
+        if self.beside.taking is not None:  # the finished model is a plain one, and copies of it are made
+            self.beside.taking.remove()
+            self.beside.taking = None
+
     @torch.no_grad()
     def specialised(self, domain: int) -> dict[str, Tensor]:
         """Weight and bias of one domain's head, for ``head.load_state_dict`` in a copy of the model.
