@@ -168,6 +168,15 @@ def test_a_distilled_ensemble_is_one_model_scored_as_itself(tmp_path, bert, kind
         fit(make(48), model=bert, output=tmp_path / "x", distil=True, **{**own, "combine": "soup"})
 
 
+def test_a_method_that_needs_one_class_a_row_is_refused_before_an_ensemble_is_distilled(tmp_path, bert):
+    own = {**QUICK, "methods": ["supcon"], "num_seeds": 2, "combine": "ensemble", "distil": True}
+    with pytest.raises(UsageError, match="SupCon needs one class a row, and distil trains on the probabilities"):
+        fit(toy(40), model=bert, output=tmp_path / "o", **own)
+    assert not (tmp_path / "o").exists()
+    plain = {**own, "methods": ["supcon:weight=0"], "steps": 2}
+    assert len(fit(toy(40), model=bert, output=tmp_path / "p", **plain).runs) == 1
+
+
 def test_soft_labels_are_learned_as_probabilities():
     rows = pd.DataFrame({"label": ["a", "b"], "soft": [[0.7, 0.3], [0.2, 0.8]]})
     loss = loss_of(Options(), rows, Classification(("a", "b")))

@@ -47,7 +47,8 @@ def texts(rows: int = 30) -> pd.DataFrame:
 
 def run(output, model, **options):
     given = {"unlabelled": texts(), **QUICK, **options}
-    return fit(given.pop("table", toy(40)), text="text", label="label", model=model, output=output, **given)
+    columns = {"text": "text", "label": given.pop("label", "label")}
+    return fit(given.pop("table", toy(40)), model=model, output=output, **columns, **given)
 
 
 @pytest.fixture
@@ -310,6 +311,9 @@ def test_kept_texts_that_do_harm_weigh_less_and_labelled_rows_weigh_one(bert, tm
         ({"procedure": "self-training:influence=true", "methods": ["group_weights"], "subgroup": "label"}, "weighting"),
         ({"procedure": "self-training:folds=1"}, "folds must be 0"),
         ({"procedure": "self-training:folds=50", "validation_share": 0.0}, "folds must lie between 2 and"),
+        ({"methods": ["causal_head"]}, "CausalHead needs one class a row, and self-training trains on the prob"),
+        ({"methods": ["meta_semi"]}, "MetaSemi needs one class a row, and self-training trains on the probabilities"),
+        ({"procedure": None, "methods": ["meta_semi"], "label": "score"}, "MetaSemi needs one class .* is regression"),
         ({"table": toy(40)[["text", "score"]].rename(columns={"score": "label"})}, "this is regression: leave it out"),
         ({"table": toy(40).assign(label=[["a"], ["a", "b"]] * 20)}, "this is multilabel: leave it out"),
     ],

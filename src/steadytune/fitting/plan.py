@@ -215,6 +215,7 @@ def make_plan(
     plan = dataclasses.replace(plan, stages=_stages(aux, aux_steps, meta, pretrain, plan))
     _check_selection(plan)
     _check_unlabelled(plan)
+    _check_hard_labels(plan)
     return plan
 
 
@@ -267,6 +268,30 @@ def _check_unlabelled(plan: Plan) -> None:
             "nothing here reads the texts without labels: give pretrain (--pretrain tapt), a procedure or a method "
             "that learns from them (--procedure self-training, --method meta_semi), or leave unlabelled out."
         )
+
+
+def _check_hard_labels(plan: Plan) -> None:
+    """Methods that need one class a row go with nothing that trains on other labels, which a later training may do."""
+    needing = [type(m).__name__ for m in plan.methods if getattr(m, "hard_labels", False) and not _changes_nothing(m)]
+    if not needing:
+        return
+    if not plan.data.problem.classes:
+        raise UsageError(
+            f"{needing[0]} needs one class a row, this is {plan.data.problem.kind}: leave {needing[0]} out."
+        )
+    trained = {"distil": plan.distil}
+    if plan.procedure is not None:
+        trained[procedure_record(plan.procedure)["name"]] = plan.procedure.soft_labels
+    for name in (name for name, soft in trained.items() if soft):
+        raise UsageError(
+            f"{needing[0]} needs one class a row, and {name} trains on the probabilities that a model gives to the "
+            "classes: leave one of them out."
+        )
+
+
+def _changes_nothing(method: Method) -> bool:
+    """Whether a method has the setting at which it is plain fine-tuning."""
+    return method.null is not None and all(getattr(method, name) == value for name, value in method.null.items())
 
 
 def _balanced(data: Data, names: Sequence[str] | None) -> Data:

@@ -83,6 +83,7 @@ class CausalHead(AtBlock, BesideHead[LowLevel]):
     block: Annotated[int, Within("[0, inf)")] | None = None
 
     place: ClassVar = "low_level"
+    hard_labels: ClassVar = True  # `fit` refuses what trains on probabilities
     exclusive: ClassVar = "causal head"
     conflicts: ClassVar[tuple[str, ...]] = (
         *AtBlock.conflicts,

@@ -20,6 +20,11 @@ class Procedure(ABC):
     embeds: ClassVar[bool] = False  # whether texts become vectors, which need a pooling of their own; see `start`
     reads_unlabelled: ClassVar[bool] = False  # whether it learns from texts without labels
 
+    @property
+    def soft_labels(self) -> bool:
+        """Whether it trains on probabilities of the classes, not on one class a row."""
+        return False
+
     def options(self, options: Options) -> Options:
         """The options of the fit, with those that the procedure sets."""
         return options

@@ -110,6 +110,10 @@ class SelfTraining(Procedure):
         """The largest number of rounds."""
         return self.rounds if self.weight else 0
 
+    @property
+    def soft_labels(self) -> bool:
+        return self.last > 0
+
     # ---- before training
 
     def check(self, plan: Plan) -> None:
