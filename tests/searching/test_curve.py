@@ -37,6 +37,16 @@ def test_the_gain_of_more_rows_is_on_the_curve():
     assert found.known
 
 
+def test_the_curve_ends_at_the_best_possible_score():
+    """Naive: 200 more rows bring 29 points to a score of 90."""
+    rng = np.random.default_rng(0)
+    steep = values(rng, [0.3, 0.6, 0.95])
+    blocks = np.arange(2000)[None] % 5
+    assert more_rows(steep, blocks, 300, 2000).gain > 0.05
+    found = more_rows(steep, blocks, 300, 2000, perfect=1.0)
+    assert 0 <= found.interval[0] <= found.gain <= found.interval[1] < 0.05
+
+
 def test_a_flat_curve_is_not_taken_for_a_gain():
     rng = np.random.default_rng(1)
     noisy = {int(size): (rng.random((1, 300)) < 0.8).astype(float) for size in SIZES}

@@ -46,8 +46,14 @@ class Metric:
     limits: tuple[float | None, float | None] = (0.0, 1.0)
 
     @property
+    def perfect(self) -> float:
+        """The value of a model that makes no mistake."""
+        best = self.limits[1] if self.larger_is_better else self.limits[0]
+        return 0.0 if best is None else best
+
+    @property
     def worst(self) -> float:
-        """Smallest goodness, used for a model whose score is undefined."""
+        """A value worse than any, used for a model whose score is undefined."""
         return -1.0 if self.larger_is_better else 1e9
 
     def goodness(self, value: float | None) -> float:

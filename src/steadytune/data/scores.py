@@ -185,14 +185,16 @@ def warnings(
         metric = next((name for name, trivial in trivials.items() if trivial is not None), metric)
     value, trivial = scores[metric], trivials.get(metric)
     chosen = problem.metric(metric)
-    perfect = chosen.limits[1] if chosen.larger_is_better else 0.0
-    if value is not None and trivial not in (None, perfect) and chosen.goodness(value) <= chosen.goodness(trivial):
+    if (
+        value is not None
+        and trivial not in (None, chosen.perfect)
+        and chosen.goodness(value) <= chosen.goodness(trivial)
+    ):
         sentences.append(
             f"{name}: {metric} {value:.4f} is not better than the {trivial:.4f} of one answer for all rows"
         )
     value, chosen = scores[first], problem.metric(first)
-    perfect = chosen.limits[1] if chosen.larger_is_better else 0.0
-    if value is not None and probed not in (None, perfect) and chosen.goodness(value) <= chosen.goodness(probed):
+    if value is not None and probed not in (None, chosen.perfect) and chosen.goodness(value) <= chosen.goodness(probed):
         sentences.append(
             f"{name}: {first} {value:.4f} is not better than the {probed:.4f} of a linear probe, which leaves the "
             "encoder as it is: try more steps, another learning rate, or a head that begins as the probe"

@@ -12,6 +12,7 @@ Statistics 2012, arXiv 1106.2125). NumPy only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -65,7 +66,9 @@ def power_law(sizes: Array, scores: Array) -> tuple[Array, Array, Array]:
     return np.take_along_axis(a, best, 0)[0], np.take_along_axis(b, best, 0)[0], EXPONENTS[best[0]]
 
 
-def more_rows(values: Mapping[int, Array], blocks: Whole, now: int, more: int, seed: int = 0) -> More:
+def more_rows(
+    values: Mapping[int, Array], blocks: Whole, now: int, more: int, seed: int = 0, perfect: float = math.inf
+) -> More:
     """What more rows would bring.
 
     Args:
@@ -74,13 +77,15 @@ def more_rows(values: Mapping[int, Array], blocks: Whole, now: int, more: int, s
         now: Number of rows that there are.
         more: Number of rows that would be added.
         seed: Seed of the bootstrap.
+        perfect: Best possible score; the curve ends there.
     """
     sizes = np.array(sorted(values), float)
     stacked = np.stack([values[int(size)] for size in sizes])
 
     def gain(scores: Array) -> Array:
-        _, b, c = power_law(sizes, scores)
-        return b * (float(now) ** -c - float(now + more) ** -c)
+        a, b, c = power_law(sizes, scores)
+        before, after = (np.minimum(a - b * float(rows) ** -c, perfect) for rows in (now, now + more))
+        return after - before
 
     rng = np.random.default_rng(seed)
     n, numbers = blocks.shape[1], blocks.max() + 1

@@ -27,7 +27,7 @@ def row_scores(problem: Problem, metric: Metric, gold: np.ndarray, scores: np.nd
 
     def goodness(kept: np.ndarray | slice) -> float:
         value = metric.compute(gold[kept], predicted[kept], problem.names)
-        return metric.worst if value is None else metric.goodness(value)
+        return metric.goodness(metric.worst if value is None else value)
 
     n, whole, everything = len(gold), goodness(slice(None)), np.arange(len(gold))
     without = np.array([goodness(np.delete(everything, i)) for i in range(n)])
