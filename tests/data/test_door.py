@@ -354,3 +354,14 @@ def test_a_class_of_one_row_in_a_draw_says_that_it_was_drawn():
     frame = rows(["a"] * 11 + ["b"] * 10 + ["c"] * 3)
     with pytest.raises(UsageError, match=r"of the 6 rows drawn by --train-size: class 'c' has 1 row"):
         prepare(Table(frame, "t", ("text",), "label"), {}, train_size=6, validation_share=0.2)
+
+
+def test_whole_numbers_are_read_as_classes_and_said_so(caplog):
+    """Naive: somebody who means ratings learns of it from the metrics."""
+    said = "3 whole numbers are read as classes; --kind regression reads numbers"
+    with caplog.at_level("INFO", "steadytune"):
+        assert problem(rows([0, 1] * 12)).names == ("0", "1")
+        assert problem(rows([1, 2, 5] * 8), kind="classification").names == ("1", "2", "5")
+        assert "whole numbers" not in caplog.text
+        assert problem(rows([1, 2, 5] * 8)).names == ("1", "2", "5")
+    assert caplog.messages[-1].endswith(said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -15,6 +16,8 @@ from .tables import MANY_CLASSES, Kind
 
 if TYPE_CHECKING:
     from .tables import Table
+
+logger = logging.getLogger("steadytune")
 
 
 def find_problem(rows: pd.DataFrame, table: Table) -> Problem:
@@ -57,6 +60,8 @@ def find_problem(rows: pd.DataFrame, table: Table) -> Problem:
             "say --kind classification, say --kind regression, or choose another column with --label NAME."
             f"{separator_hint(names)}"
         )
+    if table.kind == "auto" and numeric and len(names) > 2:
+        logger.info("%s: %d whole numbers are read as classes; --kind regression reads numbers", where, len(names))
     return Classification(_class_order(names, table, where))
 
 
