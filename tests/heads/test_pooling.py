@@ -60,6 +60,21 @@ def test_where_the_block_would_not_pool_it_is_refused_and_nothing_changed(archit
     assert [n for n, _ in model.named_parameters()] == names
 
 
+@pytest.mark.parametrize("architecture", ["GPT2", "Llama"])
+def test_the_first_token_is_refused_where_there_is_no_dense_layer_to_leave_out(architecture):
+    """Naive: nothing happens, and the head goes on reading the last token."""
+    with pytest.raises(ValueError, match="has none: use pooling='model'"):
+        Run(tiny(architecture), [Pooling("cls")], data=lambda: batches(1))
+
+
+def test_the_first_token_is_refused_where_it_holds_the_mean_already():
+    model = tiny("Bert")
+    Run(model, [Pooling()], data=lambda: batches(1))
+    Run(model, [Pooling()], data=lambda: batches(1))
+    with pytest.raises(ValueError, match="has the mean already"):
+        Run(model, [Pooling("cls")], data=lambda: batches(1))
+
+
 @pytest.mark.parametrize("architecture", ["Bert", "DistilBert", "DebertaV2"])
 def test_queries_and_keys_stay_zero_while_all_else_trains(architecture):
     model = tiny(architecture).train()

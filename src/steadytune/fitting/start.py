@@ -80,9 +80,10 @@ def chosen_pooling(
 
 def _embedding(pretrained: Pretrained, options: Options, rows: pd.DataFrame) -> Pooled:
     """How a vector is made of a text."""
+    model = pretrained.peek(options.seeds["init"])[0]
     if pretrained.sentence is not None and pretrained.sentence.pooling == "cls":
-        return "cls"
-    return "mean" if _can_pool(pretrained.peek(options.seeds["init"])[0], pretrained, rows.head(TRIED)) else "model"
+        return "cls" if hasattr(model.config, NATIVE) or dense_before(model) is not None else "model"
+    return "mean" if _can_pool(model, pretrained, rows.head(TRIED)) else "model"
 
 
 def _can_pool(model: Any, pretrained: Pretrained, rows: pd.DataFrame) -> bool:

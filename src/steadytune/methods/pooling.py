@@ -15,7 +15,7 @@ import torch
 from ..core import Method, Run
 from ..core.anatomy import POOLING
 from ..core.facts import Paper
-from ..heads.pooling import add_pooling_block, bypass, native_pooling, untrained_dense
+from ..heads.pooling import add_pooling_block, bypass, dense_before, native_pooling, untrained_dense
 from ..heads.start import first_batches
 
 How = Literal["mean", "cls"]
@@ -41,7 +41,8 @@ class Pooling(Method):
         a LayerNorm that stands for their normalisation.
 
     Raises:
-        ValueError: In setup, for a model in which the block does not pool (ALBERT, MPNet, decoders), or without data.
+        ValueError: In setup, for a model in which the block does not pool (ALBERT, MPNet, decoders), without data, or
+            for ``"cls"`` where no dense layer is before the head, or a block has put the mean into the first token.
     """
 
     how: How = "mean"
@@ -68,6 +69,8 @@ class Pooling(Method):
         self.written: list[str] = []  # names of the weights that no longer begin as they were drawn
         if native and untrained_dense(model) is None:
             return
+        if self.how == "cls" and not native:
+            _check_first(model)
         if getattr(model.config, POOLING, None) is not None:
             return  # the checkpoint contains the block
         with run.forked_rng():
@@ -77,3 +80,17 @@ class Pooling(Method):
         with contextlib.suppress(ValueError) if native else contextlib.nullcontext():  # ModernBERT's goes on as drawn
             self.written = bypass(model, batches)
         run.mark_new([*added, *self.written])
+
+
+def _check_first(model: Any) -> None:
+    """Raise for a model whose head cannot read the first token without a dense layer."""
+    name = type(model).__name__
+    if getattr(model.config, POOLING, None) is not None:
+        raise ValueError(
+            f"Pooling(how='cls') reads the first token, where this {name} has the mean already, by a block of its own: "
+            "use pooling='model', or give the checkpoint from before that block"
+        )
+    if dense_before(model) is None:
+        raise ValueError(
+            f"Pooling(how='cls') leaves out the dense layer before the head, and a {name} has none: use pooling='model'"
+        )
