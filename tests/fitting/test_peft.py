@@ -15,6 +15,7 @@ from steadytune import EMA, FGM, LNSR, SMART, DPSDense, FittedModel, RDrop, Run,
 from steadytune.core.anatomy import anatomy
 from steadytune.errors import UsageError
 from steadytune.fitting.peft_models import adapted
+from steadytune.heads.pooling import add_pooling_block
 
 # PEFT reads an attribute that transformers 5.23 renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -66,6 +67,20 @@ def test_a_fit_trains_little_and_its_folder_predicts_the_same(tmp_path, bert, ki
         with torch.no_grad():
             found = model(**inputs).logits.double().softmax(1).numpy()
         assert np.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "prompt"])
+def test_a_model_with_a_pooling_block_is_adapted_as_any_other(kind):
+    """Naive: the block is a head, the body holds it, and all of the body is trained."""
+    model = tiny("Bert")
+    add_pooling_block(model, [{"input_ids": torch.arange(1, 7).view(1, 6)}])
+    body = {f"base_model.model.{name}" for name in model.state_dict() if name.startswith("bert.")}
+    wrapped = adapted(model, None, kind)
+    trained = {name.replace(".base_layer", "") for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert trained
+    assert not trained & body
+    assert not any("bert" in name and "modules_to_save" in name for name in trained)
+    assert any("classifier" in name for name in trained)
 
 
 @pytest.mark.parametrize("kind", ["prefix", "adapters"])

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from ..core.anatomy import anatomy
 from ..errors import UsageError, one_line
+from ..heads.pooling import pooling_block_names
 from ..methods.adapters import FILE as ADAPTERS
 from ..methods.adapters import adapter_size, load_adapters, save_adapters
 from ..methods.levi import FILE as LEVI
@@ -64,7 +65,9 @@ def adapted(model: PreTrainedModel, lora: bool | None, kind: str | None = None) 
         "prefix": peft.PrefixTuningConfig,
         "prompt": peft.PromptTuningConfig,
     }
-    heads = sorted({name.split(".")[0] for name, part in anatomy(model).items() if part.head})
+    pooled = pooling_block_names(model)  # adapted as the blocks below it, among which it stands
+    parts = anatomy(model).items()
+    heads = sorted({name.split(".")[0] for name, part in parts if part.head and name not in pooled})
     try:  # PEFT knows two names of heads and would freeze, and never save, the others
         config = configs[kind](task_type=peft.TaskType.SEQ_CLS, modules_to_save=heads, **settings[kind])
         wrapped: Any = peft.get_peft_model(model, config)
