@@ -134,6 +134,16 @@ def test_a_batch_is_never_larger_than_the_table():
     assert sorted(batch) == [0, 1, 2, 3, 4]
 
 
+def test_a_batch_of_supcon_holds_two_classes_even_if_the_fit_reads_row_by_row():
+    """Two rows of one class have no others to be told from, and their loss is 0 whatever the vectors are."""
+    labels = [i % 3 for i in range(30)]
+    size = contrast("supcon").batch_size(1, 30)
+    for batch in batches_of(Balanced(one_hot(labels), size, seed=0)):
+        vectors = torch.randn(len(batch), 3, generator=torch.Generator().manual_seed(0))
+        assert contrast("supcon").loss(vectors, torch.tensor([labels[row] for row in batch])) > 0
+    assert contrast("cosine").batch_size(1, 30) == 2
+
+
 def test_pairs_never_hold_a_row_with_itself_and_are_alike_every_other_time():
     """Naive, as SetFit's sampler: pairs are drawn with replacement, and (x, x) is one of them."""
     labels = [0, 0, 1, 1, 1, 2]  # the row of class 2 has no partner

@@ -242,8 +242,8 @@ class Contrast:
     spread: float
 
     def batch_size(self, plain: int, rows: int) -> int:
-        """Rows of a batch, which are different ones in supcon."""
-        return COPIES * plain if self.kind == "cosine" else min(COPIES * plain, rows)
+        """Rows of a batch; in supcon they are different ones, and two of one class need two of another beside them."""
+        return COPIES * plain if self.kind == "cosine" else min(max(2 * COPIES, COPIES * plain), rows)
 
     def sampler(self, batch_size: int, seed: int) -> Drawn:
         """The sampler of the rows."""
