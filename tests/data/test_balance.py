@@ -62,6 +62,16 @@ def test_length_negation_overlap_and_subgroups_are_named():
     }  # fmt: skip
 
 
+def test_numbers_of_which_most_are_the_largest_are_cut_below_it():
+    """No number is above the median then, so that there was no attribute."""
+    few, most = pd.DataFrame({"text": "a b c", "text_pair": "q r a", "label": ["0"] * 25}), ["a b c d", "a b"]
+    frame = pd.concat([few, pd.DataFrame([[*most, "1"]] * 35, columns=few.columns)], ignore_index=True)
+    named = {p.attribute: p.rows for p in predictors(frame, TWO) if p.label == "1"}
+    assert named["length of text above 3 words"] == named["overlap of the texts above 33% of the second"] == 35
+    for name in ("length", "overlap"):
+        assert len(balanced(frame, TWO, [name])) == 60
+
+
 def test_every_class_of_several_labels_is_looked_at_and_numbers_are_not():
     frame = with_word(rows(), "refund", 1.0, 100)
     several = frame.assign(label=[("a", "b") if label == "1" else ("a",) for label in frame["label"]])

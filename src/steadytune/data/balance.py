@@ -171,6 +171,13 @@ class Attribute:
     word: bool = False
 
 
+def _cut(values: np.ndarray) -> float:
+    """The value above which numbers count as large: the median, or the next lower value if most are the largest."""
+    middle = float(np.median(values))
+    lower = values[values < middle]
+    return float(lower.max()) if len(lower) and values.max() <= middle else middle
+
+
 def _attributes(rows: pd.DataFrame) -> Iterator[Attribute]:
     """Every attribute of the rows; words in fewer than LEAST rows are left out."""
     texts = [column for column in ("text", "text_pair") if column in rows]
@@ -178,12 +185,13 @@ def _attributes(rows: pd.DataFrame) -> Iterator[Attribute]:
     for column, own in zip(texts, said, strict=True):
         which = "" if len(texts) == 1 else f" of {column}"
         lengths = np.array([len(row) for row in own])
-        yield Attribute("length", f"length{which} above {np.median(lengths):g} words", lengths > np.median(lengths))
+        middle = _cut(lengths)
+        yield Attribute("length", f"length{which} above {middle:g} words", lengths > middle)
         denied = rows[column].str.contains(NEGATION, case=False).to_numpy(dtype=bool)
         yield Attribute("negation", f"negation{which}", denied)
     if len(texts) == 2:
         overlap = np.array([overlap_of(a, b) for a, b in zip(*said, strict=True)])
-        middle = float(np.median(overlap))
+        middle = _cut(overlap)
         yield Attribute("overlap", f"overlap of the texts above {middle:.0%} of the second", overlap > middle)
     if "subgroup" in rows:
         for name in sorted(set(rows["subgroup"])):
