@@ -242,7 +242,11 @@ def fit(
     ] = False,
     restarts: Annotated[
         int,
-        option(SELECTION, "Number of restarts of a run whose loss is still above 0.9 log K after 20 % of the steps."),
+        option(
+            SELECTION,
+            "Number of restarts with other seeds, of a run whose loss after 20 % of the steps is still above 90 % of "
+            "that of guessing, or whose model gives every row the same answer.",
+        ),
     ] = 0,
     seed: Annotated[int, option(SEEDS, "Seed of everything that has no seed of its own.")] = 0,
     init_seed: Annotated[int | None, option(SEEDS, "Seed of the new head.")] = None,

@@ -388,7 +388,9 @@ def _finish(
 
     from .memory import peak_memory
 
-    troubles = list(dict.fromkeys(trouble for t in trained for trouble in _troubles(t)))  # runs may share them
+    troubles = list(
+        dict.fromkeys(trouble for t in trained for trouble in _troubles(t, plan.options.restarts))
+    )  # runs may share them
     temperatures = [_calibrate(t, plan, pretrained) for t in trained] if plan.options.calibrate else []
     single = [fitted_model(plan, pretrained, [t.model]) for t in trained] if len(trained) > 1 else []
     each = [answers(model, pretrained, plan.data) for model in single]
@@ -446,12 +448,13 @@ def _finish(
     return result
 
 
-def _troubles(trained: Trained) -> Iterator[str]:
-    """Faults of a training, in sentences."""
+def _troubles(trained: Trained, restarts: int) -> Iterator[str]:
+    """Faults of a training, in sentences; another seed was tried already where restarts were allowed."""
+    remedy = "try another learning rate or more steps" if restarts else "try --restarts 2, another lr or more steps"
     if trained.failing:
-        yield "the training loss never fell below 0.9 log K: try --restarts 2, another lr or more steps"
+        yield f"the training loss never fell below 90 % of that of guessing: {remedy}"
     if trained.hopeless:
-        yield f"the model {trained.hopeless}: try --restarts 2, another lr or more steps"
+        yield f"the model {trained.hopeless}: {remedy}"
     yield from trained.notes
 
 

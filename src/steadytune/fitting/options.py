@@ -92,7 +92,8 @@ class Options:
         worst_subgroup: Whether selection takes the metric's value on the subgroup with the worst one, instead of its
             value on all validation rows. Needs ``subgroup``.
         restarts: Largest number of restarts with other seeds, for a run whose training loss (with penalties) is still
-            above 0.9 log K after 20 % of its steps; for classification.
+            above 90 % of that of guessing after 20 % of its steps, which is for classification, or whose model gives
+            every row the same answer.
         train_size: Number of training rows to draw, stratified; the others are not used.
         validation_share: Share of the training rows to hold out if there is no validation table.
         seed: Seed that replaces each of the following if it is not set.
