@@ -13,6 +13,7 @@ from fit_helpers import same, save_sentence_bert, save_tiny_bert, toy, weights, 
 from steadytune import FittedModel, SteadyClassifier, fit
 from steadytune.errors import UsageError
 from steadytune.fitting import main as fitting_main
+from steadytune.fitting import peft_models
 from steadytune.fitting.merge_folders import merge_folders
 
 FEW = {"steps": 6, "batch_size": 4, "lr": 1e-3, "text": "text", "label": "label", "progress": False, "save_steps": 0}
@@ -52,6 +53,19 @@ def test_a_sentence_encoder_is_read_by_the_mean_and_stays_a_plain_folder(tmp_pat
     with torch.inference_mode():
         plain = model.eval()(**batch).logits.softmax(-1).numpy()
     np.testing.assert_allclose(found.predict_proba(texts), plain, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
+def test_a_sentence_encoder_that_is_large_has_adapters_and_pools_as_it_does(tmp_path, sentences, monkeypatch, caplog):
+    """Naive: the mean is chosen, and refused beside the adapters that the model's size adds."""
+    monkeypatch.setattr(peft_models, "LORA_ABOVE", 1000)
+    start(tmp_path / "out", sentences, steps=1)
+    assert "pooling" not in recipe(tmp_path / "out")
+    assert "with adapters pooling cannot be changed" in caplog.text
+    with pytest.raises(UsageError, match=r"pooling mean.*has adapters by default.*lora=False"):
+        start(tmp_path / "no", sentences, pooling="mean")
+    start(tmp_path / "whole", sentences, lora=False, steps=1)
+    assert recipe(tmp_path / "whole")["pooling"] == "mean"
 
 
 @pytest.mark.parametrize("changes", [{"mean": False}, {"trained": True}])

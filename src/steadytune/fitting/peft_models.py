@@ -42,10 +42,10 @@ def adapted(model: PreTrainedModel, lora: bool | None, kind: str | None = None) 
     Raises:
         UsageError: peft is not installed, or has no such adapters for this model.
     """
-    size = sum(p.numel() for p in model.parameters())
-    if kind is None and (lora is False or (lora is None and size < LORA_ABOVE)):
+    kind = adapter_kind(model, lora, kind)
+    if kind is None:
         return model
-    kind = kind or "lora"
+    size = sum(p.numel() for p in model.parameters())
     try:
         import peft
     except ImportError as error:
@@ -76,6 +76,12 @@ def adapted(model: PreTrainedModel, lora: bool | None, kind: str | None = None) 
     trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     logger.info("PEFT's %s: %d weights are trained instead of %d", kind, trained, size)
     return wrapped
+
+
+def adapter_kind(model: nn.Module, lora: bool | None, kind: str | None) -> str | None:
+    """The kind of adapters that `adapted` adds to a model, or None."""
+    large = sum(p.numel() for p in model.parameters()) >= LORA_ABOVE
+    return "lora" if kind is None and (lora or (lora is None and large)) else kind
 
 
 def unfit(model: Any, kind: str | None, why: str) -> UsageError:

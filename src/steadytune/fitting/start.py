@@ -12,11 +12,13 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..core import Method, Run
+from ..errors import UsageError
 from ..heads.features import output_layer
 from ..heads.pooling import NATIVE, add_pooling_block, dense_before, native_pooling, untrained_dense
 from ..methods.head_init import HeadInit
 from ..methods.levi import LEVI
 from ..methods.pooling import Pooling
+from .peft_models import adapter_kind
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,21 +49,24 @@ def chosen_pooling(
         rows: Training rows, on the first of which a pooling block is tried.
         embeds: Whether a procedure trains vectors of the texts. They are pooled as the folder of a sentence encoder
             says, or else by the mean; the model's own input of the head is used where it cannot pool so.
+
+    Raises:
+        UsageError: The model is so large that it has adapters, and pooling was asked for.
     """
     wanted = options.pooling
     if wanted != "auto":
-        return wanted
+        return _beside_adapters(wanted, pretrained, options)
     if any(isinstance(method, (Pooling, LEVI)) for method in methods):  # LEVI averages the tokens itself
         return "model"
     if embeds:
-        return _embedding(pretrained, options, rows)
+        return _beside_adapters(_embedding(pretrained, options, rows), pretrained, options)
     if pretrained.sentence is None or pretrained.sentence.pooling != "mean" or "text_pair" in rows:
         return "model"
     model, new = pretrained.peek(options.seeds["init"])
     untrained = untrained_dense(model, new)
     if untrained is None and not hasattr(model.config, NATIVE):
         return "model"
-    if options.peft or options.lora:
+    if adapter_kind(model, options.lora, options.peft):
         logger.warning(
             "this sentence encoder pools by the mean, the head reads %s: with adapters pooling cannot be changed",
             untrained or "the first token",
@@ -76,6 +81,23 @@ def chosen_pooling(
     why = "" if untrained is None else f"; {untrained} was never trained"
     logger.info("pooling: the mean over tokens, as the encoder was trained%s", why)
     return "mean"
+
+
+def _beside_adapters(pooled: Pooled, pretrained: Pretrained, options: Options) -> Pooled:
+    """The same, unless the size of the model adds adapters; those that were asked for are refused by the options.
+
+    Raises:
+        UsageError: It does, and pooling would change the blocks.
+    """
+    if pooled != "model" and options.lora is None and not options.peft:
+        model = pretrained.peek(options.seeds["init"])[0]
+        if adapter_kind(model, options.lora, options.peft):
+            raise UsageError(
+                f"pooling {pooled} changes the blocks that adapters hold on to, and a model of "
+                f"{model.num_parameters() / 1e9:.1f} billion weights has adapters by default: train all weights with "
+                "lora=False (--no-lora), or give pooling='model'."
+            )
+    return pooled
 
 
 def _embedding(pretrained: Pretrained, options: Options, rows: pd.DataFrame) -> Pooled:
