@@ -157,7 +157,9 @@ class Method:
     def after_backward(self, run: Run, weights: Sequence[Weight]) -> None:
         """Replace the step's gradient by another through `Run.look_again`, after the last backward pass, in list order.
 
-        Live is the forward view, and ``.grad`` is its gradient (synced, unscaled).
+        Live is the forward view, and ``.grad`` is its gradient (synced, unscaled). The gradient that replaces it is of
+        what `Run.loss` returned alone, times a number for each micro-batch: further terms of a loop's loss go through
+        ``run.loss(batch, compute=...)``.
         """
 
     def pull_back(self, run: Run, weights: Sequence[Weight]) -> None:

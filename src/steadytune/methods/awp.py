@@ -28,8 +28,9 @@ class AWP(Method):
 
     `SAM` moves all weights together by one fixed distance, which goes mostly to the tensors with large gradients. Here
     every tensor moves by the same share. A tensor of zeros stays. The second pass has the dropout draws, the penalties
-    and the loss of the first. The paper also perturbs the inputs: put `PGD` or `FGM` into the list, whose perturbed
-    loss is part of the loss that the weights climb. Clip with `ClipNorm` in the list, as with `SAM`.
+    and the loss of the first, which must be what `Run.loss` returned, times a number, as with `SAM`: further terms go
+    through ``run.loss(batch, compute=...)``. The paper also perturbs the inputs: put `PGD` or `FGM` into the list,
+    whose perturbed loss is part of the loss that the weights climb. Clip with `ClipNorm` in the list, as with `SAM`.
 
     Departures:
         The paper perturbs the inputs, then the weights on the perturbed inputs alone; here the loss of the clean inputs

@@ -27,10 +27,13 @@ class SAM(Method):
 
     The batch passes the model twice. The second pass has the dropout draws, the penalties and the loss of the first,
     and the weights are put back bit for bit before the optimizer moves them. During that pass the step holds a copy of
-    the weights and a second gradient: 8 more bytes for each float32 weight. A loop that accumulates must divide each
-    loss by the number of micro-batches, or weigh the losses so that the weights sum to 1. Clip with `ClipNorm` in the
-    list: what a loop clips before ``optimizer.step()`` is the gradient of the first pass alone. Bahri, Mobahi and Tay
-    (ACL 2022, arXiv 2110.08529) apply the method to language models and find the largest gains on little training data.
+    the weights and a second gradient: 8 more bytes for each float32 weight. The gradient is that of what `Run.loss`
+    returned, times the numbers with which the loop sent it back; a loop gives further terms of its loss through
+    ``run.loss(batch, compute=...)``, because those it adds afterwards are lost. A loop that accumulates must divide
+    each loss by the number of micro-batches, or weigh the losses so that the weights sum to 1. Clip with `ClipNorm` in
+    the list: what a loop clips before ``optimizer.step()`` is the gradient of the first pass alone. Bahri, Mobahi and
+    Tay (ACL 2022, arXiv 2110.08529) apply the method to language models and find the largest gains on little training
+    data.
 
     Departures:
         The move is taken from the gradient of the whole batch, over all micro-batches and processes; the authors take
