@@ -16,14 +16,18 @@ from torch import nn
 from helpers import Net, assert_same, batches, bert, copied, differs, points, train
 from steadytune import (
     EMA,
+    LAWA,
     LLRD,
     SAM,
+    SMART,
     BiDrop,
+    BregmanProximal,
     CausalHead,
     ClipNorm,
     DPSDense,
     GroupWeights,
     ImplicitTune,
+    MetaSemi,
     MetaWeightNet,
     Mixout,
     RDrop,
@@ -221,6 +225,26 @@ def test_a_loss_that_is_thrown_away_is_not_of_the_step(method):
     assert all(t.isfinite().all() for t in ends[0].values())
     if not isinstance(method, CausalHead):  # whose draws follow the number of the micro-batch
         assert_same(*ends)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [LAWA(last=2, every=2), EMA(decay=0.5), SMART(proximal=BregmanProximal()), MetaSemi(unlabelled=outer)],
+    ids=lambda method: type(method).__name__,
+)
+def test_weights_that_are_unfrozen_on_the_way_join(method):
+    model, data = bert(), batches(6)
+    table = model.get_input_embeddings().weight.requires_grad_(False)
+    run = Run(model, [method], total_steps=TOTAL).attach(torch.optim.AdamW(model.parameters()))
+    train(run, data[:3])
+    before = table.detach().clone()
+    table.requires_grad_(True)
+    train(run, data[3:])
+    assert differs(before, table.detach())
+    held = {"LAWA": "checkpoints", "SMART": "teacher", "MetaSemi": "mean"}.get(type(method).__name__)
+    if held is not None:
+        joined = getattr(run[type(method)], held)
+        assert "bert.embeddings.word_embeddings.weight" in (joined[-1] if isinstance(joined, list) else joined)
 
 
 def test_an_embedding_that_renormalises_itself_is_no_foreign_step():

@@ -70,7 +70,8 @@ class LAWA(Method):
             return {w.name: 0.0 for w in weights} if self.checkpoints else None  # the mean stays as it is
         newest = {w.name: w.data.clone() for w in weights}
         self.checkpoints = [*self.checkpoints, newest][-self.last :]
-        return {name: torch.stack([c[name] for c in self.checkpoints]).mean(0) for name in newest}
+        # a weight that was unfrozen since has fewer checkpoints
+        return {name: torch.stack([c[name] for c in self.checkpoints if name in c]).mean(0) for name in newest}
 
     def interval(self, run: Run) -> int:
         """Steps between two checkpoints."""

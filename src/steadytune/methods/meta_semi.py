@@ -110,6 +110,9 @@ class MetaSemi(Method):
         if not self.strength or not weights:
             return
         self.check(labels_of(run.batch[0], self))
+        for w in weights:
+            if w.name not in self.mean:  # unfrozen since the start
+                self.mean[w.name] = run.raw(w.name).clone()
         texts = self.draw(run)
         with evaluating(run.model), torch.no_grad(), run.moved((w, self.mean[w.name] - w.data) for w in weights):
             answers = self.logits(run, texts, run.model).softmax(-1)

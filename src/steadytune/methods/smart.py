@@ -187,15 +187,17 @@ class SMART(Method):
                 "SMART's proximal term needs whole weights, but these are sharded (FSDP2): use "
                 "DistributedDataParallel, or proximal=None"
             )
-        if not self.teacher:
-            self.teacher = {w.name: run.raw(w.name).clone() for w in run.weights(self)}
+        for w in run.weights(self):
+            if w.name not in self.teacher:  # at first all, later those that were unfrozen
+                self.teacher[w.name] = run.raw(w.name).clone()
         with torch.no_grad():
             return step.logits(step.forward(dropout=self.dropout, weights=self.teacher), self)
 
     def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
         if self.proximal is not None and self.teacher:
-            held = [self.teacher[w.name] for w in weights]
-            torch._foreach_lerp_(held, [w.data for w in weights], 1 - self.proximal.decay)
+            taught = [w for w in weights if w.name in self.teacher]
+            held = [self.teacher[w.name] for w in taught]
+            torch._foreach_lerp_(held, [w.data for w in taught], 1 - self.proximal.decay)
 
     def state_dict(self) -> dict[str, Any]:
         return {"teacher": self.teacher}
