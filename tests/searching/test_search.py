@@ -18,7 +18,8 @@ from steadytune import cli
 from steadytune.errors import UsageError
 from steadytune.searching import main as module
 from steadytune.searching.progress import Progress
-from steadytune.searching.report import write_page
+from steadytune.searching.report import _claim, write_page
+from steadytune.searching.words import bounds, shown, verdict_words
 
 SETTINGS = {"model": "bert", "steps": 4, "lr": 1e-3, "batch_size": 8, "folds": 2, "progress": False}
 
@@ -239,3 +240,41 @@ def test_the_verb_shows_verdict_and_arms(searched, monkeypatch):
     assert searched.verdict in done.stdout
     assert "Model: out" in done.stdout
     assert np.isfinite(searched.record["claim"]["level"]["value"])
+
+
+@pytest.mark.parametrize(
+    ("metric", "goodness", "value"),
+    [
+        ("pearson", -0.2, -0.2),
+        ("matthews", -1.0, -1.0),
+        ("r2", -3.0, -3.0),
+        ("rmse", -1.5, 1.5),
+        ("accuracy", 0.8, 0.8),
+    ],
+)
+def test_only_errors_have_their_sign_turned(metric, goodness, value):
+    """Naive: abs() makes good scores of bad ones, and 1 of a correlation that is undefined."""
+    assert shown(metric, goodness) == value
+
+
+@pytest.mark.parametrize(
+    ("metric", "goodness", "ends"),
+    [
+        ("pearson", (-0.4, 0.1), (-0.4, 0.1)),
+        ("pearson", (-1.2, -0.8), (-1.0, -0.8)),
+        ("r2", (-2.0, 1.3), (-2.0, 1.0)),
+        ("rmse", (-1.7, -1.3), (1.3, 1.7)),
+        ("rmse", (-1.0, 0.5), (0.0, 1.0)),
+        ("brier", (-2.5, -1.0), (1.0, 2.0)),
+    ],
+)
+def test_bounds_are_in_order_and_within_the_limits_of_the_metric(metric, goodness, ends):
+    assert bounds(metric, *goodness) == ends
+
+
+def test_a_bad_level_is_told_as_it_is(searched):
+    claim = {**searched.record["claim"], "level": {"value": -0.2, "error": 0.1, "interval": [-0.5, 0.1]}}
+    record = {**searched.record, "metric": "pearson", "claim": claim}
+    assert "pearson on further rows like these: −0.200 (−0.500 to 0.100)" in verdict_words(record)
+    (grid,) = _claim(record)
+    assert ["expected pearson", "−0.200 (−0.500 to 0.100)"] in grid.groups[0][1]

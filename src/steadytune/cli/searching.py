@@ -180,6 +180,7 @@ def curve(
 def _show_curve(result: Any) -> None:
     """Scores by number of rows, and what more rows would bring."""
     from ..pages.words import interval, number
+    from ..searching.words import bounds, shown
 
     grid = Grid(box=box.SIMPLE)
     for title in ("training rows", *result.scores):
@@ -187,8 +188,8 @@ def _show_curve(result: Any) -> None:
     for size in next(iter(result.scores.values())):
         cells = []
         for estimate in (by_size[size] for by_size in result.scores.values()):
-            low, high = sorted(map(abs, estimate.interval))
-            cells.append(f"{number(abs(estimate.value), 4)} {interval(low, high, 3)}")
+            low, high = bounds(result.metric, *estimate.interval)
+            cells.append(f"{number(shown(result.metric, estimate.value), 4)} {interval(low, high, 3)}")
         grid.add_row(str(size), *cells)
     console = Console()
     console.print(grid)

@@ -17,7 +17,7 @@ from .cells import Cells, Task
 from .estimates import Estimate, two_way
 from .learning_curve import More, more_rows
 from .recipe import Recipe, frozen
-from .words import scale
+from .words import scale, shown
 
 SHARES = (0.25, 0.5)  # of the rows, beside all that a fold leaves
 
@@ -58,7 +58,9 @@ class LearningCurve:
             "metric": self.metric,
             "rows": self.rows,
             "scores": {
-                name: {str(size): {"value": abs(e.value), "error": e.error} for size, e in by_size.items()}
+                name: {
+                    str(size): {"value": shown(self.metric, e.value), "error": e.error} for size, e in by_size.items()
+                }
                 for name, by_size in self.scores.items()
             },
             "more": {name: dataclasses.asdict(more) for name, more in self.more.items()},

@@ -15,6 +15,7 @@ from ..fitting.estimators import MODEL, SteadyClassifier, SteadyRegressor
 from ..fitting.options import Options
 from .main import SearchResult, search
 from .record import recorded_recipe
+from .words import shown
 
 SETTINGS = ("lr", "batch_size", "steps", "epochs", "max_length", "bf16")  # options that are parameters
 
@@ -71,7 +72,7 @@ class _Searching:
     @property
     def best_score_(self) -> float:
         """Expected score of the search's choice, by rows and trainings that did not choose."""
-        return abs(float(self._record["claim"]["level"]["value"]))
+        return shown(self._record["metric"], float(self._record["claim"]["level"]["value"]))
 
     @property
     def best_params_(self) -> dict[str, Any]:

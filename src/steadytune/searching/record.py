@@ -9,7 +9,7 @@ from .cells import Cells
 from .estimates import Estimate
 from .race import Outcome, Race, Standing
 from .recipe import Recipe
-from .words import verdict_words
+from .words import shown, verdict_words
 
 
 def search_record(race: Race, outcome: Outcome, cells: Cells, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _arm(arm: Recipe, race: Race, cells: Cells) -> dict[str, Any]:
         "name": arm.name,
         "model": arm.model,
         "blocks": len(repeats) * cells.task.k,
-        "score": None if not repeats else float(abs(cells.values(arm, repeats).mean())),
+        "score": None if not repeats else shown(cells.task.metric.name, float(cells.values(arm, repeats).mean())),
         "gain": _estimate(race.over_plain(arm, repeats)) if repeats else None,
         "seconds": cells.seconds(arm) / cells.task.k,
     }

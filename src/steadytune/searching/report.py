@@ -17,7 +17,7 @@ from ..pages.document import Block, Figures, Grid, Section, Text, html
 from ..pages.words import NONE, counted, number
 from . import report_figures as figures
 from .hard_rows import HARD_ROWS
-from .words import dropped_words, gain_words, scale
+from .words import bounds, dropped_words, gain_words, scale, shown
 
 PAGE = "search.html"
 TEXT = 400  # largest number of characters of a text on the page
@@ -57,17 +57,17 @@ def _sections(found: Mapping[str, Any], hard: pd.DataFrame) -> Iterator[Section]
 
 
 def _claim(found: Mapping[str, Any]) -> list[Block]:
-    claim, (times, unit) = found["claim"], scale(found["metric"])
-    level = claim["level"]
+    claim, metric, (times, unit) = found["claim"], found["metric"], scale(found["metric"])
+    level = shown(metric, claim["level"]["value"])
     smallest = NONE if claim["detectable"] is None else f"{number(times * claim['detectable'], 1)}{unit}"
     spent = f"{found['trainings']} trainings, {found['seconds'] / 60:.1f} minutes"
-    low, high = sorted(abs(bound) for bound in level["interval"])
+    low, high = bounds(metric, *claim["level"]["interval"])
     rows = [
         ["verdict", claim["verdict"]],
-        ["gain over plain fine-tuning (95 % interval)", gain_words(claim["gain"], found["metric"])],
+        ["gain over plain fine-tuning (95 % interval)", gain_words(claim["gain"], metric)],
         ["probability of a gain", number(claim["probability"], 3)],
         ["smallest gain shown in 80 of 100 tables", smallest],
-        [f"expected {found['metric']}", f"{number(abs(level['value']), 3)} ({number(low, 3)} to {number(high, 3)})"],
+        [f"expected {metric}", f"{number(level, 3)} ({number(low, 3)} to {number(high, 3)})"],
         ["repeats that judged and did not choose", str(claim["fresh"])],
         ["chosen by half A, by half B", ", ".join(found["chosen"].values())],
         ["budget, and what was spent before the last fit", f"{found['asked']['budget']}: {spent}"],

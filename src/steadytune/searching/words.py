@@ -5,14 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..data.metrics import METRICS
+from ..data.metrics import METRICS, smaller_is_better
 from ..pages.words import counted, listed, number
 
 
 def scale(metric: str) -> tuple[float, str]:
     """Factor and unit of gains: points for metrics between -1 and 1, the metric's own unit for others."""
-    limits = next(m.limits for metrics in METRICS.values() for m in metrics if m.name == metric)
-    return (1.0, "") if None in limits else (100.0, " points")
+    return (1.0, "") if None in _range(metric) else (100.0, " points")
+
+
+def shown(metric: str, value: float) -> float:
+    """A goodness, of which larger is better, as a value of the metric: only that of an error has its sign turned."""
+    return -value if smaller_is_better(metric) else value
+
+
+def bounds(metric: str, low: float, high: float) -> tuple[float, float]:
+    """Bounds of a goodness as those of the metric: the smaller one first, and within the metric's limits."""
+    least, most = _range(metric)
+    first, last = sorted((shown(metric, low), shown(metric, high)))
+    if least is not None:
+        first, last = max(first, least), max(last, least)
+    if most is not None:
+        first, last = min(first, most), min(last, most)
+    return first, last
+
+
+def _range(metric: str) -> tuple[float | None, float | None]:
+    """Smallest and largest value of a metric; None for no limit."""
+    return next(m.limits for metrics in METRICS.values() for m in metrics if m.name == metric)
 
 
 def gain_words(gain: Mapping[str, Any], metric: str) -> str:
@@ -68,9 +88,9 @@ def _shipping(record: Mapping[str, Any], believed: bool) -> str:
 
 def _level(record: Mapping[str, Any]) -> str:
     level, metric = record["claim"]["level"], record["metric"]
-    low, high = sorted(abs(bound) for bound in level["interval"])
+    low, high = bounds(metric, *level["interval"])
     return (
-        f"Expected {metric} on further rows like these: {number(abs(level['value']), 3)} "
+        f"Expected {metric} on further rows like these: {number(shown(metric, level['value']), 3)} "
         f"({number(low, 3)} to {number(high, 3)}), of models trained on {record['trained_on']:,} rows."
     )
 
