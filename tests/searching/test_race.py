@@ -198,3 +198,26 @@ def test_rules_are_options():
     trials = table(World(300, 0.5, planted=0.08))
     end = race(trials, rules=dataclasses.replace(Rules(), rungs=1, fresh=1))
     assert (end.fresh, max(repeat for _, repeat in trials.drawn)) == (1, 1)
+
+
+def test_what_fails_while_it_is_judged_is_not_shipped():
+    """Naive: what was chosen is shipped, although it is listed as dropped."""
+
+    class Failing(Table):
+        bad: tuple = ()
+
+        def do(self, wanted):
+            for recipe, repeat in wanted:
+                if recipe and repeat >= 2:
+                    self.bad = (*self.bad, recipe)
+                else:
+                    super().do([(recipe, repeat)])
+
+        def trouble(self, recipe):
+            return "out of memory" if recipe in self.bad else None
+
+    trials = Failing(World(300, 0.0, planted=0.15), np.random.default_rng(0), 200)
+    end = race(trials, stages=[Stage("one", lambda chosen: [("heads 0",), ("heads 1",)])])
+    assert end.dropped == {("heads 1",): "out of memory"}
+    assert (end.ship, end.chosen, end.gain.value, end.verdict) == ((), {"A": (), "B": ()}, 0.0, "not shown")
+    assert {recipe for recipe, repeat in trials.drawn if repeat >= 2} == {()}, "plain is judged by fresh trainings"

@@ -316,12 +316,13 @@ class Race:
     def _judged(self) -> Outcome:
         """Judge the chosen recipes on the rows that did not choose them, by trainings that did not either."""
         self.stage = "judging"
-        chosen = list(dict.fromkeys([self.plain, *self.chosen.values()]))
+        chosen = self._sound()
         fresh: list[int] = []
         for repeat in range(self.rules.rungs, self.rules.rungs + self.rules.fresh):
             if len(chosen) == 1 or sum(self._missing(arm, repeat) for arm in chosen) > self.trials.left:
                 break
             self.trials.do([(arm, repeat) for arm in chosen])
+            chosen = self._sound()
             if not all(self.trials.has(arm, repeat) for arm in chosen):
                 break
             fresh.append(repeat)
@@ -335,6 +336,13 @@ class Race:
             halved(level, self.sheet.blocks(repeats), self.sheet.half), self._detectable(gain),
             self.standings, list(self.untried), self._dropped(),
         )  # fmt: skip
+
+    def _sound(self) -> list[Arm]:
+        """Plain and what the paths have chosen; plain takes the place of what came into trouble since."""
+        for path, arm in self.chosen.items():
+            if self.trials.trouble(arm) is not None:
+                self.chosen[path] = self.plain
+        return list(dict.fromkeys([self.plain, *self.chosen.values()]))
 
     def _crossed(self, repeats: Sequence[int]) -> Array:
         """Values (repeats, rows) of what the other half has chosen for each row."""
