@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import steadytune
 from fit_helpers import same, save_tiny_bert, toy, weights
 from steadytune import cli
+from steadytune.bench.own_tables import OwnTables
 from steadytune.errors import UsageError
 from steadytune.searching import main as module
 from steadytune.searching.progress import Progress
@@ -278,3 +279,19 @@ def test_a_bad_level_is_told_as_it_is(searched):
     assert "pearson on further rows like these: −0.200 (−0.500 to 0.100)" in verdict_words(record)
     (grid,) = _claim(record)
     assert ["expected pearson", "−0.200 (−0.500 to 0.100)"] in grid.groups[0][1]
+
+
+@pytest.mark.parametrize(
+    ("file", "label", "metric", "least"),
+    [
+        ("rows.csv", "label", "log_loss", 0.01),
+        ("scores.csv", "score", "r2", 0.01),
+        ("scores.csv", "score", "rmse", 0.02 * 73 * toy(40)["score"].std(ddof=0)),
+    ],
+)
+def test_only_errors_in_the_unit_of_the_labels_are_believed_to_spread_with_them(file, label, metric, least):
+    """Naive: a gain in r2 of labels around 100 is never shrunk, and log_loss asks for numbers of class names."""
+    toy(40)[["text", "score"]].assign(score=lambda t: 73 * t["score"] + 0.5).to_csv("scores.csv", index=False)
+    table = OwnTables("table", str(Path(file).absolute()), label=label, metric=metric, folds=2)
+    task = module.make_task(table, {"bert": "bert"}, 0, {"steps": 2})
+    assert module.rules_of(task).least == pytest.approx(least)

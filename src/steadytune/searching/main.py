@@ -53,6 +53,7 @@ logger = logging.getLogger("steadytune")
 
 MORE = 200  # rows of which the learning curve says what they would bring
 FOUND, ROWS = "found.json", "rows.parquet"  # in the folder of the cells: the result of the race, rows without a file
+IN_UNITS = ("rmse", "mae")  # metrics in the unit of the labels
 NOT_HERE = {  # options of `fit` that hold rows out or choose, which the search does itself
     "evaluations": "a search keeps the last weights",
     "patience": "a search keeps the last weights",
@@ -360,8 +361,9 @@ def _curve(cells: Cells) -> dict[str, Any] | None:
 
 def rules_of(task: Task) -> Rules:
     """The rules of a race, with the spread of gains in the unit of the metric."""
-    bounded = None not in task.metric.limits
-    return Rules() if bounded else Rules(least=0.02 * float(np.std(task.data.train["label"].astype(float))))
+    if task.metric.name not in IN_UNITS:
+        return Rules()
+    return Rules(least=0.02 * float(np.std(task.data.train["label"].astype(float))))
 
 
 def _pooling(task: Task) -> dict[str, str]:
