@@ -40,7 +40,7 @@ from .cells import Cells, Task
 from .hard_rows import HARD_ROWS, hard_rows
 from .progress import Progress
 from .race import Race, Rules
-from .recipe import Recipe, frozen, stages
+from .recipe import Recipe, frozen, refuse_own, stages
 from .record import recorded_recipe, search_record
 from .report import PAGE, write_page
 
@@ -54,23 +54,6 @@ logger = logging.getLogger("steadytune")
 MORE = 200  # rows of which the learning curve says what they would bring
 FOUND, ROWS = "found.json", "rows.parquet"  # in the folder of the cells: the result of the race, rows without a file
 IN_UNITS = ("rmse", "mae")  # metrics in the unit of the labels
-NOT_HERE = {  # options of `fit` that hold rows out or choose, which the search does itself
-    "evaluations": "a search keeps the last weights",
-    "patience": "a search keeps the last weights",
-    "calibrate": "there are no validation rows",
-    "threshold": "scores are compared at 0.5",
-    "validation_share": "all rows are trained on in the end",
-    "train_size": "all rows are searched",
-    "seed": "seed is an argument of its own",
-    "methods": "methods are arms, as in --arm rdrop",
-    "procedure": "procedures are arms, as in --arm mixup-blo",
-    "aux": "other tables are arms, as in --arm aux=FILE",
-    "pretrain": "trainings on texts are arms, as in --arm pretrain=tapt",
-    "meta": "its recipes begin with the model, or with one other table, as in --arm aux=FILE",
-    "tune_kernels": "cells of several machines and days must be computed alike",
-    "num_seeds": "several trainings are an arm, as in --arm soup=3",
-    "refit": "the number of steps is an arm, as in --arm steps*2",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,8 +298,7 @@ def make_task(table: OwnTables, models: Mapping[str, str], seed: int, options: M
         UsageError: The rows or the options are not right.
     """
     for name in options:
-        if name in NOT_HERE or name.endswith("_seed"):
-            raise UsageError(f"{name} is no option of a search: {NOT_HERE.get(name, NOT_HERE['seed'])}. Leave it out.")
+        refuse_own(name)
     given = chosen_options("search", options)
     base = Options.of({"validation_share": 0.0, **{name: v for name, v in given.items() if v is not None}})
     data = table.examine()

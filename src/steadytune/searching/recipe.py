@@ -32,6 +32,23 @@ PORTFOLIO: dict[str, tuple[str, ...]] = {
 WITH_TEXTS = ("pretrain=tapt", "self-training")  # arms more, where there are texts without labels
 BEFORE = ("pretrain", "aux")  # what an arm puts before the fit
 PROBE = "probe"  # the frozen encoder with a fitted head
+NOT_HERE = {  # options of `fit` that hold rows out or choose, which the search does itself
+    "evaluations": "a search keeps the last weights",
+    "patience": "a search keeps the last weights",
+    "calibrate": "there are no validation rows",
+    "threshold": "scores are compared at 0.5",
+    "validation_share": "all rows are trained on in the end",
+    "train_size": "all rows are searched",
+    "seed": "seed is an argument of its own",
+    "methods": "methods are arms, as in --arm rdrop",
+    "procedure": "procedures are arms, as in --arm mixup-blo",
+    "aux": "other tables are arms, as in --arm aux=FILE",
+    "pretrain": "trainings on texts are arms, as in --arm pretrain=tapt",
+    "meta": "its recipes begin with the model, or with one other table, as in --arm aux=FILE",
+    "tune_kernels": "cells of several machines and days must be computed alike",
+    "num_seeds": "several trainings are an arm, as in --arm soup=3",
+    "refit": "the number of steps is an arm, as in --arm steps*2",
+}
 SOUP = re.compile(r"soup\s*=\s*(\d+)")
 FACTOR = re.compile(r"(lr|steps)\s*([*/])\s*(\d+(?:\.\d+)?)")
 
@@ -213,6 +230,17 @@ def _with(options: tuple[tuple[str, Any], ...], more: Mapping[str, Any]) -> tupl
     return tuple(sorted({**dict(options), **more}.items()))
 
 
+def refuse_own(name: str, where: str = "") -> None:
+    """Refuse an option that the search sets itself.
+
+    Raises:
+        UsageError: It is one.
+    """
+    if name in NOT_HERE or name.endswith("_seed"):
+        why = NOT_HERE.get(name, NOT_HERE["seed"])
+        raise UsageError(f"{where}{name} is no option of a search: {why}. Leave it out.")
+
+
 def _options(arm: str) -> dict[str, Any]:
     """Options of an arm such as ``head=logistic,pooling=mean``."""
     import typing
@@ -221,6 +249,7 @@ def _options(arm: str) -> dict[str, Any]:
     chosen = {}
     for item in arm.split(","):
         key, _, text = (part.strip() for part in item.partition("="))
+        refuse_own(key, f"arm {arm!r}: ")
         if key not in hints:
             raise UsageError(f"arm {arm!r}: unknown option {key!r}.{suggest(key, hints)}")
         try:
