@@ -14,6 +14,7 @@ from steadytune.errors import UsageError
 from steadytune.fitting import stages, training
 from steadytune.fitting.folder import read_record
 from steadytune.fitting.main import dry_run, fit
+from steadytune.fitting.plan import make_plan
 from steadytune.fitting.training import Setup
 
 QUICK = {"steps": 4, "aux_steps": 6, "batch_size": 4, "lr": 1e-2, "progress": False, "validation_share": 0.25}
@@ -164,6 +165,25 @@ def test_each_table_may_be_pooled_as_it_needs(tmp_path):
 def test_the_card_names_the_tables(bert, tmp_path):
     result = run(tmp_path / "o", bert, aux=other())
     assert "trained first on 24 rows" in (result.output / "README.md").read_text()
+
+
+NUMBERS = [i * 7 % 25 for i in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("own", "labels", "options", "kind"),
+    [
+        (NUMBERS, NUMBERS, {"kind": "regression"}, "regression"),  # would be asked whether they are classes
+        (NUMBERS, NUMBERS, {"kind": "classification"}, "classification"),
+        (NUMBERS, ["low", "high"] * 30, {"kind": "regression"}, "classification"),
+        (["a|b", "a"] * 30, ["a|b", "b"] * 30, {"label_separator": "|"}, "multilabel"),
+        (["a|b", "a"] * 30, ["low", "high"] * 30, {"label_separator": "|"}, "classification"),
+    ],
+)
+def test_labels_in_the_column_of_the_fit_are_read_as_its_own_if_they_can_be(own, labels, options, kind):
+    first, other = toy(60).assign(label=own), toy(60, start=200).assign(label=labels)
+    plan = make_plan(first, model="m", text="text", label="label", aux=other, validation_share=0.0, **options)
+    assert plan.stages[0].record()["kind"] == kind
 
 
 @pytest.mark.parametrize(
