@@ -190,6 +190,7 @@ def test_labels_in_the_column_of_the_fit_are_read_as_its_own_if_they_can_be(own,
     ("options", "words"),
     [
         ({"aux": toy(40)}, "all of its texts are in the rows of the fit"),
+        ({"aux": pd.concat([toy(40), toy(5, start=200).assign(label="odd")])}, "40 of its rows .* one label .odd"),
         ({"aux": pd.DataFrame({"text": ["a film", "a play"]})}, "label"),
         ({"aux": "missing.csv"}, "missing.csv"),
         ({"aux_steps": 3, "aux": None}, "aux_steps 3 is for auxiliary tables"),

@@ -73,6 +73,11 @@ class Intermediate:
         if not any(kept):
             raise UsageError(f"{origin}: all of its texts are in the rows of the fit too: give another table.")
         data = dataclasses.replace(plan.data, train=plan.data.train[kept])
+        if len(labels := {*map(str, data.train["label"])}) < 2:
+            raise UsageError(
+                f"{origin}: {left_out} of its rows are left out, because their texts are in the rows of the fit, and "
+                f"the others have one label ({labels.pop()}), which teaches nothing: give another table."
+            )
         return cls(dataclasses.replace(plan, data=data, steps=plan.options.total_steps(len(data.train))), left_out)
 
     def settled(self, pretrained: Pretrained) -> Intermediate:
