@@ -65,6 +65,7 @@ def test_a_model_no_better_than_one_answer_is_the_last_thing_said(tmp_path, bert
     assert any("the model answers" in text for text in metrics["warnings"])
     last = done.stdout.strip().split("\n")[-1]
     assert last.startswith("warning: validation: ")
+    assert done.output.count("the model answers") == 1  # not in the log too
     assert "**Warning:** validation: the model answers" in (tmp_path / "o" / "README.md").read_text()
     assert max(map(len, done.stdout.split("\n")[:8])) <= 100
     assert "balanced_accuracy" in done.stdout

@@ -144,9 +144,16 @@ class _BesideBars(logging.StreamHandler):
 
 
 @contextlib.contextmanager
-def speaking(quiet: bool) -> Iterator[None]:
-    """Send our log and all warnings to stderr, as plain lines."""
+def speaking(quiet: bool, *, shows_result: bool = False) -> Iterator[None]:
+    """Send our log and all warnings to stderr, as plain lines.
+
+    Args:
+        quiet: Whether to leave out all but warnings.
+        shows_result: Whether the command ends with the result's own warnings, which are then left out here.
+    """
     logger, handler = logging.getLogger("steadytune"), _BesideBars()
+    if shows_result:
+        handler.addFilter(lambda record: not hasattr(record, "of_result"))
     level, propagate = logger.level, logger.propagate
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.propagate = False

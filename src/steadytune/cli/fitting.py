@@ -305,7 +305,7 @@ def fit(
             "metric": metric,
             "progress": not quiet,
         }
-        with speaking(quiet):
+        with speaking(quiet, shows_result=True):
             if dry_run:
                 return Console().print(
                     str(fitting.dry_run(source, **options)), soft_wrap=True, markup=False, highlight=False

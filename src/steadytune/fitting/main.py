@@ -423,7 +423,7 @@ def _finish(
     for name in scores[0] if scores else ():  # not the rows of a cross-validation, which the folds have scored
         metrics[name]["runs"] = spread([s[name] for s in scores])
     for trouble in troubles:
-        logger.warning("%s", trouble)
+        logger.warning("%s", trouble, extra={"of_result": True})
     steps = trained[chosen or 0].steps
     result = FitResult(
         folder.path, model, metrics, plan.metric, predictions, details, steps, sum(t.seconds for t in trained),
