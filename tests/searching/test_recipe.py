@@ -124,6 +124,8 @@ def test_the_probe_trains_nothing():
         ("init_seed=3", "init_seed is no option of a search"),
         ("dps_mix:keep=2", "keep"),
         ("pretrain=tatp", "tapt"),
+        ("lr/0", "arm 'lr/0': a factor must be above 0, got 0"),
+        ("steps*0.0", "arm 'steps*0.0': a factor must be above 0, got 0.0"),
         ("soup=1", "averages the weights of 1 training(s): give 2 or more"),
         ("aux=nowhere.csv", "no file 'nowhere.csv'"),
     ],

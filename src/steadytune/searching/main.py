@@ -39,7 +39,7 @@ from .by_size import learning_curve, smaller
 from .cells import Cells, Task
 from .hard_rows import HARD_ROWS, hard_rows
 from .progress import Progress
-from .race import Race, Rules
+from .race import Race, Rules, Stage
 from .recipe import Recipe, frozen, refuse_own, stages
 from .record import recorded_recipe, search_record
 from .report import PAGE, write_page
@@ -207,7 +207,7 @@ def search(
                           label_separator=label_separator, group=group, subgroup=column_names(subgroup), kind=kind,
                           folds=folds)  # fmt: skip
         task = with_texts(make_task(table, _models(model), seed, options), unlabelled, unlabelled_size)
-        tried = stages(arms, task.base, [*task.models], _pooling(task), bool(task.unlabelled))
+        tried = _stages(arms, task)
         if overwrite:
             shutil.rmtree(cells_at, ignore_errors=True)
             _keep_rows(train, cells_at)
@@ -280,8 +280,7 @@ def plan_search(
                           folds=folds)  # fmt: skip
         task = with_texts(make_task(table, _models(model), seed, options), unlabelled, unlabelled_size)
         plain = Recipe(next(iter(task.models)))
-        tried = {s.name: [str(arm) for arm in s.arms(plain)] for s in
-                 stages(arms, task.base, [*task.models], _pooling(task), bool(task.unlabelled))}  # fmt: skip
+        tried = {stage.name: [str(arm) for arm in stage.arms(plain)] for stage in _stages(arms, task)}
         with silent():
             (trial, *_) = task.trials([(plain, 0)])
             pace = measure(trial)
@@ -346,6 +345,19 @@ def rules_of(task: Task) -> Rules:
     if task.metric.name not in IN_UNITS:
         return Rules()
     return Rules(least=0.02 * float(np.std(task.data.train["label"].astype(float))))
+
+
+def _stages(arms: Sequence[str] | None, task: Task) -> list[Stage]:
+    """The stages of a search, whose arms have been tried on plain fine-tuning.
+
+    Raises:
+        UsageError: An arm is none, or leaves no step.
+    """
+    made = stages(arms, task.base, [*task.models], _pooling(task), bool(task.unlabelled))
+    for stage in made:
+        for arm in stage.arms(Recipe(next(iter(task.models)))):
+            arm.settings(task.base, task.inside)
+    return made
 
 
 def _pooling(task: Task) -> dict[str, str]:

@@ -103,11 +103,22 @@ class Recipe:
         return {name: value for name, value in given.items() if value}
 
     def settings(self, base: Options, rows: int) -> dict[str, Any]:
-        """Options that differ from the search's own, for a number of training rows."""
+        """Options that differ from the search's own, for a number of training rows.
+
+        Raises:
+            UsageError: No step would be left.
+        """
         chosen = dict(self.options)
         if self.lengthened != 1:
             now = dataclasses.replace(base, **chosen)
-            chosen |= {"steps": round(self.lengthened * now.total_steps(rows)), "epochs": None}
+            plain = now.total_steps(rows)
+            steps = round(self.lengthened * plain)
+            if steps < 1 <= plain:
+                raise UsageError(
+                    f"`{self.name}` leaves none of the {plain} steps on {rows} rows: take a factor of {1 / plain:.2g} "
+                    "or more."
+                )
+            chosen |= {"steps": steps, "epochs": None}
         return chosen
 
 
@@ -130,7 +141,7 @@ def changed(recipe: Recipe, arm: str, base: Options) -> Recipe:
     arm = arm.strip()
     named = dataclasses.replace(recipe, arms=(*recipe.arms, arm))
     if factor := FACTOR.fullmatch(arm):
-        times = float(factor[3]) if factor[2] == "*" else 1 / float(factor[3])
+        times = _times(arm, factor)
         if factor[1] == "steps":
             return dataclasses.replace(named, lengthened=recipe.lengthened * times)
         lr = float(f"{times * float(dict(recipe.options).get('lr', base.lr)):.3g}")
@@ -152,7 +163,8 @@ def stage_of(arm: str) -> str:
     Raises:
         UsageError: It is no arm.
     """
-    if FACTOR.fullmatch(arm.strip()):
+    if factor := FACTOR.fullmatch(arm.strip()):
+        _times(arm, factor)
         return "schedule"
     if soup := SOUP.fullmatch(arm.strip()):
         _trainings(arm, soup)
@@ -259,6 +271,17 @@ def _options(arm: str) -> dict[str, Any]:
         option(f"arm {arm!r}", key, chosen[key])
     Options.of({key: value for key, value in chosen.items() if value is not None})
     return chosen
+
+
+def _times(arm: str, factor: re.Match[str]) -> float:
+    """What an arm multiplies an option by.
+
+    Raises:
+        UsageError: Nothing would be left of the option.
+    """
+    if not (number := float(factor[3])):
+        raise UsageError(f"arm {arm!r}: a factor must be above 0, got {factor[3]}.")
+    return number if factor[2] == "*" else 1 / number
 
 
 def _trainings(arm: str, soup: re.Match[str]) -> int:
