@@ -296,3 +296,20 @@ def test_only_errors_in_the_unit_of_the_labels_are_believed_to_spread_with_them(
     table = OwnTables("table", str(Path(file).absolute()), label=label, metric=metric, folds=2)
     task = module.make_task(table, {"bert": "bert"}, 0, {"steps": 2})
     assert module.rules_of(task).least == pytest.approx(least)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "f1_macro"}, "metric was 'accuracy', is 'f1_macro'"),
+        ({"folds": 3}, "folds was 2, is 3"),
+        ({"label": "shop"}, "label was 'label', is 'shop'"),
+    ],
+)
+def test_a_search_does_not_go_on_with_another_question(searched, changes, message):
+    """Naive: what was found for the first label is shipped for the second."""
+    pd.read_csv("rows.csv").assign(shop=lambda t: ["ab"[i % 2] for i in range(len(t))]).to_csv("shop.csv", index=False)
+    asked = {"budget": "13runs", "arms": ["head=logistic"], "label": "label", **SETTINGS, **changes}
+    with pytest.raises(UsageError) as error:
+        steadytune.search("shop.csv", output="out", text="text", resume=True, **asked)
+    assert f"the search in out was started otherwise: {message}" in str(error.value)

@@ -211,7 +211,9 @@ def search(
         if overwrite:
             shutil.rmtree(cells_at, ignore_errors=True)
             _keep_rows(train, cells_at)
-        asked |= {"models": dict(task.models), "rows": table.files()["train"]}
+        asked |= {"models": dict(task.models), "rows": table.files()["train"], **_read_as(task)}
+        if again:
+            _same_table(cells_at, asked)
         if table.subgroup:
             asked["subgroup"] = list(table.subgroup)
         if task.unlabelled:
@@ -443,13 +445,45 @@ def _record(place: Path) -> dict[str, Any]:
         return {}
 
 
+def _read_as(task: Task) -> dict[str, Any]:
+    """How the rows are read and scored."""
+    table, (text, label) = task.table, (task.data.table or task.table.read()[0]).columns
+    return {
+        "text": text, "label": label, "label_separator": table.label_separator, "group": table.group,
+        "kind": task.data.problem.kind, "metric": task.metric.name, "folds": task.k,
+    }  # fmt: skip
+
+
+def _same_table(folder: Path, asked: Mapping[str, Any]) -> None:
+    """Refuse to go on with a search that has found something for other labels, by another metric or in other folds.
+
+    Raises:
+        UsageError: What was found is not about what is asked.
+    """
+    then, now = _begun(folder).get("asked", {}), json.loads(json.dumps(asked, default=str))
+    named = ("text", "label", "label_separator", "group", "kind", "metric", "folds")
+    other = [
+        f"{name} was {then[name]!r}, is {now[name]!r}" for name in named if name in then and then[name] != now[name]
+    ]
+    if other:
+        raise UsageError(
+            f"--resume: the search in {folder.parent} was started otherwise: {'; '.join(other)}. "
+            "Give the same options, or start anew with --overwrite."
+        )
+
+
+def _begun(folder: Path) -> dict[str, Any]:
+    """The result of the last race that has ended; empty before it."""
+    try:
+        return dict(json.loads((folder / FOUND).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
 def _found(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
     """The result of a race that has ended before, if the same was asked."""
-    try:
-        found = dict(json.loads((folder / FOUND).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return None
-    return found if found["asked"] == json.loads(json.dumps(asked, default=str)) else None
+    found = _begun(folder)
+    return found if found.get("asked") == json.loads(json.dumps(asked, default=str)) else None
 
 
 def _tell(fitted: FitResult, found: Mapping[str, Any]) -> None:
