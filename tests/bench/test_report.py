@@ -591,6 +591,21 @@ def test_a_report_begins_with_what_was_shown(tmp_path, gains, said):
     assert lead(write_bench(tmp_path / "b", runs)).startswith(said)
 
 
+def test_a_task_with_errors_counts_beside_the_mean_over_the_others(tmp_path):
+    """Two accuracies have a mean without a difference; the one rmse is much smaller in every seed."""
+    rows = [
+        record(recipe, seed, score, task=task, metric=metric)
+        for seed in range(12)
+        for recipe, gain in (("plain", 0.0), ("rival", 1.0))
+        for task, metric, score in (
+            ("sst2", "accuracy", 0.7 + 0.01 * gain * (-1) ** seed),
+            ("rte", "accuracy", 0.6 + 0.01 * gain * (-1) ** seed),
+            ("stsb", "rmse", 2.0 - gain - 0.01 * gain * seed),
+        )
+    ]
+    assert lead(write_bench(tmp_path / "b", rows)).startswith("rival (in 1 of 2 comparisons) beat plain")
+
+
 def test_a_recipe_alone_is_compared_with_nothing(tmp_path):
     folder = write_bench(tmp_path / "b", [record("plain", seed, 0.8 + 0.01 * seed) for seed in range(3)])
     assert lead(folder) == "Nothing is compared: no other recipe has a seed in common with plain."

@@ -17,8 +17,8 @@ _PLACES = {"in": "in domain", "out": "out of domain"}
 def verdict(gains: pd.DataFrame, overall: pd.DataFrame, domains: Sequence[str], baseline: str) -> str:
     """Say which recipes beat the baseline, which did worse, and which gains would have been seen.
 
-    A recipe beats the baseline if its gain is positive and Holm's p is at most 0.05. With several tasks, the means over
-    tasks count.
+    A recipe beats the baseline if its gain is positive and Holm's p, as in the tables, is at most 0.05. The means over
+    tasks count, and of tasks that are in no mean, their own comparisons.
 
     Args:
         gains: Comparisons of each task, as `tables.comparisons` gives them.
@@ -39,7 +39,7 @@ def _sentences(gains: pd.DataFrame, overall: pd.DataFrame, domains: Sequence[str
         place = f" {_PLACES[domain]}" if len(domains) > 1 else ""
         single = gains[gains["domain"] == domain]
         together = overall[overall["domain"] == domain] if len(overall) else overall
-        compared = together if len(together) else single
+        compared = _compared(single, together)
         tested = compared[compared["p"].notna()]
         if tested.empty:
             yield f"Nothing can be shown{place}: no recipe has two seeds in common with {baseline}."
@@ -53,6 +53,16 @@ def _sentences(gains: pd.DataFrame, overall: pd.DataFrame, domains: Sequence[str
             continue
         won = tested.loc[(tested["holm"] <= ALPHA) & (tested["gain"] > 0), "recipe"]
         yield f"{_outcome(tested, baseline, place)}{_would_have_been_seen(single[~single['recipe'].isin(won)])}."
+
+
+def _compared(single: pd.DataFrame, together: pd.DataFrame) -> pd.DataFrame:
+    """Means over tasks, and the comparisons that are in none: errors and other scores have no common mean."""
+    if together.empty:
+        return single
+    keys = ["model", "setting", "recipe", "smaller"]
+    means = set(together[keys].itertuples(index=False, name=None))
+    own = single.assign(smaller=single["metric"].map(smaller_is_better))[keys]
+    return pd.concat([together, single[[row not in means for row in own.itertuples(index=False, name=None)]]])
 
 
 def _outcome(tested: pd.DataFrame, baseline: str, place: str) -> str:
