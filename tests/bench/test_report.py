@@ -606,6 +606,17 @@ def test_a_task_with_errors_counts_beside_the_mean_over_the_others(tmp_path):
     assert lead(write_bench(tmp_path / "b", rows)).startswith("rival (in 1 of 2 comparisons) beat plain")
 
 
+def test_a_task_with_too_few_pairs_shows_no_gain_that_would_have_been_seen(tmp_path):
+    """Two tasks of four seeds have eight pairs; four pairs have no p below 0.125."""
+    rows = [
+        record(recipe, seed, score + gain * (-1) ** seed * (1 + seed), task=task)
+        for seed in range(4)
+        for recipe, gain in (("plain", 0.0), ("rival", 0.01))
+        for task, score in (("sst2", 0.7), ("rte", 0.6))
+    ]
+    assert lead(write_bench(tmp_path / "b", rows)) == "No recipe beat plain."
+
+
 def test_a_recipe_alone_is_compared_with_nothing(tmp_path):
     folder = write_bench(tmp_path / "b", [record("plain", seed, 0.8 + 0.01 * seed) for seed in range(3)])
     assert lead(folder) == "Nothing is compared: no other recipe has a seed in common with plain."

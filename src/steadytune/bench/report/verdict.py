@@ -52,7 +52,8 @@ def _sentences(gains: pd.DataFrame, overall: pd.DataFrame, domains: Sequence[str
             )
             continue
         won = tested.loc[(tested["holm"] <= ALPHA) & (tested["gain"] > 0), "recipe"]
-        yield f"{_outcome(tested, baseline, place)}{_would_have_been_seen(single[~single['recipe'].isin(won)])}."
+        able = single[(single["n"] >= needed) & ~single["recipe"].isin(won)]  # with fewer pairs no gain is seen
+        yield f"{_outcome(tested, baseline, place)}{_would_have_been_seen(able)}."
 
 
 def _compared(single: pd.DataFrame, together: pd.DataFrame) -> pd.DataFrame:
