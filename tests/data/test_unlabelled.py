@@ -53,6 +53,23 @@ def test_blank_rows_have_no_label_and_the_others_keep_their_numbers(tmp_path):
         data(str(tmp_path / "t.csv"))
 
 
+@pytest.mark.parametrize("column", ["label", "group", "subgroup"])
+def test_an_error_beside_blank_rows_names_the_row_of_the_whole_table(column):
+    frame = table(group=range(40), subgroup=["a", "b"] * 20).assign(label=[0.5, 1.5] * 20).astype(object)
+    frame.loc[[1, 7], "label"] = None
+    frame.loc[12, column] = "much" if column == "label" else None
+    given = Table.of(frame, None, "label", "train", "regression", "group", subgroup="subgroup")
+    with pytest.raises(UsageError, match=rf"{column}' is .* in 1 of 38 rows \(rows counted from 0: 12\)"):
+        prepare(given, {}, unlabelled="blank")
+
+
+def test_blank_rows_of_a_table_with_a_repeated_index_are_all_read():
+    frame = pd.concat([table(20), pool(*range(20, 40)).assign(label=[None] * 10 + ["a", "b"] * 5)])
+    found = prepare(Table(frame, "rows"), {}, unlabelled="blank", validation_share=0.0)
+    assert found.unlabelled.rows["text"].tolist() == [f"text {i}" for i in range(20, 30)]
+    assert found.train.index.tolist() == [*range(20), *range(30, 40)]
+
+
 def test_blank_rows_beside_a_column_of_splits():
     frame = table(split=["train"] * 30 + ["test"] * 10)
     frame.loc[[3, 35], "label"] = None

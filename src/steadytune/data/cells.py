@@ -24,9 +24,10 @@ def is_empty(values: pd.Series) -> pd.Series:
 
 
 def refuse(bad: pd.Series, what: str, how: str, origin: str, remedy: str = "Fill them in or take them out.") -> None:
-    """Raise when any row is bad, with the count and the first rows."""
+    """Raise when any row is bad, with the count and the first rows, by their numbers in an index of whole numbers."""
     if bad.any():
-        rows = np.flatnonzero(bad.to_numpy(dtype=bool))
+        numbers = bad.index if pd.api.types.is_integer_dtype(bad.index) else pd.RangeIndex(len(bad))
+        rows = numbers[bad.to_numpy(dtype=bool)]
         raise UsageError(
             f"{origin}: {what} is {how} in {len(rows)} of {len(bad)} rows (rows counted from 0: {first_rows(rows)}). "
             f"{remedy}"

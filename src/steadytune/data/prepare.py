@@ -112,19 +112,16 @@ def prepare(
     given = [*tests, *(["validation"] if validation is not None else [])]
     if "validation" in tests or "train" in tests:
         raise UsageError("a test set cannot be called 'train' or 'validation': name it with --test NAME=FILE.")
-    train = resolve(train, () if validation_column is None else (validation_column,))
+    train = _numbered(resolve(train, () if validation_column is None else (validation_column,)))
     wanted = sources_of(unlabelled)
     if unlabelled_size is not None and not wanted:
         raise UsageError(
             f"unlabelled_size {unlabelled_size} is for texts without labels: give unlabelled, or leave it out."
         )
-    whole, positions = train, None
+    whole = train
     if any(is_named(source, BLANK) for source in wanted):
-        texts(whole)  # errors then count the rows of the whole table
-        train, positions = part_blank(whole)
-    raw = examples(train)
-    if positions is not None:
-        raw.index = pd.Index(positions)
+        train = part_blank(whole)
+    raw = examples(train).set_axis(train.frame.index)
     parts = {"train": raw} if validation_column is None else cut(raw, train, validation_column)
     for name in parts.keys() & {*given}:
         raise UsageError(
@@ -138,7 +135,7 @@ def prepare(
         rows = subset(rows, problem, train_size, seed)
     rest = every.drop(index=rows.index)
     if validation is not None:
-        validation = _follow(validation, train)
+        validation = _numbered(_follow(validation, train))
         cuts["validation"] = _encoded(problem, examples(validation), validation)
         origins["validation"] = validation.origin
     elif validation_share and "validation" not in cuts:
@@ -149,7 +146,7 @@ def prepare(
                 raise
             raise UsageError(f"of the {train_size} rows drawn by --train-size: {error}") from error
         origins["validation"] = f"{validation_share} of {train.origin}"
-    tables = {name: _follow(table, train) for name, table in tests.items()}
+    tables = {name: _numbered(_follow(table, train)) for name, table in tests.items()}
     cuts |= {name: _encoded(problem, examples(table), table) for name, table in tables.items()}
     data = Data(
         train=rows,
@@ -164,6 +161,11 @@ def prepare(
     blank = whole.frame.drop(index=train.frame.index)
     found = [_without_labels(source, train, rest, blank) for source in wanted]
     return dataclasses.replace(data, unlabelled=gathered(found, data.train, data.tests.values(), unlabelled_size, seed))
+
+
+def _numbered(table: Table) -> Table:
+    """The table with the numbers of its rows as the index, by which messages and splits name a row."""
+    return dataclasses.replace(table, frame=table.frame.reset_index(drop=True))
 
 
 def _without_labels(source: Any, train: Table, rest: pd.DataFrame, blank: pd.DataFrame) -> tuple[pd.DataFrame, str]:

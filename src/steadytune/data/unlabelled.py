@@ -71,8 +71,8 @@ def is_named(source: Any, name: str) -> bool:
     return isinstance(source, str) and source == name
 
 
-def part_blank(table: Table) -> tuple[Table, np.ndarray]:
-    """The rows of a resolved table that have a label, and the positions (rows,) of these.
+def part_blank(table: Table) -> Table:
+    """The rows of a resolved table that have a label; they keep their numbers.
 
     Raises:
         UsageError: An empty cell means something else in labels of this form, or no cell is empty.
@@ -84,7 +84,7 @@ def part_blank(table: Table) -> tuple[Table, np.ndarray]:
         )
     (column,) = table.form.columns
     if column not in table.frame.columns:
-        return table, np.arange(len(table.frame))  # an error of its own, later
+        return table  # an error of its own, later
     empty = is_empty(table.frame[column]).to_numpy(dtype=bool)
     if not empty.any():
         raise UsageError(
@@ -93,7 +93,7 @@ def part_blank(table: Table) -> tuple[Table, np.ndarray]:
         )
     if empty.all():
         raise UsageError(f"{table.origin}: label column {column!r} is empty in all {len(empty)} rows.")
-    return dataclasses.replace(table, frame=table.frame[~empty]), np.flatnonzero(~empty)
+    return dataclasses.replace(table, frame=table.frame[~empty])
 
 
 def texts_of(source: Any, train: Table) -> tuple[pd.DataFrame, str]:
