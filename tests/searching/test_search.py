@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -313,3 +314,21 @@ def test_a_search_does_not_go_on_with_another_question(searched, changes, messag
     with pytest.raises(UsageError) as error:
         steadytune.search("shop.csv", output="out", text="text", resume=True, **asked)
     assert f"the search in out was started otherwise: {message}" in str(error.value)
+
+
+def test_a_last_fit_of_another_recipe_is_begun_anew(searched):
+    """Naive: the interrupted fit refuses the recipe that a larger budget has found, whenever it is resumed."""
+    asked = {"output": "anew", "budget": "13runs", "arms": ["head=logistic"], **SETTINGS}
+    shutil.copytree("out/search", "anew/search")
+    found = json.loads(Path("out/search/found.json").read_text())
+    other = {**found["ship"], "name": "lr*3", "arms": ["lr*3"], "options": {"lr": 3e-3}}
+    Path("anew/search/found.json").write_text(json.dumps({**found, "ship": other}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("steadytune.fitting.main._finish", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            steadytune.search("rows.csv", resume=True, **asked)
+    begun = json.loads(Path("anew/steadytune.json").read_text())
+    assert begun["status"] == "training"
+    again = steadytune.search("rows.csv", resume=True, **{**asked, "budget": "14runs"})
+    assert again.best_recipe == searched.best_recipe
+    assert same(weights(Path("anew")), weights(Path("out")))

@@ -232,6 +232,8 @@ def search(
             if curve is not None:
                 found["trainings"] += len(smaller(task)) * task.k
             hard = hard_rows(cells, [race.plain, *race.frozen, *race.tried])
+            if _of_one_fit(found) != _of_one_fit(_begun(cells_at)):
+                _forget_begun_fit(place)
             with writing(cells_at):
                 write_whole(cells_at / HARD_ROWS, hard.to_parquet)
                 write_json(cells_at / FOUND, found)
@@ -478,6 +480,20 @@ def _begun(folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / FOUND).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
+
+
+def _of_one_fit(found: Mapping[str, Any]) -> Any:
+    """What decides the last fit; two races of which it is equal may share one."""
+    ship = {name: value for name, value in found.get("ship", {}).items() if name != "belief"}
+    asked = {name: value for name, value in found.get("asked", {}).items() if name not in ("budget", "arms")}
+    return json.loads(json.dumps([ship, asked], default=str))
+
+
+def _forget_begun_fit(place: Path) -> None:
+    """Remove a last fit that was interrupted, which would not go on with another recipe."""
+    if _record(place).get("status") == "training":
+        Output(place).clear()
+        (place / RECORD).unlink()
 
 
 def _found(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
