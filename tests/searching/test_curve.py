@@ -6,12 +6,18 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 from fit_helpers import save_tiny_bert, toy
 from steadytune import cli
+from steadytune.bench.own_tables import OwnTables
+from steadytune.bench.store import Store
+from steadytune.errors import UsageError
+from steadytune.searching.by_size import learning_curve, smaller
 from steadytune.searching.learning_curve import more_rows, power_law
+from steadytune.searching.main import make_task
 
 SIZES = np.array([75.0, 150.0, 240.0])
 
@@ -91,3 +97,24 @@ def test_mistakes_are_named(tmp_path, monkeypatch, words, message):
     done = CliRunner().invoke(cli.app, ["curve", "rows.csv", "--model", "bert", "--output", "out", *words])
     assert done.exit_code == 2
     assert message in done.output
+
+
+def curve_task(labels, groups=None, folds=2):
+    frame = pd.DataFrame({"text": [f"good plot {i}" for i in range(len(labels))], "label": labels})
+    (frame if groups is None else frame.assign(shop=groups)).to_csv("curve.csv", index=False)
+    table = OwnTables("table", str(Path("curve.csv").absolute()), text=("text",), label="label", folds=folds,
+                      group=None if groups is None else "shop")  # fmt: skip
+    return make_task(table, {"bert": "bert"}, 0, {"steps": 2})
+
+
+def test_sizes_are_those_that_every_fold_can_draw(tmp_path, monkeypatch):
+    """Naive: a fold without the large group has too few rows, and a quarter of the rows has too few for the classes."""
+    monkeypatch.chdir(tmp_path)
+    two = ["up", "down"] * 20
+    assert smaller(curve_task(two, folds=4)) == [10, 20]
+    assert smaller(curve_task(two, ["large"] * 24 + [f"small {i}" for i in range(16)])) == [10]
+    assert smaller(curve_task([f"class {i % 12}" for i in range(40)], folds=3)) == [20]
+    none = curve_task([f"class {i % 20}" for i in range(40)])
+    with pytest.raises(UsageError, match="not every fold can draw 10 and 20 of them with a row of each class"):
+        learning_curve(none, Store(tmp_path / "out"), None, 50, 1)
+    assert not (tmp_path / "out").exists()

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..bench.pool import Engine
 from ..bench.store import Store
 from ..errors import UsageError
@@ -69,8 +71,12 @@ class LearningCurve:
 
 
 def smaller(task: Task) -> list[int]:
-    """Numbers of rows below those that a fold leaves."""
-    return [size for share in SHARES if (size := round(share * len(task.data.train))) < task.inside]
+    """Numbers of rows that every fold can draw, at least one a class, below those that a fold leaves."""
+    rows, folds = task.data.train, task.sheet().folds
+    strata = len(np.unique(task.data.problem.strata(rows["label"])))
+    most = len(rows) - max(np.bincount(cut).max() for cut in folds)
+    sizes = [round(share * len(rows)) for share in SHARES]
+    return [size for size in sizes if strata <= size <= most and size < task.inside]
 
 
 def learning_curve(task: Task, store: Store, engine: Engine, more: int, repeats: int) -> LearningCurve:
@@ -84,9 +90,15 @@ def learning_curve(task: Task, store: Store, engine: Engine, more: int, repeats:
         repeats: Number of cross-validations of each size.
 
     Raises:
-        UsageError: A training fails.
+        UsageError: A training fails, or no fold has fewer rows to draw.
     """
     name = next(iter(task.models))
+    if not smaller(task):
+        tried = " and ".join(str(round(share * len(task.data.train))) for share in SHARES)
+        raise UsageError(
+            f"a curve needs a second number of rows beside about {task.inside:,}, and not every fold can draw {tried} "
+            "of them with a row of each class: give more rows or smaller groups, or merge rare classes."
+        )
     recipes = [Recipe(name), frozen(name)]
     n = len(task.data.train)
     sizes: dict[int, Cells] = {}
