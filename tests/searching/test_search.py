@@ -212,6 +212,9 @@ def test_a_dry_run_lists_arms_and_writes_nothing(home):
     [
         ({"budget": "soon"}, "30m, 2h or 100runs, got 'soon'"),
         ({"arms": ["rdorp"]}, "Did you mean 'rdrop'"),
+        ({"tests": {"new": "gone.csv"}}, "gone.csv: no such file"),
+        ({"tests": {"new": pd.DataFrame({"text": ["good"], "label": ["sideways"]})}}, "sideways"),
+        ({"tests": ["new.csv"]}, "tests must be a dictionary"),
         ({"arms": ["steps/1000"]}, "`steps/1000` leaves none of the 4 steps on 20 rows: take a factor of 0.25 or more"),
         ({"evaluations": 3}, "evaluations is no option of a search"),
         ({"aux": "other.csv"}, "aux is no option of a search: other tables are arms"),

@@ -26,8 +26,10 @@ from ..bench.spec import chosen_options
 from ..bench.store import Store
 from ..bench.study import opened
 from ..data.files import HUB, read_rows
+from ..data.guards import inspect, raise_errors
+from ..data.prepare import prepare
 from ..data.splits import usual_folds
-from ..data.tables import Kind
+from ..data.tables import Kind, Table
 from ..errors import UsageError
 from ..files.atomic import write_json, write_whole, writing
 from ..fitting.card import model_card
@@ -208,6 +210,7 @@ def search(
                           folds=folds)  # fmt: skip
         task = with_texts(make_task(table, _models(model), seed, options), unlabelled, unlabelled_size)
         tried = _stages(arms, task)
+        _check_tests(table, tests)
         if overwrite:
             shutil.rmtree(cells_at, ignore_errors=True)
             _keep_rows(train, cells_at)
@@ -349,6 +352,22 @@ def rules_of(task: Task) -> Rules:
     if task.metric.name not in IN_UNITS:
         return Rules()
     return Rules(least=0.02 * float(np.std(task.data.train["label"].astype(float))))
+
+
+def _check_tests(table: OwnTables, tests: Mapping[str, Any] | None) -> None:
+    """Read the test tables as the last fit will, so that a search does not end with a mistake in them.
+
+    Raises:
+        UsageError: One is not right.
+    """
+    if tests is not None and not isinstance(tests, Mapping):
+        raise UsageError(
+            f"tests must be a dictionary of name and table, got {type(tests).__name__}: as in tests={{'test': table}}."
+        )
+    with silent():
+        train, _ = table.read()
+        given = {str(n): Table.of(rows, table.text, table.label, str(n)) for n, rows in (tests or {}).items()}
+        raise_errors(inspect(prepare(train, given, validation_share=0.0), standardize=True))
 
 
 def _stages(arms: Sequence[str] | None, task: Task) -> list[Stage]:
