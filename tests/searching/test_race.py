@@ -221,3 +221,18 @@ def test_what_fails_while_it_is_judged_is_not_shipped():
     assert end.dropped == {("heads 1",): "out of memory"}
     assert (end.ship, end.chosen, end.gain.value, end.verdict) == ((), {"A": (), "B": ()}, 0.0, "not shown")
     assert {recipe for recipe, repeat in trials.drawn if repeat >= 2} == {()}, "plain is judged by fresh trainings"
+
+
+def test_arms_that_the_budget_ends_in_their_first_repeat_are_named():
+    class Slow(Table):
+        def do(self, wanted):
+            for recipe, repeat in wanted:
+                cost = 25 if recipe else 5
+                if not self.has(recipe, repeat) and self.left >= cost:
+                    self.left -= cost
+                    self.drawn[recipe, repeat] = self.train(recipe, repeat)
+
+    trials = Slow(World(300, 0.0), np.random.default_rng(0), 90)
+    end = race(trials, stages=[Stage("one", lambda chosen: [("heads 0",), ("heads 1",), ("heads 2",), ("methods 0",)])])
+    assert {s.arm for s in end.standings} | {*end.untried} == {("heads 0",), ("heads 1",), ("heads 2",), ("methods 0",)}
+    assert not {s.arm for s in end.standings} & {*end.untried}

@@ -7,7 +7,7 @@ import pytest
 from steadytune.errors import UsageError
 from steadytune.fitting.options import Options
 from steadytune.searching.budget import Budget
-from steadytune.searching.recipe import PORTFOLIO, Recipe, changed, frozen, stage_of, stages
+from steadytune.searching.recipe import PORTFOLIO, Recipe, changed, frozen, probes, stage_of, stages
 from steadytune.searching.record import recipe_record, recorded_recipe
 
 BASE = Options(lr=3e-5, validation_share=0.0)
@@ -105,6 +105,11 @@ def test_texts_without_labels_bring_arms_more_and_arms_that_need_them_say_so():
         assert [arm_.name for arm_ in names(True, [arm])] == [arm]
         with pytest.raises(UsageError, match="learns from texts without labels: name them with unlabelled"):
             names(False, [arm])
+
+
+def test_probes_of_two_models_have_two_names():
+    assert [str(recipe) for recipe in probes(["bert", "roberta"])] == ["probe", "roberta + probe"]
+    assert probes(["bert"]) == [frozen("bert")]
 
 
 def test_the_probe_trains_nothing():

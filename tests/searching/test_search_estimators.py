@@ -66,3 +66,12 @@ def test_options_that_a_search_has_itself_are_refused():
     frame = toy(12)
     with pytest.raises(UsageError, match="options hold 'seed', which is given as random_state"):
         steadytune.SteadySearchClassifier("bert", options={"seed": 1}).fit(frame["text"], frame["label"])
+
+
+def test_the_best_parameters_have_soups_and_trainings_before_the_fit(searched, monkeypatch):
+    estimator, _ = searched
+    ship = {**estimator.search_.record["ship"], "options": {}, "before": [["pretrain", "simcse"], ["aux", "/a.csv"]]}
+    monkeypatch.setitem(estimator.search_.record, "ship", {**ship, "methods": ["rdrop"], "soup": 3})
+    best = estimator.best_params_
+    assert best["methods"] == ["rdrop"]
+    assert best["options"] == {"pretrain": "simcse", "aux": ["/a.csv"], "num_seeds": 3, "combine": "soup"}

@@ -80,9 +80,10 @@ class _Searching:
         ship = self._record["ship"]
         options = {name: value for name, value in self._ship_settings().items() if value is not None}
         own = {name: options.pop(name) for name in SETTINGS if name in options}
-        if ship["procedure"]:
-            options["procedure"] = ship["procedure"]
-        methods = {"methods": ship["methods"]} if ship["methods"] else {}
+        options |= recorded_recipe(ship).trainings
+        methods = {"methods": options.pop("methods")} if ship["methods"] else {}
+        if ship["soup"] > 1:
+            options |= {"num_seeds": ship["soup"], "combine": "soup"}
         return {"model": ship["model"], **methods, **own, **({"options": options} if options else {})}
 
     @property

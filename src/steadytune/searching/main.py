@@ -42,7 +42,7 @@ from .cells import Cells, Task
 from .hard_rows import HARD_ROWS, hard_rows
 from .progress import Progress
 from .race import Race, Rules, Stage
-from .recipe import Recipe, frozen, refuse_own, stages
+from .recipe import Recipe, probes, refuse_own, stages
 from .record import recorded_recipe, search_record
 from .report import PAGE, write_page
 
@@ -226,7 +226,7 @@ def search(
         if found is None:
             with opened(engine, workers) as used:
                 cells = Cells(task, Store(cells_at), limit, used)
-                race = Race(Recipe(next(iter(task.models))), tried, cells, cells.sheet, [*map(frozen, task.models)],
+                race = Race(Recipe(next(iter(task.models))), tried, cells, cells.sheet, probes(task.models),
                             rules_of(task))  # fmt: skip
                 with Progress(race, cells, progress):
                     outcome = race.run()

@@ -158,7 +158,7 @@ class Outcome:
         level: Score of the procedure, on rows that did not choose.
         detectable: Smallest gain that these rows and trainings would show in 80 of 100 tables; None if no arm ran.
         standings: What happened in each stage.
-        untried: Arms for which the budget was too small.
+        untried: Arms for which the budget was too small, also those that it ended in the first repeat.
         dropped: Arms that failed or collapsed, with the reason.
     """
 
@@ -230,6 +230,8 @@ class Race:
             wanted = dict.fromkeys([self.plain, *self.chosen.values(), *self.frozen, *self._together(alive)])
             self.tried |= wanted
             self.trials.do([(arm, rung) for arm in wanted])
+            if not rung:
+                self.untried |= dict.fromkeys(arm for arm in self._together(alive) if self._cut_short(arm))
             for path in PATHS:
                 standings = self._standings(stage.name, path, alive[path], rung + 1)
                 if standings:
@@ -237,6 +239,10 @@ class Race:
                 alive[path] = [s.arm for s in standings if s.fate == "kept"]
         for path in PATHS:
             self._choose(path, last[path])
+
+    def _cut_short(self, arm: Arm) -> bool:
+        """Whether the budget ended within the first repeat of an arm."""
+        return self.trials.trouble(arm) is None and not self.trials.has(arm, 0)
 
     def _together(self, alive: Mapping[str, Sequence[Arm]]) -> list[Arm]:
         """Arms of both paths, those of the same place in the stage side by side."""

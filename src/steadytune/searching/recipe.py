@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,9 +122,15 @@ class Recipe:
         return chosen
 
 
-def frozen(model: str) -> Recipe:
-    """A fitted head on the frozen encoder."""
-    return Recipe(model, (PROBE,), (("head", "logistic"), ("steps", 0), ("epochs", None)))
+def frozen(model: str, named: bool = False) -> Recipe:
+    """A fitted head on the frozen encoder, with the name of the model or without."""
+    arms = (model, PROBE) if named else (PROBE,)
+    return Recipe(model, arms, (("head", "logistic"), ("steps", 0), ("epochs", None)))
+
+
+def probes(models: Iterable[str]) -> list[Recipe]:
+    """The frozen recipes of a search: as of plain, the name of the first model is left out."""
+    return [frozen(model, named=place > 0) for place, model in enumerate(models)]
 
 
 def changed(recipe: Recipe, arm: str, base: Options) -> Recipe:
