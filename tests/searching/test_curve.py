@@ -88,7 +88,12 @@ def test_the_verb_scores_three_sizes_and_goes_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [(["--more", "0"], "more must be 1 or more"), (["--repeats", "9"], "between 1 and 4")]
+    ("words", "message"),
+    [
+        (["--more", "0"], "more must be 1 or more"),
+        (["--repeats", "9"], "between 1 and 4"),
+        (["--workers", "-1"], "workers must be 0"),
+    ],
 )
 def test_mistakes_are_named(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)

@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..files.atomic import write_json, writing
 from ..fitting.options import python_value
 from .by_size import LearningCurve, learning_curve
-from .main import column_names, label_names, make_task, source_file
+from .main import check_workers, column_names, label_names, make_task, source_file
 
 CURVE = "curve.json"
 
@@ -68,6 +68,7 @@ def curve(
     more, repeats = python_value("more", more, int), python_value("repeats", repeats, int)
     if more < 1:
         raise UsageError(f"more must be 1 or more, got {more}.")
+    check_workers(workers)
     place = checked(output)
     with source_file(train, place) as file:
         table = OwnTables("table", file, text=column_names(text), label=label_names(label), metric=metric,

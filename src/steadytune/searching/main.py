@@ -202,6 +202,7 @@ def search(
     """
     asked = {"budget": budget, "arms": None if arms is None else list(arms), "seed": seed, "options": dict(options)}
     limit, place = Budget.of(budget), Path(output)
+    check_workers(workers)
     again = _check(place, resume, overwrite)
     cells_at = place / SEARCH
     with source_file(train, cells_at) as file:
@@ -305,6 +306,8 @@ def make_task(table: OwnTables, models: Mapping[str, str], seed: int, options: M
     """
     for name in options:
         refuse_own(name)
+    if table.folds is not None and python_value("folds", table.folds, int) < 2:
+        raise UsageError(f"folds must be 2 or more, got {table.folds}: leave it out for 5, or 10 below 200 rows.")
     given = chosen_options("search", options)
     base = Options.of({"validation_share": 0.0, **{name: v for name, v in given.items() if v is not None}})
     data = table.examine()
@@ -314,6 +317,16 @@ def make_task(table: OwnTables, models: Mapping[str, str], seed: int, options: M
         dataclasses.replace(table, folds=k), data, data.problem.metric(table.metric), models, base, given, k,
         rules.rungs + rules.fresh, python_value("seed", seed, int),
     )  # fmt: skip
+
+
+def check_workers(workers: int) -> None:
+    """Refuse a number of workers that would do nothing.
+
+    Raises:
+        UsageError: It is below 0.
+    """
+    if python_value("workers", workers, int) < 0:
+        raise UsageError(f"workers must be 0 (trainings in this process) or more, got {workers}.")
 
 
 def with_texts(task: Task, unlabelled: str | Path | Sequence[str | Path] | None, size: int | None) -> Task:
@@ -400,7 +413,10 @@ def _models(given: Any) -> dict[str, str]:
     paths = [str(path) for path in ([given] if isinstance(given, (str, Path)) else given)]
     named = {Path(path).name: path for path in paths}
     if len(named) < len(paths) or not paths:
-        raise UsageError("two models have one name: give them names, as in model={'a': PATH, 'b': PATH}.")
+        raise UsageError(
+            "two models have one name: give them names, as in model={'a': PATH, 'b': PATH}, on the command line "
+            "--model a=PATH --model b=PATH."
+        )
     return named
 
 
