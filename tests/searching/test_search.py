@@ -337,3 +337,21 @@ def test_a_last_fit_of_another_recipe_is_begun_anew(searched):
     again = steadytune.search("rows.csv", resume=True, **{**asked, "budget": "14runs"})
     assert again.best_recipe == searched.best_recipe
     assert same(weights(Path("anew")), weights(Path("out")))
+
+
+def test_columns_of_several_types_and_mistakes_leave_nothing_behind(home, monkeypatch):
+    """Naive: Parquet refuses a column that nobody reads, and a mistake leaves a folder that refuses its correction."""
+    monkeypatch.setattr(module.Race, "run", lambda self: pytest.skip("reached the race"))
+    frame = toy(30).drop(columns="score").assign(note=[1, "x"] * 15, mark=[1, "two"] * 15)
+    for changes, message in (({"arms": ["nonsense"]}, "nonsense"), ({"label": "wrong"}, "no column 'wrong'")):
+        with pytest.raises(UsageError, match=message):
+            steadytune.search(frame, output="mixed", **{"label": "mark", "text": "text", **SETTINGS, **changes})
+        assert not Path("mixed").exists()
+    with pytest.raises(pytest.skip.Exception):
+        steadytune.search(frame, output="mixed", label="mark", text="text", **SETTINGS)
+    rows = pd.read_parquet("mixed/search/rows.parquet")
+    assert rows.columns.tolist() == ["text", "mark"]
+    assert rows["mark"].tolist() == ["1", "two"] * 15
+    with pytest.raises(UsageError, match="no column 'wrong'"):
+        steadytune.curve(frame, label="wrong", model="bert", output="curved", steps=2, folds=2)
+    assert not Path("curved").exists()

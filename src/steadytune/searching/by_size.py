@@ -79,6 +79,20 @@ def smaller(task: Task) -> list[int]:
     return [size for size in sizes if strata <= size <= most and size < task.inside]
 
 
+def check_sizes(task: Task) -> None:
+    """Refuse rows of which no curve can be drawn.
+
+    Raises:
+        UsageError: No fold has fewer rows to draw.
+    """
+    if not smaller(task):
+        tried = " and ".join(str(round(share * len(task.data.train))) for share in SHARES)
+        raise UsageError(
+            f"a curve needs a second number of rows beside about {task.inside:,}, and not every fold can draw {tried} "
+            "of them with a row of each class: give more rows or smaller groups, or merge rare classes."
+        )
+
+
 def learning_curve(task: Task, store: Store, engine: Engine, more: int, repeats: int) -> LearningCurve:
     """Do the trainings that have no record, and put a curve through their scores.
 
@@ -92,13 +106,8 @@ def learning_curve(task: Task, store: Store, engine: Engine, more: int, repeats:
     Raises:
         UsageError: A training fails, or no fold has fewer rows to draw.
     """
+    check_sizes(task)
     name = next(iter(task.models))
-    if not smaller(task):
-        tried = " and ".join(str(round(share * len(task.data.train))) for share in SHARES)
-        raise UsageError(
-            f"a curve needs a second number of rows beside about {task.inside:,}, and not every fold can draw {tried} "
-            "of them with a row of each class: give more rows or smaller groups, or merge rare classes."
-        )
     recipes = [Recipe(name), frozen(name)]
     n = len(task.data.train)
     sizes: dict[int, Cells] = {}

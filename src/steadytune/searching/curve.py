@@ -5,11 +5,11 @@ torch is imported inside the functions that use it.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bench.own_tables import OwnTables
 from ..bench.pool import Engine
 from ..bench.store import Store, checked
 from ..bench.study import opened
@@ -17,8 +17,8 @@ from ..data.tables import Kind
 from ..errors import UsageError
 from ..files.atomic import write_json, writing
 from ..fitting.options import python_value
-from .by_size import LearningCurve, learning_curve
-from .main import check_workers, column_names, label_names, make_task, source_file
+from .by_size import LearningCurve, check_sizes, learning_curve
+from .main import check_workers, keep_rows, make_task, own_table
 
 CURVE = "curve.json"
 
@@ -70,12 +70,14 @@ def curve(
         raise UsageError(f"more must be 1 or more, got {more}.")
     check_workers(workers)
     place = checked(output)
-    with source_file(train, place) as file:
-        table = OwnTables("table", file, text=column_names(text), label=label_names(label), metric=metric,
-                          label_separator=label_separator, group=group, kind=kind, folds=folds)  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        table = own_table(train, Path(scratch), text=text, label=label, metric=metric, label_separator=label_separator,
+                          group=group, kind=kind, folds=folds)  # fmt: skip
         task = make_task(table, {Path(model).name: str(model)}, seed, options)
         if not 1 <= repeats <= task.repeats:
             raise UsageError(f"repeats must lie between 1 and {task.repeats}, got {repeats}.")
+        check_sizes(task)
+        task = keep_rows(task, train, place)
         with opened(engine, workers) as used:
             found = learning_curve(task, Store(place), used, more, repeats)
     with writing(place):

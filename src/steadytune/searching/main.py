@@ -10,13 +10,13 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from ..bench.forecast import measure
 from ..bench.own_tables import OwnTables
@@ -25,6 +25,7 @@ from ..bench.run import silent
 from ..bench.spec import chosen_options
 from ..bench.store import Store
 from ..bench.study import opened
+from ..data.cells import label_name
 from ..data.files import HUB, read_rows
 from ..data.guards import inspect, raise_errors
 from ..data.prepare import prepare
@@ -205,16 +206,12 @@ def search(
     check_workers(workers)
     again = _check(place, resume, overwrite)
     cells_at = place / SEARCH
-    with source_file(train, cells_at) as file:
-        table = OwnTables("table", file, text=column_names(text), label=label_names(label), metric=metric,
-                          label_separator=label_separator, group=group, subgroup=column_names(subgroup), kind=kind,
-                          folds=folds)  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        table = own_table(train, Path(scratch), text=text, label=label, metric=metric, label_separator=label_separator,
+                          group=group, subgroup=subgroup, kind=kind, folds=folds)  # fmt: skip
         task = with_texts(make_task(table, _models(model), seed, options), unlabelled, unlabelled_size)
         tried = _stages(arms, task)
         _check_tests(table, tests)
-        if overwrite:
-            shutil.rmtree(cells_at, ignore_errors=True)
-            _keep_rows(train, cells_at)
         asked |= {"models": dict(task.models), "rows": table.files()["train"], **_read_as(task)}
         if again:
             _same_table(cells_at, asked)
@@ -223,6 +220,9 @@ def search(
         if task.unlabelled:
             texts = fingerprint_files(map(Path, task.unlabelled))
             asked["unlabelled"] = {"files": texts, "size": task.unlabelled_size}
+        if overwrite:
+            shutil.rmtree(cells_at, ignore_errors=True)
+        task = keep_rows(task, train, cells_at)
         found = _found(cells_at, asked)
         if found is None:
             with opened(engine, workers) as used:
@@ -282,10 +282,9 @@ def plan_search(
         UsageError: As `search`.
     """
     limit = Budget.of(budget)
-    with tempfile.TemporaryDirectory() as scratch, source_file(train, Path(scratch)) as file:
-        table = OwnTables("table", file, text=column_names(text), label=label_names(label), metric=metric,
-                          label_separator=label_separator, group=group, subgroup=column_names(subgroup), kind=kind,
-                          folds=folds)  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        table = own_table(train, Path(scratch), text=text, label=label, metric=metric, label_separator=label_separator,
+                          group=group, subgroup=subgroup, kind=kind, folds=folds)  # fmt: skip
         task = with_texts(make_task(table, _models(model), seed, options), unlabelled, unlabelled_size)
         plain = Recipe(next(iter(task.models)))
         tried = {stage.name: [str(arm) for arm in stage.arms(plain)] for stage in _stages(arms, task)}
@@ -430,24 +429,56 @@ def label_names(label: str | Sequence[str] | None) -> str | tuple[str, ...] | No
     return label if label is None or isinstance(label, str) else tuple(label)
 
 
-@contextmanager
-def source_file(train: Any, folder: Path) -> Iterator[str]:
-    """A file with the rows: the one given, or a copy of rows that are in none."""
-    if isinstance(train, (str, Path)) and not str(train).startswith(HUB):
-        yield str(Path(train).absolute())
-        return
-    _keep_rows(train, folder)
-    yield str((folder / ROWS).absolute())
+def own_table(train: Any, scratch: Path, **given: Any) -> OwnTables:
+    """The table of a search: the file given, or a copy of what is read of rows that are in none.
+
+    Args:
+        train: As of `fit`.
+        scratch: Folder of the copy, until the search has been checked; see `keep_rows`.
+        **given: The columns as of `fit`, kind, metric and folds.
+
+    Raises:
+        UsageError: Rows that are in no file are not right.
+    """
+    given |= {"text": column_names(given["text"]), "label": label_names(given["label"])}
+    given["subgroup"] = column_names(given.get("subgroup"))
+    if _in_file(train):
+        return OwnTables("table", str(Path(train).absolute()), **given)
+    frame, _ = read_rows(train, "the train table")
+    columns = {name: given[name] for name in ("text", "label", "kind", "group", "label_separator", "subgroup")}
+    table = Table.of(frame, columns.pop("text"), columns.pop("label"), "train", **columns)
+    found = prepare(table, {}, validation_share=0.0).table
+    assert found is not None
+    text, label = given["text"], given["label"] = found.columns
+    used = {*text, *([label] if isinstance(label, str) else label), table.group, *table.subgroup}
+    kept = frame.loc[:, [column in used for column in frame.columns]].apply(_of_one_type)
+    kept.to_parquet(scratch / ROWS, index=False)
+    return OwnTables("table", str(scratch / ROWS), **given)
 
 
-def _keep_rows(train: Any, folder: Path) -> None:
-    """Write rows that are in no file of the user's."""
-    if isinstance(train, (str, Path)) and not str(train).startswith(HUB):
-        return
-    frame, _ = read_rows(train)
+def _of_one_type(column: pd.Series) -> pd.Series:
+    """The column, as text if it has cells of several types, which no file of columns holds."""
+    import pyarrow as pa
+
+    try:
+        pa.Array.from_pandas(column)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return column.map(label_name, na_action="ignore")
+    return column
+
+
+def _in_file(train: Any) -> bool:
+    return isinstance(train, (str, Path)) and not str(train).startswith(HUB)
+
+
+def keep_rows(task: Task, train: Any, folder: Path) -> Task:
+    """The task with rows that are in no file of the user's beside its records, where all trainings read them."""
+    if _in_file(train):
+        return task
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / ROWS, lambda part: frame.to_parquet(part, index=False))
+        write_whole(folder / ROWS, lambda part: shutil.copyfile(task.table.train, part))
+    return dataclasses.replace(task, table=dataclasses.replace(task.table, train=str((folder / ROWS).absolute())))
 
 
 # ---- the folder -------------------------------------------------------------------------------------------------
