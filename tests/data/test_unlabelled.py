@@ -51,6 +51,8 @@ def test_blank_rows_have_no_label_and_the_others_keep_their_numbers(tmp_path):
     assert found.train["text"].tolist() == [f"text {i}" for i in found.train.index]
     with pytest.raises(UsageError, match=r"empty in 3 of 40 rows.*--unlabelled blank"):
         data(str(tmp_path / "t.csv"))
+    with pytest.raises(UsageError, match=r"empty in 3 of 40 rows .*take them out\.$"):  # no source of such texts
+        data(tests={"test": frame})
 
 
 @pytest.mark.parametrize("column", ["label", "group", "subgroup"])

@@ -50,12 +50,13 @@ class Form(ABC):
         return True
 
     @abstractmethod
-    def read(self, frame: pd.DataFrame, origin: str) -> pd.Series:
+    def read(self, frame: pd.DataFrame, origin: str, blank: str = "") -> pd.Series:
         """A label, or the list of its labels, for every row (rows,).
 
         Args:
             frame: Rows with the label columns.
             origin: What messages call the rows.
+            blank: What else may be done about rows without a label, in a sentence that follows a space.
 
         Raises:
             UsageError: Cells that are empty or not of this form.
@@ -80,12 +81,11 @@ class OneCell(Form):
     def several(self) -> bool:
         return False
 
-    def read(self, frame: pd.DataFrame, origin: str) -> pd.Series:
+    def read(self, frame: pd.DataFrame, origin: str, blank: str = "") -> pd.Series:
         labels = frame[self.columns[0]]
         empty = is_empty(labels)
         hint = separator_hint(labels[~empty].map(label_name)) if empty.any() else ""
-        remedy = "Fill them in or take them out; fit reads such rows as texts without labels with --unlabelled blank."
-        refuse(empty, self.words, "empty", origin, f"{remedy}{hint}")
+        refuse(empty, self.words, "empty", origin, f"Fill them in or take them out.{blank}{hint}")
         return labels.astype(object)
 
     def write(self, predictions: pd.Series, taken: Collection[str] = (), *, as_text: bool = False) -> pd.DataFrame:
@@ -110,7 +110,7 @@ class Joined(Form):
     def record(self) -> dict[str, Any]:
         return {**super().record(), "label_separator": self.separator}
 
-    def read(self, frame: pd.DataFrame, origin: str) -> pd.Series:
+    def read(self, frame: pd.DataFrame, origin: str, blank: str = "") -> pd.Series:
         cells = frame[self.columns[0]].astype(object)
         lists = cells.map(list_of).notna()
         remedy = "Leave the label separator out."
@@ -135,7 +135,7 @@ class OneHot(Form):
     def classes(self) -> tuple[str, ...]:
         return tuple(map(label_name, self.columns))
 
-    def read(self, frame: pd.DataFrame, origin: str) -> pd.Series:
+    def read(self, frame: pd.DataFrame, origin: str, blank: str = "") -> pd.Series:
         member = self.member(frame, origin)
         lists = [[name for name, has in zip(self.classes, row, strict=True) if has] for row in member]
         return pd.Series(lists, index=frame.index, dtype=object)

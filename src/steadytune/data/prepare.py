@@ -26,6 +26,8 @@ from .unlabelled import BLANK, REST, Unlabelled, gathered, is_named, part_blank,
 
 logger = logging.getLogger("steadytune")
 
+WITHOUT_LABEL = f" Or say --unlabelled {BLANK}, with which fit reads such rows of its training table as texts alone."
+
 
 @dataclass(frozen=True, eq=False)
 class Data:
@@ -121,7 +123,7 @@ def prepare(
     whole = train
     if any(is_named(source, BLANK) for source in wanted):
         train = part_blank(whole)
-    raw = examples(train).set_axis(train.frame.index)
+    raw = examples(train, WITHOUT_LABEL).set_axis(train.frame.index)
     parts = {"train": raw} if validation_column is None else cut(raw, train, validation_column)
     for name in parts.keys() & {*given}:
         raise UsageError(

@@ -301,10 +301,14 @@ def texts(table: Table) -> pd.DataFrame:
     return pd.DataFrame({name: frame[column].astype(str).tolist() for name, column in zip(names, columns, strict=True)})
 
 
-def examples(table: Table) -> pd.DataFrame:
+def examples(table: Table, blank: str = "") -> pd.DataFrame:
     """The checked rows: `text`, `text_pair` for two columns, `label`, `group` and `subgroup` if there is one.
 
     A label is what stands in the file, or the list of the row's labels where a separator or several columns tell them.
+
+    Args:
+        table: The table.
+        blank: As of `Form.read`.
 
     Raises:
         UsageError: What `texts` raises, and the same for labels and groups.
@@ -315,7 +319,7 @@ def examples(table: Table) -> pd.DataFrame:
         raise UsageError(f"text and label must be different columns, got {', '.join([*text, *form.columns])}.")
     for column in form.columns:
         _check_column(table, column, "label")
-    rows["label"] = form.read(table.frame, table.origin).to_numpy()
+    rows["label"] = form.read(table.frame, table.origin, blank).to_numpy()
     if len(form.columns) == 1:
         _check_header(table.frame[form.columns[0]], text, form.columns[0], table.origin)
     if table.group is not None:
