@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import torch
 from test_fitting import QUICK, StopAt
-from transformers import AutoModelForSequenceClassification, BertModel
+from transformers import AutoModelForSequenceClassification, BertModel, GPT2Model
 
-from fit_helpers import save_tiny_bert, toy, weights
+from fit_helpers import save_tiny_bert, save_tiny_gpt2, toy, weights
 from steadytune import dry_run, fit
 from steadytune.bench.spec import in_use
 from steadytune.fitting import fit_trainer, training
@@ -106,6 +106,16 @@ def test_it_switches_itself_off(tmp_path, bert, options, why):
     result = fitted(bert, tmp_path / "o", **options)
     assert why in vocabulary(result.output)["whole"]
     assert "word embeddings" not in (result.output / "README.md").read_text()
+
+
+def test_token_types_that_are_looked_up_among_the_words_are_read_too(tmp_path):
+    """GPT-2 has no table for them, and the token of their number may be no special one."""
+    folder = save_tiny_gpt2(tmp_path / "gpt2")
+    model = GPT2Model.from_pretrained(folder)
+    model.resize_token_embeddings(SIZE, mean_resizing=False)
+    model.save_pretrained(folder)
+    result = fitted(folder, tmp_path / "o", steps=2)
+    assert vocabulary(result.output)["trained_rows"] < SIZE
 
 
 def test_it_is_off_where_it_saves_little(tmp_path):

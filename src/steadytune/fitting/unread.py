@@ -72,12 +72,21 @@ def leave_out_unread(
     if whole is not None:
         return Vocabulary(whole=whole)
     tokens = {*chain.from_iterable(feature["input_ids"] for feature in features), *tokenizer.all_special_ids}
+    tokens |= _types(model, features, tokenizer)
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     vocabulary = compact_vocabulary(model, tokens)
     if vocabulary.left_out < LEAST * weights:
         vocabulary.restore()
         return Vocabulary(whole=f"the training texts leave out less than {LEAST:.0%} of the weights")
     return Vocabulary(vocabulary.size, len(vocabulary.rows), vocabulary.left_out, weights)
+
+
+def _types(model: nn.Module, features: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Numbers of token types that a model without a table for them (GPT-2) looks up among the words."""
+    if hasattr(model.config, "type_vocab_size"):
+        return set()
+    found = {*chain.from_iterable(feature.get("token_type_ids", ()) for feature in features)}
+    return found | {tokenizer.pad_token_type_id} if found else found
 
 
 def _why_whole(model: nn.Module, methods: Sequence[Method], options: Options) -> str | None:
