@@ -292,6 +292,16 @@ def test_cost_is_a_median_ratio_and_compute_is_matched_with_longer_plain(tmp_pat
     assert row[1:6] == ["320", "plain_long", "400", "3", "−1.20"]
 
 
+def test_compute_is_matched_whatever_happened_to_another_plain_recipe(tmp_path):
+    runs = [record("plain", seed, 0.8 + 0.01 * seed) for seed in range(3)]
+    runs += [record("plain_long", seed, 0.83 + 0.012 * seed, steps=400, methods=[]) for seed in range(3)]
+    runs += [record("plain_short", seed, 0.7, steps=40, methods=[], error="x" if seed else None) for seed in range(3)]
+    runs += [record("plain_longer", seed, 0.7, steps=900, methods=[], error="x" if seed else None) for seed in range(3)]
+    runs += [record("rdrop", seed, 0.82 + 0.01 * seed, passes=2.0) for seed in range(3)]
+    found = page(write_bench(tmp_path / "b", runs))
+    assert found.row("Matched compute", "rdrop")[1:6] == ["320", "plain_long", "400", "3", "−1.20"]
+
+
 def test_unmatched_compute_is_said(tmp_path):
     folder = two_recipes(tmp_path, passes=2.0)
     page(folder)

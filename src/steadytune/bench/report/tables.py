@@ -433,10 +433,13 @@ def matched(scores: pd.DataFrame, recipes: Sequence[str], plain: Sequence[str], 
         for recipe in (r for r in recipes if r in wide and r not in plain):
             if not passes[recipe] > passes.get(baseline, math.nan):
                 continue
-            pairs = wide[[recipe, *longer]].dropna()
+            enough = [other for other in longer if passes[other] >= passes[recipe]]
+            paired = [other for other in enough if len(wide[[recipe, other]].dropna()) > 1]
+            cheapest = sorted(paired, key=lambda other: passes[other])[:1]  # alone: seeds of others are no matter
+            pairs = wide[[recipe, *cheapest]].dropna()
             trained = {str(name): Trained(pairs[name].tolist(), float(passes[str(name)])) for name in pairs}
             ours = {recipe: trained.pop(recipe)}
-            matched_row = compute_matched(ours, trained if len(pairs) > 1 else {})[0]
+            matched_row = compute_matched(ours, trained)[0]
             rows.append(
                 {
                     **dict(zip(CONDITION, condition, strict=True)),
