@@ -318,6 +318,14 @@ def test_metric_can_be_chosen(tmp_path):
         write_report(folder, metric="acuracy")
 
 
+def test_a_run_has_collapsed_whatever_metric_is_shown(tmp_path):
+    runs = [record("plain", 0, 0.8), record("rdrop", 0, 0.5)]
+    for run in runs:
+        run["sets"]["sst2/validation"]["log_loss"] = 0.6
+    found = page(write_bench(tmp_path / "b", runs), metric="log_loss")
+    assert [found.row("In domain, in detail", recipe)[-1] for recipe in ("plain", "rdrop")] == ["0", "1 of 1"]
+
+
 def test_another_configuration_is_not_averaged_in(tmp_path):
     old = [record("plain", seed, 0.5, options={"lr": 1e-3}) for seed in range(3)]
     new = [record("plain", seed, 0.8, options={"lr": 1e-4}) for seed in range(2)]

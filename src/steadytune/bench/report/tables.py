@@ -59,7 +59,8 @@ def long_form(records: Sequence[Mapping[str, Any]], metric: str | None = None) -
     if metric is not None and metric not in names:
         raise UsageError(f"--metric {metric}: no record has it.{suggest(metric, names)}")
     frame = frame.astype(dict.fromkeys([*_NUMBERS, *names], float))
-    frame["headline"] = _named_score(frame, frame["metric"], names)
+    frame["headline_metric"] = frame["metric"]
+    frame["headline"] = _named_score(frame, frame["headline_metric"], names)
     frame["metric"] = frame["metric"] if metric is None else metric
     frame["score"] = _named_score(frame, frame["metric"], names)
     frame["used"] = ~frame["id"].isin(superseded(records))
@@ -219,12 +220,12 @@ def per_run(runs: pd.DataFrame) -> pd.DataFrame:
     cannot be compared. ``collapsed``: in domain the run is not above the majority class.
     """
     used = runs[runs["used"]]
-    run = used.drop(columns=["set", "domain", "rows", "baseline", "score", "headline"])
+    run = used.drop(columns=["set", "domain", "rows", "baseline", "score", "headline", "headline_metric"])
     scores = run.drop_duplicates("id").set_index("id", drop=False).rename_axis(None)
     for domain in DOMAINS:
         sets = used[used["domain"] == domain].groupby("id")["score"]
         scores[domain] = sets.mean().where(sets.count() == sets.size())
-    smaller = used["metric"].map(smaller_is_better).astype(bool)
+    smaller = used["headline_metric"].map(smaller_is_better).astype(bool)  # that of the baseline
     above = (used["headline"] - used["baseline"]) * np.where(smaller, -1, 1)
     collapsed = above[used["domain"] == "in"].groupby(used["id"]).mean() < ABOVE
     scores["collapsed"] = collapsed.reindex(scores.index, fill_value=False)

@@ -130,7 +130,7 @@ def write_report(folder: str | Path, output: str | Path | None = None, metric: s
     texts = {
         "report.html": html(title, sections, lead),
         "report.md": markdown(title, sections, lead),
-        "runs.csv": _csv(bench.runs.drop(columns=["headline", "score"])),
+        "runs.csv": _csv(bench.runs.drop(columns=["headline", "headline_metric", "score"])),
         "summary.csv": _csv(bench.summary),
     }
     if output.exists() and not output.is_dir():
