@@ -613,6 +613,7 @@ def test_the_verb_says_which_runs_failed_with_its_exit_code(root, tmp_path):
         (["stick"], "stick: models is missing: name at least one."),
         (["stick", "--model", "nowhere/at/all/"], "model 'nowhere/at/all/'"),
         (["stick", "--model", "./no"], "model './no': no such directory."),
+        (["stick", "--model", "x/bert", "--model", "y/bert"], "two models have one name (bert, bert): name them with"),
     ],
     ids=str,
 )

@@ -218,3 +218,19 @@ def named_model(item: str) -> tuple[str, str]:
     """`NAME=MODEL`, or a model under its own name."""
     name, equals, path = item.partition("=")
     return (name, path) if equals and not Path(item).exists() else (Path(item).name, item)
+
+
+def models_by_name(given: list[str]) -> dict[str, str]:
+    """Models by their names.
+
+    Raises:
+        UsageError: Two have one name.
+    """
+    from ..errors import UsageError
+
+    pairs = [named_model(item) for item in given]
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        names = ", ".join(name for name, _ in pairs)
+        raise UsageError(f"two models have one name ({names}): name them with --model NAME=MODEL.")
+    return named

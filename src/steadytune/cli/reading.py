@@ -26,6 +26,7 @@ from .common import (
     TrainTable,
     app,
     errors_in_one_line,
+    models_by_name,
     named_files,
     named_model,
     option,
@@ -172,15 +173,7 @@ def inspect(
 
 def _models(given: list[str]) -> list[str] | dict[str, str]:
     """Models as given, or by name if one of them has a name."""
-    from ..errors import UsageError
-
-    pairs = [named_model(item) for item in given]
-    if all(path == item for (_, path), item in zip(pairs, given, strict=True)):
-        return given
-    named = dict(pairs)
-    if len(named) < len(pairs):
-        raise UsageError("two models have one name: name them with --model NAME=MODEL.")
-    return named
+    return given if all(named_model(item)[1] == item for item in given) else models_by_name(given)
 
 
 def _show_probed(result: Any) -> None:

@@ -22,7 +22,7 @@ from .common import (
     app,
     errors_in_one_line,
     make_engine,
-    named_model,
+    models_by_name,
     option,
     speaking,
 )
@@ -73,7 +73,7 @@ def bench(
         from ..bench.spec import Study
         from ..bench.study import run_study
 
-        models = None if not model else dict(named_model(item) for item in model)
+        models = models_by_name(model) if model else None
         plan = Study.read(study, models=models, seeds=seeds)
         folder = output or Path("runs", plan.name)
         if dry_run:
