@@ -270,6 +270,19 @@ def test_a_folder_of_something_else_is_refused(root, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize(
+    ("workers", "timeout", "message"),
+    [
+        (1, -5, "timeout must be more than 0 seconds, got -5"),
+        (0, 0.1, "timeout 0.1 needs a worker process, and workers is 0"),
+    ],
+)
+def test_a_time_limit_that_cannot_be_kept_is_refused(root, tmp_path, workers, timeout, message):
+    with pytest.raises(UsageError, match=message):
+        run_study(small(root), tmp_path / "out", data_root=root, workers=workers, timeout=timeout, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_filters_choose_by_pattern(root):
     runs = small(root, seeds=12).runs(root)
 

@@ -73,13 +73,20 @@ def run_study(
         progress: Whether to show progress: a bar on a terminal, else one line for each run.
 
     Raises:
-        UsageError: A model, a data file, a filter or the folder is not right.
+        UsageError: A model, a data file, a filter, the time limit or the folder is not right.
     """
     store = Store(checked(output))
     planned = study.runs(data_root)
     runs = chosen(planned, filters)
     if workers < 0:
         raise UsageError(f"workers must be 0 (runs in this process) or more, got {workers}.")
+    if timeout is not None and not timeout > 0:
+        raise UsageError(f"timeout must be more than 0 seconds, got {timeout:g}: leave it out for no limit.")
+    if timeout is not None and engine is None and not workers:
+        raise UsageError(
+            f"timeout {timeout:g} needs a worker process, and workers is 0: nothing can end a run in this process. "
+            "Give workers 1 or more, or leave timeout out."
+        )
     _check_tables(store, planned)
     store.begin(study.text(store.folder), {run.id: run.title for run in planned})
     if retry_failed:
