@@ -640,6 +640,11 @@ def test_a_recipe_alone_is_compared_with_nothing(tmp_path):
     assert lead(folder) == "Nothing is compared: no other recipe has a seed in common with plain."
 
 
+def test_a_report_of_failed_runs_alone_says_so(tmp_path):
+    runs = [record(recipe, seed, error="RuntimeError: no") for recipe in ("plain", "rdrop") for seed in range(2)]
+    assert lead(write_bench(tmp_path / "b", runs)) == "Nothing is compared: all runs failed."
+
+
 def test_one_outlier_does_not_squash_a_forest():
     """Nine intervals within 5 points and one from 10 to 90: the axis keeps to the nine, and the page says so."""
     ends = np.array([[1.0, -1.0, 3.0]] * 9 + [[50.0, 10.0, 90.0]])

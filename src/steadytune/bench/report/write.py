@@ -126,7 +126,7 @@ def write_report(folder: str | Path, output: str | Path | None = None, metric: s
     bench = Bench(Path(folder), metric)
     title, sections = f"Bench report: {bench.name}", make_sections(bench)
     output = Path(folder if output is None else output)
-    lead = verdict(bench.gains, bench.overall, bench.domains, bench.baseline)
+    lead = _lead(bench)
     texts = {
         "report.html": html(title, sections, lead),
         "report.md": markdown(title, sections, lead),
@@ -140,6 +140,12 @@ def write_report(folder: str | Path, output: str | Path | None = None, metric: s
         for name, text in texts.items():
             write_whole(output / name, partial(_write, text))
     return output / "report.html"
+
+
+def _lead(bench: Bench) -> str:
+    if not (bench.scores["status"] == "done").any():
+        return "Nothing is compared: all runs failed."
+    return verdict(bench.gains, bench.overall, bench.domains, bench.baseline)
 
 
 def _csv(frame: pd.DataFrame) -> str:
