@@ -459,6 +459,13 @@ def test_what_was_asked_for_and_is_not_done_is_known_to_the_report(root, tmp_pat
     assert "to do" not in write_report(tmp_path).read_text()
 
 
+def test_runs_of_a_study_before_it_was_edited_are_not_to_do(root, tmp_path):
+    before, after = small(root, seeds=3), small(root, seeds=1, options={"steps": 2, "batch_size": 8, "lr": 1e-3})
+    run_study(before, tmp_path, data_root=root, workers=0, progress=False, filters=["recipe=plain", "seed=0"])
+    run_study(after, tmp_path, data_root=root, workers=0, progress=False)
+    assert "to do" not in write_report(tmp_path).read_text()
+
+
 def test_what_a_worker_could_not_record_is_recorded(root, tmp_path):
     class Dying:
         def map(self, tasks, begun):

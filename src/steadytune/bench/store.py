@@ -42,7 +42,9 @@ class Store:
         return self.record(id).is_file()
 
     def begin(self, study: str, runs: Mapping[str, str]) -> None:
-        """Make the folder, and write into it the study file and the list of all runs planned so far.
+        """Make the folder, and write into it the study file and the list of all runs that it has planned so far.
+
+        Invocations with one study add up. Those of a study that was edited since are no longer planned.
 
         Args:
             study: Text of the study file.
@@ -54,8 +56,11 @@ class Store:
         with writing(self.folder):
             for name in ("records", "predictions", "locks"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
-            write_whole(self.folder / STUDY, lambda part: part.write_text(study, encoding="utf-8"))
-            write_json(self.folder / PLANNED, {**planned(self.folder), **runs})
+            file = self.folder / STUDY
+            same = file.is_file() and file.read_text(encoding="utf-8", errors="replace") == study
+            before = planned(self.folder) if same else {}
+            write_whole(file, lambda part: part.write_text(study, encoding="utf-8"))
+            write_json(self.folder / PLANNED, {**before, **runs})
 
     @contextlib.contextmanager
     def claim(self, id: str) -> Iterator[bool]:
