@@ -392,6 +392,12 @@ def test_the_score_of_refit_is_that_of_the_rows_that_each_fold_left_out(tmp_path
     assert "cross-validation (selected on)" in (result.output / "README.md").read_text()
 
 
+def test_refit_without_steps_is_refused_for_what_was_asked(tmp_path, bert):
+    """It was refused for evaluations, for which nobody had asked."""
+    with pytest.raises(UsageError, match="steps 0 trains nothing: leave methods, procedure and refit out"):
+        fit(toy(40), model=bert, output=tmp_path / "o", refit=True, **{**QUICK, "steps": 0})
+
+
 @pytest.mark.parametrize("combine", ["soup", "ensemble"])
 def test_several_runs_of_refit_are_spread_on_test_sets_alone(tmp_path, bert, combine):
     """The rows of the cross-validation were scored by the folds, and by none of the runs."""

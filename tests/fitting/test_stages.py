@@ -195,6 +195,8 @@ def test_labels_in_the_column_of_the_fit_are_read_as_its_own_if_they_can_be(own,
         ({"aux": "missing.csv"}, "missing.csv"),
         ({"aux_steps": 3, "aux": None}, "aux_steps 3 is for auxiliary tables"),
         ({"aux": other(), "peft": "prompt"}, "the output of prompt holds adapters"),
+        ({"aux": other(), "head": "words"}, "aux moves the body that they read: leave one of them out"),
+        ({"aux": other(), "methods": ["head_init:how=words"]}, "aux moves the body that they read: leave one of"),
         ({"aux": other(), "methods": ["adapters"]}, "the output of adapters holds adapters"),
     ],
 )

@@ -42,6 +42,7 @@ logger = logging.getLogger("steadytune")
 Combine = Literal["best", "soup", "ensemble"]
 COMBINE = ("best", "soup", "ensemble")
 CROSS_VALIDATION = "cross-validation"  # name of the training rows as scored by the fold that left them out
+TRAINS_NOTHING = "steps 0 trains nothing: leave methods, procedure and refit out, or give more steps."
 REFIT_EVALUATIONS = 10  # number of evaluations of a fold, which are the candidates for the number of steps
 
 
@@ -171,6 +172,8 @@ def make_plan(
         )
     several = make_procedure(procedure)
     checked = Options.of(options) if several is None else several.options(Options.of(options))
+    if refit and checked.steps == 0:  # before refit asks for evaluations, of which there are none without steps
+        raise UsageError(TRAINS_NOTHING)
     if refit and not checked.evaluations:
         checked = dataclasses.replace(checked, evaluations=REFIT_EVALUATIONS)
     num_seeds = python_value("num_seeds", num_seeds, int)
@@ -237,6 +240,11 @@ def _stages(
         raise UsageError(
             f"the output of {kept.pop()} holds adapters for the model as it was published, and {what} changes that "
             "model: leave one of them out."
+        )
+    if options.head == "words" or any(getattr(method, "how", None) == "words" for method in plan.methods):
+        raise UsageError(
+            f"head words takes the output weights of the language model as it was published, and {what} moves the body "
+            "that they read: leave one of them out, or give head logistic."
         )
     if plan.refit and pretrain is not None:
         raise UsageError(
@@ -355,7 +363,7 @@ def _check_selection(plan: Plan) -> None:
     if plan.distil and (plan.combine != "ensemble" or plan.num_seeds < 2):
         raise UsageError("distil makes one model of an ensemble: give combine='ensemble' and num_seeds of 2 or more.")
     if not plan.steps and (plan.methods or plan.procedure or plan.refit):
-        raise UsageError("steps 0 trains nothing: leave methods, procedure and refit out, or give more steps.")
+        raise UsageError(TRAINS_NOTHING)
     if plan.refit and plan.procedure is not None:
         raise UsageError("refit cuts the rows for one kind of training, a procedure is several: leave one of them out.")
     if plan.refit and plan.select is not None:
