@@ -395,7 +395,7 @@ def test_the_score_of_refit_is_that_of_the_rows_that_each_fold_left_out(tmp_path
 def test_refit_without_steps_is_refused_for_what_was_asked(tmp_path, bert):
     """It was refused for evaluations, for which nobody had asked."""
     with pytest.raises(UsageError, match="steps 0 trains nothing: leave methods, procedure and refit out"):
-        fit(toy(40), model=bert, output=tmp_path / "o", refit=True, **{**QUICK, "steps": 0})
+        fit(toy(40), model=bert, output=tmp_path / "o", refit=True, head="logistic", **{**QUICK, "steps": 0})
 
 
 @pytest.mark.parametrize("combine", ["soup", "ensemble"])
