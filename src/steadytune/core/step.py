@@ -536,8 +536,9 @@ def outcomes(first: Tensor, second: Tensor, divergence: Divergence) -> Tensor:
     return divergence(*(torch.stack((logits, torch.zeros_like(logits)), -1) for logits in (first, second)))
 
 
+NUMBERS = "regression"  # `problem_type` of a model whose outputs are numbers
 PROBLEM_TYPES: dict[str | None, Callable[[Tensor, Tensor, Divergence], Tensor]] = {
-    "regression": squares,
+    NUMBERS: squares,
     "multi_label_classification": outcomes,
 }  # of a transformers config
 

@@ -65,6 +65,12 @@ def find_problem(rows: pd.DataFrame, table: Table) -> Problem:
     return Classification(_class_order(names, table, where))
 
 
+def kind_of_others(labels: pd.Series, kind: Kind) -> Kind:
+    """The kind that a fit was told, for another table if its labels can be of it; several labels a row are seen."""
+    fits = kind == "classification" or (kind == "regression" and bool(numbers_of(labels).notna().all()))
+    return kind if fits else "auto"
+
+
 def _check_numbers_as_text(labels: pd.Series, where: str) -> None:
     """Raise for labels the bulk of which are numbers that some cells spell otherwise, or for which some say nothing.
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..core.step import problem_type
+from ..core.step import NUMBERS, problem_type
 from ..errors import UsageError
 from .features import features, output_layer
 from .probe import Parts, Probe, logistic, logistic_each, ridge, ridge_classes
@@ -152,7 +152,7 @@ class Labelled:
                     f"a head of {outputs} outputs cannot begin as a probe on labels of shape {shape}: give one label a "
                     "row, or one for each output, or leave HeadInit out"
                 )
-        if outputs > 1 and () not in shapes and problem_type(model) == "regression":
+        if outputs > 1 and () not in shapes and problem_type(model) == NUMBERS:
             raise UsageError(
                 f"a head of {outputs} numbers a row cannot begin as a probe, which is of classes, of one number or of "
                 "several labels: leave HeadInit out"

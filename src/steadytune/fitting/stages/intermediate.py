@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from ...core.anatomy import anatomy
-from ...data.cells import numbers_of
-from ...data.tables import Kind, Table, keys
+from ...data.labels import kind_of_others
+from ...data.tables import Table, keys
 from ...errors import UsageError
 from ..options import Options
 from ..plan import Plan, make_plan, make_setup, open_model, runs
@@ -148,16 +148,10 @@ def _with_columns(table: Any, name: str, fit: Data) -> Table:
     cells = read.frame[labels[0]]
     separator = known.label_separator if known.label_separator and _holds(cells, known.label_separator) else None
     return dataclasses.replace(
-        read, text=text, label=known.label, label_separator=separator, kind=_kind_of(cells, known.kind)
+        read, text=text, label=known.label, label_separator=separator, kind=kind_of_others(cells, known.kind)
     )
 
 
 def _holds(cells: pd.Series, separator: str) -> bool:
     """Whether a separator of labels is in some cell; a table of another task may have one label a row."""
     return bool(cells.dropna().astype(str).str.contains(separator, regex=False).any())
-
-
-def _kind_of(cells: pd.Series, kind: Kind) -> Kind:
-    """The kind that the fit was told, where labels of another task can be of it; several labels a row are seen."""
-    fits = kind == "classification" or (kind == "regression" and bool(numbers_of(cells).notna().all()))
-    return kind if fits else "auto"

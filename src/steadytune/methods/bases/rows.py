@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...core import Run, Step
-from ...core.step import full, problem_type
+from ...core.step import NUMBERS, full, problem_type
 from ...errors import UsageError
 
 Column = str | Callable[[Mapping[str, Any]], Tensor]  # name of a column of the batch, or a function of the inputs
@@ -31,7 +31,7 @@ def row_losses(logits: Tensor, labels: Tensor, problem: str | None = None) -> Te
     logits = full(logits)
     if logits.dim() == 2:
         alone, each = logits.size(-1) == 1, labels.shape == logits.shape
-        numbers = problem == "regression" or (alone and problem != "multi_label_classification")
+        numbers = problem == NUMBERS or (alone and problem != "multi_label_classification")
         if (alone and labels.dim() == 1) or (each and numbers):
             return (logits - labels.view_as(logits)).square().mean(-1)
         if labels.dim() == 1 or (each and problem == "single_label_classification"):
