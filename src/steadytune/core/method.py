@@ -84,6 +84,7 @@ class Method:
     beside_adapters: ClassVar[bool] = False  # its state holds weights that PEFT's checkpoints lack
     scales_only: ClassVar[bool] = False  # `before_step` multiplies gradients by numbers, so that zeros stay zeros
     reads_unlabelled: ClassVar[bool] = False  # learns from texts without labels, which `fit` puts into `unlabelled`
+    hard_labels: ClassVar[bool] = False  # needs one class a row: `fit` refuses what trains on probabilities
     conflicts: ClassVar[tuple[str, ...]] = ()  # further things that it cannot be combined with, in words
     paper: ClassVar[Paper | None] = None  # paper that describes it; None for a method of your own
     acts_on_unread: ClassVar[Literal["never", "in scope", "always"]] = "always"  # see `Method.ignores_unread`

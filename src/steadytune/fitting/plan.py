@@ -280,7 +280,7 @@ def _check_unlabelled(plan: Plan) -> None:
 
 def _check_hard_labels(plan: Plan) -> None:
     """Methods that need one class a row go with nothing that trains on other labels, which a later training may do."""
-    needing = [type(m).__name__ for m in plan.methods if getattr(m, "hard_labels", False) and not _changes_nothing(m)]
+    needing = [type(m).__name__ for m in plan.methods if m.hard_labels and not _changes_nothing(m)]
     if not needing:
         return
     if not plan.data.problem.classes:

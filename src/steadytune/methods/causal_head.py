@@ -83,7 +83,7 @@ class CausalHead(AtBlock, BesideHead[LowLevel]):
     block: Annotated[int, Within("[0, inf)")] | None = None
 
     place: ClassVar = "low_level"
-    hard_labels: ClassVar = True  # `fit` refuses what trains on probabilities
+    hard_labels = True
     exclusive: ClassVar = "causal head"
     conflicts: ClassVar[tuple[str, ...]] = (
         *AtBlock.conflicts,

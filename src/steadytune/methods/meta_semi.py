@@ -68,7 +68,7 @@ class MetaSemi(Method):
 
     null: ClassVar = {"strength": 0.0}
     reads_unlabelled: ClassVar = True
-    hard_labels: ClassVar = True  # `fit` refuses what trains on probabilities
+    hard_labels = True
     full_precision = True
     acts_on_unread = "never"
     conflicts: ClassVar[tuple[str, ...]] = ("sharded weights (FSDP2)", "half precision", "labels of tokens")

@@ -32,9 +32,9 @@ class Pooling(Method):
     Many checkpoints hold a pooler that was never trained, sentence encoders among them. Fine-tuning then starts from a
     random projection of a token that pre-training never read out. The result loads with AutoModel as any other model;
     its config has one block more. The new weights have no pre-trained value: anchors leave them out, and no block
-    counts them. ModernBERT and EuroBERT pool by themselves, so that their config is set instead, and
-    their dense layer is bypassed only if it was never trained. The method looks at
-    the rows of the first step: `Run` must be given the training rows as ``data``, the Trainer gives them itself.
+    counts them. ModernBERT and EuroBERT pool by themselves, so that their config is set instead, and their dense layer
+    is bypassed only if it was never trained. The method looks at the rows of the first step: `Run` must be given the
+    training rows as ``data``, the Trainer gives them itself.
 
     Departures:
         The authors average the states and compare the vectors of two texts; here a classifier reads the average, after

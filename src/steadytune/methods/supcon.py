@@ -49,7 +49,7 @@ class SupCon(Method):
     temperature: Annotated[float, Within("(0, inf)")] = 0.3
 
     null: ClassVar = {"weight": 0.0}
-    hard_labels: ClassVar = True  # `fit` refuses what trains on probabilities
+    hard_labels = True
     conflicts: ClassVar[tuple[str, ...]] = ("labels that are not one class a row", "decoders", "torch.compile")
     acts_on_unread = "never"
     cost: ClassVar = Cost()
