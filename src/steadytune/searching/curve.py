@@ -18,7 +18,8 @@ from ..errors import UsageError
 from ..files.atomic import write_json, writing
 from ..fitting.options import python_value
 from .by_size import LearningCurve, check_sizes, learning_curve
-from .main import check_workers, keep_rows, make_task, own_table
+from .main import check_workers, make_task
+from .own_rows import keep_rows, own_table
 
 CURVE = "curve.json"
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from ..bench.forecast import measure
 from ..bench.own_tables import OwnTables
@@ -25,8 +24,6 @@ from ..bench.run import silent
 from ..bench.spec import chosen_options
 from ..bench.store import Store
 from ..bench.study import opened
-from ..data.cells import label_name
-from ..data.files import HUB, read_rows
 from ..data.guards import inspect, raise_errors
 from ..data.prepare import prepare
 from ..data.splits import usual_folds
@@ -41,6 +38,7 @@ from .budget import Budget
 from .by_size import learning_curve, smaller
 from .cells import Cells, Task
 from .hard_rows import HARD_ROWS, hard_rows
+from .own_rows import keep_rows, own_table
 from .progress import Progress
 from .race import Race, Rules, Stage
 from .recipe import Recipe, probes, refuse_own, stages
@@ -55,7 +53,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("steadytune")
 
 MORE = 200  # rows of which the learning curve says what they would bring
-FOUND, ROWS = "found.json", "rows.parquet"  # in the folder of the cells: the result of the race, rows without a file
+FOUND = "found.json"  # in the folder of the cells: the result of the race
 IN_UNITS = ("rmse", "mae")  # metrics in the unit of the labels
 
 
@@ -417,68 +415,6 @@ def _models(given: Any) -> dict[str, str]:
             "--model a=PATH --model b=PATH."
         )
     return named
-
-
-def column_names(text: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    """Text columns as a study has them."""
-    return None if text is None else (text,) if isinstance(text, str) else tuple(text)
-
-
-def label_names(label: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
-    """Label columns as a study has them."""
-    return label if label is None or isinstance(label, str) else tuple(label)
-
-
-def own_table(train: Any, scratch: Path, **given: Any) -> OwnTables:
-    """The table of a search: the file given, or a copy of what is read of rows that are in none.
-
-    Args:
-        train: As of `fit`.
-        scratch: Folder of the copy, until the search has been checked; see `keep_rows`.
-        **given: The columns as of `fit`, kind, metric and folds.
-
-    Raises:
-        UsageError: Rows that are in no file are not right.
-    """
-    given |= {"text": column_names(given["text"]), "label": label_names(given["label"])}
-    given["subgroup"] = column_names(given.get("subgroup"))
-    if _in_file(train):
-        return OwnTables("table", str(Path(train).absolute()), **given)
-    frame, _ = read_rows(train, "the train table")
-    columns = {name: given[name] for name in ("text", "label", "kind", "group", "label_separator", "subgroup")}
-    table = Table.of(frame, columns.pop("text"), columns.pop("label"), "train", **columns)
-    found = prepare(table, {}, validation_share=0.0).table
-    assert found is not None
-    text, label = given["text"], given["label"] = found.columns
-    used = {*text, *([label] if isinstance(label, str) else label), table.group, *table.subgroup}
-    kept = frame.loc[:, [column in used for column in frame.columns]].apply(_of_one_type)
-    kept.to_parquet(scratch / ROWS, index=False)
-    return OwnTables("table", str(scratch / ROWS), **given)
-
-
-def _of_one_type(column: pd.Series) -> pd.Series:
-    """The column, as text if it has cells of several types, which no file of columns holds."""
-    import pyarrow as pa
-
-    try:
-        pa.Array.from_pandas(column)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return column.map(label_name, na_action="ignore")
-    return column
-
-
-def _in_file(train: Any) -> bool:
-    return isinstance(train, (str, Path)) and not str(train).startswith(HUB)
-
-
-def keep_rows(task: Task, train: Any, folder: Path) -> Task:
-    """The task with rows that are in no file of the user's beside its records, where all trainings read them."""
-    if _in_file(train):
-        return task
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / ROWS, lambda part: shutil.copyfile(task.table.train, part))
-    return dataclasses.replace(task, table=dataclasses.replace(task.table, train=str((folder / ROWS).absolute())))
 
 
 # ---- the folder -------------------------------------------------------------------------------------------------
