@@ -83,7 +83,7 @@ class Study:
     def __post_init__(self) -> None:
         given = self.given
         self.output, self.work = Path(given.output), Path(given.work)
-        self.options = {"lr": given.lr, "steps": given.steps, "max_length": given.max_length}
+        self.options = {"lr": given.lr, "steps": given.steps, "max_length": given.max_length, "bf16": given.bf16}
         settings = {"model": Path(given.model).name, "budget": given.budget, "dev_rows": given.dev_rows, **self.options}
         place = self.output / "settings.json"
         if place.is_file() and (before := json.loads(place.read_text(encoding="utf-8"))) != settings:
@@ -283,6 +283,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--max-length", type=int, default=64)
+    parser.add_argument("--bf16", action="store_true", help="half of the time on processors that multiply in bfloat16")
     parser.add_argument("--dev-rows", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--work", default="runs/search-real", help="folder of unfinished units")

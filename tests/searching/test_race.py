@@ -122,6 +122,30 @@ def test_the_budget_is_never_exceeded_and_a_small_one_claims_nothing(budget):
     assert bool(end.untried) == (budget < 115)
 
 
+@pytest.mark.parametrize("budget", [30, 50, 65, 115, 200])
+def test_trainings_are_kept_for_judging_costly_arms_too(budget):
+    """Naive: keeping three trainings of plain a fold leaves none for two arms that train three models each."""
+
+    class Soups(Table):
+        def cost(self, recipe):
+            return 5.0 * 3 ** len(recipe[:1])
+
+        def do(self, wanted):
+            for recipe, repeat in wanted:
+                if not self.has(recipe, repeat) and self.left >= self.cost(recipe):
+                    self.left -= self.cost(recipe)
+                    self.drawn[recipe, repeat] = self.train(recipe, repeat)
+
+    arms = [("heads 1",), ("heads 2",)]
+    trials = Soups(World(300, 0.5), np.random.default_rng(0), budget)
+    trials.gains |= {"heads 1": 0.08, "heads 2": 0.08}
+    end = race(trials, stages=[Stage("heads", lambda chosen: arms)])
+    tried = {s.arm for s in end.standings}
+    assert {*end.untried} == {*arms} - tried
+    assert bool(end.fresh) == bool(tried)
+    assert bool(tried) == (budget >= 50)
+
+
 def test_what_judges_did_not_choose():
     """Repeats 0 and 1 choose, repeats 2 and 3 judge."""
     trials = table(World(300, 0.5, planted=0.08))

@@ -12,7 +12,7 @@ which is slightly pessimistic, because each path chooses by half of the rows.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -200,7 +200,7 @@ class Race:
     tried: dict[Arm, None] = field(init=False, default_factory=dict)
     untried: dict[Arm, None] = field(init=False, default_factory=dict)
     stage: str = field(init=False, default="plain")
-    _reserve: float = field(init=False, default=0.0)
+    _judgings: int = field(init=False, default=0)
 
     def run(self) -> Outcome:
         """Run all stages, and judge what they have chosen."""
@@ -211,7 +211,7 @@ class Race:
             why = self.trials.trouble(self.plain) or "the budget ended before its first cross-validation was done"
             raise UsageError(f"there is nothing to compare with, because plain fine-tuning has no scores: {why}.")
         self.trials.do([(arm, 0) for arm in self.frozen])
-        self._reserve = self._reserved(total)
+        self._judgings = min(self.rules.fresh, int(total / (2 * 3 * self.trials.cost(self.plain))))
         for stage in self.stages:
             self._run(stage)
         self._compare_with_frozen()
@@ -250,19 +250,30 @@ class Race:
         return [arm for arm in dict.fromkeys(itertools.chain.from_iterable(pairs)) if arm is not None]
 
     def _affordable(self, alive: Mapping[str, Sequence[Arm]], rung: int) -> dict[str, list[Arm]]:
-        """The arms that the budget allows: the first ones of a stage; later all or none."""
-        base = {*self.chosen.values(), self.plain}
-        left = self.trials.left - self._reserve - sum(self._missing(arm, rung) for arm in base)
-        arms = self._together(alive)
-        fit = [arm for arm, total in zip(arms, self._totals(arms, rung), strict=True) if total <= left]
+        """The arms that the budget allows beside judging: of a stage the first that fit; later all or none."""
+        left = self.trials.left - sum(self._missing(arm, rung) for arm in {*self.chosen.values(), self.plain})
+        arms, fit = self._together(alive), list[Arm]()
+        for arm in arms:
+            several = [*fit, arm]
+            if sum(self._missing(each, rung) for each in several) <= left - self._kept_for_judging(several):
+                fit = several
         if rung and len(fit) < len(arms):
             fit = []
         if not rung:
             self.untried |= dict.fromkeys(arm for arm in arms if arm not in fit)
         return {path: [arm for arm in alive[path] if arm in fit] for path in PATHS}
 
-    def _totals(self, arms: Sequence[Arm], repeat: int) -> Iterable[float]:
-        return itertools.accumulate(self._missing(arm, repeat) for arm in arms)
+    def _kept_for_judging(self, arms: Sequence[Arm]) -> float:
+        """Budget for judging plain and two recipes, where each of these arms may be chosen.
+
+        It is for as many repeats of recipes that cost as much as plain as leave half of the budget for choosing, and
+        for at least one repeat of the most costly: without a repeat that judges, no gain may be called shown.
+        """
+        if not self._judgings:
+            return 0.0
+        plain = self.trials.cost(self.plain)
+        dear = sorted(self.trials.cost(arm) for arm in {*self.chosen.values(), *arms})[-2:]
+        return max(self._judgings * 3 * plain, plain + sum(dear))
 
     def _missing(self, arm: Arm, repeat: int) -> float:
         return 0.0 if self.trials.has(arm, repeat) else self.trials.cost(arm)
@@ -401,8 +412,3 @@ class Race:
 
     def _apart(self, path: str, arm: Arm, other: Arm, repeats: Sequence[int]) -> float:
         return 0.0 if arm == other else self._gain(path, arm, other, repeats).error
-
-    def _reserved(self, total: float) -> float:
-        """Budget kept for judging: plain and two recipes, as many repeats as leave half of the budget for choosing."""
-        repeat = 3 * self.trials.cost(self.plain)
-        return repeat * min(self.rules.fresh, int(total / (2 * repeat)))
