@@ -229,7 +229,7 @@ def test_a_dry_run_lists_arms_and_writes_nothing(home):
         ({"model": ["bert", "bert"]}, "--model a=PATH --model b=PATH"),
         ({"model": "gone"}, "gone"),
         ({"resume": True}, "--resume: no search in"),
-        ({"budget": "1runs"}, "plain fine-tuning has no scores: the budget ended"),
+        ({"budget": "2runs"}, "budget must be 3 or more trainings, got 2"),
         ({"seed": 1.5}, "seed must be a whole number"),
     ],
 )

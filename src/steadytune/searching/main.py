@@ -208,6 +208,7 @@ def search(
         table = own_table(train, Path(scratch), text=text, label=label, metric=metric, label_separator=label_separator,
                           group=group, subgroup=subgroup, kind=kind, folds=folds)  # fmt: skip
         task = with_texts(make_task(table, _models(model), seed, options), unlabelled, unlabelled_size)
+        _check_budget(limit, task)
         tried = _stages(arms, task)
         _check_tests(table, tests)
         asked |= {"models": dict(task.models), "rows": table.files()["train"], **_read_as(task)}
@@ -241,8 +242,8 @@ def search(
                 write_json(cells_at / FOUND, found)
         elif "search" in _record(place) and (place / PAGE).is_file() and not overwrite:
             raise UsageError(f"--resume: the search in {place} is finished. Give a larger budget, or --overwrite.")
-        logger.info("%s", found["verdict"])
         ship = recorded_recipe(found["ship"])
+        logger.info("the search is over: now %s is fitted on all %d rows", ship, len(task.data.train))
         started = again and _record(place).get("status") == "training"
         fitted = fit(
             train, model=ship.model, text=text, label=label, label_separator=label_separator, group=group,
@@ -284,6 +285,7 @@ def plan_search(
         table = own_table(train, Path(scratch), text=text, label=label, metric=metric, label_separator=label_separator,
                           group=group, subgroup=subgroup, kind=kind, folds=folds)  # fmt: skip
         task = with_texts(make_task(table, _models(model), seed, options), unlabelled, unlabelled_size)
+        _check_budget(limit, task)
         plain = Recipe(next(iter(task.models)))
         tried = {stage.name: [str(arm) for arm in stage.arms(plain)] for stage in _stages(arms, task)}
         with silent():
@@ -362,6 +364,19 @@ def rules_of(task: Task) -> Rules:
     if task.metric.name not in IN_UNITS:
         return Rules()
     return Rules(least=0.02 * float(np.std(task.data.train["label"].astype(float))))
+
+
+def _check_budget(budget: Budget, task: Task) -> None:
+    """Refuse a number of trainings with which plain fine-tuning has no scores.
+
+    Raises:
+        UsageError: It is below a cross-validation and the last fit.
+    """
+    if budget.unit == "runs" and budget.amount < task.k + 1:
+        raise UsageError(
+            f"budget must be {task.k + 1} or more trainings, got {budget.amount:.0f}: one for each of the {task.k} folds "
+            "of plain fine-tuning, and the last fit."
+        )
 
 
 def _check_tests(table: OwnTables, tests: Mapping[str, Any] | None) -> None:

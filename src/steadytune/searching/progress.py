@@ -48,10 +48,10 @@ class Progress:
         line = self.line()
         self.bar.update(
             self.row, completed=self.cells.trainings if by_runs else self.cells.spent,
-            description=f"{line}; {run.spec['recipe']} ...",
+            description=f"{line}; now {run.spec['recipe']}",
         )  # fmt: skip
         if ended and self.shown and not self.terminal:
-            logger.info("%s: %s", run.title, line)
+            logger.info("%s has ended; %s", run.spec["recipe"], line)
 
     def line(self) -> str:
         """Stage, trainings, what is left, and the best arm of the stage."""
@@ -62,5 +62,6 @@ class Progress:
         if alive:
             times, unit = scale(cells.task.metric.name)
             best = max(alive, key=lambda s: s.belief.mean)
-            text += f", best so far {best.arm} {times * best.belief.mean:+.1f}{unit} of {len({s.arm for s in alive})}"
+            gain = f"{times * best.belief.mean:+.1f}{unit}"
+            text += f"; best of {len({s.arm for s in alive})} so far: {best.arm}, {gain}"
         return text
