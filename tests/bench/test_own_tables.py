@@ -197,6 +197,20 @@ def test_the_study_in_the_folder_of_its_records_reads_the_same_files(folder):
     assert str(folder) not in Path("deep/er/out/study.yaml").read_text()
 
 
+def test_tables_and_texts_of_recipes_lie_beside_the_study_file_and_words_are_no_files(folder):
+    recipes = {
+        "aux": {"aux": ["later.csv"], "aux_steps": 2},
+        "texts": {"unlabelled": ["far.csv", "rest"], "procedure": "self-training"},
+    }
+    found = study(TESTED, seeds=1, train_sizes=[16], recipes=recipes)
+    first, second = found.runs()
+    tables = folder / "tables"
+    assert (first.aux, second.unlabelled) == ((str(tables / "later.csv"),), (str(tables / "far.csv"), "rest"))
+    run_study(found, "deep/out", workers=0, progress=False, filters=["recipe=aux"])
+    assert [run.id for run in Study.read("deep/out/study.yaml").runs()] == [first.id, second.id]
+    assert str(folder) not in Path("deep/out/study.yaml").read_text()
+
+
 def test_a_run_is_named_by_the_contents_and_columns_of_its_tables_and_not_by_their_place(folder):
     (before,) = (run.id for run in study(TESTED, seeds=1).runs())
     Path("tables").rename("elsewhere")

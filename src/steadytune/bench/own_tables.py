@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..data.guards import inspect, raise_errors
 from ..data.prepare import Data, prepare
 from ..data.splits import folds, usual_folds
 from ..data.tables import Kind, Table
-from .places import expanded, fingerprint_files
+from .places import expanded, fingerprint_files, placed, seen_from
 
 FOLD = "fold"  # column that tells which rows of a table a run trains on and which it is tested on
 HELD_OUT = "test"  # name of the held-out fold as a test set
@@ -78,15 +77,11 @@ class OwnTables:
 
     def at(self, folder: Path) -> OwnTables:
         """The same files, with relative paths taken from a folder."""
-
-        def absolute(file: str) -> str:
-            return file if file.startswith("$") else os.path.abspath(folder / file)
-
-        return self.moved(absolute)
+        return self.moved(lambda file: placed(file, folder))
 
     def seen_from(self, folder: Path) -> OwnTables:
         """The same files, with paths relative to a folder."""
-        return self.moved(lambda file: file if file.startswith("$") else os.path.relpath(file, folder))
+        return self.moved(lambda file: seen_from(file, folder))
 
     def moved(self, move: Callable[[str], str]) -> OwnTables:
         """The same files, each with another path."""

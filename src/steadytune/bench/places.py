@@ -27,6 +27,16 @@ def expanded(path: str | Path) -> str:
     return str(filled)
 
 
+def placed(file: str, folder: Path) -> str:
+    """A path in which a relative one is taken from a folder; one that begins with ``$NAME`` stays."""
+    return file if file.startswith("$") else os.path.abspath(folder / file)
+
+
+def seen_from(file: str, folder: Path) -> str:
+    """A path relative to a folder; one that begins with ``$NAME`` stays."""
+    return file if file.startswith("$") else os.path.relpath(file, folder)
+
+
 def fingerprint_files(files: Iterable[Path], remedy: str = "check its path in the study") -> str:
     """Hash of the contents, 16 hexadecimal digits.
 

@@ -13,7 +13,7 @@ import fnmatch
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -35,7 +35,7 @@ from ..fitting.spelling import (
 from ..heads.sentence_folder import sentence_folder
 from ..tasks import TASKS, find, layout, seen_by
 from .own_tables import HELD_OUT, OwnTables
-from .places import expanded, fingerprint_files, fingerprint_model
+from .places import expanded, fingerprint_files, fingerprint_model, placed, seen_from
 from .short_forms import spelled, spread
 
 FORMAT = 1
@@ -125,7 +125,7 @@ class Study:
 
         Args:
             file: YAML file, or name of a preset. ``preset: NAME`` in a file gives the settings that the file lacks.
-                Paths of own tables are relative to the file.
+                Paths of own tables, and of `aux` and `unlabelled` of recipes, are relative to the file.
             **changes: Settings that override the file's; None keeps the file's.
 
         Raises:
@@ -165,7 +165,9 @@ class Study:
             return ": ".join(filter(None, [document.where(names), ".".join(names)]))
 
         study = checked(cls, plain, where)
-        study = dataclasses.replace(study, tables=tuple(table.at(Path(document.file).parent) for table in study.tables))
+        folder = Path(document.file).parent
+        recipes = {name: _moved(recipe, lambda file: placed(file, folder)) for name, recipe in study.recipes.items()}
+        study = dataclasses.replace(study, recipes=recipes, tables=tuple(table.at(folder) for table in study.tables))
         study._check(document)
         return study
 
@@ -174,6 +176,10 @@ class Study:
         import yaml
 
         plain = json.loads(json.dumps(dataclasses.asdict(self)))
+        place = Path(folder)
+        plain["recipes"] = {
+            name: _moved(recipe, lambda file: seen_from(file, place)) for name, recipe in plain["recipes"].items()
+        }
         plain["models"] = {model.pop("name"): model for model in plain["models"]}
         del plain["tables"]
         if self.tables:
@@ -405,6 +411,18 @@ class _Task:
     metric: str
     numbers: bool
     own: OwnTables | None = None
+
+
+def _moved(recipe: Mapping[str, Any], move: Callable[[str], str]) -> dict[str, Any]:
+    """A recipe with other paths of its files. What is no path stays: words, and entries that the check refuses."""
+
+    def moved(key: str, given: Any) -> Any:
+        words = (BLANK, REST, "") if key == "unlabelled" else ("",)
+        if key not in ("aux", "unlabelled") or not isinstance(given, list | tuple):
+            return given
+        return [move(file) if isinstance(file, str) and file not in words else file for file in given]
+
+    return {key: moved(key, given) for key, given in recipe.items()}
 
 
 def _check_entry(where: str, key: str, given: Any) -> None:

@@ -374,8 +374,8 @@ def _check_budget(budget: Budget, task: Task) -> None:
     """
     if budget.unit == "runs" and budget.amount < task.k + 1:
         raise UsageError(
-            f"budget must be {task.k + 1} or more trainings, got {budget.amount:.0f}: one for each of the {task.k} folds "
-            "of plain fine-tuning, and the last fit."
+            f"budget must be {task.k + 1} or more trainings, got {budget.amount:.0f}: one for each of the {task.k} "
+            "folds of plain fine-tuning, and the last fit."
         )
 
 
