@@ -149,7 +149,7 @@ def test_a_dense_layer_that_pooling_leaves_as_drawn_is_recorded(tmp_path):
         ({"pooling": "average"}, ["pooling must be one of auto, model, mean, cls", "'average'"]),
         ({"head": "logistics"}, ["head must be one of", "logistic"]),
         ({"pooling": "mean", "peft": "lora"}, ["pooling mean", "adapters", "pooling='model'"]),
-        ({"steps": 0}, ["steps 0", "head='logistic'"]),
+        ({"steps": 0}, ["steps 0", "the head 'logistic'"]),
         ({"steps": 0, "head": "ridge", "methods": ["ema"]}, ["steps 0", "methods"]),
         ({"steps": 0, "head": "ridge", "class_weights": "balanced"}, ["class_weights", "steps 0"]),
         ({"pooling": "mean", "methods": ["pooling"]}, ["pooling='mean'", "leave one out"]),

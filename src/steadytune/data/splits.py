@@ -38,7 +38,8 @@ def subset(rows: pd.DataFrame, problem: Problem, size: int, seed: int) -> pd.Dat
     counts = np.bincount(groups)
     least = int((counts > 0).sum())
     if not least <= size <= len(rows):
-        raise UsageError(f"train size must lie between {least} (one row a class) and {len(rows)} (all), got {size}.")
+        fewest = "one row a class" if problem.names else "one row of each stratum of the numbers"
+        raise UsageError(f"train size must lie between {least} ({fewest}) and {len(rows)} (all), got {size}.")
     return rows.iloc[draw(groups, allot(counts, size, 1, counts), seed)]
 
 

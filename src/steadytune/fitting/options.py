@@ -174,8 +174,8 @@ class Options:
             raise UsageError(f"patience ({self.patience}) counts evaluations: set evaluations, for example to 10.")
         if self.steps == 0 and (self.head == "random" or self.evaluations):
             raise UsageError(
-                "steps 0 trains nothing but the head, and evaluates nothing before the end: give head='logistic' and "
-                "no evaluations, or more steps."
+                "steps 0 trains nothing but the head, and evaluates nothing before the end: give the head 'logistic' "
+                "and no evaluations, or more steps."
             )
         if self.steps == 0 and self.in_steps:
             raise UsageError(

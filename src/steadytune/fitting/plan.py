@@ -226,6 +226,7 @@ def _stages(
     aux: Any, steps: int | None, meta: str | MetaLearner | None, pretrain: str | Pretraining | None, plan: Plan
 ) -> tuple[Stage, ...]:
     """The trainings that come first: on texts alone, then on other tables."""
+    aux = None if isinstance(aux, (list, tuple, Mapping)) and not aux else aux
     if aux is None and (steps is not None or meta is not None):
         given = f"aux_steps {steps}" if steps is not None else f"meta {meta}"
         raise UsageError(f"{given} is for auxiliary tables, and there is none: give aux, or leave it out.")

@@ -82,7 +82,7 @@ def _language_model(name: str) -> Any:
             from error  # fmt: skip
     raise ValueError(
         f"the head cannot begin as words: {name!r} has no language-model head. Give the checkpoint of a language "
-        "model, or head='logistic'"
+        "model, or the head 'logistic'"
     )
 
 
@@ -122,5 +122,5 @@ def _check(model: Any, language: Any, tokens: Sequence[int], head: Probe) -> Non
             return
     raise ValueError(
         f"the head of a {type(model).__name__} cannot begin as words: between its blocks and its last layer it has "
-        f"other layers than a {type(language).__name__}, or it pools over tokens. Give head='logistic'"
+        f"other layers than a {type(language).__name__}, or it pools over tokens. Give the head 'logistic'"
     )
