@@ -330,6 +330,8 @@ def test_the_cost_is_said_before_training(bert, tmp_path, caplog):
     estimate = dry_run(toy(40), text="text", label="label", model=bert, output=tmp_path / "o", **given)
     words = "2 rounds, with 10 passes over 30 texts before each: at most 11.3 times the passes"  # (18 + 600/12) / 6
     assert words in str(estimate)
+    with pytest.raises(UsageError, match="the model has none"):
+        dry_run(toy(40), text="text", label="label", model=bert, output=tmp_path / "o", dropout=0.0, **given)
     with caplog.at_level(logging.INFO, logger="steadytune"):
         run(tmp_path / "o", bert, procedure=f"{LOOSE},rounds=1,draws=2")
     assert "self-training: 1 round, with 2 passes over 30 texts" in caplog.text

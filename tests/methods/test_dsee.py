@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification
 
 from fit_helpers import same, save_tiny_bert, toy, weights
 from helpers import batches, bert, copied
-from steadytune import EMA, LAWA, SWA, Run, fit, inference_cost
+from steadytune import EMA, LAWA, SWA, Run, dry_run, fit, inference_cost
 from steadytune.errors import UsageError
 from steadytune.fitting import main as fitting_main
 from steadytune.methods.dsee import DSEE, largest, residual
@@ -109,6 +109,12 @@ def test_a_few_entries_beside_low_rank_change_what_is_learnt_by_less_than_the_ra
         first = start(**batches(1)[0]).logits
     without, beside = logits(entries=0), logits(entries=4, support="random")
     assert (beside - without).norm() < 0.25 * (without - first).norm()
+
+
+def test_a_dry_run_measures_one_training(tmp_path, folder):
+    found = [dry_run(toy(48), model=folder, output=tmp_path / "o", procedure=name, **QUICK) for name in ("dsee", None)]
+    assert found[0].steps == found[1].steps
+    assert found[0].trainings == 1
 
 
 def test_what_cannot_be_is_refused(tmp_path, folder):

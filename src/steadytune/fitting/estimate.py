@@ -75,6 +75,8 @@ def estimate(make_setup: Callable[[Path], Setup], jobs: Sequence[Job], plan: Pla
     """
     with tempfile.TemporaryDirectory() as folder:
         setup = make_setup(Path(folder))
+        if plan.procedure is not None:
+            plan.procedure.first(setup, jobs[0])  # refuses what the procedure cannot train
         quiet = dataclasses.replace(
             setup,
             save_steps=0,

@@ -52,6 +52,9 @@ class DSEERecipe(Procedure):
             return None
         return f"dsee trains PEFT's lora, and peft is {options.peft!r}: leave one of them out."
 
+    def passes(self, options: Options, rows: int) -> float:
+        return 1.0
+
     def first(self, setup: Setup, job: Job) -> Setup:
         method = DSEE(self.entries, self.support, self.share, self.start)
         return dataclasses.replace(setup, methods=[method, *setup.methods])
