@@ -159,6 +159,8 @@ NO_LEVI = {"levi": "finds no (pre-trained )?trainable weight"}  # of the body, a
 NO_MATRICES = "MaskTraining finds no pre-trained trainable matrix"
 FREEZING = {"mask_training": "which a later method froze"}
 BEFORE_SAM = {"meta_semi": "replaces the gradient, and with it what MetaSemi adds"}
+TAKEN = "take 1 of it together, these take more"
+NOTHING_LEFT = "of which (CausalHead|MetaWeightNet) leaves nothing"
 DRAWN = "ReInit draws 'bert.*frozen"
 SINGLE: dict[str, Row] = {
     "pooling": Row([Pooling()], plain=False, draws=False, tokens=False, refused={"levi": "cannot be bypassed"}),
@@ -201,16 +203,42 @@ SINGLE: dict[str, Row] = {
     "awp": Row([AWP(gamma=0.1)], draws=False, refused=BEFORE_SAM),
     "neftune": Row([NEFTune()], trainer=True),
     "tmix": Row([TMix()], partners=True, tokens=False),
-    "supcon": Row([SupCon(weight=0.5)], draws=False, partners=True, trainer=True, tokens=False),
+    "supcon": Row(
+        [SupCon(weight=0.5)],
+        draws=False,
+        partners=True,
+        trainer=True,
+        tokens=False,
+        refused=dict.fromkeys(("causal_head", "meta_weight_net"), TAKEN),
+    ),
     "layer_drop": Row([LayerDrop(p=0.5)], draws=False, trainer=True),
     "vibert": Row([VIBERT(beta=0.1)], plain=False, draws=False, trainer=True, tokens=False),
     "easy_adapt": Row([EasyAdapt(2, domain=by_first_token, drop=0.0)], plain=False, draws=False, tokens=False),
-    "group_weights": Row([GroupWeights(column=by_first_token, **SOON)], draws=False, trainer=True, tokens=False),
+    "group_weights": Row(
+        [GroupWeights(column=by_first_token, **SOON)],
+        draws=False,
+        trainer=True,
+        tokens=False,
+        refused=dict.fromkeys(("causal_head", "meta_weight_net"), NOTHING_LEFT),
+    ),
     "group_weights_floor": Row([GroupWeights("floor", by_first_token, share=0.99, **SOON)], draws=False, tokens=False),
-    "causal_head": Row([CausalHead(mu=0.5)], plain=False, partners=True, trainer=True, tokens=False),
+    "causal_head": Row(
+        [CausalHead(mu=0.5)],
+        plain=False,
+        partners=True,
+        trainer=True,
+        tokens=False,
+        refused={"group_weights": NOTHING_LEFT, **dict.fromkeys(("supcon", "causal_head", "meta_weight_net"), TAKEN)},
+    ),
     "weight_mixup": Row([WeightMixup(outer=outer_batches, lr=0.05)], trainer=True, refused=NO_BODY),
     "weight_mixup_difference": Row([WeightMixup(outer=outer_batches, lr=0.05, order="difference", convex=False)]),
-    "meta_weight_net": Row([MetaWeightNet(outer=outer_batches, lr=0.05)], plain=False, trainer=True, tokens=False),
+    "meta_weight_net": Row(
+        [MetaWeightNet(outer=outer_batches, lr=0.05)],
+        plain=False,
+        trainer=True,
+        tokens=False,
+        refused={"group_weights": NOTHING_LEFT, **dict.fromkeys(("supcon", "causal_head", "meta_weight_net"), TAKEN)},
+    ),
     "meta_semi": Row([MetaSemi(unlabelled=outer_batches)], trainer=True, tokens=False),
     "implicit_tune": Row([ImplicitTune(outer=outer_batches, start=0.5)], refused=NO_LEVI),
     "implicit_tune_neumann": Row([ImplicitTune(outer=outer_batches, toward="zero", per="block", start=0.5, terms=3)]),

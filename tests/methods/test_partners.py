@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import assert_same, batches, bert, copied, hash_dropout, llama, train
-from steadytune import LayerDrop, Run, SupCon, TMix
+from steadytune import CausalHead, GroupWeights, LayerDrop, MetaWeightNet, Run, SupCon, TMix
 from steadytune.errors import UsageError
 from steadytune.functional import supervised_contrastive
 
@@ -133,6 +133,30 @@ def test_the_loss_is_a_mixture_on_what_the_last_layer_reads():
     assert contrast.item() > 0
     expected = 0.3 * model(**inputs).loss + 0.7 * contrast
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_losses_in_the_place_of_the_tasks_take_no_more_than_there_is():
+    """Naive: each is added with its weight, which leaves the task's loss a share below zero, and training raises it."""
+    outer = {"outer": lambda: batches(1)}
+    for second in (CausalHead(), MetaWeightNet(**outer), SupCon(weight=0.2)):
+        for recipe in ([SupCon(), second], [second, SupCon()]):
+            with pytest.raises(UsageError, match=r"these take more \(.*SupCon 0.9.*leave one of them out, or lower"):
+                run_of(bert(), *recipe)
+    assert run_of(bert(), SupCon(weight=0.9), SupCon(weight=0.1)).loss_left == 0
+    assert run_of(bert(), SupCon(weight=0.0), CausalHead()).loss_left == 0
+
+
+def test_weighted_rows_count_as_much_as_what_contrast_leaves_of_the_task():
+    """Naive: a row of weight 0.2 enters a contrast of 0.9 with 0.1 - 0.8 times its loss, which training raises."""
+    inputs, model = batches(1)[0], steady()
+    data = [{**inputs, "subgroup": torch.tensor([0, 0, 1, 1])}]
+    contrast = run_of(steady(), SupCon(weight=0.9)).loss(inputs)
+    run = Run(model, [SupCon(weight=0.9), GroupWeights(least=1)], total_steps=8, data=lambda: data)
+    run.attach(torch.optim.SGD(model.parameters(), 0.1))
+    run[GroupWeights].weights = torch.tensor([1.8, 0.2], dtype=torch.float64)
+    rows = torch.nn.functional.cross_entropy(model(**inputs).logits, inputs["labels"], reduction="none")
+    added = (torch.tensor([0.8, 0.8, -0.8, -0.8]) * rows).mean()
+    assert run.loss(data[0]).item() == pytest.approx((contrast + 0.1 * added).item(), abs=1e-8)
 
 
 def test_contrast_needs_one_class_and_one_vector_a_row():

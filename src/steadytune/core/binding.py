@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from . import randomness, shards
 from .anatomy import Part, anatomy
-from .checks import check_model, check_order, check_structure
+from .checks import check_model, check_order, check_structure, loss_left
 from .method import M, Method, Scope, Weight, select
 from .views import References, Views
 
@@ -37,6 +37,7 @@ class Binding:
             if not isinstance(method, Method):
                 raise TypeError(f"methods must hold steadytune methods, got {method!r}: pass instances, as DPSDense()")
         check_order(methods)
+        self.loss_left = loss_left(methods)  # share of the task's loss that no method replaces
         self.wrapper = model
         self.model = shards.unwrap(model)
         self.methods: list[Method] = [copy.deepcopy(m) for m in methods]

@@ -90,6 +90,23 @@ def check_order(methods: Sequence[Any]) -> None:
             )
 
 
+def loss_left(methods: Sequence[Method]) -> float:
+    """Share of the task's loss that is left beside the losses that methods put in its place.
+
+    Raises:
+        UsageError: They take more than there is, so that the task's loss would be raised.
+    """
+    taking = [m for m in methods if m.loss_taken]
+    left = 1 - sum(m.loss_taken for m in taking)
+    if left < -1e-9:
+        shares = ", ".join(f"{type(m).__name__} {m.loss_taken:g}" for m in taking)
+        raise UsageError(
+            f"methods that put another loss in the place of the task's can take 1 of it together, these take more "
+            f"({shares}), so that training would raise it: leave one of them out, or lower their shares"
+        )
+    return max(0.0, left)
+
+
 def check_structure(methods: Sequence[Method], wrapped: bool) -> None:
     """Raise for a method that changes a wrapped model, because the wrapper has already read the weights."""
     changing = [type(m).__name__ for m in methods if m.structure]

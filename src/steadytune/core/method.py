@@ -112,6 +112,11 @@ class Method:
         return False
 
     @property
+    def loss_taken(self) -> float:
+        """Share of the task's loss that its penalty takes away, to put another loss in its place."""
+        return 0.0
+
+    @property
     def input_columns(self) -> tuple[str, ...]:
         """Columns of a batch that the method reads and the model does not get."""
         return ()

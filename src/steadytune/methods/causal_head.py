@@ -27,7 +27,7 @@ from ..errors import UsageError
 from .bases.at_block import AtBlock
 from .bases.beside_head import Beside, BesideHead
 from .bases.head_input import HeadInput
-from .bases.rows import labels_of
+from .bases.rows import REPLACED, labels_of
 
 RATE = 0.01  # smallest share of the newest step in the mean of the low-level features
 
@@ -84,6 +84,7 @@ class CausalHead(AtBlock, BesideHead[LowLevel]):
 
     place: ClassVar = "low_level"
     hard_labels = True
+    loss_taken = 1.0
     exclusive: ClassVar = "causal head"
     conflicts: ClassVar[tuple[str, ...]] = (
         *AtBlock.conflicts,
@@ -91,6 +92,7 @@ class CausalHead(AtBlock, BesideHead[LowLevel]):
         "decoders",
         "torch.compile",
         "sharded weights (FSDP2)",
+        REPLACED,
     )
     acts_on_unread = "always"  # the copy of the pre-trained model is whole
     cost: ClassVar = Cost(passes=4 / 3, held={"": 4})

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..core import Method, Run, Step, Weight, Within
 from ..core.facts import Cost, Paper
+from ..errors import UsageError
 from .bases.rows import Column, losses_of, numbers_of, row_counts
 
 HALVINGS = 100  # number of bisection steps, enough for float64
@@ -55,7 +56,8 @@ class GroupWeights(Method):
     A running mean is over the losses of rows as they are trained on, in training mode. If the model can fit every row,
     all training losses reach 0 and ``"dro"`` does nothing in the end (Sagawa et al., arXiv 1911.08731): use it with few
     epochs or strong regularisation. Rows of unknown subgroups have weight 1. Class weights and label smoothing act on
-    the task loss, not on the added term.
+    the task loss, not on the added term. Beside a method that puts another loss in the place of a share of the task's
+    (`SupCon`, a teacher), the added term counts as much as what is left of that.
 
     Departures:
         Weights of the loss instead of shares of a sampler, so that every row is still seen once an epoch. DRPruning
@@ -67,6 +69,7 @@ class GroupWeights(Method):
     Raises:
         ValueError: In setup, without data to count the rows, for fewer than two subgroups of ``least`` rows, or a
             reference of another length; at the first batch, for labels of tokens.
+        UsageError: In setup, if nothing is left of the task's loss (`CausalHead`).
         RuntimeError: At the first step, for a batch without the column.
     """
 
@@ -85,7 +88,7 @@ class GroupWeights(Method):
     null: ClassVar = {"policy": "dro", "rho": 0.0}
     needs_steps = True
     exclusive: ClassVar = "weighting of rows"
-    conflicts: ClassVar[tuple[str, ...]] = ("labels of tokens",)
+    conflicts: ClassVar[tuple[str, ...]] = ("labels of tokens", "methods that replace the task's loss (`causal_head`)")
     acts_on_unread = "never"
     cost: ClassVar = Cost()
     paper: ClassVar = Paper(
@@ -102,6 +105,12 @@ class GroupWeights(Method):
         return () if callable(self.column) else (self.column,)
 
     def setup(self, run: Run) -> None:
+        if not run.loss_left:
+            others = " and ".join(type(m).__name__ for m in run.methods if m.loss_taken)
+            raise UsageError(
+                f"GroupWeights weighs the rows of the task's loss, of which {others} leaves nothing: leave one of them "
+                "out"
+            )
         counts = row_counts(run, self.column, type(self).__name__)
         slots = merged(counts, self.least)
         like = next(run.model.parameters())
@@ -126,7 +135,7 @@ class GroupWeights(Method):
         slots = torch.where(numbers < 0, -1, self.slots[numbers.clamp(min=0)])
         self.seen[step.number] = (losses.detach(), slots)
         weights = torch.where(slots < 0, 1.0, self.weights[slots.clamp(min=0)])
-        return ((weights - 1) * losses).mean()
+        return step.run.loss_left * ((weights - 1) * losses).mean()
 
     def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
         sums = torch.zeros_like(self.mean)

@@ -30,6 +30,7 @@ from ..core.facts import Cost, Paper
 from ..core.step import full
 from ..errors import UsageError, one_line
 from ..hypergradient import AdamW
+from .bases.rows import REPLACED
 from .bases.static_mask import Tensors, top_masks
 
 logger = logging.getLogger("steadytune")
@@ -93,7 +94,7 @@ class MaskTraining(Method):
     structure: ClassVar = True
     needs_steps = True
     exclusive: ClassVar = "average"
-    conflicts: ClassVar[tuple[str, ...]] = ("PEFT adapters", "sharded weights (FSDP2)")
+    conflicts: ClassVar[tuple[str, ...]] = ("PEFT adapters", "sharded weights (FSDP2)", REPLACED)
     cost: ClassVar = Cost(held={"": 17}, during=4)
     paper: ClassVar = Paper(
         authors=("Ting Jiang", "Deqing Wang", "Fuzhen Zhuang", "Ruobing Xie", "Feng Xia"),
@@ -103,6 +104,10 @@ class MaskTraining(Method):
         year=2023,
         arxiv="2210.06210",
     )
+
+    @property
+    def loss_taken(self) -> float:
+        return 0.0 if self.teacher is None else self.taught
 
     def setup(self, run: Run) -> None:
         self.scores: Tensors = {}

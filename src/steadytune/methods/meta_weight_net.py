@@ -23,7 +23,7 @@ from ..core.facts import Cost, Paper
 from ..core.step import full, logits_of, problem_type
 from ..hypergradient import check_masters, check_slope, difference
 from .bases.bilevel import BiLevel, Outer, flat
-from .bases.rows import labels_of, losses_of, row_losses
+from .bases.rows import REPLACED, labels_of, losses_of, row_losses
 
 
 @dataclass
@@ -58,8 +58,14 @@ class MetaWeightNet(BiLevel):
     precondition: bool = True
 
     full_precision = True
+    loss_taken = 1.0
     exclusive: ClassVar = "weighting of rows"
-    conflicts: ClassVar[tuple[str, ...]] = ("sharded weights (FSDP2)", "half precision", "labels of tokens")
+    conflicts: ClassVar[tuple[str, ...]] = (
+        "sharded weights (FSDP2)",
+        "half precision",
+        "labels of tokens",
+        REPLACED,
+    )
     cost: ClassVar = Cost(passes=8 / 3)
     paper: ClassVar = Paper(
         authors=("Jun Shu", "Qi Xie", "Lixuan Yi", "Qian Zhao", "Sanping Zhou", "Zongben Xu", "Deyu Meng"),

@@ -20,7 +20,7 @@ from ..errors import UsageError
 from ..functional import supervised_contrastive
 from ..heads.features import output_layer
 from .bases.head_input import HeadInput
-from .bases.rows import labels_of
+from .bases.rows import REPLACED, labels_of
 
 
 @dataclass
@@ -50,7 +50,12 @@ class SupCon(Method):
 
     null: ClassVar = {"weight": 0.0}
     hard_labels = True
-    conflicts: ClassVar[tuple[str, ...]] = ("labels that are not one class a row", "decoders", "torch.compile")
+    conflicts: ClassVar[tuple[str, ...]] = (
+        "labels that are not one class a row",
+        "decoders",
+        "torch.compile",
+        REPLACED,
+    )
     acts_on_unread = "never"
     cost: ClassVar = Cost()
     paper: ClassVar = Paper(
@@ -61,6 +66,10 @@ class SupCon(Method):
         year=2021,
         arxiv="2011.01403",
     )
+
+    @property
+    def loss_taken(self) -> float:
+        return self.weight
 
     def setup(self, run: Run) -> None:
         self.read = HeadInput(output_layer(run.model))

@@ -13,6 +13,7 @@ from ...core import Run, Step
 from ...core.step import NUMBERS, full, problem_type
 from ...errors import UsageError
 
+REPLACED = "others that take the place of the task's loss (`supcon`, `causal_head`, `meta_weight_net`, a teacher's)"
 Column = str | Callable[[Mapping[str, Any]], Tensor]  # name of a column of the batch, or a function of the inputs
 
 
