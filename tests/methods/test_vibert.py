@@ -145,6 +145,20 @@ def test_an_optimizer_built_after_the_run_is_as_good_as_one_built_before():
     assert ends[0]["prior_mean"].abs().max() > 0
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_the_weights_beside_the_head_train_with_its_rate_and_decay(named):
+    """Naive: they get the optimizer's defaults, here AdamW's 1e-3 and 0.01, whatever the groups of the model say."""
+    model = bert()
+    parts = [list(model.bert.named_parameters()), list(model.classifier.named_parameters())]
+    given = [part if named else [p for _, p in part] for part in parts]
+    rates = zip(given, (2e-5, 3e-4), (0.1, 0.2), strict=True)
+    groups = [{"params": p, "lr": lr, "weight_decay": decay} for p, lr, decay in rates]
+    run = Run(model, [VIBERT()], total_steps=4).attach(torch.optim.AdamW(groups))
+    beside = [w for w in run.weights() if w.name.startswith("bottleneck.")]
+    assert len(beside) == 4
+    assert all((w.group["lr"], w.group["weight_decay"]) == (3e-4, 0.2) for w in beside)
+
+
 def test_the_best_weights_come_back_at_the_end(tmp_path):
     options = arguments(
         tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,

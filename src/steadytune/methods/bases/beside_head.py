@@ -10,6 +10,7 @@ from torch import nn
 
 from ...core import Method, Run, Scope, Weight
 from ...core.checks import check_unwrapped
+from .groups import PER_PARAMETER
 
 
 class Beside(nn.Module):
@@ -27,7 +28,8 @@ class BesideHead(Method, Generic[B]):
     """Base of methods with a `Beside` module at the last linear layer of a classifier, active in training mode only.
 
     The model that is evaluated, saved and loaded is therefore a plain one. The extra weights are part of the state of
-    the run. They join the optimizer in `attach`, unless the optimizer was built after the run.
+    the run. They join the optimizer in `attach`, unless the optimizer was built after the run, with the options of the
+    head's own group (learning rate, decay).
 
     Attributes:
         place: Name of the module in the model.
@@ -64,10 +66,13 @@ class BesideHead(Method, Generic[B]):
 
     def attach(self, run: Run) -> None:
         optimizer: Any = run.optimizer
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [p for p in self.beside.parameters() if id(p) not in known]
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        missing = [(f"{self.place}.{n}", p) for n, p in self.beside.named_parameters() if id(p) not in groups]
         if missing:
-            optimizer.add_param_group({"params": missing})
+            like = groups.get(id(self.head.weight), {})
+            named = "param_names" in optimizer.param_groups[0]
+            options = {key: value for key, value in like.items() if key not in PER_PARAMETER}
+            optimizer.add_param_group({**options, "params": missing if named else [p for _, p in missing]})
 
     def before_forward(self, run: Run, weights: Sequence[Weight]) -> None:
         if run.sharded:
