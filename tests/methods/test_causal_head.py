@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
 
+from architectures import tiny
 from helpers import assert_same, batches, bert, copied, differs, llama, train
 from steadytune import CausalHead, Run
 from steadytune.errors import UsageError
@@ -122,5 +123,8 @@ def test_it_needs_one_class_and_one_vector_a_row():
     numbers = {**batches(1)[0], "labels": torch.rand(4)}
     with pytest.raises(UsageError, match="CausalHead needs one class a row"):
         run_of(bert(labels=1), CausalHead()).loss(numbers)
+    texts = {k: v.view(2, 2, -1) if v.dim() > 1 else v[:2] for k, v in batches(1)[0].items()}
+    with pytest.raises(UsageError, match=r"CausalHead needs one class a row .* features \(4, 8\)"):
+        run_of(tiny("Bert", "MultipleChoice", vocab_size=64), CausalHead()).loss(texts)
     with pytest.raises(ValueError, match="CausalHead acts on the last layer of a classification head"):
         run_of(llama(), CausalHead())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, one_hot
 
+from architectures import tiny
 from fit_helpers import toy
 from helpers import arguments, batches, bert, collate, copied, rows
 from steadytune import EasyAdapt, Run, Trainer
@@ -52,6 +53,21 @@ def test_it_is_one_layer_on_augmented_features():
         assert torch.allclose(found["weight"], (shared + own)[:, :-1], atol=1e-12)
         assert torch.allclose(found["bias"], (shared + own)[:, -1], atol=1e-12)
     assert not torch.allclose(first, second, atol=1e-3)
+
+
+def test_texts_of_a_row_are_of_its_domain():
+    """Multiple choice: a head reads each of a row's texts."""
+    model = tiny("Bert", "MultipleChoice", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    ids = torch.randint(3, 30, (2, 3, 5), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 2])}
+    run = run_of(model, EasyAdapt(2, drop=0.0))
+    run.loss({**inputs, "domain": torch.tensor([0, 1])}).backward()
+    one, other = run[EasyAdapt].beside.weight.grad
+    assert torch.allclose(one + other, model.classifier.weight.grad)
+    for part, row in ((one, slice(0, 1)), (other, slice(1, 2))):
+        loss = model.eval()(**{k: v[row] for k, v in inputs.items()}).loss / 2
+        (expected,) = torch.autograd.grad(loss, model.classifier.weight)
+        assert torch.allclose(part, expected, atol=1e-6)
 
 
 def test_evaluation_knows_no_domain_and_a_specialised_head_is_a_plain_one():

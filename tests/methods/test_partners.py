@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from architectures import tiny
 from helpers import assert_same, batches, bert, copied, hash_dropout, llama, train
 from steadytune import CausalHead, GroupWeights, LayerDrop, MetaWeightNet, Run, SupCon, TMix
 from steadytune.errors import UsageError
@@ -56,6 +57,29 @@ def test_tmix_and_its_gradient_are_those_of_a_mixture_inside_the_forward():
     weights = list(model.parameters())
     for found, value in zip(*(torch.autograd.grad(x, weights) for x in (loss, expected)), strict=True):
         assert torch.allclose(found, value, rtol=0, atol=1e-12)
+
+
+def test_texts_of_a_row_mix_with_those_of_the_next_row():
+    """Naive: in multiple choice each choice is mixed with the one before it, of the same row."""
+    model = tiny("Bert", "MultipleChoice", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    ids = torch.randint(3, 30, (2, 3, 5), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 2])}
+    run = run_of(model, TMix(block=0))
+    run[TMix].share = lambda step: 0.7
+    loss = run.loss(inputs).item()
+
+    def mix(module, args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        rows = hidden.unflatten(0, (2, 3))
+        mixed = (0.7 * rows + 0.3 * rows.roll(1, 0)).flatten(0, 1)
+        return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+
+    expected = model(**inputs).loss.item()
+    handle = model.bert.encoder.layer[0].register_forward_hook(mix)
+    logits = model(**inputs).logits
+    handle.remove()
+    own, other = (torch.nn.functional.cross_entropy(logits, y).item() for y in (inputs["labels"], torch.tensor([2, 0])))
+    assert loss == pytest.approx(expected + 0.7 * own + 0.3 * other, abs=1e-6)
 
 
 def test_tmix_mixes_the_states_of_the_dropout_draw_of_the_first_pass():

@@ -74,7 +74,7 @@ class CausalHead(AtBlock, BesideHead[LowLevel]):
         ValueError: In setup, for a model without a trainable classification head, already inside
             DistributedDataParallel, whose blocks cannot be told, an encoder-decoder, XLNet or PEFT's prompt tuning.
         UsageError: At the first step, for other labels than one class a row, for a head that reads each token
-            (decoders), or under ``torch.compile``.
+            (decoders) or each of several texts a row (multiple choice), or under ``torch.compile``.
         RuntimeError: At the first step, for weights in pieces (FSDP2).
     """
 
@@ -133,7 +133,7 @@ class CausalHead(AtBlock, BesideHead[LowLevel]):
 
     def penalty(self, step: Step) -> Tensor:
         high, labels, logits = self.high.pop(), labels_of(step.inputs, self), full(step.logits(step.outputs, self))
-        self.check(high, labels, logits)
+        self.check(high, labels, logits, step.copies)
         low = self.low_features(step)
         self.seen[step.number] = low.mean(0)
         centred = low - (self.mean if self.steps else low.mean(0))
@@ -149,9 +149,9 @@ class CausalHead(AtBlock, BesideHead[LowLevel]):
         now, before = (full(features[: len(labels)]) for features in (high, self.before(step)))
         return loss + self.mu * (nn.functional.linear(now, full(self.beside.align)) - before).square().mean()
 
-    def check(self, high: Tensor | None, labels: Tensor, logits: Tensor) -> None:
+    def check(self, high: Tensor | None, labels: Tensor, logits: Tensor, copies: int) -> None:
         """Raise unless there is one class and one vector for each row."""
-        vectors = high is not None and high.dim() == 2
+        vectors = high is not None and high.dim() == 2 and len(high) == copies * len(labels)
         if not vectors or labels.dim() != 1 or labels.is_floating_point() or logits.dim() != 2:
             held = "nothing (is it compiled?)" if high is None else f"features {tuple(high.shape)}"
             raise UsageError(

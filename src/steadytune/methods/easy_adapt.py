@@ -60,6 +60,8 @@ class Domains(Beside):
             return None
         known = self.domain.ge(0) & (self.draw(self.domain) >= self.drop)
         own = self.domain.clamp(min=0)
+        texts = len(output) // len(own)  # of each row: several in multiple choice
+        known, own = known.repeat_interleave(texts), own.repeat_interleave(texts)
         special = torch.einsum("row,r...w->r...o", self.weight[own], args[0])
         if self.bias is not None:
             special = special + self.bias[own].view(len(own), *[1] * (output.dim() - 2), -1)

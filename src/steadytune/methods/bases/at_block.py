@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...core import Method, Run, Step
 from ...core.anatomy import blocks
 from ...core.checks import check_hidden_states, check_layout, check_lengths
+from ...core.step import batch_size
 from ...errors import UsageError
 
 
@@ -71,6 +72,10 @@ class AtBlock(Method):
 
     @staticmethod
     def toward_next(step: Step, hidden: Tensor) -> Tensor:
-        """The way from each token to the same position of the next example, zero unless both have a token there."""
-        way = step.unpadded(hidden.roll(1, 0) - hidden)
-        return way if step.real is None else way * step.real.roll(1, 0).unsqueeze(-1)
+        """The way from each token to the same position of the next example, zero unless both have a token there.
+
+        Where an example has several texts (multiple choice), the next one's text of the same number is meant.
+        """
+        texts = len(hidden) // batch_size(step.inputs)
+        way = step.unpadded(hidden.roll(texts, 0) - hidden)
+        return way if step.real is None else way * step.real.roll(texts, 0).unsqueeze(-1)
