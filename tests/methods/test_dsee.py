@@ -111,6 +111,14 @@ def test_a_few_entries_beside_low_rank_change_what_is_learnt_by_less_than_the_ra
     assert (beside - without).norm() < 0.25 * (without - first).norm()
 
 
+@pytest.mark.parametrize(("steps", "start"), [(6, 1.0), (4, 0.9), (1, 1 / 3)])
+def test_it_prunes_however_late_it_begins(steps, start):
+    """Naive: a start that rounds to the number of steps is never reached, and nothing is pruned, without a word."""
+    run = trained(run_of(steps, share=0.5, start=start, support="magnitude"), steps)
+    assert run[DSEE].removed
+    assert all(int((~mask).sum()) > 0 for mask, _ in run[DSEE].removed.values())
+
+
 def test_a_dry_run_measures_one_training(tmp_path, folder):
     found = [dry_run(toy(48), model=folder, output=tmp_path / "o", procedure=name, **QUICK) for name in ("dsee", None)]
     assert found[0].steps == found[1].steps

@@ -48,7 +48,8 @@ class DSEE(StaticMask):
             approximation of LoRA's rank, ``"magnitude"`` the largest weights, ``"gradient"`` those with the largest
             gradient on the first batches, ``"random"`` any.
         share: Share of the weights of each matrix of the blocks that is set to zero; 0 prunes nothing.
-        start: Share of the training before the pruning; what follows adapts to it.
+        start: Share of the training before the pruning; what follows adapts to it. It comes before the last step at the
+            latest.
         batches: Number of batches whose mean gradient chooses entries.
 
     It needs a model with PEFT's LoRA; in `fit`, the procedure ``"dsee"`` brings it. Adapters of other matrices than
@@ -160,7 +161,8 @@ class DSEE(StaticMask):
     # ------------------------------------------------------------------ pruning
 
     def pull_back(self, run: Run, weights: Sequence[Weight]) -> None:
-        if self.share and not self.removed and run.index >= round(self.start * run.steps(self)):
+        steps = run.steps(self)
+        if self.share and not self.removed and run.index >= min(round(self.start * steps), steps - 1):
             self.prune(run)  # before frozen entries are copied
         super().pull_back(run, weights)
 
