@@ -119,6 +119,17 @@ def test_it_prunes_however_late_it_begins(steps, start):
     assert all(int((~mask).sum()) > 0 for mask, _ in run[DSEE].removed.values())
 
 
+@pytest.mark.parametrize("options", [{"support": "magnitude"}, {"support": "random"}, {"entries": 0}, {}], ids=str)
+def test_it_looks_at_rows_for_gradients_alone(options):
+    """Naive: a run without data is refused for every support, and fails in its first step without free entries."""
+    model = with_lora()
+    run = Run(model, [DSEE(**options)], total_steps=2).attach(torch.optim.SGD(model.parameters(), 0.1))
+    trained(run, 2)
+    assert sum(int(mask.sum()) for mask in run[DSEE].masks.values()) == 4 * options.get("entries", 16)
+    with pytest.raises(ValueError, match="DSEE looks at training batches first"):
+        Run(with_lora(), [DSEE(support="gradient")], total_steps=2)
+
+
 def test_a_dry_run_measures_one_training(tmp_path, folder):
     found = [dry_run(toy(48), model=folder, output=tmp_path / "o", procedure=name, **QUICK) for name in ("dsee", None)]
     assert found[0].steps == found[1].steps

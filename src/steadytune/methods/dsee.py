@@ -116,7 +116,7 @@ class DSEE(StaticMask):
         for name in self.sparse:
             model.get_parameter(name).requires_grad_(True)
         self.removed: dict[str, tuple[Tensor, Tensor]] = {}  # by name: what is kept, and the values of the rest
-        if self.sparse:
+        if self.sparse and self.support == "gradient":
             super().setup(run)
         else:
             self.masks, self.indices, self.resting = {}, {}, {}

@@ -48,10 +48,9 @@ class StaticMask(Method):
     def before_forward(self, run: Run, weights: Sequence[Weight]) -> None:
         if self.masks or run.index:
             return
-        assert run.data is not None
         with run.forked_rng():
             torch.manual_seed(run.draw_seed("data"))  # so that a shuffling loader does not change the order of training
-            self.masks = self.choose(run, weights, run.data())
+            self.masks = self.choose(run, weights, run.data() if run.data is not None else ())
 
     def pull_back(self, run: Run, weights: Sequence[Weight]) -> None:
         for w in self.masked(weights) if self.frozen else []:
