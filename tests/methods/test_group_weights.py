@@ -72,8 +72,16 @@ def test_a_ball_beyond_the_simplex_puts_all_on_the_worst_group():
 def test_the_floor_keeps_every_group():
     weights = dro_weights(P, D, 1e6, floor=0.2)
     others = weights[[0, 2, 3]]
-    assert float(others.min()) > 0.02
-    assert torch.allclose(others, others[0].expand(3))
+    assert others.tolist() == pytest.approx([0.2] * 3)
+    assert float((P * weights).sum()) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("rho", [0.5, 0.7])
+def test_beside_the_floor_the_ball_is_used_to_its_edge(rho):
+    """Naive: weights are lifted to the floor and then normalised, which takes them below it, and into the ball."""
+    weights = dro_weights(P, D, rho, floor=0.2)
+    assert float(weights.min()) == pytest.approx(0.2, abs=1e-12)
+    assert divergence(P, weights) == pytest.approx(rho, rel=1e-6)
     assert float((P * weights).sum()) == pytest.approx(1, abs=1e-12)
 
 

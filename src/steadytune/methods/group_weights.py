@@ -196,7 +196,7 @@ def dro_weights(p: Tensor, excess: Tensor, rho: float, floor: float = 0.0) -> Te
         p: Shares of the groups (groups,), which add up to 1.
         excess: Loss of each group, less its reference (groups,).
         rho: Radius of the ball.
-        floor: Smallest q / p before it is normalised.
+        floor: Smallest q / p.
 
     Returns:
         (groups,), with mean 1 under p. They are 1 where all groups have the same excess.
@@ -210,8 +210,7 @@ def dro_weights(p: Tensor, excess: Tensor, rho: float, floor: float = 0.0) -> Te
 
     def ratios(eta: Tensor) -> Tensor:
         raw = (above - eta).clamp(min=0)
-        raw = (raw / (shares * raw).sum().clamp(min=torch.finfo(exact).tiny)).clamp(min=floor)
-        return raw / (shares * raw).sum()
+        return floor + (1 - floor) * raw / (shares * raw).sum().clamp(min=torch.finfo(exact).tiny)
 
     low = torch.full_like(spread, -1 / (math.sqrt(2 * rho + 1) - 1))  # no ratio exceeds sqrt(2 rho + 1) there
     high = torch.full_like(spread, 1 - torch.finfo(exact).eps ** 0.5)  # at 1, no group is above eta
