@@ -141,6 +141,16 @@ def roberta():
     return transformers.RobertaForSequenceClassification(config).train()
 
 
+def test_a_head_of_zeros_trains():
+    """Naive: it is divided by its norm, 0, and every loss is NaN."""
+    model, batch = bert(), batches(1)[0]
+    nn.init.zeros_(model.classifier.weight)
+    run = run_of(model, R4F(scale=0.1))
+    run.loss(batch).backward()
+    run.optimizer.step()
+    assert torch.linalg.matrix_norm(model.classifier.weight.detach(), 2).item() == pytest.approx(1)
+
+
 @pytest.mark.parametrize(("make", "name"), [(bert, "classifier.weight"), (roberta, "classifier.out_proj.weight")])
 def test_the_last_layer_has_spectral_norm_one_after_every_step(make, name):
     model = make()

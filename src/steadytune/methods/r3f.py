@@ -133,4 +133,4 @@ class R4F(R3F):
         """``W <- W / ||W||_2``, in place."""
         whole = shards.whole(weight.parameter.detach())
         norm = torch.linalg.matrix_norm(full(whole), ord=2)
-        weight.data.div_(norm.to(whole.dtype))
+        weight.data.div_(norm.clamp(min=torch.finfo(whole.dtype).tiny).to(whole.dtype))  # zeros stay
