@@ -710,3 +710,9 @@ def test_unusable_settings_are_errors():
 
     with pytest.raises(RuntimeError, match="does not call: pass input_ids"):
         run.loss(inputs, compute=compute)
+
+
+def test_a_perturbation_of_nothing_is_none_without_projection():
+    """Naive: the zeros at padding are divided by their largest entry, and every loss is NaN."""
+    run = run_of(bert(), SMART(projection=False, epsilon=0.0))
+    assert run.loss(batches(1)[0]).isfinite()

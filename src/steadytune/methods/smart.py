@@ -173,7 +173,7 @@ class SMART(Method):
         """One step of ascent."""
         if not self.projection:
             moved = noise + self.step_size * gradient
-            return moved / (largest(moved) + self.epsilon)
+            return moved / (largest(moved) + self.epsilon).clamp(min=torch.finfo(moved.dtype).tiny)
         direction = gradient / largest(gradient).clamp(min=torch.finfo(gradient.dtype).tiny)
         return (noise + self.step_size * direction).clamp(-self.epsilon, self.epsilon)
 
