@@ -1,5 +1,6 @@
 """Predictions for files: columns, rows without text, chunks, and outputs that would replace what is read."""
 
+import json
 import os
 
 import pandas as pd
@@ -59,6 +60,23 @@ def test_chunks_of_every_format_make_the_whole(model, rows, tmp_path, source):
     chunks = list(read_chunks(path, 4))
     assert [len(chunk) for chunk in chunks] == [4, 4, 2]
     pd.testing.assert_frame_equal(pd.concat(chunks), read_rows(path)[0], check_index_type=False)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".parquet"])
+def test_fields_that_json_lines_lack_or_order_otherwise_stay_in_their_columns(model, rows, tmp_path, ending):
+    """Naive: each chunk has the columns of its own rows, and cells of later ones are written under other names."""
+    texts = rows["text"].tolist()
+    lines = [{"text": text, "id": f"a{i}"} for i, text in enumerate(texts[:4])]
+    lines += [{"id": "b4", "note": "late", "text": texts[4]}, {"text": texts[5]}]
+    (tmp_path / "new.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / f"out{ending}"
+    predict_file(model, tmp_path / "new.jsonl", out, chunk=2)
+    found = read_rows(out)[0]
+    assert list(found.columns[:3]) == ["text", "id", "note"]
+    assert found["text"].tolist() == texts[:6]
+    assert found["id"].fillna("").tolist() == ["a0", "a1", "a2", "a3", "b4", ""]
+    assert found["note"].fillna("").tolist() == ["", "", "", "", "late", ""]
+    assert found["prediction"].tolist() == model.predict(texts[:6]).tolist()
 
 
 @pytest.mark.parametrize("chunk", [1, 100])

@@ -69,10 +69,17 @@ def _tsv(path: Path, rows: int) -> Iterator[pd.DataFrame]:
 
 
 def _json(path: Path, rows: int) -> Iterator[pd.DataFrame]:
+    # all lines are read for their fields first: rows may lack some, and frames of other columns are not one table
+    names = list(dict.fromkeys(name for row in _objects(path) if isinstance(row, dict) for name in row))
+    objects = _objects(path)
+    while part := list(itertools.islice(objects, rows)):
+        yield json_frame(path, part, names)
+
+
+def _objects(path: Path) -> Iterator[Any]:
+    """What stands in each line of a file of JSON lines."""
     with path.open(encoding="utf-8-sig") as file:
-        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-        while part := [json_row(path, number, line) for number, line in itertools.islice(lines, rows)]:
-            yield json_frame(path, part)
+        yield from (json_row(path, number, line) for number, line in enumerate(file, 1) if line.strip())
 
 
 def _parquet(path: Path, rows: int) -> Iterator[pd.DataFrame]:

@@ -460,15 +460,20 @@ def _read_json(path: Path) -> pd.DataFrame:
     return json_frame(path, rows)
 
 
-def json_frame(path: Path, rows: Sequence[Any]) -> pd.DataFrame:
+def json_frame(path: Path, rows: Sequence[Any], names: Iterable[str] | None = None) -> pd.DataFrame:
     """A frame of JSON objects, one for each row.
+
+    Args:
+        path: The file.
+        rows: What stands in each row.
+        names: Columns of the frame; by default the fields of these rows, in the order in which they occur.
 
     Raises:
         UsageError: A row is not an object.
     """
     if not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{path}: every row must be a JSON object with named fields.")
-    names = dict.fromkeys(name for row in rows for name in row)
+    names = dict.fromkeys(name for row in rows for name in row) if names is None else names
     return pd.DataFrame({name: pd.Series([row.get(name) for row in rows], dtype=object) for name in names})
 
 
