@@ -79,6 +79,18 @@ def test_fields_that_json_lines_lack_or_order_otherwise_stay_in_their_columns(mo
     assert found["prediction"].tolist() == model.predict(texts[:6]).tolist()
 
 
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_dates_and_small_numbers_of_the_table_stay_what_they_are(model, rows, tmp_path, ending):
+    """Naive: pandas writes dates into JSON as milliseconds since 1970, and 1e-12 as 0."""
+    table = rows.assign(when=pd.to_datetime("2024-02-29 12:30"), share=1e-12)
+    table.to_parquet(tmp_path / "new.parquet")
+    out = tmp_path / f"out{ending}"
+    predict_file(model, tmp_path / "new.parquet", out, chunk=4)
+    found = read_rows(out)[0]
+    assert (pd.to_datetime(found["when"]) == table["when"]).all()
+    assert (found["share"].astype(float) == 1e-12).all()
+
+
 @pytest.mark.parametrize("chunk", [1, 100])
 @pytest.mark.parametrize("ending", [".csv", ".parquet"])
 def test_a_row_without_text_has_no_prediction_and_is_counted(model, rows, tmp_path, chunk, ending):

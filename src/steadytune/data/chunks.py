@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import pyarrow as pa
@@ -116,7 +116,10 @@ class Writer:
         if self.ending == ".parquet":
             self._write_parquet(frame)
         elif self.ending == ".jsonl":
-            frame.to_json(self.path, orient="records", lines=True, force_ascii=False, mode="w" if first else "a")
+            # by default dates become milliseconds since 1970, and numbers are cut after ten digits
+            exact: dict[str, Any] = {"date_format": "iso", "date_unit": "us", "double_precision": 15}
+            mode: Literal["w", "a"] = "w" if first else "a"
+            frame.to_json(self.path, orient="records", lines=True, force_ascii=False, mode=mode, **exact)
         else:
             sep = "\t" if self.ending == ".tsv" else ","
             frame.to_csv(self.path, sep=sep, index=False, header=first, mode="w" if first else "a")
