@@ -169,6 +169,16 @@ def test_impossible_outputs_are_refused(tmp_path, name):
         check_output(tmp_path / name, [], overwrite=True)
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_columns_of_one_name_are_refused_where_the_file_cannot_hold_them(model, tmp_path, ending):
+    (tmp_path / "new.csv").write_text("text,note,note\ngood film,a,b\n")
+    with pytest.raises(UsageError, match="several columns are called 'note'"):
+        predict_file(model, tmp_path / "new.csv", tmp_path / f"out{ending}")
+    assert predict_file(model, tmp_path / "new.csv", tmp_path / f"out{ending}", keep=["text", "text"]).rows == 1
+    assert list(read_rows(tmp_path / f"out{ending}")[0].columns[:2]) == ["text", "prediction"]
+    assert predict_file(model, tmp_path / "new.csv", tmp_path / "out.csv").rows == 1
+
+
 def test_a_failure_in_a_later_chunk_leaves_no_file(model, rows, tmp_path):
     rows.to_json(tmp_path / "new.jsonl", orient="records", lines=True)
     with (tmp_path / "new.jsonl").open("a") as file:

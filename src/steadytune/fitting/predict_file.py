@@ -137,7 +137,9 @@ def predict_file(
                     continue
                 if not done.rows:
                     _tell(frame, columns, keep, str(source))
-                kept = frame if keep is None else frame[list(keep)]
+                kept = frame if keep is None else frame[list(dict.fromkeys(keep))]
+                if not done.rows and output.suffix.lower() in (".jsonl", ".parquet"):
+                    _check_twins(kept, output, str(source))
                 predicted = _predict(model, Table(frame, str(source), columns, None), on_empty, done)
                 as_text = output.suffix.lower() in (".csv", ".tsv")
                 answers = model.form.write(predicted.pop(PREDICTION), kept.columns, as_text=as_text)
@@ -202,6 +204,16 @@ def _predict(model: FittedModel, table: Table, on_empty: str, done: Predicted) -
     predicted, tokens = model.predict_rows(texts(dataclasses.replace(table, frame=rows)))
     done.cut.extend(rows.index[tokens > model.max_length].tolist())
     return predicted.set_axis(rows.index).reindex(frame.index)
+
+
+def _check_twins(kept: pd.DataFrame, output: Path, source: str) -> None:
+    """Raise for two columns of one name, which tables of CSV may have and other files cannot hold."""
+    twice = kept.columns[kept.columns.duplicated()]
+    if len(twice):
+        raise UsageError(
+            f"{source}: several columns are called {twice[0]!r}, which {output.suffix} files cannot hold: write .csv, "
+            "rename them, or name other columns to keep with --keep."
+        )
 
 
 def _check_names(kept: pd.DataFrame, predicted: pd.DataFrame, source: str) -> None:
