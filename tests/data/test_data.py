@@ -386,6 +386,7 @@ SETS = {
     "sets": [{"b", "a"}, set(), frozenset("a")],
     "arrays": [np.array(["b", "a"]), np.array([], dtype=str), np.array(["a"])],
     "written lists": ["['b', 'a']", "[]", '["a"]'],
+    "written arrays": [str(np.array(["b", "a"])), "[]", "['a'\n 'a']"],  # Python would read the first as ['ba']
 }
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import io
+import itertools
 import json
 import re
+import tokenize
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,16 +47,24 @@ def label_name(value: Any) -> str:
 
 
 def list_of(value: Any) -> list[Any] | None:
-    """The members of a list, tuple, set or array, or of a list written as text: in JSON, or as Python prints one."""
+    """The members of a list, tuple, set or array, or of a list as text: in JSON, or as Python or NumPy prints one."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)  # first: Python reads the two halves of an escaped character as two characters
         except (ValueError, RecursionError):
             try:
-                value = ast.literal_eval(value.strip())
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                value = ast.literal_eval(_with_commas(value.strip()))
+            except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
                 return None
     return list(value) if isinstance(value, LISTS) else None
+
+
+def _with_commas(text: str) -> str:
+    """A list with commas between neighbours, which NumPy leaves out: Python reads `['a' 'b']` as one string."""
+    values = (tokenize.STRING, tokenize.NUMBER)
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.string.strip()]
+    apart = ("," if one.type in values and other.type in values else "" for one, other in itertools.pairwise(tokens))
+    return " ".join(token.string + comma for token, comma in zip(tokens, [*apart, ""], strict=True))
 
 
 def check_lists(lists: pd.Series, what: str, origin: str) -> None:
