@@ -74,22 +74,21 @@ def kind_of_others(labels: pd.Series, kind: Kind) -> Kind:
 def _check_numbers_as_text(labels: pd.Series, where: str) -> None:
     """Raise for labels the bulk of which are numbers that some cells spell otherwise, or for which some say nothing.
 
-    Numbers with decimal commas or per cent signs would become classes, and so would all ratings of a column in which a
-    few cells say N/A.
+    Numbers with decimal commas or per cent signs would become classes, also where most of them are whole and need no
+    comma, and so would all ratings of a column in which a few cells say N/A.
     """
-    written = labels.astype(str)
+    written, numbers = labels.astype(str), numbers_of(labels)
     for pattern, what, remedy in (
         (THOUSANDS, "a comma before three digits", "write 1000 for a thousand, and 1.000 for a decimal comma"),
         (DECIMAL_COMMA, "a decimal comma", "write them with a point, as in 0.5"),
         (PERCENT, "a per cent sign", "write them without it"),
     ):
         odd = written.str.fullmatch(pattern)
-        if odd.mean() > 0.5:
+        if odd.any() and (odd | numbers.notna()).mean() > 0.5:
             raise UsageError(
                 f"{where} holds numbers with {what} ({written[odd].iloc[0]!r}) in {int(odd.sum())} of {len(labels)} "
-                f"rows: {remedy}, or say --kind classification."
+                f"rows: {remedy}, or say --kind classification.{separator_hint(written)}"
             )
-    numbers = numbers_of(labels)
     bulk, others = numbers[numbers.notna()], written[numbers.isna()]
     graded = bulk.nunique() > MANY_CLASSES or bool((bulk % 1 != 0).any())
     if 0 < len(others) < len(labels) / 2 and graded:

@@ -21,7 +21,7 @@ from .cells import check_lists, label_name, list_of, numbers_of, refuse
 from .metrics import METRICS, Metric, members
 from .tables import Table
 
-DECIMAL_COMMA = r"\s*[-+]?\d+,\d+\s*%?"
+DECIMAL_COMMA = r"\s*[-+]?(\d+|\d{1,3}(\.\d{3})+),\d+\s*%?"
 THOUSANDS = r"\s*[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?\s*"
 PERCENT = r"\s*[-+]?\d+([.,]\d+)?\s*%"
 
