@@ -166,6 +166,24 @@ def test_ctrl_c_says_how_to_go_on(shell, bert, monkeypatch):
     assert "--resume" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["predict", "out", "test.csv"], ["merge", "a", "b", "--output", "c"], ["fit", "train.csv", "--dry-run"]],
+    ids=lambda words: words[0],
+)
+def test_ctrl_c_promises_no_resume_where_there_is_none(shell, bert, monkeypatch, words):
+    """Naive: predict has no --resume, and leaves nothing that it could go on from."""
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    for place in ("fitted_model.FittedModel.load", "merge_folders.merge_folders", "dry_run"):
+        monkeypatch.setattr(f"steadytune.fitting.{place}", interrupted)
+    done = shell(*words, *(["--model", bert, "--output", "out"] if words[0] == "fit" else []))
+    assert done.exit_code == 130
+    assert "the same command starts anew" in done.stderr
+
+
 def test_a_conflict_of_methods_under_dry_run_is_one_line(shell, bert):
     """Naive: a traceback of 40 lines."""
     words = ["--model", bert, "--output", "out", "--dry-run", "--method", "ema", "--method", "ema"]

@@ -33,6 +33,7 @@ class OneName(typer.core.TyperCommand):
         return super().parse_args(ctx, args)
 
 
+ANEW = "starts anew: nothing was written"
 INPUT, TRAINING, SELECTION, SEEDS, OUTPUT = "Data", "Training", "Selection", "Seeds", "Output"
 
 
@@ -169,8 +170,12 @@ def speaking(quiet: bool, *, shows_result: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def errors_in_one_line(go_on: str = "with --resume goes on from the last checkpoint") -> Iterator[None]:
-    """A user's mistake is a sentence and exit code 2, Ctrl-C is 130; a traceback is for our own bugs."""
+def errors_in_one_line(go_on: str = ANEW) -> Iterator[None]:
+    """A user's mistake is a sentence and exit code 2, Ctrl-C is 130; a traceback is for our own bugs.
+
+    Args:
+        go_on: What the same command does after Ctrl-C.
+    """
     from ..errors import UsageError
 
     try:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from .common import (
+    ANEW,
     INPUT,
     LABELLED,
     OUTPUT,
@@ -276,7 +277,7 @@ def fit(
     --method dps_dense --output out
     """
     given = dict(locals())
-    with errors_in_one_line():
+    with errors_in_one_line(ANEW if dry_run else "with --resume goes on from the last checkpoint"):
         from .. import fitting
         from ..errors import UsageError
         from ..fitting.options import Options

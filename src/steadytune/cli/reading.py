@@ -111,7 +111,7 @@ def probe(
     Example: steadytune probe train.csv --model sentence-transformers/all-MiniLM-L6-v2 --model bert-base-uncased
     """
     given = dict(locals())
-    with errors_in_one_line("starts anew: nothing was written"), speaking(quiet):
+    with errors_in_one_line(), speaking(quiet):
         from ..fitting import probing
         from ..fitting.predict_file import check_output
 
@@ -156,7 +156,7 @@ def inspect(
     Example: steadytune inspect train.csv --model out --output check.csv
     """
     given = dict(locals())
-    with errors_in_one_line("starts anew: nothing was written"), speaking(quiet):
+    with errors_in_one_line(), speaking(quiet):
         from ..fitting.folder import RECORD
         from ..fitting.inspection import FILES, inspect_labels
         from ..fitting.predict_file import check_output

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from .common import (
+    ANEW,
     INPUT,
     OUTPUT,
     SEEDS,
@@ -106,7 +107,8 @@ def search(
     Example: steadytune search reviews.csv --label stars --model bert-base-uncased --budget 30m --output out
     """
     given = dict(locals())
-    with errors_in_one_line("with --resume goes on with the trainings that have no record"), speaking(quiet):
+    go_on = ANEW if dry_run else "with --resume goes on with the trainings that have no record"
+    with errors_in_one_line(go_on), speaking(quiet):
         from .. import searching
 
         same = ("label_separator", "group", "kind", "metric", "budget", "folds", "seed", "steps", "epochs", "lr",
