@@ -12,6 +12,7 @@ from fit_helpers import data_root, save_tiny_bert, toy
 from steadytune import __version__
 from steadytune import cli as cli_module
 from steadytune.cli import app
+from steadytune.cli.common import named_files
 from steadytune.fitting.options import Options
 from steadytune.methods import METHODS
 from steadytune.tasks import TASKS
@@ -124,6 +125,14 @@ def test_real_task(root, shell, tmp_path, bert):
     assert metrics["sets"]["mrpc/validation"]["rows"] == 408
     predictions = pd.read_parquet(tmp_path / "out" / "predictions.parquet")
     assert set(predictions["label"]) == {"equivalent", "not_equivalent"}
+
+
+def test_test_sets_of_the_hub_keep_their_options():
+    """Naive: the part in front of ``split=test`` is the name, and ``test`` the file."""
+    given = ["hub:owner/reviews.v2?split=test", "more=hub:owner/reviews.v2?split=dev", "hub:imdb", "in=a.csv", "b.csv"]
+    assert {name: str(file) for name, file in named_files(given).items()} == {
+        "reviews.v2": given[0], "more": given[1].partition("=")[2], "imdb": "hub:imdb", "in": "a.csv", "b": "b.csv",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

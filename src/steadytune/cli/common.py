@@ -205,13 +205,16 @@ def _root(
 
 
 def named_files(tests: list[str]) -> dict[str, Path]:
-    """Test files by name: `NAME=FILE`, or `FILE` under its own stem."""
+    """Test files by name: `NAME=FILE`, or `FILE` under its own stem; data sets of the hub likewise."""
+    from ..data.files import HUB
     from ..errors import UsageError
 
     named: dict[str, Path] = {}
     for item in tests:
         name, equals, file = item.partition("=")
-        if not equals or Path(item).exists():
+        if item.startswith(HUB):  # an equals sign is one of its options, as in ?split=test
+            name, file = Path(item.removeprefix(HUB).partition("?")[0]).name, item
+        elif not (equals and name) or Path(item).exists():
             name, file = Path(item).stem, item
         if name in named:
             raise UsageError(f"two test sets are called {name!r}: name them with --test NAME=FILE.")
