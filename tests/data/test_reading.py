@@ -245,3 +245,33 @@ def test_a_text_longer_than_the_limit_of_a_csv_cell_is_read(tmp_path):
     text = "word " * 30_000
     (tmp_path / "t.csv").write_text(f"text,label;x\n{text},a\nb,c\n")
     assert read_table(tmp_path / "t.csv")["text"].tolist() == [text, "b"]
+
+
+# ---- long cells -------------------------------------------------------------------------------------------------
+
+LONG = "word " * 40_000  # above the limit of Python's reader of CSV
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_quotation_marks_behind_a_space_are_read_beside_long_cells_and_cells_of_many_lines(tmp_path):
+    """Naive: the first lines cannot be read alone, and the labels become ' "a"' with space and marks."""
+    rows = [(LONG, "a"), ("line\n" * 150 + "end", "b"), ("line\n" * 150 + "end", "a")]
+    path = write(tmp_path / "t.csv", "text, label\n" + "".join(f'"{text}", "{label}"\n' for text, label in rows))
+    assert list(read_table(path).itertuples(index=False, name=None)) == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f'text,label\n"{LONG}",a,b\n', "line 2 has 3 cells, the header 'text,label' has 2"),
+        ("sep=;\ntext;label\na b;x;y\n", "line 3 has 3 cells, the header 'text;label' has 2"),
+    ],
+    ids=["long cell", "named delimiter"],
+)
+def test_a_row_with_too_many_cells_is_named_whatever_the_file(tmp_path, text, said):
+    with pytest.raises(UsageError, match=said):
+        read_table(write(tmp_path / "t.csv", text))

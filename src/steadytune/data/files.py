@@ -29,6 +29,7 @@ from ..errors import UsageError, first_rows, one_line, suggest
 logger = logging.getLogger("steadytune")
 
 CHUNK_ROWS = 10_000  # number of rows of a file that are read at once
+SAMPLE = 200  # lines of a file that tell its delimiter and where its quotation marks stand
 HUB = "hub:"  # prefix of a source on the hub
 
 
@@ -225,27 +226,46 @@ def csv_dialect(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: The file has another delimiter, or a misplaced quotation mark.
     """
-    sep, skipped = ",", 0
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        first = file.readline()
-    if named := re.fullmatch(r"sep=(.)\r?\n?", first):  # Excel writes such a line
-        sep, skipped = named[1], 1
+    sep, skipped = _delimiter(path)
     _check_delimiter(path, sep, skipped)
-    spaced = _spaced_quotes(path, sep)
+    spaced = _spaced_quotes(path, sep, skipped)
     options = {"skipinitialspace": True} if spaced else {"escapechar": "\\"} if _backslashes(path, sep) else {}
     return {"sep": sep, "skiprows": skipped, **options}
 
 
-def _spaced_quotes(path: Path, sep: str) -> bool:
+def _delimiter(path: Path) -> tuple[str, int]:
+    """What stands between the cells of a CSV or TSV file, and how many lines stand above the header."""
+    if path.suffix.lower() == ".tsv":
+        return "\t", 0
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        named = re.fullmatch(r"sep=(.)\r?\n?", file.readline())  # Excel writes such a line
+    return (named[1], 1) if named else (",", 0)
+
+
+@contextlib.contextmanager
+def _long_cells() -> Iterator[None]:
+    """Let Python's reader of CSV read cells of any length; its own limit is 131,072 characters."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _spaced_quotes(path: Path, sep: str, skipped: int) -> bool:
     """Whether quoted cells stand behind a delimiter and a space: read as they are, their marks would be text."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = [line for line in itertools.islice(file, 200) if line.strip("\r\n")]
+        lines = list(itertools.islice(file, skipped, skipped + SAMPLE))
     if not any(f'{sep} "' in line for line in lines):
         return False
+    counts = set()
     try:
-        counts = {len(row) for row in csv.reader(lines, delimiter=sep, skipinitialspace=True, strict=True)}
-    except csv.Error:
-        return False
+        with _long_cells():
+            for row in csv.reader(lines, delimiter=sep, skipinitialspace=True, strict=True):
+                counts |= {len(row)} if row else set()
+    except csv.Error as error:
+        if "unexpected end" not in str(error) or len(lines) < SAMPLE:  # a cell may go on behind the last of many lines
+            return False
     return len(counts) == 1
 
 
@@ -296,7 +316,7 @@ def _check_delimiter(path: Path, sep: str, skipped: int) -> None:
     ``stars, 1-3``. A delimiter that cuts the header and every row into the same number of cells is the real one.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = [line for line in itertools.islice(file, skipped, skipped + 200) if line.strip("\r\n")]
+        lines = [line for line in itertools.islice(file, skipped, skipped + SAMPLE) if line.strip("\r\n")]
     if not lines:
         return
     header = lines[0].rstrip("\r\n")
@@ -317,7 +337,8 @@ def _check_delimiter(path: Path, sep: str, skipped: int) -> None:
 def _cut_alike(lines: Sequence[str], other: str) -> bool:
     """Whether a delimiter cuts all lines into the same number of cells, two or more."""
     try:
-        counts = {len(row) for row in csv.reader(lines, delimiter=other)}
+        with _long_cells():
+            counts = {len(row) for row in csv.reader(lines, delimiter=other)}
     except csv.Error:
         return False
     return len(counts) == 1 and counts != {1}
@@ -342,45 +363,37 @@ def _backslashes(path: Path, sep: str) -> bool:
 
 def _misquoted(path: Path, sep: str, *, escaped: bool = False) -> tuple[int, str] | None:
     """Line and kind of the first misplaced quotation mark; ``escaped`` marks follow a backslash."""
-    limit = csv.field_size_limit(sys.maxsize)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = (line.replace('\\"', "'") for line in file) if escaped else file
-            reader = csv.reader(lines, delimiter=sep, strict=True)
-            try:
-                for _ in reader:
-                    pass
-            except csv.Error as error:
-                open_mark = "unexpected end" in str(error)
-                what = "a quotation mark is opened and never closed" if open_mark else None
-                return reader.line_num, what or "text goes on behind a closing quotation mark"
-    finally:
-        csv.field_size_limit(limit)
+    with _long_cells(), path.open(encoding="utf-8-sig", newline="") as file:
+        lines = (line.replace('\\"', "'") for line in file) if escaped else file
+        reader = csv.reader(lines, delimiter=sep, strict=True)
+        try:
+            for _ in reader:
+                pass
+        except csv.Error as error:
+            open_mark = "unexpected end" in str(error)
+            what = "a quotation mark is opened and never closed" if open_mark else None
+            return reader.line_num, what or "text goes on behind a closing quotation mark"
     return None
 
 
 def _lacks_cells(path: Path, sep: str) -> bool:
     """Whether a row has fewer cells than the header. Empty cells count here, unlike in the frame of pandas."""
-    limit = csv.field_size_limit(sys.maxsize)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            counts = (len(row) for row in csv.reader(file, delimiter=sep) if row)
-            header = next(counts, 0)
-            return any(count < header for count in counts)
-    finally:
-        csv.field_size_limit(limit)
+    with _long_cells(), path.open(encoding="utf-8-sig", newline="") as file:
+        counts = (len(row) for row in csv.reader(file, delimiter=sep) if row)
+        header = next(counts, 0)
+        return any(count < header for count in counts)
 
 
 def _ragged(path: Path) -> str | None:
     """The first row of a CSV or TSV file with more cells than the header, in words."""
-    sep = "\t" if path.suffix.lower() == ".tsv" else ","
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=sep)
+    sep, skipped = _delimiter(path)
+    with _long_cells(), path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(itertools.islice(file, skipped, None), delimiter=sep)
         header = next(reader, [])
         for row in reader:
             if len(row) > len(header):
                 return (
-                    f"line {reader.line_num} has {len(row)} cells, the header {sep.join(header)[:60]!r} has "
+                    f"line {reader.line_num + skipped} has {len(row)} cells, the header {sep.join(header)[:60]!r} has "
                     f"{len(header)}. Put cells that hold {sep!r} in double quotation marks, and let the file begin "
                     "with the header."
                 )
