@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from decimal import Decimal
 
 import numpy as np
 import pandas as pd
@@ -48,11 +49,18 @@ def test_explicit_kind_wins():
 def test_labels_meet_across_file_types():
     train = posed(["0", "1"])
     problem = find_problem(examples(train), train)
-    for labels in ([0, 1], [0.0, 1.0], np.array([0, 1], dtype=np.int8), pd.Categorical([0, 1])):
+    for labels in (
+        [0, 1],
+        [0.0, 1.0],
+        np.array([0, 1], dtype=np.int8),
+        pd.Categorical([0, 1]),
+        [Decimal("0.00"), Decimal("1")],
+    ):
         test = posed(labels)
         assert encode(examples(test), test, problem)["label"].tolist() == ["0", "1"]
     assert label_name(np.float32(3)) == "3"
     assert label_name(2.5) == "2.5"
+    assert label_name(Decimal("2.50")) == "2.50"
 
 
 def test_merge_renames_gold_labels_only_where_told():

@@ -9,6 +9,7 @@ import json
 import re
 import tokenize
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ def refuse(bad: pd.Series, what: str, how: str, origin: str, remedy: str = "Fill
 def label_name(value: Any) -> str:
     """The name of a label of any type: `1`, `1.0` and `"1"` are one class, whichever file format they came from."""
     if isinstance(value, (float, np.floating)) and float(value).is_integer():
+        return str(int(value))
+    if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():  # numbers of databases
         return str(int(value))
     if isinstance(value, str) and WHOLE.fullmatch(value):  # as pandas writes a column of whole numbers with a gap
         return value.partition(".")[0]
