@@ -657,6 +657,13 @@ def test_missing_mark_column_is_named():
         prepare(marked(["train"] * 4), {}, validation_column="prt")
 
 
+def test_the_column_of_a_split_may_be_called_by_a_number_as_others_may():
+    """Naive: the names of a frame are strings by then, and the search for the nearest one fails on a number."""
+    frame = pd.DataFrame({0: PROSE[:6], 1: list("ababab"), 2: ["train"] * 4 + ["dev"] * 2})
+    data = prepare(Table.of(frame, (0,), 1, "train"), {}, validation_column=2)
+    assert {name: len(rows) for name, rows in data.tests.items()} == {"validation": 2}
+
+
 def test_train_size_draws_from_the_training_rows_only():
     data = prepare(marked(["train", "train", "dev"] * 6), {}, validation_column="part", train_size=7)
     assert (len(data.train), len(data.tests["validation"])) == (7, 6)

@@ -21,7 +21,7 @@ from ..errors import one_line as one_line
 from .labels import find_problem
 from .problem import Problem
 from .splits import cut, split, subset
-from .tables import Table, _follow, examples, keys, resolve, texts
+from .tables import Table, _follow, _string, examples, keys, resolve, texts
 from .unlabelled import BLANK, REST, Unlabelled, gathered, is_named, part_blank, sources_of, texts_of
 
 logger = logging.getLogger("steadytune")
@@ -114,6 +114,7 @@ def prepare(
     given = [*tests, *(["validation"] if validation is not None else [])]
     if "validation" in tests or "train" in tests:
         raise UsageError("a test set cannot be called 'train' or 'validation': name it with --test NAME=FILE.")
+    validation_column = _string(validation_column)
     train = _numbered(resolve(train, () if validation_column is None else (validation_column,)))
     wanted = sources_of(unlabelled)
     if unlabelled_size is not None and not wanted:
