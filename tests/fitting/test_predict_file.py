@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -167,6 +168,13 @@ def test_impossible_outputs_are_refused(tmp_path, name):
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(UsageError, match="output"):
         check_output(tmp_path / name, [], overwrite=True)
+
+
+def test_a_folder_without_permission_is_refused_before_the_work(tmp_path, monkeypatch):
+    """Naive: predict, probe and inspect find out when they have read and judged every row."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
+    with pytest.raises(UsageError, match=r"out\.csv: the directory .* cannot be written"):
+        check_output(tmp_path / "out.csv", [], overwrite=True)
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".parquet"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -326,6 +327,17 @@ def test_two_models_of_one_name_are_refused(table, folders):
     done = CliRunner().invoke(cli.app, ["probe", str(table), "--model", "a=b", "--model", "a=c"])
     assert done.exit_code == 2
     assert "two models have one name" in done.stderr
+
+
+def test_a_ranking_that_cannot_be_written_is_shown_and_an_error(table, folders, tmp_path, monkeypatch):
+    def full(path, writer):
+        raise OSError(errno.ENOSPC, "written by the system")
+
+    monkeypatch.setattr(probing, "write_whole", full)
+    done = command(table, folders, "--output", str(tmp_path / "ranking.csv"))
+    assert done.exit_code == 2
+    assert "seeing is ahead of the others" in done.stdout
+    assert "ranking.csv cannot be written: No space left on device" in done.stderr
 
 
 def test_an_interrupted_probe_writes_nothing_and_runs_again(table, folders, tmp_path, monkeypatch):

@@ -122,9 +122,9 @@ def probe(
         columns = {"text": text or None, "label": label or None}
         options = {**columns, "tests": named_files(test or []), **{name: given[name] for name in same}}
         result = probing.probe(train, _models(model), **options)
+        _show_probed(result)  # first: what took minutes is seen, also where the file cannot be written
         if output is not None:
             result.save(output)
-    _show_probed(result)
 
 
 @app.command(cls=OneName)
@@ -166,9 +166,9 @@ def inspect(
         options: dict[str, Any] = {"text": text or None, "label": label or None, **{name: given[name] for name in same}}
         found = inspect_labels(train, model, **options)
         found.save(output)
+        typer.echo(f"{found.summary} List: {output}")  # first: the page of a fit may lie where nobody may write
         if Path(model, RECORD).is_file():
             found.add_to(model)
-    typer.echo(f"{found.summary} List: {output}")
 
 
 def _models(given: list[str]) -> list[str] | dict[str, str]:

@@ -79,7 +79,8 @@ class Inspected:
             UsageError: Another ending, or the file cannot be written.
         """
         check_output(Path(path), [], overwrite=True, endings=FILES)
-        write_whole(Path(path), lambda part: self.frame.to_csv(part, index=False))
+        with writing(Path(path)):
+            write_whole(Path(path), lambda part: self.frame.to_csv(part, index=False))
 
     def add_to(self, folder: str | Path) -> None:
         """Show the list on the page of a fit.

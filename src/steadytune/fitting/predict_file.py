@@ -56,7 +56,8 @@ def check_output(
         endings: Endings that the file may have.
 
     Raises:
-        UsageError: The ending is unknown, the folder is missing, the file exists, or it is one of the inputs.
+        UsageError: The ending is unknown, the folder is missing or must not be written to, the file exists, or it is
+            one of the inputs.
     """
     if output.suffix.lower() not in endings:
         raise UsageError(f"output {output}: files end in {', '.join(endings)}.{suggest(output.suffix, endings)}")
@@ -69,6 +70,10 @@ def check_output(
         raise UsageError(f"output {output} exists: replace it with --overwrite, or choose another --output FILE.")
     if not output.absolute().parent.is_dir():
         raise UsageError(f"output {output}: no such directory {output.parent}. Make it first.")
+    if not os.access(output.absolute().parent, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"output {output}: the directory {output.parent} cannot be written: choose another --output FILE."
+        )
 
 
 def _is_part_of(output: Path, source: Path) -> bool:

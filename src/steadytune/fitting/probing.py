@@ -30,7 +30,7 @@ from ..data.problem import Problem
 from ..data.scores import full_scores
 from ..data.tables import Kind
 from ..errors import UsageError
-from ..files.atomic import write_json, write_whole
+from ..files.atomic import write_json, write_whole, writing
 from ..heads.features import last_linear
 from ..heads.pooling import untrained_dense
 from ..heads.probe import Parts, Probe
@@ -95,10 +95,11 @@ class Probed:
         """
         path = Path(path)
         check_output(path, [], overwrite=True, endings=FILES)
-        if path.suffix.lower() == ".csv":
-            return write_whole(path, lambda part: self.frame.to_csv(part, index=False))
-        rows = [{key: _plain(value) for key, value in row.items()} for row in self.frame.to_dict("records")]
-        write_json(path, {"metric": self.metric, "rows": self.rows, "verdict": self.verdict, "models": rows})
+        with writing(path):
+            if path.suffix.lower() == ".csv":
+                return write_whole(path, lambda part: self.frame.to_csv(part, index=False))
+            rows = [{key: _plain(value) for key, value in row.items()} for row in self.frame.to_dict("records")]
+            write_json(path, {"metric": self.metric, "rows": self.rows, "verdict": self.verdict, "models": rows})
 
 
 def _plain(value: Any) -> Any:
