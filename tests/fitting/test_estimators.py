@@ -128,3 +128,12 @@ def test_texts_without_labels_have_the_form_of_x(bert, pairs):
         SteadyClassifier(bert, **QUICK, options=options).fit(frame, Y, unlabelled=X)
     with pytest.raises(UsageError, match="'unlabelled', which are told by unlabelled of fit"):
         SteadyClassifier(bert, **QUICK, options={"unlabelled": X}).fit(X, Y)
+
+
+@pytest.mark.parametrize("threshold", [0.001, 0.999])
+def test_a_threshold_decides_the_classes_that_are_predicted(bert, threshold):
+    """Naive: the class with the larger probability, so that a grid over thresholds finds them all equal."""
+    model = SteadyClassifier(bert, **QUICK, options={"threshold": threshold}).fit(X, [label == Y[0] for label in Y])
+    above = model.predict_proba(X)[:, 1] > threshold
+    assert model.predict(X).tolist() == above.tolist() == [threshold < 0.5] * len(X)
+    assert model.score(X, above) == 1

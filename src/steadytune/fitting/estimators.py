@@ -277,9 +277,9 @@ class SteadyClassifier(ClassifierMixin, _Steady):
         These are lists (rows,), strings with the separator (rows,), or for a matrix or frame a matrix (rows, classes).
         """
         check_is_fitted(self, "model_")
-        if not self.model_.problem.several:
-            return self.classes_[self.predict_proba(X).argmax(axis=1)]
         member = self._member(X)
+        if not self.model_.problem.several:
+            return self.classes_[member.argmax(axis=1)]
         if self._is_matrix:
             return member.astype(int)
         rows = (self.classes_[row].tolist() for row in member)
@@ -288,7 +288,7 @@ class SteadyClassifier(ClassifierMixin, _Steady):
         return np.fromiter(rows, dtype=object, count=len(member))
 
     def _member(self, X: Any) -> np.ndarray:
-        """Truth values (rows, classes) of predictions with several labels a row, columns as `classes_`."""
+        """Truth values (rows, classes) of predictions, as the model's threshold decides them, columns as `classes_`."""
         return self.model_.problem.membership(self.model_.predict(self._rows(X)))[:, self._order]
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
