@@ -672,6 +672,37 @@ def test_signals_leave_a_checkpoint_of_the_last_step(tmp_path, bert, monkeypatch
     assert same(weights(cut.output), weights(straight.output))
 
 
+def cut_at(step, folder, bert, monkeypatch, **own):
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "Progress", lambda name: Signal(step, signal.SIGINT))
+        with pytest.raises(callbacks.Interrupted):
+            fit(toy(60), model=bert, output=folder, **{**own, "progress": True})
+
+
+def test_the_best_moment_in_memory_outlives_an_interruption(tmp_path, bert, monkeypatch, scored):
+    """Naive: the best weights of before are lost, and the last ones of the schedule are kept in their place."""
+    own = {**QUICK, "evaluations": 8, "methods": "ema:decay=0.8"}
+    scores = [0.5, 0.9, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7]
+    scored(scores)
+    straight = fit(toy(60), model=bert, output=tmp_path / "straight", **own)
+    scored(scores)
+    cut_at(21, tmp_path / "cut", bert, monkeypatch, **own)
+    cut = fit(toy(60), model=bert, output=tmp_path / "cut", resume=True, **own)
+    assert cut.steps == straight.steps == 10
+    assert same(weights(cut.output), weights(straight.output))
+
+
+@pytest.mark.parametrize(("begun", "now", "said"), [(0, 5, "resume with save_steps 0"), (5, 0, "save_steps above 0")])
+def test_a_resume_finds_the_best_moment_where_the_run_began_to_keep_it(
+    tmp_path, bert, monkeypatch, scored, begun, now, said
+):
+    own = {**QUICK, "evaluations": 8}
+    scored([0.5, 0.9, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7])
+    cut_at(21, tmp_path / "cut", bert, monkeypatch, **{**own, "save_steps": begun})
+    with pytest.raises(UsageError, match=said):
+        fit(toy(60), model=bert, output=tmp_path / "cut", resume=True, **{**own, "save_steps": now})
+
+
 def test_a_dry_run_measures_and_writes_nothing(tmp_path, bert):
     found = dry_run(toy(60), model=bert, output=tmp_path / "o", tests=TESTS, num_seeds=2, combine="ensemble", **QUICK)
     assert not (tmp_path / "o").exists()

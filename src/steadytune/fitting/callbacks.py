@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from ..data.metrics import smaller_is_better
+from ..files import state as stored
 from ..files.atomic import write_whole
 from .progress import progress_bar
 
@@ -27,6 +28,7 @@ FAILING, FAILING_AFTER = (
     0.9,
     0.2,
 )  # share of the loss of chance, log K, share of the steps (Dodge et al. 2020, arXiv 2002.06305)
+BEST = "best.safetensors"  # file of a checkpoint with the weights that `KeepBest` held
 LEAST = 10  # smallest number of steps after which a run can be judged as failing
 SILENT = 30.0  # seconds between two lines of the log, without a bar
 
@@ -119,6 +121,17 @@ class KeepBest(TrainerCallback):
         if best_moment(state.log_history, self.metric) == state.global_step:
             self.step = state.global_step
             self.weights = {n: t.detach().to("cpu", copy=True) for n, t in given["model"].state_dict().items()}
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the weights into a checkpoint, because a signal writes one of a training that has no others."""
+        if self.weights:
+            stored.save({"step": self.step, "weights": self.weights}, checkpoint / BEST)
+
+    def load(self, checkpoint: Path | None) -> None:
+        """Take the weights back from a checkpoint that has some."""
+        if checkpoint is not None and (checkpoint / BEST).is_file():
+            held = stored.load(checkpoint / BEST)
+            self.step, self.weights = held["step"], held["weights"]
 
 
 class KeepOutputs(TrainerCallback):

@@ -20,7 +20,7 @@ from ..data.metrics import smaller_is_better
 from ..errors import UsageError, one_line
 from ..trainer import Trainer
 from ..vocabulary import vocabulary_of
-from .callbacks import Begun, Interrupt, KeepBest, _failing, best_moment, judged_at
+from .callbacks import BEST, Begun, Interrupt, KeepBest, _failing, best_moment, judged_at
 from .options import MAX_STEPS, Options
 from .peft_models import merged
 from .pretrained import quiet
@@ -208,10 +208,13 @@ class FitTrainer(Trainer):
             return 0.0
         if checkpoint is not None:
             logger.info("resuming from %s", checkpoint)
+            check_best(checkpoint, in_memory=bool(self._keepers))
         self.ended = checkpoint is not None and was_stopped(checkpoint)
         begun = Begun()
         self.add_callback(begun)
         try:
+            for kept in self._keepers:
+                kept.load(checkpoint)
             with quiet(warnings=True), Interrupt.listening(self):  # every checkpoint has a bar
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except Exception as error:  # damaged files raise what their parsers raise
@@ -221,6 +224,18 @@ class FitTrainer(Trainer):
                 f"{checkpoint}: the checkpoint cannot be resumed: {one_line(error)[:500]} Start anew with --overwrite."
             ) from error
         return self.seconds
+
+    @property
+    def _keepers(self) -> list[KeepBest]:
+        """The callback that keeps the best weights in memory, if there is one."""
+        return [c for c in self.callback_handler.callbacks if isinstance(c, KeepBest)]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, and in checkpoints the best weights that are kept in memory."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None:
+            for kept in self._keepers:
+                kept.save(Path(output_dir))
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Choose the best evaluation by `best_moment`; the stock Trainer keeps the first of equals."""
@@ -255,7 +270,7 @@ class FitTrainer(Trainer):
         steps = self.state.global_step
         if self.state.best_model_checkpoint is not None:
             steps = int(self.state.best_model_checkpoint.rpartition("-")[2])
-        for kept in (c for c in self.callback_handler.callbacks if isinstance(c, KeepBest) and c.weights):
+        for kept in (kept for kept in self._keepers if kept.weights):
             self.model.load_state_dict(kept.weights)
             steps = kept.step
         if (vocabulary := vocabulary_of(self.model)) is not None:
@@ -272,5 +287,28 @@ class FitTrainer(Trainer):
 
 def was_stopped(checkpoint: Path) -> bool:
     """Whether a callback ended the training at a checkpoint, such as early stopping or a loss that did not fall."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return bool(state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"])
+    return bool(_state(checkpoint)["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"])
+
+
+def check_best(checkpoint: Path, in_memory: bool) -> None:
+    """Check that the best weights so far are where a resumed training looks for them.
+
+    Args:
+        checkpoint: The checkpoint to resume from.
+        in_memory: Whether the resumed training keeps them in memory (`KeepBest`), and not in checkpoints.
+
+    Raises:
+        UsageError: They are not, because the training began with or without checkpoints, and now it is the other way.
+    """
+    step = _state(checkpoint).get("best_global_step")
+    if step and in_memory != (checkpoint / BEST).is_file():
+        before, now = ("above 0", 0) if in_memory else (0, "above 0")
+        raise UsageError(
+            f"{checkpoint}: the best weights so far, of step {step}, were kept with save_steps {before}, and with "
+            f"save_steps {now} they would be lost: resume with save_steps {before}, as the run began."
+        )
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    """The Trainer's state in a checkpoint."""
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
