@@ -692,6 +692,15 @@ def test_the_best_moment_in_memory_outlives_an_interruption(tmp_path, bert, monk
     assert same(weights(cut.output), weights(straight.output))
 
 
+def test_the_checkpoint_of_a_signal_stays_beside_the_best_one(tmp_path, bert, monkeypatch, scored):
+    """Naive: the end of the cut training leaves the best checkpoint alone, and a resume repeats the steps after it."""
+    own = {**QUICK, "evaluations": 8, "save_steps": 5}
+    scored([0.5, 0.9, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7])
+    cut_at(21, tmp_path / "cut", bert, monkeypatch, **own)
+    assert last_checkpoint(tmp_path / "cut" / "checkpoints" / "training").name == "checkpoint-22"
+    assert fit(toy(60), model=bert, output=tmp_path / "cut", resume=True, **own).steps == 10
+
+
 @pytest.mark.parametrize(("begun", "now", "said"), [(0, 5, "resume with save_steps 0"), (5, 0, "save_steps above 0")])
 def test_a_resume_finds_the_best_moment_where_the_run_began_to_keep_it(
     tmp_path, bert, monkeypatch, scored, begun, now, said

@@ -161,9 +161,9 @@ class Interrupt(TrainerCallback):
         control.should_save |= self.received is not None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop |= (
-            self.received is not None
-        )  # set after the checkpoint was written, because the training is not over
+        if self.received is not None:
+            control.should_training_stop = True  # only after the checkpoint, because the training is not over
+            args.save_total_limit = None  # else its end would delete this checkpoint if another one is the best
 
     @classmethod
     def listening(cls, trainer: Trainer) -> _Listening:
