@@ -701,6 +701,14 @@ def test_the_checkpoint_of_a_signal_stays_beside_the_best_one(tmp_path, bert, mo
     assert fit(toy(60), model=bert, output=tmp_path / "cut", resume=True, **own).steps == 10
 
 
+def test_a_folder_that_was_moved_after_the_last_step_resumes_with_its_best_moment(tmp_path, bert, monkeypatch, scored):
+    own = {**QUICK, "evaluations": 8, "save_steps": 5}
+    scored([0.5, 0.9, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7])
+    cut_at(39, tmp_path / "cut", bert, monkeypatch, **own)
+    (tmp_path / "cut").rename(tmp_path / "moved")
+    assert fit(toy(60), model=bert, output=tmp_path / "moved", resume=True, **own).steps == 10
+
+
 @pytest.mark.parametrize(("begun", "now", "said"), [(0, 5, "resume with save_steps 0"), (5, 0, "save_steps above 0")])
 def test_a_resume_finds_the_best_moment_where_the_run_began_to_keep_it(
     tmp_path, bert, monkeypatch, scored, begun, now, said

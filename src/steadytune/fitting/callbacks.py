@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.metrics import smaller_is_better
 from ..files import state as stored
@@ -64,6 +65,12 @@ class Begun(TrainerCallback):
     """Notes whether a first step has begun, which means that the checkpoint was read."""
 
     yes = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Find the best checkpoint beside the others: the state names it as the folder was called when it was made."""
+        best = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+        if args.load_best_model_at_end and best.is_dir():
+            state.best_model_checkpoint = str(best)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.yes = True
