@@ -709,6 +709,16 @@ def test_a_folder_that_was_moved_after_the_last_step_resumes_with_its_best_momen
     assert fit(toy(60), model=bert, output=tmp_path / "moved", resume=True, **own).steps == 10
 
 
+def test_other_validation_rows_are_no_resume_of_a_run_that_they_select(tmp_path, bert, monkeypatch):
+    """Naive: the best moment is the best of scores on two tables."""
+    own = {**QUICK, "evaluations": 8, "save_steps": 5}
+    cut_at(21, tmp_path / "cut", bert, monkeypatch, validation=toy(30, start=100), **own)
+    with pytest.raises(UsageError, match="started otherwise: validation data"):
+        fit(toy(60), model=bert, output=tmp_path / "cut", resume=True, validation=toy(30, start=200), **own)
+    cut_at(21, tmp_path / "last", bert, monkeypatch, validation=toy(30, start=100), **QUICK)
+    fit(toy(60), model=bert, output=tmp_path / "last", resume=True, validation=toy(30, start=200), **QUICK)
+
+
 @pytest.mark.parametrize(("begun", "now", "said"), [(0, 5, "resume with save_steps 0"), (5, 0, "save_steps above 0")])
 def test_a_resume_finds_the_best_moment_where_the_run_began_to_keep_it(
     tmp_path, bert, monkeypatch, scored, begun, now, said

@@ -169,10 +169,13 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def same_run(then: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to resume a run under another recipe or on other training rows, and say what differs."""
+    """Refuse to resume a run under another recipe, on other training rows, or on others that select, and say why."""
     now = json.loads(json.dumps(now))
     differences = list(_differences(_decisive(then["recipe"]), _decisive(now["recipe"])))
     differences += _differences(then["data"]["train"], now["data"]["train"], "training data")
+    if now["recipe"]["evaluations"]:  # scores of the steps before are compared with those after
+        before, after = (record["data"].get("validation", {}) for record in (then, now))
+        differences += _differences(before, after, "validation data")
     if differences:
         raise UsageError(
             f"--resume: the run in {folder} was started otherwise: {'; '.join(differences)}. "
