@@ -38,8 +38,6 @@ def curves(studies: list[Path]) -> Curves:
 def main() -> None:
     from matplotlib import pyplot as plt
 
-    matplotlib.rcParams["svg.hashsalt"] = "steadytune"  # the same bytes every time
-    matplotlib.rcParams["svg.fonttype"] = "none"
     found = curves([RESULTS / "heads", RESULTS / "heads-steps"])
     figure, axes = plt.subplots(1, len(found), figsize=(9, 2.9))
     for axis, task in zip(axes, sorted(found), strict=True):
