@@ -62,6 +62,13 @@ def test_the_output_is_a_model_with_the_search_in_its_record(searched):
     assert len(searched.predict(["good film", "bad plot"])) == 2
 
 
+def test_columns_may_be_numbers(home):
+    frame = pd.read_csv("rows.csv")
+    given = {k: v for k, v in SETTINGS.items() if k != "progress"} | {"text": 0, "label": 1, "budget": "13runs"}
+    rows = pd.DataFrame({0: frame["text"], 1: frame["label"], 2: range(len(frame))})
+    assert steadytune.searching.plan_search(rows, group=2, **given).rows == len(frame)
+
+
 def test_the_card_quotes_the_honest_estimate_only(searched):
     card = Path("out/README.md").read_text()
     assert searched.record["quoted"] in card

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,8 @@ import pandas as pd
 
 from ..bench.own_tables import OwnTables
 from ..data.cells import label_name
-from ..data.files import HUB, read_rows
+from ..data.files import HUB, column_name, read_rows
+from ..data.forms import as_label
 from ..data.prepare import prepare
 from ..data.tables import Table
 from ..files.atomic import write_whole, writing
@@ -23,14 +23,11 @@ if TYPE_CHECKING:
 ROWS = "rows.parquet"  # in the folder of the cells: rows without a file
 
 
-def _column_names(text: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    """Text columns as a study has them."""
-    return None if text is None else (text,) if isinstance(text, str) else tuple(text)
-
-
-def _label_names(label: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
-    """Label columns as a study has them."""
-    return label if label is None or isinstance(label, str) else tuple(label)
+def _column_names(given: Any) -> tuple[str, ...] | None:
+    """Columns as a study has them: one name or several, which are numbers where the columns have no names."""
+    if given is None:
+        return None
+    return tuple(map(column_name, given if isinstance(given, (list, tuple)) else [given]))
 
 
 def own_table(train: Any, scratch: Path, **given: Any) -> OwnTables:
@@ -44,7 +41,8 @@ def own_table(train: Any, scratch: Path, **given: Any) -> OwnTables:
     Raises:
         UsageError: Rows that are in no file are not right.
     """
-    given |= {"text": _column_names(given["text"]), "label": _label_names(given["label"])}
+    given |= {"text": _column_names(given["text"]), "label": as_label(given["label"])}
+    given["group"] = None if given.get("group") is None else column_name(given["group"])
     given["subgroup"] = _column_names(given.get("subgroup"))
     if _in_file(train):
         return OwnTables("table", str(Path(train).absolute()), **given)
