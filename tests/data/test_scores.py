@@ -189,6 +189,13 @@ def test_the_published_coverage_holds(simulation):
 # ---- what stands beside a score ---------------------------------------------------------------------------------
 
 
+def test_a_threshold_does_not_change_the_most_frequent_class():
+    """Naive: with 40 % of the rows above a threshold of 0.3, the baseline answers "yes", which 0.4 of them are."""
+    labels = pd.Series(["yes"] * 4 + ["no"] * 6)
+    found = baseline(TWO.at(0.3), labels.to_numpy(dtype=object), TWO.constant(labels))
+    assert found["accuracy"] == pytest.approx(0.6)
+
+
 def test_the_baseline_answers_with_the_training_rows():
     constant = TWO.constant(pd.Series(["no", "no", "no", "yes"]))
     assert constant.tolist() == [[0.75, 0.25]]

@@ -35,7 +35,7 @@ from steadytune.fitting.loss import chance, loss_of
 from steadytune.fitting.options import Options
 from steadytune.fitting.peft_models import adapted
 from steadytune.fitting.scale import check_scale, rescale, temperature
-from steadytune.merge import uniform
+from steadytune.merge import souped, uniform
 
 QUICK = {"steps": 40, "batch_size": 8, "lr": 5e-3, "save_steps": 0, "progress": False, "text": "text", "label": "label"}
 TESTS = {"test": toy(30, start=200)}
@@ -567,6 +567,23 @@ def test_temperature_is_the_best_one_and_lies_in_the_weights(tmp_path, bert):
         return -log_softmax(scores / t, axis=1)[np.arange(len(truth)), truth].mean()
 
     assert cost(found) <= min(cost(t) for t in np.geomspace(0.05, 20, 200)) + 1e-6
+
+
+def test_a_soup_of_calibrated_models_is_calibrated_itself(tmp_path, bert, monkeypatch):
+    """Naive: the mean of their weights as it is, whose answers are surer or less sure than those of either."""
+
+    def sure(models):
+        rescale(soup := souped(models), 3, 0.0, "calibrate")
+        return soup
+
+    monkeypatch.setattr("steadytune.merge.souped", sure)
+    own = {**QUICK, "steps": 12, "probe": False, "validation": toy(30, start=100)}
+    result = fit(toy(40), model=bert, output=tmp_path / "o", calibrate=True, num_seeds=2, combine="soup", **own)
+    rows = result.predictions.query("set == 'validation'")
+    outputs = np.log(rows[["probability_down", "probability_up"]].to_numpy())
+    assert temperature(outputs, (rows["label"] == "up").astype(int).tolist()) == pytest.approx(1, abs=0.01)
+    record = json.loads((result.output / "steadytune.json").read_text())
+    assert record["temperature"] > 1
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)

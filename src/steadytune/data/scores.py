@@ -5,6 +5,7 @@ No torch here.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -116,7 +117,8 @@ def worst_value(
 def baseline(problem: Problem, gold: np.ndarray, constant: np.ndarray) -> dict[str, float | None]:
     """Every metric of the same answer for all rows: the most frequent class, or the mean, of the training rows."""
     scores = np.repeat(constant, len(gold), axis=0)
-    return problem.score(gold, problem.decide(scores), scores)
+    most = problem if problem.several else dataclasses.replace(problem, threshold=None)  # it would give another class
+    return problem.score(gold, most.decide(scores), scores)
 
 
 def _notes(problem: Problem, gold: np.ndarray) -> list[str]:

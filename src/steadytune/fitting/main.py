@@ -391,13 +391,15 @@ def _finish(
     troubles = list(
         dict.fromkeys(trouble for t in trained for trouble in _troubles(t, plan.options.restarts))
     )  # runs may share them
-    temperatures = [_calibrate(t, plan, pretrained) for t in trained] if plan.options.calibrate else []
+    temperatures = [_calibrate(t.model, plan, pretrained) for t in trained] if plan.options.calibrate else []
     single = [fitted_model(plan, pretrained, [t.model]) for t in trained] if len(trained) > 1 else []
     each = [answers(model, pretrained, plan.data) for model in single]
     for model, answered in zip(single, each, strict=True):
         tune_threshold(model, plan, answered)
     scores = [evaluate(model, plan.data, answered)[1] for model, answered in zip(single, each, strict=True)]
     models, chosen = _combine(plan, trained, single, each)
+    if plan.options.calibrate and chosen is None and len(models) == 1:  # a soup of calibrated models is not calibrated
+        record["temperature"] = _calibrate(models[0], plan, pretrained)
     model = fitted_model(plan, pretrained, models)
     if each and chosen is not None:
         answered = each[chosen]
@@ -458,17 +460,17 @@ def _troubles(trained: Trained, restarts: int) -> Iterator[str]:
     yield from trained.notes
 
 
-def _calibrate(trained: Trained, plan: Plan, pretrained: Pretrained) -> float:
+def _calibrate(model: Any, plan: Plan, pretrained: Pretrained) -> float:
     """Fit a temperature on the validation rows, and put it into the model."""
     from .outputs import logits
     from .scale import rescale, temperature
 
     assert plan.select is not None
     features = pretrained.tokenise(plan.select)
-    outputs = logits(trained.model, pretrained.tokenizer, features, plan.options.bf16)
+    outputs = logits(model, pretrained.tokenizer, features, plan.options.bf16)
     labels = plan.data.problem.ids(plan.select["label"].tolist())
     degree = temperature(outputs, labels)
-    rescale(trained.model, 1 / degree, 0.0, "calibrate")
+    rescale(model, 1 / degree, 0.0, "calibrate")
     logger.info("calibrated on %d validation rows: temperature %.3f", len(labels), degree)
     return degree
 
