@@ -7,6 +7,7 @@ import re
 import pandas as pd
 import pytest
 
+from steadytune.data.metrics import calibration_error
 from steadytune.errors import UsageError
 from steadytune.fitting.report_page import Fitted, mistakes, verdict, write_page
 
@@ -61,6 +62,27 @@ def test_mistakes_are_the_wrong_rows_the_surest_first():
     )  # fmt: skip
     found = mistakes(predictions, {"test": pd.DataFrame({"text": ["one", "two", "three"]}, index=[5, 7, 9])})
     assert found[["row", "text", "size"]].to_numpy().tolist() == [[9, "three", 0.9], [7, "two", 0.6]]
+
+
+def test_the_probability_of_a_mistake_is_that_of_what_was_wrong():
+    """Naive: the largest probability of the row, which a threshold, or a right one of several labels, makes another."""
+    texts = {"test": pd.DataFrame({"text": ["one", "two"]})}
+    about = {"set": "test", "row": [0, 1], "probability_a": [0.6, 0.9], "probability_b": [0.4, 0.1]}
+    found = mistakes(pd.DataFrame(about | {"label": ["a", "b"], "prediction": ["b", "a"]}), texts)  # b above 0.3
+    assert found[["row", "size"]].values.tolist() == [[1, 0.9], [0, 0.4]]
+    sets = {"label": [("a",), ()], "prediction": [("a", "b"), ("a",)], "probability_b": [0.7, 0.02]}
+    found = mistakes(pd.DataFrame(about | sets | {"probability_a": [0.99, 0.8]}), texts)
+    assert found[["row", "size"]].values.tolist() == [[1, 0.8], [0, 0.7]]
+
+
+def test_the_calibration_of_the_page_is_that_of_the_metric_with_a_threshold_too(tmp_path):
+    """Naive: the probability of the likelier class is held against whether the other one, which was given, is right."""
+    rows = pd.DataFrame(
+        {"set": "test", "row": range(3), "label": ["a", "a", "b"], "prediction": ["b", "a", "b"],
+         "probability_a": [0.6, 0.9, 0.2], "probability_b": [0.4, 0.1, 0.8]}
+    )  # fmt: skip
+    error = calibration_error(rows["label"].to_numpy(), rows[["probability_a", "probability_b"]].to_numpy(), ["a", "b"])
+    assert f"The calibration error is {error:.3f}" in page(fitted(tmp_path / "out", rows))
 
 
 def test_mistakes_of_numbers_are_the_farthest():

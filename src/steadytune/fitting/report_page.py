@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..data.metrics import smaller_is_better
+from ..data.metrics import members, smaller_is_better
 from ..data.scores import worst_first
 from ..errors import UsageError
 from ..files.atomic import write_whole, writing
@@ -160,15 +160,13 @@ def mistakes(predictions: pd.DataFrame, sets: Mapping[str, pd.DataFrame]) -> pd.
 
 
 def _worst(mistaken: pd.DataFrame, rows: pd.DataFrame, name: str) -> pd.DataFrame:
-    probabilities = mistaken.filter(regex="^probability_").to_numpy()
     label, prediction = mistaken["label"], mistaken["prediction"]
-    if not probabilities.size:
+    if not len(_chances(mistaken).columns):
         size = (label - prediction).abs().to_numpy(dtype=float)
         wrong = size > 0
     else:
         wrong = np.array([one != other for one, other in zip(label, prediction, strict=True)])
-        several = isinstance(label.iloc[0], tuple)
-        size = (np.abs(probabilities - 0.5) + 0.5 if several else probabilities).max(axis=1)
+        size = _sureness(mistaken)
     order = np.argsort(-size, kind="stable")
     places = order[wrong[order]][:SHOWN_MISTAKES]
     texts = rows[[column for column in ("text", "text_pair") if column in rows]].iloc[places].reset_index(drop=True)
@@ -181,6 +179,31 @@ def _worst(mistaken: pd.DataFrame, rows: pd.DataFrame, name: str) -> pd.DataFram
         "size": size[places],
     }
     return pd.DataFrame(about)
+
+
+def _chances(rows: pd.DataFrame) -> pd.DataFrame:
+    """The probabilities of predictions, a column of each class under its name."""
+    return rows.filter(regex="^probability_").rename(columns=lambda name: name.removeprefix("probability_"))
+
+
+def _two(rows: pd.DataFrame, chances: pd.DataFrame) -> bool:
+    """Whether there are two classes under their own names, one of which a threshold may give."""
+    return len(chances.columns) == 2 and {*rows["label"], *rows["prediction"]} <= {*chances.columns}
+
+
+def _sureness(rows: pd.DataFrame) -> np.ndarray:
+    """How sure the model was (rows,): the probability of the prediction, with several labels of the worst decision.
+
+    A threshold may give a class that is less probable than not.
+    """
+    chances = _chances(rows)
+    label, prediction, probability = rows["label"], rows["prediction"], chances.to_numpy()
+    if isinstance(label.iloc[0], tuple):
+        has, given = (members(list(sets), list(chances.columns)) for sets in (label, prediction))
+        return np.where(has == given, 0.0, np.where(given, probability, 1 - probability)).max(axis=1)
+    if not _two(rows, chances):  # the likeliest class is given, perhaps under a coarser name
+        return probability.max(axis=1)
+    return probability[np.arange(len(rows)), chances.columns.get_indexer(pd.Index(prediction))]
 
 
 def _label(value: Any) -> str:
@@ -395,9 +418,11 @@ def _class_row(matrix: np.ndarray, i: int, label: str) -> list[str]:
 
 
 def _calibration(rows: pd.DataFrame) -> tuple[str, float]:
-    """Calibration curve, and its distance from the diagonal."""
-    probability = rows.filter(regex="^probability_").max(axis=1)
-    right = rows["label"] == rows["prediction"]
+    """Calibration curve of the class that is most probable, and its distance from the diagonal."""
+    chances = _chances(rows)
+    probability = chances.max(axis=1)
+    # of two classes a threshold may give the other one
+    right = rows["label"] == (chances.idxmax(axis=1) if _two(rows, chances) else rows["prediction"])
     bins = np.minimum((probability * BINS).astype(int), BINS - 1)
     table = pd.DataFrame({"probability": probability, "right": right, "rows": 1.0}).groupby(bins)
     by_bin = table.agg({"probability": "mean", "right": "mean", "rows": "sum"})
