@@ -92,6 +92,17 @@ def test_dates_and_small_numbers_of_the_table_stay_what_they_are(model, rows, tm
     assert (found["share"].astype(float) == 1e-12).all()
 
 
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+def test_lists_of_a_parquet_file_stay_lists_in_text(model, rows, tmp_path, ending):
+    """Naive: NumPy's words for an array, which have no commas, eight digits, and dots in place of many members."""
+    table = rows.assign(tags=[["new", "old"]] * 10, numbers=[[i / 7] * 1500 for i in range(10)])
+    table.to_parquet(tmp_path / "new.parquet")
+    predict_file(model, tmp_path / "new.parquet", tmp_path / f"out{ending}")
+    found = read_rows(tmp_path / f"out{ending}")[0]
+    assert found["tags"].tolist() == ["['new', 'old']"] * 10
+    assert [list_of(cell) for cell in found["numbers"]] == table["numbers"].tolist()
+
+
 @pytest.mark.parametrize("chunk", [1, 100])
 @pytest.mark.parametrize("ending", [".csv", ".parquet"])
 def test_a_row_without_text_has_no_prediction_and_is_counted(model, rows, tmp_path, chunk, ending):

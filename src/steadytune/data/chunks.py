@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -122,7 +123,7 @@ class Writer:
             frame.to_json(self.path, orient="records", lines=True, force_ascii=False, mode=mode, **exact)
         else:
             sep = "\t" if self.ending == ".tsv" else ","
-            frame.to_csv(self.path, sep=sep, index=False, header=first, mode="w" if first else "a")
+            _with_lists(frame).to_csv(self.path, sep=sep, index=False, header=first, mode="w" if first else "a")
         self.rows += len(frame)
 
     def _write_parquet(self, frame: pd.DataFrame) -> None:
@@ -138,6 +139,17 @@ class Writer:
                 f"a column has cells of several types, which Parquet refuses ({one_line(error)[:200]}): write .jsonl, "
                 "or leave the column out with --keep."
             ) from error
+
+
+def _with_lists(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with lists for the arrays that Parquet gives: NumPy prints these without commas, cut and rounded."""
+    frame = frame.copy(deep=False)
+    for place in range(frame.shape[1]):
+        cells = frame.iloc[:, place].tolist()
+        if any(isinstance(cell, np.ndarray) for cell in cells):
+            lists = [cell.tolist() if isinstance(cell, np.ndarray) else cell for cell in cells]
+            frame.isetitem(place, np.fromiter(lists, dtype=object, count=len(lists)))
+    return frame
 
 
 def _known(kind: pa.DataType) -> pa.DataType:
