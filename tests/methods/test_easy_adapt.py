@@ -87,6 +87,16 @@ def test_evaluation_knows_no_domain_and_a_specialised_head_is_a_plain_one():
         assert not torch.allclose(trained, clean, atol=1e-3)
 
 
+@pytest.mark.parametrize("domain", [-1, 2])
+def test_only_domains_have_a_head_of_their_own(domain):
+    """Naive: -1, the number of an unknown domain, is read from the end, and gives the head of the last domain."""
+    run = run_of(bert(), EasyAdapt(2))
+    with pytest.raises(
+        UsageError, match=f"domain must be a number from 0 to 1, got {domain}: .* the head of the model"
+    ):
+        run[EasyAdapt].specialised(domain)
+
+
 def test_dropped_rows_train_the_head_for_all_alone(monkeypatch):
     (batch,) = batches(1)
     monkeypatch.setattr(Domains, "draw", lambda self, domain: torch.tensor([0.1, 0.9, 0.9, 0.9]))

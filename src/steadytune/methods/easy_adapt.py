@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..core import Run, Within
 from ..core.facts import Cost, Paper
+from ..errors import UsageError
 from .bases.beside_head import Beside, BesideHead
 from .bases.rows import Column, numbers_of, row_counts
 
@@ -149,6 +150,15 @@ class EasyAdapt(BesideHead[Domains]):
 
         Args:
             domain: Number of the domain.
+
+        Raises:
+            UsageError: There is no such domain.
         """
+        known = len(self.beside.weight)
+        if not 0 <= domain < known:
+            raise UsageError(
+                f"domain must be a number from 0 to {known - 1}, got {domain}: for rows of unknown domains use "
+                "the head of the model itself"
+            )
         sums = {name: p + getattr(self.beside, name)[domain] for name, p in self.head.named_parameters(recurse=False)}
         return {name: p.detach() for name, p in sums.items()}
