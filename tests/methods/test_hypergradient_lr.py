@@ -7,8 +7,8 @@ import functools
 import pytest
 import torch
 
-from helpers import Net, assert_same, copied, points
-from steadytune import HypergradientLR, Run
+from helpers import Net, assert_same, batches, bert, copied, points
+from steadytune import L2SP, HypergradientLR, Run
 
 LR, STEPS = 0.05, 12
 OPTIMIZERS = {
@@ -80,6 +80,23 @@ def test_a_rate_too_small_grows_and_one_too_large_shrinks(lr, grows):
         optimizer.step()
         optimizer.zero_grad()
     assert (run[HypergradientLR].factor > 1.5) if grows else (run[HypergradientLR].factor < 0.9)
+
+
+@pytest.mark.parametrize(("after", "times"), [(False, 1.0), (True, 3.0)])
+def test_the_pull_of_l2sp_is_multiplied_after_it_in_the_list(after, times):
+    """As the docstring says: that pull comes before the optimizer's step."""
+    net = bert(dropout=0.0, dtype=torch.float64)
+    methods = [HypergradientLR(beta=1e-9), L2SP(alpha=50.0, scope="linear")]
+    run = Run(net, methods if after else methods[::-1]).attach(torch.optim.SGD(net.parameters(), 0.01))
+    run[HypergradientLR].factor.fill_(3.0)
+    weight = net.bert.encoder.layer[0].output.dense.weight
+    start = weight.detach().clone()
+    weight.data += 0.1
+    run.loss(batches(1)[0]).backward()
+    gradient = weight.grad.clone()
+    run.optimizer.step()
+    pull = (weight.detach() - start - 0.1) + 3.0 * 0.01 * gradient
+    assert torch.allclose(pull, torch.full_like(pull, -times * 0.01 * 50.0 * 0.1), atol=1e-9)
 
 
 def test_a_rate_of_zero_has_nothing_to_multiply():
