@@ -61,6 +61,11 @@ def test_values_of_every_type(folder):
     assert given("text: review") == {"text": ["review"]}
 
 
+@pytest.mark.parametrize(("text", "value"), [("0.3", "0.3"), ("tune", "tune"), ("3e-1", "0.3"), ("'0.3'", "0.3")])
+def test_a_threshold_is_a_number_as_in_python_or_a_word(folder, text, value):
+    assert given(f"threshold: {text}") == {"threshold": value}
+
+
 def test_methods_and_tests_as_text_or_mapping(folder):
     text = """
         method: [dps_dense, "mixout:keep=0.8", {name: rdrop, alpha: 0.5}, {name: l2sp, decoupled: false}, {name: ema}]

@@ -292,6 +292,8 @@ def value(what: str, name: str, hint: Any, given: Any) -> Any:
     """
     if typing.get_origin(hint) is list:
         return [text for item in (given if isinstance(given, list) else [given]) for text in _texts(what, name, item)]
+    if name == "threshold" and isinstance(given, float):  # a number or tune, which the command takes as text
+        return str(given)
     return _plain(what, hint, given)
 
 
