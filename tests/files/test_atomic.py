@@ -16,10 +16,11 @@ from steadytune.files.atomic import write_whole, writing
     [
         (OSError(errno.ENOSPC, "written by the system"), "No space left on device"),
         (OSError(errno.EACCES, "written by the system"), "Permission denied"),
+        (OSError(errno.ENOTDIR, "written by the system"), "Not a directory"),
         (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left"),
         (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0"), "the disk may be full"),
     ],
-    ids=["full", "forbidden", "safetensors", "torch"],
+    ids=["full", "forbidden", "below a file", "safetensors", "torch"],
 )
 def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path, error, why):
     with (

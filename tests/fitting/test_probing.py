@@ -338,6 +338,7 @@ def test_a_ranking_that_cannot_be_written_is_shown_and_an_error(table, folders, 
     assert done.exit_code == 2
     assert "seeing is ahead of the others" in done.stdout
     assert "ranking.csv cannot be written: No space left on device" in done.stderr
+    assert "--resume" not in done.stderr
 
 
 def test_an_interrupted_probe_writes_nothing_and_runs_again(table, folders, tmp_path, monkeypatch):

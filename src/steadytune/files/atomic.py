@@ -15,12 +15,16 @@ from safetensors import SafetensorError
 
 from ..errors import UsageError
 
-WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the error of a full disk or a missing permission into one sentence.
+def writing(path: Path, resumes: bool = True) -> Iterator[None]:
+    """Turn the error of a full disk, a missing permission or a file in the way into one sentence.
+
+    Args:
+        path: What is written.
+        resumes: Whether the command has a ``--resume`` that goes on with what was saved.
 
     Raises:
         UsageError: Instead of what the libraries raise.
@@ -30,19 +34,17 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in WRITE_ERRORS:
             raise
-        raise _unwritten(path, os.strerror(error.errno)) from error
+        raise _unwritten(path, os.strerror(error.errno), resumes) from error
     except (RuntimeError, SafetensorError) as error:  # torch and safetensors hide the system's error in a text
         reason = next((os.strerror(n) for n in WRITE_ERRORS if os.strerror(n) in str(error)), None)
         if reason is None and "PytorchStreamWriter failed writing" not in str(error):
             raise
-        raise _unwritten(path, reason or "the disk may be full") from error
+        raise _unwritten(path, reason or "the disk may be full", resumes) from error
 
 
-def _unwritten(path: Path, why: str) -> UsageError:
-    return UsageError(
-        f"output {path} cannot be written: {why}. Make room or choose another --output DIR; what was saved before is "
-        "whole, and --resume goes on from there."
-    )
+def _unwritten(path: Path, why: str, resumes: bool) -> UsageError:
+    saved = "; what was saved before is whole, and --resume goes on from there" if resumes else ""
+    return UsageError(f"output {path} cannot be written: {why}. Make room or choose another --output{saved}.")
 
 
 def write_whole(path: Path, writer: Callable[[Path], Any]) -> None:

@@ -79,7 +79,7 @@ class Inspected:
             UsageError: Another ending, or the file cannot be written.
         """
         check_output(Path(path), [], overwrite=True, endings=FILES)
-        with writing(Path(path)):
+        with writing(Path(path), resumes=False):
             write_whole(Path(path), lambda part: self.frame.to_csv(part, index=False))
 
     def add_to(self, folder: str | Path) -> None:
@@ -93,7 +93,7 @@ class Inspected:
         """
         folder, record = Path(folder), read_record(folder)
         record["files"] = [*(name for name in record["files"] if name != INSPECTED), INSPECTED]
-        with writing(folder):
+        with writing(folder, resumes=False):
             write_whole(folder / INSPECTED, self.frame.to_parquet)
             write_page(folder, record)
             write_json(folder / RECORD, record)

@@ -349,5 +349,5 @@ def _write(
         files = sorted(path.name for path in part.iterdir())
         write_json(part / RECORD, {**record, **alone, "recipe": recipe, "status": "finished", "files": files})
 
-    with writing(output):
+    with writing(output, resumes=False):
         write_whole(output.absolute(), fill)

@@ -165,7 +165,7 @@ def predict_file(
                     f"{source}: text column {named} is empty in all rows: choose another with --text NAME."
                 )
 
-    with writing(output):
+    with writing(output, resumes=False):
         write_whole(output, write)
     if done.cut:
         logger.warning(

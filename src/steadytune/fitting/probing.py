@@ -95,7 +95,7 @@ class Probed:
         """
         path = Path(path)
         check_output(path, [], overwrite=True, endings=FILES)
-        with writing(path):
+        with writing(path, resumes=False):
             if path.suffix.lower() == ".csv":
                 return write_whole(path, lambda part: self.frame.to_csv(part, index=False))
             rows = [{key: _plain(value) for key, value in row.items()} for row in self.frame.to_dict("records")]

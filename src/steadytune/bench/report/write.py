@@ -135,7 +135,7 @@ def write_report(folder: str | Path, output: str | Path | None = None, metric: s
     }
     if output.exists() and not output.is_dir():
         raise UsageError(f"output {output} is a file: choose another --output DIR.")
-    with writing(output):
+    with writing(output, resumes=False):
         output.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             write_whole(output / name, partial(_write, text))
