@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..options import SEEDS, Options
+from ...errors import UsageError
+from ..options import SEEDS, Options, python_value
 from ..plan import Stage
 from ..spelling import make_meta, make_pretraining
 from .intermediate import Intermediate
@@ -41,6 +42,8 @@ def stages_of(
     Raises:
         UsageError: A table is not right, or there are too few for meta-learning.
     """
+    if steps is not None and python_value("aux_steps", steps, int) < 1:
+        raise UsageError(f"aux_steps must be 1 or more, got {steps}: leave aux out to train on no other table.")
     given = list(tables) if isinstance(tables, (list, tuple)) else [tables]
     shared: dict[str, Any] = {name: getattr(options, name) for name in SHARED}
     own = Options(**shared, steps=steps, epochs=None if steps else options.epochs, validation_share=0.0)
