@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_features import tiny
+from test_features import VOCABULARY, tiny
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
+import architectures
 from helpers import batches, bert
 from steadytune import L2SP, LLRD, HeadInit, ReInit, Run
 from steadytune.core.anatomy import anatomy, blocks
@@ -65,6 +66,16 @@ def test_the_first_token_is_refused_where_there_is_no_dense_layer_to_leave_out(a
     """Naive: nothing happens, and the head goes on reading the last token."""
     with pytest.raises(ValueError, match="has none: use pooling='model'"):
         Run(tiny(architecture), [Pooling("cls")], data=lambda: batches(1))
+
+
+def test_a_head_for_multiple_choice_is_refused_by_name():
+    """Naive: the mask has a row for each example, the states have one for each text, and torch refuses the product."""
+    model = architectures.tiny("Bert", "MultipleChoice", vocab_size=VOCABULARY)
+    (batch,) = batches(1)
+    texts = {name: value.reshape(2, 2, -1) for name, value in inputs(batch).items()}
+    with pytest.raises(ValueError, match=r"BertForMultipleChoice has no linear layer .* for sequence classification"):
+        Run(model, [Pooling()], data=lambda: [{**texts, "labels": torch.tensor([0, 1])}])
+    assert len(model.bert.encoder.layer) == model.config.num_hidden_layers == 2
 
 
 def test_the_first_token_is_refused_where_it_holds_the_mean_already():

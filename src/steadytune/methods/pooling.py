@@ -15,6 +15,7 @@ import torch
 from ..core import Method, Run
 from ..core.anatomy import POOLING
 from ..core.facts import Paper
+from ..heads.features import output_layer
 from ..heads.pooling import add_pooling_block, bypass, dense_before, native_pooling, untrained_dense
 from ..heads.start import first_batches
 
@@ -41,8 +42,9 @@ class Pooling(Method):
         a LayerNorm that stands for their normalisation.
 
     Raises:
-        ValueError: In setup, for a model in which the block does not pool (ALBERT, MPNet, decoders), without data, or
-            for ``"cls"`` where no dense layer is before the head, or a block has put the mean into the first token.
+        ValueError: In setup, for a model in which the block does not pool (ALBERT, MPNet, decoders, multiple choice),
+            without data, or for ``"cls"`` where no dense layer is before the head, or a block has put the mean into
+            the first token.
     """
 
     how: How = "mean"
@@ -65,6 +67,7 @@ class Pooling(Method):
             raise ValueError("Pooling changes the blocks that PEFT has adapted already: apply it before the adapters")
         if run.data is None:
             raise ValueError("Pooling looks at the first training rows: pass Run(..., data=lambda: loader)")
+        output_layer(model)  # raises before anything is changed
         native = native_pooling(model, self.how)
         self.written: list[str] = []  # names of the weights that no longer begin as they were drawn
         if native and untrained_dense(model) is None:
