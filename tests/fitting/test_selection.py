@@ -364,6 +364,7 @@ def test_refit_trains_on_all_rows_to_the_best_mean_step(tmp_path, bert, monkeypa
     losses = result.history.query("name == 'eval_loss'").groupby("step")["value"].mean()
     assert stopped[0] == max(steps, key=lambda step: (means[step], -losses[step], step))
     assert final.steps == result.steps == stopped[0]
+    assert result.seconds == pytest.approx(sum(t.seconds for t in seen))  # naive: the folds cost nothing
     record = json.loads((result.output / "steadytune.json").read_text())
     assert record["data"]["train"]["rows"] == 60
     assert list(result.metrics) == ["cross-validation", "test"]

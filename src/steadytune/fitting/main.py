@@ -232,8 +232,9 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
         else:
             trained = [plan.procedure(setup, job, made) for job in jobs]
         history = {job.name: t.history for job, t in zip(jobs, trained, strict=True)}
-        validated = None
+        validated, earlier = None, 0.0  # seconds of trainings that the result is not made of
         if plan.refit:
+            earlier = sum(t.seconds for t in trained)
             stop_at = _best_step(trained, plan)
             validated = _cross_validated(plan, pretrained, setup, jobs, stop_at)
             jobs = runs(plan, stop_at)
@@ -244,9 +245,9 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
             job = _distilling(plan, pretrained, finished)
             record["members"] = [t.record() for t in finished]
             finished = [setup.in_units(setup.train(job))]
-            finished[0].seconds += sum(t.seconds for t in trained)
+            earlier += sum(t.seconds for t in trained)
             history[job.name] = finished[0].history
-        return _finish(plan, pretrained, folder, record, finished, validated, history_table(history), probe)
+        return _finish(plan, pretrained, folder, record, finished, validated, history_table(history), probe, earlier)
 
 
 def _checked_trainer(plan: Plan, pretrained: Pretrained, setup: Setup, job: Job, record: dict[str, Any]) -> FitTrainer:
@@ -382,6 +383,7 @@ def _finish(
     validated: tuple[pd.DataFrame, dict[str, dict[str, Any]]] | None,
     history: pd.DataFrame,
     probe: FrozenProbe | None,
+    earlier: float,
 ) -> FitResult:
     """Combine, calibrate, evaluate and write."""
     import pandas as pd
@@ -428,8 +430,8 @@ def _finish(
         logger.warning("%s", trouble, extra={"of_result": True})
     steps = trained[chosen or 0].steps
     result = FitResult(
-        folder.path, model, metrics, plan.metric, predictions, details, steps, sum(t.seconds for t in trained),
-        history, troubles, None if probe is None else probe.crossed,
+        folder.path, model, metrics, plan.metric, predictions, details, steps,
+        earlier + sum(t.seconds for t in trained), history, troubles, None if probe is None else probe.crossed,
     )  # fmt: skip
     columns = {"text": list(model.text), **model.form.record()}
     if model.subgroup:

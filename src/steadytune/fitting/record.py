@@ -52,7 +52,8 @@ class FitResult:
         predictions: Predictions for all rows of the sets: set, row, label, prediction, probabilities.
         runs: One record for each training: seeds, steps, seconds, failures, scores.
         steps: Number of optimizer steps of the model.
-        seconds: Seconds of training, over all runs and all legs of resumed ones.
+        seconds: Seconds of training, over all runs, those of folds and of a distilled ensemble too, and all legs of
+            resumed ones.
         history: Log of the trainings with run, step, name and value: loss, lr, grad_norm, scores on the select split
             (``eval_...``), passes.
         warnings: Faults of the model according to its scores, in sentences.
