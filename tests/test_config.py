@@ -174,6 +174,17 @@ def test_fit_takes_required_options_from_the_file_and_flags_win(folder):
     assert len(Path("labelled.jsonl").read_text().splitlines()) == 9
 
 
+@pytest.mark.parametrize(("flags", "given"), [(["--epochs", "1"], (None, 1.0)), (["--max-steps=3"], (3, None))])
+def test_a_flag_replaces_what_the_file_gives_instead_of_it(folder, monkeypatch, flags, given):
+    """Naive: the flag and the file's other option meet, and the call is refused for giving both."""
+    seen = {}
+    monkeypatch.setattr("steadytune.fitting.fit", lambda *args, **options: seen.update(options) or sys.exit(7))
+    other = "steps: 9" if "--epochs" in flags else "num_train_epochs: 9"
+    Path("run.yaml").write_text(f"train: a.csv\nmodel: m\noutput: out\n{other}\n")
+    assert CliRunner().invoke(cli.app, ["fit", *flags, "--config", "run.yaml"]).exit_code == 7
+    assert (seen["steps"], seen["epochs"]) == given
+
+
 def test_a_mistake_in_the_file_is_one_line_and_exit_code_2(folder):
     Path("run.yaml").write_text("bacth_size: 8")
     done = CliRunner().invoke(cli.app, ["fit", "--config", "run.yaml"])

@@ -30,7 +30,13 @@ class OneName(typer.core.TyperCommand):
             names = [name for name in parameter.opts if name in given and name.startswith("--")]
             if len(names) > 1:
                 raise typer.BadParameter(f"{' and '.join(names)} are two names of one option: give one of them.")
+            if names and parameter.name in INSTEAD:
+                ctx.meta[REPLACED] = {*ctx.meta.get(REPLACED, ()), INSTEAD[parameter.name]}
         return super().parse_args(ctx, args)
+
+
+INSTEAD = {"steps": "epochs", "epochs": "steps"}  # an option that a flag replaces, where the file gives it
+REPLACED = "steadytune.replaced"
 
 
 ANEW = "starts anew: nothing was written"
@@ -48,7 +54,8 @@ def _configure(context: typer.Context, file: Path | None) -> Path | None:
             from ..config import defaults
 
             assert context.command.callback is not None
-            context.default_map = defaults(file, context.command.callback)
+            found, replaced = defaults(file, context.command.callback), context.meta.get(REPLACED, ())
+            context.default_map = {name: value for name, value in found.items() if name not in replaced}
     return file
 
 
