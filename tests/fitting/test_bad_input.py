@@ -106,6 +106,7 @@ FILES = {
     "text column": (lambda: "good.csv", ["--text", "txt"], ["no column 'txt'", "mean 'text'"]),
     "two texts in one": (lambda: "good.csv", ["--text", "text,label"], ["no column", "--text NAME, once for each"]),
     "label column": (lambda: "good.csv", ["--label", "lable"], ["no column 'lable'", "mean 'label'"]),
+    "label of no name": (lambda: "good.csv", ["--label", ""], ["no column ''"]),
     "one column twice": (lambda: "good.csv", ["--text", "label", "--label", "label"], ["different columns"]),
     "one text twice": (lambda: "good.csv", ["--text", "text"] * 2, ["different columns, got text, text"]),
     "three texts": (lambda: "good.csv", ["--text", "text"] * 3, ["one or two text columns", "3"]),

@@ -149,10 +149,11 @@ def resolve(table: Table, other: Sequence[str] = ()) -> Table:
     columns = table.frame.columns
     _refuse_twins([column for column in columns[columns.duplicated()] if column not in taken], table)
     free = [column for column in columns[~columns.duplicated(keep=False)] if column not in taken]
-    label = table.label or _only("label", _by_name(free, LABELS), table)
+    label = _only("label", _by_name(free, LABELS), table) if table.label is None else table.label
     free = [column for column in free if column not in _tuple(label)]
     text = table.text or _find_text(free, table, spare=label is None)
-    label = label or _label_by_shape([column for column in free if column not in text], table)
+    if label is None:
+        label = _label_by_shape([column for column in free if column not in text], table)
     if label is None:
         raise UsageError(f"{table.origin}: no column looks like a label{_choose('label', free)}")
     nameless = [name for name in (*text, *_tuple(label)) if UNNAMED.fullmatch(name)]
