@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from architectures import tiny
 from fit_helpers import toy
 from helpers import arguments, batches, bert, collate, copied, rows
-from steadytune import EasyAdapt, Run, Trainer
+from steadytune import L2SP, EasyAdapt, RecAdam, Run, Trainer
 from steadytune.errors import UsageError
 from steadytune.fitting.plan import make_plan
 from steadytune.methods.easy_adapt import Domains
@@ -153,3 +153,19 @@ def test_a_second_run_on_one_model_finds_the_column_too():
     model = bert()
     run_of(model, EasyAdapt(2)).finish()
     take(run_of(model, EasyAdapt(2)), {**batch, "domain": DOMAINS})
+
+
+@pytest.mark.parametrize("other", [L2SP(), RecAdam(schedule="constant")])
+def test_weights_beside_the_head_decay_as_it_does_in_either_order(other):
+    """Naive: a method that takes decay over before they join the optimizer leaves them without any."""
+    (batch,) = batches(1)
+    ends = []
+    for methods in ([other, EasyAdapt(2, drop=0.0)], [EasyAdapt(2, drop=0.0), other]):
+        model = bert(dropout=0.0)
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=9.0)
+        run = Run(model, methods).attach(optimizer)
+        for _ in range(3):
+            take(run, {**batch, "domain": DOMAINS})
+        ends.append(run[EasyAdapt].beside.weight.detach().clone())
+    assert ends[0].abs().max() > 0
+    assert torch.equal(*ends)

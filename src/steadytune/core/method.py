@@ -80,6 +80,7 @@ class Method:
     implied: ClassVar[dict[str, Any]] = {}  # values of later fields that older records and states imply
     exclusive: ClassVar[str | None] = None  # at most one method of this name acts on a weight ("anchor", "average")
     structure: ClassVar[bool] = False  # changes the model or the choice of trained weights, so it must come first
+    adds_weights: ClassVar[bool] = False  # `attach` puts weights into the optimizer: it comes before that of others
     draws_weights: ClassVar[bool] = False  # its initial weights depend on the methods' seed: no soup over seeds
     beside_adapters: ClassVar[bool] = False  # its state holds weights that PEFT's checkpoints lack
     scales_only: ClassVar[bool] = False  # `before_step` multiplies gradients by numbers, so that zeros stay zeros

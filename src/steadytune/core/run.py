@@ -194,7 +194,7 @@ class Run(Binding):
                 "of the model given to Run, after all changes of its structure"
             )
         setter = None
-        for method in self.methods:
+        for method in sorted(self.methods, key=lambda method: not method.adds_weights):
             before = self._rates_by_weight()
             method.attach(self)
             if before.items() - self._rates_by_weight().items():

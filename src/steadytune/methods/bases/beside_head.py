@@ -36,6 +36,7 @@ class BesideHead(Method, Generic[B]):
     """
 
     place: ClassVar[str]
+    adds_weights: ClassVar = True
     acts_on_unread: ClassVar[Literal["never", "in scope", "always"]] = "never"
 
     def build(self, head: Any) -> B:
