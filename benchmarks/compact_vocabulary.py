@@ -100,7 +100,7 @@ def fit_once(model: str, file: str, steps: int, compact: bool) -> dict[str, floa
         loaded[0] = peak_memory()
         return train(trainer, checkpoint)
 
-    FitTrainer.train_here = timed  # type: ignore[method-assign]
+    FitTrainer.train_here = timed
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
         result = steadytune.fit(

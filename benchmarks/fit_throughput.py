@@ -27,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import transformers
 from tqdm import tqdm
@@ -57,7 +58,7 @@ def stock(data: Data, options: argparse.Namespace, seed: int, *, padded: bool) -
         options.model, num_labels=len(names), dtype=torch.float32
     )
 
-    def features(rows: object) -> list[dict]:
+    def features(rows: pd.DataFrame) -> list[dict]:
         found = tokenise(rows, tokenizer, LENGTH)
         if padded:
             found = [dict(tokenizer.pad(f, padding="max_length", max_length=LENGTH)) for f in found]

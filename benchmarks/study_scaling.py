@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from steadytune.bench.cluster import Ray
-from steadytune.bench.pool import Engine, Pool, slots
+from steadytune.bench.pool import Engine, Pool, ignore, slots
 from steadytune.bench.report.write import write_report
 from steadytune.bench.spec import Study, Trial
 from steadytune.bench.store import Store
@@ -81,7 +81,7 @@ def runs_per_hour(workers: int, options: argparse.Namespace) -> tuple[float, lis
         store = Store(folder)
         warm, timed = study(options, range(1000, 1000 + workers)), study(options, range(options.runs))
         store.begin("", {})
-        outcomes = engine.map([(folder, run) for run in (*warm, *timed)])
+        outcomes = engine.map([(folder, run) for run in (*warm, *timed)], ignore)
         for _ in warm:
             next(outcomes)
         started = time.perf_counter()

@@ -132,9 +132,9 @@ def main() -> None:
             cells = ", ".join(f"{x:.2f}" for x in np.mean(values, axis=0))
             print(f"  {order:8} mean regret after 1 to {FIRST} methods: {cells}  (after 1: {by_task})")
     print("\nmethod: mean gain and SD over tasks, in points")
-    for arm, by_task in sorted(table.items(), key=lambda item: -random_effects([*item[1].values()])[0]):
-        mean, sd = random_effects([*by_task.values()])
-        print(f"  {arm}: {mean:+.2f}, {sd:.2f}, {len(by_task)} tasks")
+    for arm, found in sorted(table.items(), key=lambda item: -random_effects([*item[1].values()])[0]):
+        mean, sd = random_effects([*found.values()])
+        print(f"  {arm}: {mean:+.2f}, {sd:.2f}, {len(found)} tasks")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from cleanlab.filter import find_label_issues
 from cleanlab.rank import get_label_quality_scores
 from sklearn.metrics import roc_auc_score
 
+from steadytune.data.problem import Problem
 from steadytune.fitting.plan import make_plan
 from steadytune.fitting.pretrained import Pretrained
 from steadytune.fitting.probing import read_rows
@@ -35,7 +36,7 @@ from steadytune.tasks import load
 
 
 def one(
-    phi: np.ndarray, truth: np.ndarray, test: np.ndarray, gold: np.ndarray, problem: object, noise: float, seed: int
+    phi: np.ndarray, truth: np.ndarray, test: np.ndarray, gold: np.ndarray, problem: Problem, noise: float, seed: int
 ):
     """Scores of one draw of flipped labels, by name."""
     rng, rows, classes = np.random.default_rng(seed), len(truth), int(truth.max()) + 1
