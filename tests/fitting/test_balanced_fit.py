@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from fit_helpers import save_tiny_bert, toy
 from steadytune import fit
 from steadytune.bench.spec import in_use
+from steadytune.data.balance import WEIGHT
+from steadytune.data.problem import Classification
 from steadytune.errors import UsageError
+from steadytune.fitting.loss import loss_of, losses_and_total
 from steadytune.fitting.options import Options
 from steadytune.fitting.plan import make_plan, make_setup, open_model, runs
+from steadytune.fitting.row_weights import RowWeights
 
 QUICK = {"steps": 4, "batch_size": 8, "save_steps": 0, "progress": False, "probe": False, "validation_share": 0.2}
 COLUMNS = {"text": "text", "label": "label"}
@@ -49,8 +55,9 @@ def test_what_predicts_a_label_is_named_before_training_and_on_the_page(bert, tm
     assert "The rows were weighed to balance warm: 96 rows count as" in page
 
 
-def test_the_loss_is_that_of_the_weighted_rows(bert, tmp_path):
-    plan = make_plan(table(), model=bert, balance=["warm"], dropout=0.0, **COLUMNS, **QUICK)
+@pytest.mark.parametrize("focal", [0.0, 2.0])
+def test_the_loss_is_that_of_the_weighted_rows(bert, tmp_path, focal):
+    plan = make_plan(table(), model=bert, balance=["warm"], dropout=0.0, focal=focal, **COLUMNS, **QUICK)
     setup = make_setup(plan, open_model(plan), tmp_path)
     features = setup.features(plan.data.train)
     weights = plan.data.train["weight"].to_numpy()
@@ -62,8 +69,9 @@ def test_the_loss_is_that_of_the_weighted_rows(bert, tmp_path):
     model = trainer.model.train()
     plain = {name: value for name, value in batch.items() if name != "weight"}
     each = torch.nn.functional.cross_entropy(model(**plain).logits, batch["labels"], reduction="none")
-    wanted = (torch.tensor(weights[:8], dtype=each.dtype) * each).mean()
-    assert torch.allclose(trainer.run.loss(batch), wanted, atol=1e-6)
+    wanted = (torch.tensor(weights[:8], dtype=each.dtype) * (1 - (-each).exp()) ** focal * each).mean()
+    trainer.current_gradient_accumulation_steps = 1  # as in a step
+    assert torch.allclose(trainer.compute_loss(model, dict(batch)), wanted, atol=1e-6)
 
 
 def test_names_of_nothing_are_refused_before_training():
@@ -87,3 +95,29 @@ def test_training_on_another_table_first_balances_and_selects_nothing():
     )  # fmt: skip
     assert plan.options.balance == ("warm",)
     assert "weight" not in plan.stages[0].plan.data.train
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"focal": 2.0}, (0.2**2 * -np.log(0.8) * 0.5 + 0.8**2 * -np.log(0.2) * 1.5) / 2),
+        ({"class_weights": "balanced"}, (2 / 3 * -np.log(0.8) * 0.5 + 2 * -np.log(0.2) * 1.5) / (2 / 3 + 2)),
+        ({"label_smoothing": 0.1}, ((-0.95 * np.log(0.8) - 0.05 * np.log(0.2)) * 0.5
+                                    + (-0.05 * np.log(0.8) - 0.95 * np.log(0.2)) * 1.5) / 2),
+    ],
+)  # fmt: skip
+def test_weights_of_rows_multiply_the_loss_that_is_trained_on(options, expected):
+    """Naive: they multiply the plain loss beside it, and the sum unlearns rows of a small focal loss."""
+    rows, problem = pd.DataFrame({"label": ["a"] * 6 + ["b"] * 2}), Classification(("a", "b"))
+    logits, labels = torch.tensor([[np.log(4), 0.0]] * 2), torch.tensor([0, 1])
+    method = RowWeights(losses_and_total(Options(**options), rows, problem))
+    output = SimpleNamespace(logits=logits)
+    step = SimpleNamespace(inputs={"labels": labels, WEIGHT: torch.tensor([0.5, 1.5])}, outputs=output,
+                           logits=lambda outputs, method: outputs.logits)  # fmt: skip
+    task = loss_of(Options(**options), rows, problem)(output, labels)
+    assert float(task + method.penalty(step)) == pytest.approx(expected)
+
+
+def test_a_method_that_weighs_the_plain_loss_is_refused_beside_another_one():
+    with pytest.raises(UsageError, match="group_weights weighs the plain loss of rows, which focal changes"):
+        make_plan(table(), model="m", methods=["group_weights"], subgroup="length", focal=2.0, **COLUMNS, **QUICK)

@@ -34,27 +34,45 @@ def loss_of(options: Options, rows: pd.DataFrame, problem: Problem) -> Callable[
         rows: Training rows, from which the class weights are computed.
         problem: The kind of task.
     """
-    balanced = options.class_weights != "none"
-    if not (balanced or options.label_smoothing or options.focal or SOFT in rows):
+    if not (options.class_weights != "none" or options.label_smoothing or options.focal or SOFT in rows):
         return None
+    losses_of = losses_and_total(options, rows, problem)
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        losses, total = losses_of(outputs.logits, labels)
+        return losses.sum() / total
+
+    return loss
+
+
+def losses_and_total(
+    options: Options, rows: pd.DataFrame, problem: Problem
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Any]]:
+    """A function of outputs and labels that gives the losses, and what their sum is divided by.
+
+    There is a loss for each row (rows,), or with several labels for each of them (rows, classes).
+
+    Args:
+        options: As of `loss_of`.
+        rows: As of `loss_of`.
+        problem: As of `loss_of`.
+    """
     function = getattr(nn.functional, problem.loss)
     share, several = options.label_smoothing, problem.several
     smoothing = {"label_smoothing": share} if share and not several else {}
+    balanced = options.class_weights != "none"
     each = torch.tensor(problem.class_weights(rows["label"].tolist()), dtype=torch.float32) if balanced else None
 
-    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        logits = outputs.logits
+    def losses_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
         here = None if each is None else each.to(logits.device, logits.dtype)
         weights = {} if here is None else {"pos_weight" if several else "weight": here}
         targets = labels * (1 - share) + share / 2 if share and several else labels
-        if not options.focal:
-            return function(logits, targets, **weights, **smoothing)
         losses = function(logits, targets, reduction="none", **weights, **smoothing)
         exclusive = here is not None and not several and labels.dim() == 1
         total = here[labels].sum() if here is not None and exclusive else losses.numel()
-        return (losses * doubt(logits, labels, several) ** options.focal).sum() / total
+        return losses * doubt(logits, labels, several) ** options.focal if options.focal else losses, total
 
-    return loss
+    return losses_of
 
 
 def doubt(logits: Tensor, labels: Tensor, several: bool) -> Tensor:

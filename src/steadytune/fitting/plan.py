@@ -351,6 +351,8 @@ def _check_start(methods: Sequence[Method], options: Options) -> None:
 
 def _check_selection(plan: Plan) -> None:
     """What selects needs rows to select on."""
+    from ..methods import GroupWeights
+
     if plan.options.worst_subgroup:
         parted = plan.refit or (plan.select is not None and "subgroup" in plan.select)
         if not (parted and "subgroup" in plan.data.train):
@@ -386,6 +388,12 @@ def _check_selection(plan: Plan) -> None:
         asked = {name: getattr(plan.options, name) for name in ("class_weights", "label_smoothing", "focal")}
         for name in (name for name, value in asked.items() if value not in ("none", 0)):
             raise UsageError(f"{name} is for classification, this is regression: leave it out.")
+    for name in (name for name in ("class_weights", "focal") if getattr(plan.options, name) not in ("none", 0)):
+        if any(isinstance(method, GroupWeights) for method in plan.methods):
+            raise UsageError(
+                f"group_weights weighs the plain loss of rows, which {name} changes, so that rows could be unlearned: "
+                "leave one of them out."
+            )
     if plan.procedure is not None:
         plan.procedure.check(plan)
 

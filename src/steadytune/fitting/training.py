@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import logging
 import math
@@ -33,11 +34,12 @@ from ..methods.meta_semi import MetaSemi
 from .callbacks import Interrupt, KeepBest, KeepOutputs, Patience, Progress, StopAt, StopFailing
 from .fit_trainer import FitTrainer, Trained, arguments, only_logits
 from .folder import last_checkpoint
-from .loss import SOFT, chance, loss_of
+from .loss import SOFT, chance, loss_of, losses_and_total
 from .options import Options
 from .outputs import by_length, device, logits
 from .peft_models import adapted, read_model, write_model
 from .pretrained import Pretrained, quiet
+from .row_weights import RowWeights
 from .scale import rescale
 from .unread import leave_out_unread
 
@@ -205,6 +207,9 @@ class Setup:
         select, measure = self.selection(job, callbacks)
         selecting = select is not None
         methods, rows = self.hold_out(job)
+        if (loss := loss_of(self.options, job.rows, self.problem)) is not None:
+            own = losses_and_total(self.options, job.rows, self.problem)
+            methods = [dataclasses.replace(m, losses=own) if isinstance(m, RowWeights) else m for m in methods]
         features = self.features(rows)
         read = features if rows is job.rows else self.pretrained.tokenise(job.rows)
         if self.unlabelled is not None and any(method.reads_unlabelled for method in methods):
@@ -222,7 +227,7 @@ class Setup:
             data_collator=DataCollatorWithPadding(self.pretrained.tokenizer),
             preprocess_logits_for_metrics=only_logits,
             compute_metrics=measure,
-            compute_loss_func=loss_of(self.options, job.rows, self.problem),
+            compute_loss_func=loss,
             callbacks=callbacks,
             methods=methods,
             method_seed=seeds["method"],
