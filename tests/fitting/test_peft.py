@@ -6,7 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel
 
 import helpers
 from architectures import tiny
@@ -67,6 +67,16 @@ def test_a_fit_trains_little_and_its_folder_predicts_the_same(tmp_path, bert, ki
         with torch.no_grad():
             found = model(**inputs).logits.double().softmax(1).numpy()
         assert np.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "adapters"])
+def test_new_weights_that_a_folder_of_adapters_lacks_are_drawn_as_in_training(tmp_path, kind):
+    """Naive: the pooler that the checkpoint lacks is drawn with seed 0, and the folder predicts something else."""
+    bare = BertModel.from_pretrained(save_tiny_bert(tmp_path / "bert"), add_pooling_layer=False)
+    bare.save_pretrained(tmp_path / "bert")
+    own = {"seed": 5, "num_seeds": 2, "combine": "ensemble", "init_seed": 7, **options(kind)}
+    result = fit(toy(48), model=tmp_path / "bert", output=tmp_path / "o", **QUICK, **own)
+    assert np.array_equal(FittedModel.load(result.output).predict_proba(TEXTS), result.predict_proba(TEXTS))
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3", "prompt"])

@@ -88,7 +88,10 @@ class FittedModel:
             with quiet():
                 tokenizer = AutoTokenizer.from_pretrained(folder)
             for member in members:
-                loaded.append(read_model(member, lambda: Pretrained.open(recipe["model"], problem).load(0)))
+                seed = _init_seed(record, member)
+                loaded.append(
+                    read_model(member, lambda seed=seed: Pretrained.open(recipe["model"], problem).load(seed))
+                )
         except Exception as error:  # damaged files raise what their parsers raise
             raise UsageError(f"{folder}: the model cannot be loaded: {one_line(error)[:500]}") from error
         for model in loaded:  # of an ensemble or not: padding and special tokens as in training
@@ -287,3 +290,10 @@ class FittedModel:
 def constant_of(record: Mapping[str, Any]) -> np.ndarray | None:
     """What a model answers that reads no text, from the record of a fit; None where it is not written there."""
     return np.array(record["constant"]) if "constant" in record else None
+
+
+def _init_seed(record: Mapping[str, Any], member: Path) -> int:
+    """Seed of a training's new weights, which a folder of adapters lacks where the checkpoint has none (a pooler)."""
+    number = int(member.name) if member.parent.name == MEMBERS else record.get("chosen") or 0
+    trainings = record.get("runs", [])
+    return trainings[number]["seeds"]["init"] if number < len(trainings) else 0
