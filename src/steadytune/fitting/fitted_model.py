@@ -88,10 +88,7 @@ class FittedModel:
             with quiet():
                 tokenizer = AutoTokenizer.from_pretrained(folder)
             for member in members:
-                seed = _init_seed(record, member)
-                loaded.append(
-                    read_model(member, lambda seed=seed: Pretrained.open(recipe["model"], problem).load(seed))
-                )
+                loaded.append(_member(member, record, problem))
         except Exception as error:  # damaged files raise what their parsers raise
             raise UsageError(f"{folder}: the model cannot be loaded: {one_line(error)[:500]}") from error
         for model in loaded:  # of an ensemble or not: padding and special tokens as in training
@@ -292,8 +289,9 @@ def constant_of(record: Mapping[str, Any]) -> np.ndarray | None:
     return np.array(record["constant"]) if "constant" in record else None
 
 
-def _init_seed(record: Mapping[str, Any], member: Path) -> int:
-    """Seed of a training's new weights, which a folder of adapters lacks where the checkpoint has none (a pooler)."""
-    number = int(member.name) if member.parent.name == MEMBERS else record.get("chosen") or 0
+def _member(folder: Path, record: Mapping[str, Any], problem: Problem) -> Any:
+    """The model of a folder. New weights of its base that it lacks (a pooler) are drawn as in its training."""
+    number = int(folder.name) if folder.parent.name == MEMBERS else record.get("chosen") or 0
     trainings = record.get("runs", [])
-    return trainings[number]["seeds"]["init"] if number < len(trainings) else 0
+    seed = trainings[number]["seeds"]["init"] if number < len(trainings) else 0
+    return read_model(folder, lambda: Pretrained.open(record["recipe"]["model"], problem).load(seed))
