@@ -425,6 +425,15 @@ def test_a_run_whose_loss_does_not_fall_is_stopped_counted_and_begun_anew(tmp_pa
     assert (learns.runs[0]["failures"], learns.runs[0]["failing"]) == (0, False)
 
 
+def test_runs_of_a_soup_begin_anew_with_the_same_head(tmp_path, bert):
+    """Naive: another head, and the mean of models that did not begin alike is worse than each of them."""
+    own = {**QUICK, "steps": 20, "lr": 1e-7, "validation_share": 0, "num_seeds": 2, "restarts": 1, "seed": 2**32 - 1}
+    result = fit(toy(60), model=bert, output=tmp_path / "o", combine="soup", **own)
+    assert [run["failures"] for run in result.runs] == [1, 1]
+    assert {run["seeds"]["init"] for run in result.runs} == {2**32 - 1}
+    assert len({run["seeds"]["data"] for run in result.runs} | {0, 2**32 - 1}) == 4  # others than before the restart
+
+
 def test_a_model_that_gives_every_row_the_same_answer_is_said_to_and_begun_anew(tmp_path, bert, caplog):
     """Naive: Matthews 0 on every set, and not a word."""
     own = {**QUICK, "steps": 20, "lr": 1e-9, "weight_decay": 0.0}

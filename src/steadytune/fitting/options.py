@@ -93,7 +93,7 @@ class Options:
             value on all validation rows. Needs ``subgroup``.
         restarts: Largest number of restarts with other seeds, for a run whose training loss (with penalties) is still
             above 90 % of that of guessing after 20 % of its steps, which is for classification, or whose model gives
-            every row the same answer.
+            every row the same answer. The head of a soup's runs begins with the same seed again.
         train_size: Number of training rows to draw, stratified; the others are not used.
         validation_share: Share of the training rows to hold out if there is no validation table.
         seed: Seed that replaces each of the following if it is not set.

@@ -444,14 +444,16 @@ def make_setup(plan: Plan, pretrained: Pretrained, checkpoints: Path) -> Setup:
 
 def runs(plan: Plan, stop_at: int | None = None) -> list[Job]:
     """Jobs whose models are combined: the same head, but different row orders, dropout and draws."""
-    from .training import Job
+    from .training import SAME, Job
 
     def seeds(i: int) -> dict[str, int]:
-        same = ("init", "subset")
-        return {name: value if name in same else value + i for name, value in plan.options.seeds.items()}
+        return {name: value if name in SAME else (value + i) % 2**32 for name, value in plan.options.seeds.items()}
 
     names = [f"run-{i}" if plan.num_seeds > 1 else "training" for i in range(plan.num_seeds)]
-    return [Job(name, plan.data.train, plan.select, seeds(i), stop_at) for i, name in enumerate(names)]
+    averaged = plan.num_seeds > 1 and plan.combine == "soup"
+    return [
+        Job(name, plan.data.train, plan.select, seeds(i), stop_at, averaged=averaged) for i, name in enumerate(names)
+    ]
 
 
 def fold_jobs(plan: Plan) -> list[Job]:

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,7 @@ logger = logging.getLogger("steadytune")
 RESULT, STATE, OUTPUTS = "result.json", "methods.safetensors", "outputs"
 TRIED = 256  # number of rows that show whether a model gives every row the same answer
 CHUNK = 64  # number of them that it reads at a time, until two answers differ
+SAME = ("init", "subset")  # seeds that runs of one fit share
 CONSTANT = 1e-3  # predicted numbers with less than this share of the labels' spread count as equal
 
 
@@ -65,6 +66,7 @@ class Job:
         seeds: Seeds of head, data order, dropout and methods.
         stop_at: Step of the schedule after which training ends; None for the end of the schedule.
         start: Initial weights; the references of methods stay the pre-trained weights.
+        averaged: Whether its weights are averaged with those of other jobs, so that a restart keeps the head's seed.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Job:
     seeds: dict[str, int]
     stop_at: int | None = None
     start: Mapping[str, Tensor] | None = None
+    averaged: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +133,7 @@ class Setup:
                 trainer = None
                 continue
             last = attempt == self.options.restarts
-            seeds = restarted(job.seeds, attempt)
+            seeds = restarted(job.seeds, attempt, SAME if job.averaged else ())
             trainer = trainer or self.trainer(job, seeds, folder)
             if not last and self.classes:
                 trainer.add_callback(StopFailing(chance(self.options, self.problem)))
@@ -362,8 +365,9 @@ def one_answer(problem: Problem, rows: pd.DataFrame, answer: Callable[[pd.DataFr
     return True
 
 
-def restarted(seeds: dict[str, int], attempt: int) -> dict[str, int]:
-    """Other seeds for head, order, dropout and methods; the same ones for attempt 0."""
+def restarted(seeds: dict[str, int], attempt: int, kept: Collection[str] = ()) -> dict[str, int]:
+    """Other seeds for head, order, dropout and methods, but for those that are kept; the same ones for attempt 0."""
     if not attempt:
         return seeds
-    return {name: int(np.random.SeedSequence([value, attempt]).generate_state(1)[0]) for name, value in seeds.items()}
+    others = {name: np.random.SeedSequence([value, attempt]).generate_state(1)[0] for name, value in seeds.items()}
+    return {name: value if name in kept else int(others[name]) for name, value in seeds.items()}
