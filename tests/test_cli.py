@@ -147,6 +147,8 @@ def test_test_sets_of_the_hub_keep_their_options():
         (["train.csv", "--out-of-domain"], ["--out-of-domain needs --task"]),
         (["train.csv", "--task", "sst2"], ["leave a training file out"]),
         (["--task", "sst2", "--test", "test.csv"], ["leave --test out"]),
+        (["--task", "sst2", "--label", "stars"], ["leave --label out"]),
+        (["--task", "sst2", "--kind", "regression"], ["leave --kind out"]),
         (["--task", "sst2"], ["--data-root"]),
         (["--task", "sst2", "--data-root", "."], ["no folder 'sst2'"]),
         (["--task", "sst", "--data-root", "."], ["unknown task 'sst'", "mean 'sst2'"]),

@@ -278,3 +278,14 @@ def test_own_tables_of_a_study_have_subgroups(tmp_path):
     assert set(examples(train)["subgroup"]) == {"web", "mail"}
     assert pd.Series(examples(own.cut(0)[0])["subgroup"]).equals(examples(train)["subgroup"])
     assert dataclasses.replace(own, subgroup=None).read()[0].subgroup == ()
+
+
+def test_a_table_of_ones_own_takes_the_parts_that_a_fit_names():
+    """Naive: a Table stays as it is, and subgroup, label and kind are ignored without a word."""
+    own = Table(table(), "the file")
+    plan = make_plan(own, model="m", subgroup=["source", "length"], group="source", validation_share=0.0)
+    assert set(plan.data.train) >= {"subgroup", "group"}
+    assert all(name.startswith("source=") for name in plan.data.train["subgroup"])
+    for name, value in {"label": "source", "text": "label", "kind": "regression", "label_separator": "|"}.items():
+        with pytest.raises(UsageError, match=f"the file: this Table says itself what its {name} is"):
+            make_plan(own, model="m", **{name: value})

@@ -320,9 +320,10 @@ def _from_task(given: dict[str, Any], tests: dict[str, Any]) -> tuple[Any, str, 
     from .. import tasks
     from ..errors import UsageError
 
-    other = {"train": "a training file", "text": "--text", "test": "--test", "validation": "--validation"}
+    other = {"train": "a training file", "text": "--text", "label": "--label", "label_separator": "--label-separator",
+             "kind": "--kind", "test": "--test", "validation": "--validation"}  # fmt: skip
     for name, flag in other.items():
-        if given[name]:
+        if given[name] and (name, given[name]) != ("kind", "auto"):
             raise UsageError(f"--task brings its own data: leave {flag} out.")
     if given["data_root"] is None:
         raise UsageError("--task needs the folder that holds the tasks: --data-root DIR, or STEADYTUNE_DATA.")

@@ -192,6 +192,14 @@ def make_plan(
         )
     columns = None if text is None else tuple(text) if isinstance(text, (list, tuple)) else (text,)
     table = Table.of(train, columns, label, "train", kind, group, label_separator, subgroup)
+    if table is train:
+        own = {
+            "text": text,
+            "label": label,
+            "label_separator": label_separator,
+            "kind": None if kind == "auto" else kind,
+        }
+        table = _with_parts(table, own, group, subgroup)
     _check_columns(chosen, table)
     data = prepare(
         table,
@@ -347,6 +355,26 @@ def _check_start(methods: Sequence[Method], options: Options) -> None:
     for name, option, value in (("head_init", "head", options.head), ("pooling", "pooling", options.pooling)):
         if name in given and value not in ("random", "auto", "model"):
             raise UsageError(f"{option}={value!r} stands for the method {name}, which is given too: leave one out.")
+
+
+def _with_parts(table: Table, given: Mapping[str, Any], group: str | None, subgroup: Any) -> Table:
+    """A Table of the caller's with the group and subgroups of the fit.
+
+    Args:
+        table: It.
+        given: Options of the fit that a Table has already, None where they are not given.
+        group: As of `fit`.
+        subgroup: As of `fit`.
+
+    Raises:
+        UsageError: One of them is given.
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(f"{table.origin}: this Table says itself what its {name} is, got {name} {value!r} too: "
+                             "leave it out.")  # fmt: skip
+    found = Table.of(table.frame, table.text, table.label, "train", group=group, subgroup=subgroup)
+    return dataclasses.replace(table, group=found.group or table.group, subgroup=found.subgroup or table.subgroup)
 
 
 def _check_selection(plan: Plan) -> None:
