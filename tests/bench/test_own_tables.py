@@ -199,16 +199,19 @@ def test_the_study_in_the_folder_of_its_records_reads_the_same_files(folder):
 
 def test_tables_and_texts_of_recipes_lie_beside_the_study_file_and_words_are_no_files(folder):
     recipes = {
-        "aux": {"aux": ["later.csv"], "aux_steps": 2},
+        "aux": {"aux": ["other.csv"], "aux_steps": 2},
         "texts": {"unlabelled": ["far.csv", "rest"], "procedure": "self-training"},
     }
+    toy(12, start=300).to_csv("tables/other.csv", index=False)
     found = study(TESTED, seeds=1, train_sizes=[16], recipes=recipes)
     first, second = found.runs()
     tables = folder / "tables"
-    assert (first.aux, second.unlabelled) == ((str(tables / "later.csv"),), (str(tables / "far.csv"), "rest"))
+    assert (first.aux, second.unlabelled) == ((str(tables / "other.csv"),), (str(tables / "far.csv"), "rest"))
     run_study(found, "deep/out", workers=0, progress=False, filters=["recipe=aux"])
     assert [run.id for run in Study.read("deep/out/study.yaml").runs()] == [first.id, second.id]
     assert str(folder) not in Path("deep/out/study.yaml").read_text()
+    (record,) = (json.loads(file.read_text()) for file in Path("deep/out/records").glob("*.json"))
+    assert record["cost"]["passes"] == pytest.approx(1.5, abs=0.05)  # naive: 1, as the two steps before cost nothing
 
 
 def test_a_run_is_named_by_the_contents_and_columns_of_its_tables_and_not_by_their_place(folder):

@@ -375,6 +375,8 @@ def test_an_option_for_numbers_is_no_part_of_runs_that_have_none(root):
         found = {run.spec["task"]["name"]: run.spec["options"] for run in study.runs(root)}
         assert "standardize" not in found["sst2"]
         assert found["stsb"].get("standardize", False) is standardize
+        trained = {run.spec["task"]["name"]: make_plan(run).options.standardize for run in study.runs(root)}
+        assert trained["stsb"] is standardize  # naive: what is not part of a run has the default of a fit
 
 
 def rows(labels):

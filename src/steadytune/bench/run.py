@@ -39,6 +39,7 @@ from .store import Store
 if TYPE_CHECKING:
     from ..fitting.fit_trainer import Trained
     from ..fitting.fitted_model import FittedModel
+    from ..fitting.pretrained import Pretrained
 
 TEST_ROWS_SEED = 0  # which rows of a test set are used is the same for every run
 
@@ -105,10 +106,13 @@ def execute(run: Trial, folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     pretrained = planning.open_model(plan)
     plan = planning.settled(plan, pretrained)
     with tempfile.TemporaryDirectory(prefix="steadytune-") as scratch:
+        earlier, passes = 0.0, 0.0  # seconds and passes of the stages
         if plan.stages:
             from ..fitting.stages import after_stages  # as above
 
+            began, passes = time.perf_counter(), _passes_of_stages(plan, pretrained)
             pretrained = after_stages(plan.stages, pretrained, Path(scratch))
+            earlier = time.perf_counter() - began
         setup = planning.make_setup(plan, pretrained, Path(scratch))
         one = setup.train if plan.procedure is None else functools.partial(plan.procedure, setup)
         each = [setup.in_units(one(job)) for job in planning.runs(plan)]
@@ -130,13 +134,20 @@ def execute(run: Trial, folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
         "training": _training(each, plan),
         "cost": {
             "seconds": time.perf_counter() - started,
-            "train_seconds": sum(t.seconds for t in each),
+            "train_seconds": earlier + sum(t.seconds for t in each),
             "test_seconds": tested,
-            "passes": sum(t.passes for t in each),
+            "passes": passes / max(each[0].steps, 1) + sum(t.passes for t in each),
             "peak_memory": peak_memory(),
         },
     }
     return record, storable(predictions)
+
+
+def _passes_of_stages(plan: planning.Plan, pretrained: Pretrained) -> float:
+    """About how many passes over a batch of the fit cost as much as its stages, at most: by their tokens."""
+    options, rows = plan.options, plan.data.train
+    batch = min(options.batch_size, len(rows)) * options.accumulation * pretrained.mean_length(rows)
+    return sum(stage.tokens(pretrained) for stage in plan.stages) / batch
 
 
 def make_plan(run: Trial) -> planning.Plan:
@@ -144,6 +155,7 @@ def make_plan(run: Trial) -> planning.Plan:
     spec = run.spec
     table, tests, column = tables(run)
     rows = spec["tests"]["rows"]
+    unnamed = {"standardize": False} if table.kind == "regression" else {}  # as `spec.in_use` leaves it out
     plan = planning.make_plan(
         table,
         validation_column=column,
@@ -164,7 +176,7 @@ def make_plan(run: Trial) -> planning.Plan:
         probe=False,
         save_steps=0,
         progress=False,
-        **{**STOCK, **spec["options"]},
+        **{**STOCK, **unnamed, **spec["options"]},
         **{f"{name}_seed": spec["seeds"][name] for name in SEEDS},
     )
     rows = corrupted(plan.data.train, plan.data.problem, spec)

@@ -37,6 +37,7 @@ CELL = [*CONDITION, "recipe"]
 DOMAINS = ("in", "out")
 BASELINE = "plain"
 ALPHA = 0.05  # level of the tests
+CORRUPTED = ("label_noise", "imbalance")
 ABOVE = 0.01  # a run has collapsed if it is not this much above always predicting the majority class
 
 
@@ -139,7 +140,7 @@ def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def setting(spec: Mapping[str, Any]) -> str:
     """As in "500 rows, label noise 0.1"."""
     size = "all rows" if spec["train_size"] is None else f"{spec['train_size']:,} rows"
-    changes = [f"{name.replace('_', ' ')} {value}" for name, value in spec["corruption"].items() if value]
+    changes = [f"{name.replace('_', ' ')} {value}" for name in CORRUPTED if (value := spec["corruption"].get(name))]
     return ", ".join([size, *changes])
 
 
