@@ -19,6 +19,7 @@ from steadytune import cli
 from steadytune.bench.records import read_records
 from steadytune.bench.report import figures, tables
 from steadytune.bench.report.write import _limits, write_report
+from steadytune.bench.stats import detectable_gain
 from steadytune.errors import UsageError
 from steadytune.pages.drawing import looks
 
@@ -269,6 +270,8 @@ def test_crossed_seeds_tell_where_the_spread_comes_from(tmp_path):
     page = Page(write_report(write_bench(tmp_path / "crossed", crossed)).read_text())
     assert page.tables[caption][0] == ["recipe", "runs", "SD of init", "SD of data", "SD of the rest"]
     assert page.tables[caption][-1] == ["plain", "4", "1.4", "2.8", "0.0"]
+    said = Path(tmp_path / "crossed" / "report.html").read_text()
+    assert "sst2: runs share some of their seeds (factorial)" in said
     for name, records in {"hole": crossed[:3], "joint": [record(seed=s, score=0.7 + s / 50) for s in range(4)]}.items():
         assert caption not in Page(write_report(write_bench(tmp_path / name, records)).read_text()).tables
 
@@ -308,6 +311,19 @@ def test_unmatched_compute_is_said(tmp_path):
     assert any("dps_dense took more passes than plain" in text for text in paragraphs(folder))
 
 
+def test_plain_recipes_that_train_longer_are_no_equal_compute(tmp_path):
+    """Naive: only recipes with methods are looked at, and the page says that gains are at equal compute."""
+    runs = [record("plain", seed, 0.8 + 0.01 * seed) for seed in range(3)]
+    short = write_bench(tmp_path / "short", runs + [record("plain_short", s, 0.7, steps=40) for s in range(3)])
+    page(short)
+    assert any("so gains are at equal compute" in text for text in paragraphs(short))
+    runs += [record("plain_long", seed, 0.83, steps=400) for seed in range(3)]
+    folder = write_bench(tmp_path / "b", runs)
+    page(folder)
+    (said,) = (text.strip() for text in paragraphs(folder) if text.strip().startswith("Compute"))
+    assert said.startswith("Compute is not matched: plain_long takes more passes than plain")
+
+
 def test_metric_can_be_chosen(tmp_path):
     runs = [record("plain", seed, 0.8) for seed in (0, 1)]
     for run in runs:
@@ -337,6 +353,32 @@ def test_another_configuration_is_not_averaged_in(tmp_path):
     left = next(rows for name, rows in found.tables.items() if name.startswith("Left out"))[1:]
     assert {row[1] for row in left} == {"options.lr 0.001 instead of 0.0001"}
     assert pd.read_csv(folder / "runs.csv")["used"].value_counts().to_dict() == {False: 3, True: 2}
+
+
+def test_an_edit_that_was_undone_leaves_its_runs_out(tmp_path):
+    """Naive: the runs that finished last count, although the study no longer plans them."""
+    first = [record("plain", seed, 0.8, options={"lr": 1e-3}) for seed in range(3)]
+    tried = [record("plain", seed, 0.5, options={"lr": 1e-4}) for seed in range(3)]
+    for run in tried:
+        run["finished"] = "2026-11-23T07:30:00+00:00"
+    folder = write_bench(tmp_path / "b", first + tried)
+    (folder / "planned.json").write_text(json.dumps({run["id"]: "title" for run in first}))
+    assert page(folder).cell("In domain: mean", "plain", "sst2") == "80.0 ± 0.0 n = 3"
+    used = pd.read_csv(folder / "runs.csv").set_index("id")["used"]
+    assert {id for id, counts in used.items() if counts} == {run["id"] for run in first}
+
+
+def test_thinned_classes_are_one_setting_however_steps_are_counted(tmp_path):
+    """Naive: a mark that keeps ids apart makes a setting of its own, and recipes with equal seeds are not compared."""
+    marked = {"label_noise": 0.0, "imbalance": 0.3, "steps": "of the rows that are left"}
+    runs = [record("plain", seed, 0.7 + 0.01 * seed, corruption=marked) for seed in range(3)]
+    runs += [
+        record("rival", seed, 0.72 + 0.01 * seed, corruption={"label_noise": 0.0, "imbalance": 0.3})
+        for seed in range(3)
+    ]
+    found = page(write_bench(tmp_path / "b", runs))
+    assert found.row("In domain: gains over plain", "rival")[1] == "3"
+    assert "imbalance 0.3" in tables.setting(runs[0]["spec"])
 
 
 def test_a_seed_that_was_run_again_counts_once(tmp_path):
@@ -633,6 +675,18 @@ def test_a_task_with_too_few_pairs_shows_no_gain_that_would_have_been_seen(tmp_p
         for task, score in (("sst2", 0.7), ("rte", 0.6))
     ]
     assert lead(write_bench(tmp_path / "b", rows)) == "No recipe beat plain."
+
+
+def test_the_gain_that_would_have_been_seen_is_found_after_the_adjustment(tmp_path):
+    """Naive: that of p 0.05 before it, which one of many comparisons finds far less often."""
+    runs = [record("plain", seed, 0.7) for seed in range(10)]
+    gains = [0.01 * (-1) ** seed for seed in range(10)]
+    for i in range(5):
+        runs += [record(f"rival{i}", seed, 0.7 + gain) for seed, gain in enumerate(gains)]
+    detectable = 100 * detectable_gain(10, statistics.stdev(gains), alpha=0.05 / 5)
+    said = f"gains above {detectable:.1f} points (the median of 5 comparisons) would have been seen"
+    assert said in lead(write_bench(tmp_path / "b", runs))
+    assert f"{100 * detectable_gain(10, statistics.stdev(gains)):.1f}" != f"{detectable:.1f}"
 
 
 def test_a_recipe_alone_is_compared_with_nothing(tmp_path):

@@ -102,7 +102,7 @@ def read_records(folder: str | Path) -> tuple[list[dict[str, Any]], list[Problem
         if file.name.startswith("."):  # a file that is still being written
             continue
         try:
-            records.append(_read(file))
+            records.append(read_record(file))
         except (OSError, ValueError) as error:  # json and Unicode errors are ValueErrors
             problems.append(Problem(file.name, one_line(error)))
     return records, problems
@@ -117,7 +117,13 @@ def planned(folder: str | Path) -> dict[str, str]:
     return {str(id): str(title) for id, title in ids.items()} if isinstance(ids, dict) else {}
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_record(file: Path) -> dict[str, Any]:
+    """Read one record.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is no record of this format.
+    """
     if file.suffix != ".json":
         raise ValueError("not a record: records end in .json")
     try:

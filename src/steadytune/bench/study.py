@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -18,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
 from ..data.metrics import smaller_is_better
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from .pool import Engine, Here, Outcome, Pool, cores, slots, visible_gpus
-from .records import FOLDER, read_records
+from .records import FOLDER, read_record, read_records
 from .spec import Study, Trial
 from .store import Store, checked
 
@@ -193,9 +192,11 @@ def _status(store: Store, run: Trial) -> str:
 def _read(store: Store, run: Trial) -> dict[str, Any]:
     file = store.record(run.id)
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return read_record(file)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{file} is no record: remove it, so that the run is done again.") from error
+        raise UsageError(
+            f"{file} is no record ({one_line(error)}): remove it, so that the run is done again."
+        ) from error
 
 
 class Progress:
@@ -256,12 +257,12 @@ class Progress:
         """Counts, and the best recipe on the task of this run."""
         task = run.spec["task"]["name"]
         remaining = self.total - len(self.seen)
-        best = max(self._means(task, run.spec["metric"]), default=None)
-        ahead = "" if best is None else f", best on {task}: {best[1]} {abs(best[0]):.3f}"
+        sign = -1 if smaller_is_better(run.spec["metric"]) else 1
+        best = max(self._means(task, sign), default=None)
+        ahead = "" if best is None else f", best on {task}: {best[1]} {sign * best[0]:.3f}"
         return f"{self.counts['failed']} failed, {remaining} to do{ahead}"
 
-    def _means(self, task: str, metric: str) -> Iterator[tuple[float, str]]:
-        sign = -1 if smaller_is_better(metric) else 1
+    def _means(self, task: str, sign: int) -> Iterator[tuple[float, str]]:
         for (name, recipe), values in self.scores.items():
             if name == task:
                 yield sign * sum(values) / len(values), recipe

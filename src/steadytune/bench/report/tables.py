@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,12 +41,15 @@ CORRUPTED = ("label_noise", "imbalance")
 ABOVE = 0.01  # a run has collapsed if it is not this much above always predicting the majority class
 
 
-def long_form(records: Sequence[Mapping[str, Any]], metric: str | None = None) -> pd.DataFrame:
+def long_form(
+    records: Sequence[Mapping[str, Any]], metric: str | None = None, left_out: Iterable[str] | None = None
+) -> pd.DataFrame:
     """One row for each run and set; a failed run has one row without a set.
 
     Args:
         records: As `read_records` gives them.
         metric: Metric to use as the score, instead of the task's own.
+        left_out: Ids of the runs that were superseded; None for those that `superseded` finds.
 
     Returns:
         The facts of each run, its cost, and one column for each metric. ``score`` is the metric of the report; ``used``
@@ -64,7 +67,7 @@ def long_form(records: Sequence[Mapping[str, Any]], metric: str | None = None) -
     frame["headline"] = _named_score(frame, frame["headline_metric"], names)
     frame["metric"] = frame["metric"] if metric is None else metric
     frame["score"] = _named_score(frame, frame["metric"], names)
-    frame["used"] = ~frame["id"].isin(superseded(records))
+    frame["used"] = ~frame["id"].isin([*(superseded(records) if left_out is None else left_out)])
     return frame
 
 
@@ -155,16 +158,21 @@ def last_line(error: str | None) -> str:
     return next((line.strip() for line in reversed((error or "").splitlines()) if line.strip()), "")
 
 
-def superseded(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Runs that a later run with another configuration of the same cell replaces: what differs, by id.
+def superseded(records: Iterable[Mapping[str, Any]], planned: Container[str] = ()) -> dict[str, str]:
+    """Runs that a run with another configuration of the same cell replaces: what differs, by id.
 
     A mean over runs with two learning rates would have no meaning. So only those runs of a cell count whose
-    configuration (options, methods, metric, test rows, fingerprints) is that of the run that finished last.
+    configuration (options, methods, metric, test rows, fingerprints) is that of the run that finished last, of those
+    that the study plans now if there are any.
+
+    Args:
+        records: All records.
+        planned: Ids of the runs that the study plans.
     """
     newest: dict[tuple[str, ...], Mapping[str, Any]] = {}
     again: dict[tuple[str, ...], Mapping[str, Any]] = {}
     records = list(records)
-    for record in sorted(records, key=lambda record: (record["finished"], record["id"])):
+    for record in sorted(records, key=lambda record: (record["id"] in planned, record["finished"], record["id"])):
         newest[_cell(record)] = again[*_cell(record), seed_name(record["spec"]["seeds"])] = record
     replaced = {}
     for record in records:
@@ -455,6 +463,22 @@ def matched(scores: pd.DataFrame, recipes: Sequence[str], plain: Sequence[str], 
                 }
             )
     return pd.DataFrame(rows)
+
+
+def longer(scores: pd.DataFrame, baseline: str) -> list[str]:
+    """Recipes that take more passes than the baseline on some task, in the order of the table."""
+    total = scores.assign(passes=scores["passes"] * scores["steps"])
+    medians = total.pivot_table(index=CONDITION, columns="recipe", values="passes", aggfunc="median", sort=False)
+    if baseline not in medians:
+        return []
+    above = medians.gt(medians[baseline], axis=0).any()
+    return [recipe for recipe in scores["recipe"].unique() if above.get(recipe, False)]
+
+
+def shares_seeds(runs: pd.DataFrame) -> bool:
+    """Whether two runs of a recipe have one seed in common and another one not."""
+    names = [name for name in map(str, runs) if name.endswith("_seed")]
+    return bool((runs[names].nunique(axis=1) > 1).any())
 
 
 def sources(scores: pd.DataFrame, recipes: Sequence[str]) -> pd.DataFrame:

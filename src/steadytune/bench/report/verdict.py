@@ -9,6 +9,7 @@ import pandas as pd
 
 from ...data.metrics import smaller_is_better
 from ...pages.words import counted, listed, number
+from ..stats import detectable_gain
 from .tables import ALPHA
 
 _PLACES = {"in": "in domain", "out": "out of domain"}
@@ -53,7 +54,7 @@ def _sentences(gains: pd.DataFrame, overall: pd.DataFrame, domains: Sequence[str
             continue
         won = tested.loc[(tested["holm"] <= ALPHA) & (tested["gain"] > 0), "recipe"]
         able = single[(single["n"] >= needed) & ~single["recipe"].isin(won)]  # with fewer pairs no gain is seen
-        yield f"{_outcome(tested, baseline, place)}{_would_have_been_seen(able)}."
+        yield f"{_outcome(tested, baseline, place)}{_would_have_been_seen(able, len(tested))}."
 
 
 def _compared(single: pd.DataFrame, together: pd.DataFrame) -> pd.DataFrame:
@@ -83,13 +84,18 @@ def _named(rows: pd.DataFrame, tested: pd.DataFrame) -> str:
     )
 
 
-def _would_have_been_seen(single: pd.DataFrame) -> str:
-    """Gain that a comparison on one task finds in 80 % of studies; the median over several comparisons."""
+def _would_have_been_seen(single: pd.DataFrame, comparisons: int) -> str:
+    """Gain that a comparison on one task finds in 80 % of studies; the median over several comparisons.
+
+    It is found if its p is at most 0.05 after Holm's adjustment. That of the smallest p counts here, which no other
+    comparison can lower.
+    """
     known = single[single["detectable"].notna()]
     errors = known["metric"].map(smaller_is_better)
     if known.empty or errors.nunique() > 1:  # the comparisons have no common unit
         return ""
-    gain = known["detectable"].median()
+    harder = {n: detectable_gain(n, 1.0, alpha=ALPHA / comparisons) / detectable_gain(n, 1.0) for n in {*known["n"]}}
+    gain = (known["detectable"] * known["n"].map(harder)).median()
     size = f"{number(gain, 3)} {known['metric'].iloc[0]}" if errors.all() else f"{number(100 * gain, 1)} points"
     if len(known) == 1:
         return f"; gains above {size} would have been seen in 80 % of such studies"

@@ -56,9 +56,10 @@ class Bench:
         study = folder / STUDY
         self.study = study.read_text(encoding="utf-8", errors="replace") if study.is_file() else ""
         done = {record["id"] for record in self.records}
-        self.to_do = [title for id, title in planned(folder).items() if id not in done]
-        self.superseded = tables.superseded(self.records)
-        self.runs = tables.long_form(self.records, metric)
+        plans = planned(folder)
+        self.to_do = [title for id, title in plans.items() if id not in done]
+        self.superseded = tables.superseded(self.records, plans)
+        self.runs = tables.long_form(self.records, metric, self.superseded)
         self.parts = tables.by_subgroup(self.records, self.runs)
         self.scores = self._ordered(tables.per_run(self.runs))
         self.models, self.tasks, self.settings = (self._names(name) for name in tables.CONDITION)
@@ -217,8 +218,8 @@ def _how_to_read(bench: Bench) -> str:
 def _warnings(bench: Bench) -> Iterator[Warning]:
     if bench.superseded:
         yield Warning(
-            f"{counted(len(bench.superseded), 'run')} left out: a later run of the same recipe, task and size has "
-            "another configuration, or repeats the seed. See Context; runs.csv marks them as not used."
+            f"{counted(len(bench.superseded), 'run')} left out: a later or planned run of the same recipe, task and "
+            "size has another configuration, or repeats the seed. See Context; runs.csv marks them as not used."
         )
     mixed = [name for name, values in tables.contexts(bench.records).items() if len(values) > 1]
     if mixed:
@@ -232,6 +233,12 @@ def _warnings(bench: Bench) -> Iterator[Warning]:
         yield Warning(
             f"{listed(sorted(crossed))}: each seed scores the rows of one held-out fold. Training rows of folds "
             "overlap, so their scores are not independent: intervals are too narrow and p-values too small."
+        )
+    factorial = [str(task) for task, runs in bench.runs.groupby("task") if tables.shares_seeds(runs)]
+    if factorial:
+        yield Warning(
+            f"{listed(factorial)}: runs share some of their seeds (factorial), so that their scores are not "
+            "independent: intervals are too narrow and p-values too small."
         )
     if not bench.gains.empty and bench.gains["n"].min() < FEW:
         least = bench.gains["n"].min()
@@ -707,7 +714,13 @@ def _compute_matched(bench: Bench) -> Iterator[Block]:
     plain = [recipe for recipe in bench.recipes if not methods[recipe]]
     matched_rows = tables.matched(bench.scores, bench.recipes, plain, bench.baseline)
     if matched_rows.empty:
-        yield Text(f"Compute: no recipe takes more passes than {bench.baseline}, so gains are at equal compute.")
+        longer = tables.longer(bench.scores, bench.baseline)
+        yield Text(
+            f"Compute is not matched: {listed(longer)} {'takes' if len(longer) == 1 else 'take'} more passes than "
+            f"{bench.baseline}, as plain recipes that train longer."
+            if longer
+            else f"Compute: no recipe takes more passes than {bench.baseline}, so gains are at equal compute."
+        )
         return
     costly = listed(matched_rows["recipe"].unique())
     if matched_rows["against"].isna().all():
@@ -747,7 +760,7 @@ def _context(bench: Bench) -> Iterator[Block]:
     yield from _failed(bench)
     if bench.superseded:
         rows = [[f"{name}.json", why] for name, why in bench.superseded.items()]
-        yield _shortened("Left out: a later run replaces them", ["record", "what differs"], rows, (0, 1))
+        yield _shortened("Left out: a later or planned run replaces them", ["record", "what differs"], rows, (0, 1))
     if bench.problems:
         yield _shortened("Skipped files", ["file in records/", "reason"], [[*p] for p in bench.problems], (0, 1))
     if bench.study:
