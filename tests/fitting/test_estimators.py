@@ -47,6 +47,13 @@ def test_a_model_of_a_list_reads_a_frame_by_position(single):
     assert np.array_equal(single.predict_proba(pd.DataFrame({"anything": X})), single.predict_proba(X))
 
 
+def test_names_of_an_earlier_fit_are_forgotten(bert):
+    """Naive: a frame with another column is refused by a model that was last fitted on a list."""
+    model = SteadyClassifier(bert, **QUICK).fit(pd.DataFrame({"words": X}), Y).fit(X, Y)
+    assert not hasattr(model, "feature_names_in_")
+    assert len(model.predict(pd.DataFrame({"anything": X}))) == len(X)
+
+
 @pytest.mark.parametrize("rows", ["excellent", None, 3, [], [("a", "b")]], ids=repr)
 def test_what_is_no_list_of_texts_is_refused(single, rows):
     for predict in (single.predict, single.predict_proba, single.model_.predict):

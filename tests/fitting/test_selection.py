@@ -766,6 +766,8 @@ def test_a_dry_run_measures_and_writes_nothing(tmp_path, bert):
     assert found.seconds_per_step > 0
     assert found.minutes >= 2 * 40 * found.seconds_per_step / 60
     assert found.memory > size
+    one = dry_run(toy(60), model=bert, output=tmp_path / "o", **{**QUICK, "steps": 1})
+    assert one.seconds_per_step > 0  # naive: the only step is taken for a warm-up, and the minutes are NaN
     with pytest.raises(UsageError, match="unknown option 'lrr'"):
         dry_run(toy(60), model=bert, output=tmp_path / "o", lrr=1)
 

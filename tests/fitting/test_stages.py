@@ -64,6 +64,12 @@ def test_the_fit_starts_from_the_body_that_the_other_table_leaves(bert, tmp_path
     assert torch.equal(published["bert.embeddings.LayerNorm.weight"], torch.ones(16))
 
 
+def test_the_other_table_trains_with_the_checkpoints_and_bars_of_the_fit():
+    """Naive: it has those that a fit has by default."""
+    plan = make_plan(toy(40), text="text", label="label", model="m", aux=other(), progress=False, save_steps=7)
+    assert (plan.stages[0].plan.progress, plan.stages[0].plan.save_steps) == (False, 7)
+
+
 def test_without_steps_the_body_is_that_of_the_other_table(bert, tmp_path):
     frozen = run(tmp_path / "o", bert, aux=[other()], steps=0, head="logistic")
     alone = fit(

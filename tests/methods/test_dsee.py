@@ -147,6 +147,9 @@ def test_what_cannot_be_is_refused(tmp_path, folder):
         fit(toy(48), model=folder, **given)
     with pytest.raises(UsageError, match="share must be a number in"):
         fit(toy(48), model=folder, **{**given, "procedure": "dsee:share=1"})
+    soup = {**given, "peft": None, "num_seeds": 2, "combine": "ensemble", "distil": True}
+    with pytest.raises(UsageError, match="distil trains its model without pruning"):  # naive: no zeros, and no word
+        fit(toy(48), model=folder, **soup)
 
 
 def test_shards_are_refused(monkeypatch):

@@ -93,8 +93,9 @@ def estimate(make_setup: Callable[[Path], Setup], jobs: Sequence[Job], plan: Pla
     lengths = np.array([len(row["input_ids"]) for row in data])
     size, steps = plan.options.batch_size, plan.options.accumulation
     padded = per_step(lengths[list(ByLength(lengths, size, trainer.args.data_seed or 0))], size, steps)
-    timed = np.resize(padded, len(clock.seconds))[1:]
-    per_token = float(np.sum(clock.seconds[1:]) / np.sum(timed))
+    first = int(len(clock.seconds) > 1)  # the first step is the slowest, and counts only where it is the only one
+    timed = np.resize(padded, len(clock.seconds))[first:]
+    per_token = float(np.sum(clock.seconds[first:]) / np.sum(timed))
     tests = sum(len(f["input_ids"]) for rows in plan.data.tests.values() for f in setup.pretrained.tokenise(rows))
     trainings = plan.num_seeds + (plan.folds if plan.refit else 0) + plan.distil
     evaluated = trainings + (trainings * plan.options.evaluations)

@@ -146,6 +146,7 @@ class _Steady(BaseEstimator):
             )
         self.model_ = self.result_.model
         self.n_features_in_ = len(text)
+        self.__dict__.pop("feature_names_in_", None)  # of an earlier fit
         if isinstance(X, pd.DataFrame):
             self.feature_names_in_ = np.array(text, dtype=object)
 

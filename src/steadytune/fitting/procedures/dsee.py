@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from ...core import Within, check_fields
+from ...errors import UsageError
 from ...methods.dsee import DSEE, Support
 from .base import Procedure
 
 if TYPE_CHECKING:
     from ..fit_trainer import FitTrainer, Trained
     from ..options import Options
+    from ..plan import Plan
     from ..training import Job, Setup
 
 
@@ -51,6 +53,11 @@ class DSEERecipe(Procedure):
         if options.peft == "lora":
             return None
         return f"dsee trains PEFT's lora, and peft is {options.peft!r}: leave one of them out."
+
+    def check(self, plan: Plan) -> None:
+        super().check(plan)
+        if plan.distil:
+            raise UsageError("distil trains its model without pruning: leave distil or dsee out.")
 
     def passes(self, options: Options, rows: int) -> float:
         return 1.0

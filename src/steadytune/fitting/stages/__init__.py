@@ -48,7 +48,8 @@ def stages_of(
     shared: dict[str, Any] = {name: getattr(options, name) for name in SHARED}
     own = Options(**shared, steps=steps, epochs=None if steps else options.epochs, validation_share=0.0)
     stages = tuple(
-        Intermediate.of(table, f"aux {i}", model=model, options=own, fit=fit) for i, table in enumerate(given)
+        Intermediate.of(table, f"aux {i}", model=model, options=own, fit=fit, save_steps=save_steps, progress=progress)
+        for i, table in enumerate(given)
     )
     if meta is None:
         return stages

@@ -50,7 +50,9 @@ class Intermediate:
     reads_unlabelled: ClassVar[bool] = False
 
     @classmethod
-    def of(cls, table: Any, name: str, *, model: str, options: Options, fit: Data) -> Intermediate:
+    def of(
+        cls, table: Any, name: str, *, model: str, options: Options, fit: Data, save_steps: int, progress: bool
+    ) -> Intermediate:
         """Check the table.
 
         Args:
@@ -59,11 +61,16 @@ class Intermediate:
             model: Model of the fit.
             options: Options of the training.
             fit: Data of the fit.
+            save_steps: Number of steps between checkpoints.
+            progress: Whether to show bars.
 
         Raises:
             UsageError: The table is not right, or nothing of it is left.
         """
-        plan = make_plan(_with_columns(table, name, fit), model=model, probe=False, **dataclasses.asdict(options))
+        plan = make_plan(
+            _with_columns(table, name, fit), model=model, probe=False, save_steps=save_steps, progress=progress,
+            **dataclasses.asdict(options),
+        )  # fmt: skip
         origin = plan.data.origins["train"]
         known = {key for rows in (fit.train, *fit.tests.values()) for key in keys(rows)}
         kept = [key not in known for key in keys(plan.data.train)]
