@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..data.labels import is_of_numbers
 from ..data.prepare import Data
 from ..data.problem import Problem
 from ..data.scores import subgroups_of
@@ -155,7 +156,7 @@ def make_plan(run: Trial) -> planning.Plan:
     spec = run.spec
     table, tests, column = tables(run)
     rows = spec["tests"]["rows"]
-    unnamed = {"standardize": False} if table.kind == "regression" else {}  # as `spec.in_use` leaves it out
+    unnamed = {"standardize": False} if is_of_numbers(table.kind) else {}  # as `spec.in_use` leaves it out
     plan = planning.make_plan(
         table,
         validation_column=column,

@@ -65,6 +65,11 @@ def find_problem(rows: pd.DataFrame, table: Table) -> Problem:
     return Classification(_class_order(names, table, where))
 
 
+def is_of_numbers(kind: Kind) -> bool:
+    """Whether a kind that is known stands for numbers to predict."""
+    return kind == "regression"
+
+
 def kind_of_others(labels: pd.Series, kind: Kind) -> Kind:
     """The kind that a fit was told, for another table if its labels can be of it; several labels a row are seen."""
     fits = kind == "classification" or (kind == "regression" and bool(numbers_of(labels).notna().all()))
