@@ -3,7 +3,7 @@
     python benchmarks/label_noise.py --data-root DIR --model DIR [--task sst2] [--rows 1000] [--noise 0.4] [--clean 100]
         [--seeds 6] [--output FILE]
     python benchmarks/label_noise.py --data-root DIR --model DIR --rows 500 --clean 0 --steps 160 --seeds 10 --bf16
-        --noise 0.2 0.4 --arms noisy "without suspects" "without flipped" --output docs/results/suspects.jsonl
+        --noise 0 0.2 0.4 --arms noisy "without suspects" "without flipped" --output docs/results/suspects.jsonl
 
 For each seed and share of flipped labels the same rows, head and orders:
 
