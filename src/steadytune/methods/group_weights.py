@@ -53,11 +53,12 @@ class GroupWeights(Method):
         start: Share of the training before the first update.
         least: Subgroups with fewer training rows are merged into one, because their loss is mostly chance.
 
-    A running mean is over the losses of rows as they are trained on, in training mode. If the model can fit every row,
-    all training losses reach 0 and ``"dro"`` does nothing in the end (Sagawa et al., arXiv 1911.08731): use it with few
-    epochs or strong regularisation. Rows of unknown subgroups have weight 1. Label smoothing acts on the task loss,
-    not on the added term; class weights and the focal loss do too, so that `fit` refuses them beside this method. Beside a method that puts another loss in the place of a share of the task's
-    (`SupCon`, a teacher), the added term counts as much as what is left of that.
+    A running mean is over the losses of rows as they are trained on, in training mode. If the model can fit every
+    row, all training losses reach 0 and ``"dro"`` does nothing in the end (Sagawa et al., arXiv 1911.08731): use it
+    with few epochs or strong regularisation. Rows of unknown subgroups have weight 1. Label smoothing acts on the
+    task loss, not on the added term; class weights and the focal loss do too, so that `fit` refuses them beside
+    this method. Beside a method that puts another loss in the place of a share of the task's (`SupCon`, a teacher),
+    the added term counts as much as what is left of that.
 
     Departures:
         Weights of the loss instead of shares of a sampler, so that every row is still seen once an epoch. DRPruning
