@@ -10,6 +10,7 @@ A recipe's prediction of row i in repeat r is right if z_i + u_i + t_block + e_r
 e_ri of the prediction; m sets the recipe's accuracy in the population. Two recipes of equal accuracy disagree on 10 %
 of the rows. In the worlds of seeds u = 0, so that arms differ as other seeds of plain do. In the worlds of rows e = 0:
 each arm is better than plain on some rows and worse on others, always on the same, which no further training cures.
+In a world of groups, half of the variance of z and of u is shared by the rows of a group, as of one author.
 """
 
 from __future__ import annotations
@@ -59,12 +60,14 @@ class World:
         lasting: Share of the variance beside z that belongs to recipe and row (u), in [0, 1]; the rest is e.
         planted: True gain of one arm of the first stage.
         spread: Standard deviation of the true gains of the arms.
+        group: Number of rows of each group; rows of one group share half, fold, and half of the variance of z and u.
     """
 
     rows: int
     lasting: float
     planted: float = 0.0
     spread: float = 0.0
+    group: int = 1
 
 
 @dataclass
@@ -77,14 +80,22 @@ class Simulated:
     drawn: dict[tuple[tuple[str, ...], int], Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        n = self.world.rows
-        self.z = self.rng.normal(size=n)
-        self.folds = np.stack([self.rng.permutation(n) % FOLDS for _ in range(REPEATS)])
+        units = self.world.rows // self.world.group
+        self.units = np.repeat(np.arange(units), self.world.group)
+        self.z = self.of_rows()
+        self.folds = np.stack([self.rng.permutation(units) % FOLDS for _ in range(REPEATS)])[:, self.units]
         names = [f"{stage} {i}" for stage, count in STAGES.items() for i in range(count)]
         self.gains = dict(zip(names, self.rng.normal(0, self.world.spread, len(names)), strict=True))
         if self.world.planted:
             self.gains[names[1]] = self.world.planted
         self.lasting: dict[tuple[str, ...], Array] = {}
+
+    def of_rows(self) -> Array:
+        """A standard normal number for each row."""
+        if self.world.group == 1:
+            return self.rng.normal(size=self.world.rows)
+        shared = self.rng.normal(size=self.units.max() + 1)[self.units]
+        return math.sqrt(0.5) * (shared + self.rng.normal(size=self.world.rows))
 
     def gain(self, recipe: tuple[str, ...]) -> float:
         """True gain over plain."""
@@ -100,7 +111,7 @@ class Simulated:
         """Which rows are right in a repeat."""
         n, own = self.world.rows, OTHER - SHIFT**2
         if recipe not in self.lasting:
-            self.lasting[recipe] = self.rng.normal(0, math.sqrt(self.world.lasting * own), n)
+            self.lasting[recipe] = math.sqrt(self.world.lasting * own) * self.of_rows()
         shift = self.rng.normal(0, SHIFT, FOLDS)[self.folds[repeat]]
         noise = self.rng.normal(0, math.sqrt((1 - self.world.lasting) * own), n)
         margin = SCALE * stats.norm.ppf(min(0.999, ACCURACY + self.gain(recipe)))
@@ -137,8 +148,7 @@ def search(world: World, seed: int) -> tuple[Outcome, Simulated]:
     """One simulated search."""
     rng = np.random.default_rng([seed, world.rows])
     trials = Simulated(world, rng)
-    rows = np.arange(world.rows)
-    sheet = Sheet(halves(np.zeros_like(rows), rows, seed), trials.folds)
+    sheet = Sheet(halves(np.zeros_like(trials.units), trials.units, seed), trials.folds, trials.units)
     return Race((), stages(), trials, sheet).run(), trials
 
 
@@ -151,6 +161,7 @@ WORLDS = {
     "gains with SD 1": World(300, 1.0, spread=0.01),
     "gains with SD 2": World(300, 1.0, spread=0.02),
     "gains with SD 2, 1,000 rows": World(1000, 1.0, spread=0.02),
+    "equal arms, 40 groups of 10 rows": World(400, 1.0, group=10),
 }
 
 

@@ -37,7 +37,7 @@ def values(rng, scores, rows=2000):
 def test_the_gain_of_more_rows_is_on_the_curve():
     rng = np.random.default_rng(0)
     scores = 0.9 - 2.0 * SIZES**-0.5
-    found = more_rows(values(rng, scores, 200_000), np.arange(200_000)[None] % 5, 300, 200)
+    found = more_rows(values(rng, scores, 200_000), np.arange(200_000)[None] % 5, np.arange(200_000), 300, 200)
     assert found.gain == pytest.approx(2.0 * (300**-0.5 - 500**-0.5), abs=0.003)
     assert found.interval[0] < found.gain < found.interval[1]
     assert found.known
@@ -47,25 +47,34 @@ def test_the_curve_ends_at_the_best_possible_score():
     """Naive: 200 more rows bring 29 points to a score of 90."""
     rng = np.random.default_rng(0)
     steep = values(rng, [0.3, 0.6, 0.95])
-    blocks = np.arange(2000)[None] % 5
-    assert more_rows(steep, blocks, 300, 2000).gain > 0.05
-    found = more_rows(steep, blocks, 300, 2000, perfect=1.0)
+    blocks, rows = np.arange(2000)[None] % 5, np.arange(2000)
+    assert more_rows(steep, blocks, rows, 300, 2000).gain > 0.05
+    found = more_rows(steep, blocks, rows, 300, 2000, perfect=1.0)
     assert 0 <= found.interval[0] <= found.gain <= found.interval[1] < 0.05
 
 
 def test_a_flat_curve_is_not_taken_for_a_gain():
     rng = np.random.default_rng(1)
     noisy = {int(size): (rng.random((1, 300)) < 0.8).astype(float) for size in SIZES}
-    found = more_rows(noisy, np.arange(300)[None] % 5, 300, 200)
+    found = more_rows(noisy, np.arange(300)[None] % 5, np.arange(300), 300, 200)
     assert not found.known
 
 
 def test_the_interval_holds_the_truth_in_most_tables():
     rng = np.random.default_rng(2)
     scores, truth = 0.9 - 2.0 * SIZES**-0.5, 2.0 * (300**-0.5 - 500**-0.5)
-    blocks = np.arange(300)[None] % 5
-    ends = [more_rows(values(rng, scores, 300), blocks, 300, 200, seed).interval for seed in range(60)]
+    blocks, rows = np.arange(300)[None] % 5, np.arange(300)
+    ends = [more_rows(values(rng, scores, 300), blocks, rows, 300, 200, seed).interval for seed in range(60)]
     assert np.mean([low <= truth <= high for low, high in ends]) >= 0.85
+
+
+def test_ten_copies_of_each_row_are_no_more_evidence():
+    """Naive: drawn row by row, the interval is narrower."""
+    rows, copies = np.arange(100), np.repeat(np.arange(100), 10)
+    once = values(np.random.default_rng(3), 0.9 - 2.0 * SIZES**-0.5, 100)
+    often = {size: v[:, copies] for size, v in once.items()}
+    found = more_rows(often, copies[None] % 5, copies, 300, 200).interval
+    assert found == pytest.approx(more_rows(once, rows[None] % 5, rows, 300, 200).interval)
 
 
 def test_the_verb_scores_three_sizes_and_goes_on(tmp_path, monkeypatch):

@@ -11,17 +11,44 @@ from steadytune.searching.estimates import Estimate, halved, shrunk, two_way, ve
 from steadytune.searching.halves import halves
 from steadytune.searching.row_scores import row_losses, row_scores
 
+ROWS = np.arange(4)
+
 
 def test_the_error_is_that_of_rows_where_trainings_agree():
-    one_repeat = two_way(np.array([[1.0, 0, 0, 1]]), np.array([[0, 0, 1, 1]]))
-    assert (one_repeat.value, one_repeat.error, one_repeat.blocks) == (0.5, 0.25, 2)
-    twice = two_way(np.array([[1.0, 0, 0, 1]] * 2), np.array([[0, 0, 1, 1], [2, 2, 3, 3]]))
-    assert twice.error == 0.25, "repeating the same answers is no more evidence; naive: 0.25 / sqrt(2)"
+    """Four rows, e = 1/2, -1/2, -1/2, 1/2: 4 / 3 of the sum of squares, 1."""
+    one_repeat = two_way(np.array([[1.0, 0, 0, 1]]), np.array([[0, 0, 1, 1]]), ROWS)
+    assert (one_repeat.value, one_repeat.blocks) == (0.5, 2)
+    assert one_repeat.error == pytest.approx((4 / 3) ** 0.5 / 4)
+    twice = two_way(np.array([[1.0, 0, 0, 1]] * 2), np.array([[0, 0, 1, 1], [2, 2, 3, 3]]), ROWS)
+    assert twice.error == pytest.approx(one_repeat.error), "the same answers again are no more evidence"
 
 
 def test_the_error_grows_with_the_luck_of_trainings():
-    """Two trainings of two rows each: e = 1, 1, -1, -1; by blocks 8 * 2 / 1, by rows and of single values 4."""
-    assert two_way(np.array([[2.0, 2, 0, 0]]), np.array([[0, 0, 1, 1]])).error == pytest.approx(4 / 4)
+    """Two trainings of two rows each: e = 1, 1, -1, -1; by blocks 8 * 2 / 1, by rows 4 * 4 / 3, of single values 4."""
+    found = two_way(np.array([[2.0, 2, 0, 0]]), np.array([[0, 0, 1, 1]]), ROWS)
+    assert found.error == pytest.approx((16 + 16 / 3 - 4) ** 0.5 / 4)
+
+
+def test_rows_of_one_group_are_one_observation():
+    """Two groups of two rows: sums of e are 1 and -1 in each repeat, so that the error is that of two observations."""
+    blocks, groups = np.array([[0, 0, 1, 1], [2, 2, 3, 3]]), np.array([7, 7, 3, 3])
+    found = two_way(np.array([[1.0, 1, 0, 0]] * 2), blocks, groups)
+    assert found.error == pytest.approx((2 * (2**2 + 2**2) + 4 / 3 * 4 - 4) ** 0.5 / 8)
+    assert found.blocks == 2, "degrees of freedom are those of two groups, not of four trainings"
+
+
+@pytest.mark.parametrize("size", [1, 10])
+def test_the_error_is_right_whatever_the_size_of_groups(size):
+    """Naive: errors by rows are a third of the spread of means where groups have 10 rows each."""
+    rng = np.random.default_rng(0)
+    units = np.repeat(np.arange(40), size)
+    means, squares = [], []
+    for _ in range(400):
+        folds = np.stack([rng.permutation(40) % 5 for _ in range(4)])[:, units] + 5 * np.arange(4)[:, None]
+        found = two_way(rng.normal(size=40)[units] + 0.3 * rng.normal(size=(4, len(units))), folds, units)
+        means.append(found.value)
+        squares.append(found.error**2)
+    assert np.sqrt(np.mean(squares)) == pytest.approx(np.std(means), rel=0.1)
 
 
 @pytest.mark.parametrize(("row", "training", "single"), [(1.0, 0.0, 0.3), (0.2, 0.5, 1.0), (0.0, 0.0, 1.0)])
@@ -31,7 +58,7 @@ def test_the_error_is_the_spread_of_means_over_tables(row, training, single):
     for _ in range(400):
         folds = np.stack([rng.permutation(60) % 5 for _ in range(4)]) + 5 * np.arange(4)[:, None]
         luck = training * rng.normal(size=20)[folds]
-        found = two_way(row * rng.normal(size=60) + luck + single * rng.normal(size=(4, 60)), folds)
+        found = two_way(row * rng.normal(size=60) + luck + single * rng.normal(size=(4, 60)), folds, np.arange(60))
         means.append(found.value)
         squares.append(found.error**2)
     assert np.sqrt(np.mean(squares)) == pytest.approx(np.std(means), rel=0.1)
@@ -39,9 +66,9 @@ def test_the_error_is_the_spread_of_means_over_tables(row, training, single):
 
 def test_two_halves_count_the_same_whatever_their_sizes():
     half = np.array([True, False, False, False])
-    found = halved(np.array([[1.0, 0, 0, 0]]), np.array([[0, 0, 1, 1]]), half)
+    found = halved(np.array([[1.0, 0, 0, 0]]), np.array([[0, 0, 1, 1]]), ROWS, half)
     assert (found.value, found.error) == (0.5, 0.0)
-    assert two_way(np.array([[1.0, 0, 0, 0]]), np.array([[0, 0, 1, 1]])).value == 0.25
+    assert two_way(np.array([[1.0, 0, 0, 0]]), np.array([[0, 0, 1, 1]]), ROWS).value == 0.25
 
 
 def test_intervals_and_probabilities_know_that_ten_trainings_are_few():

@@ -51,7 +51,7 @@ def table(world=None, seed=0, budget=200, **changes) -> Table:
 
 def race(trials, half=None, stages=None, **more) -> Outcome:
     rows = trials.world.rows
-    sheet = Sheet(np.arange(rows) % 2 == 0 if half is None else half, trials.folds)
+    sheet = Sheet(np.arange(rows) % 2 == 0 if half is None else half, trials.folds, trials.units)
     return Race((), stages or SIMULATION.stages(), trials, sheet, **more).run()
 
 

@@ -119,11 +119,11 @@ def learning_curve(task: Task, store: Store, engine: Engine, more: int, repeats:
                 raise UsageError(f"{recipe} failed on {size} rows: {why}")
         sizes[size] = cells
     made = range(repeats)
-    blocks = cells.sheet.blocks(made)
+    blocks, units = cells.sheet.blocks(made), cells.sheet.units
     values = {str(r): {size: cells.values(r, made) for size, cells in sizes.items()} for r in recipes}
     perfect = task.metric.goodness(task.metric.perfect)
     return LearningCurve(
         store.folder, task.metric.name, n,
-        {name: {size: two_way(v, blocks) for size, v in by_size.items()} for name, by_size in values.items()},
-        {name: more_rows(by_size, blocks, n, more, task.seed, perfect) for name, by_size in values.items()},
+        {name: {size: two_way(v, blocks, units) for size, v in by_size.items()} for name, by_size in values.items()},
+        {name: more_rows(by_size, blocks, units, n, more, task.seed, perfect) for name, by_size in values.items()},
     )  # fmt: skip

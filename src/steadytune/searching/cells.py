@@ -98,7 +98,8 @@ class Task:
         for repeat in range(self.repeats):
             for number, (_, outside) in enumerate(folds(rows, problem, self.k, self.cut(repeat))):
                 cuts[repeat, outside] = number
-        return Sheet(halves(problem.strata(rows["label"]), units(rows), self.seed), cuts)
+        together = units(rows)
+        return Sheet(halves(problem.strata(rows["label"]), together, self.seed), cuts, together)
 
     def trials(self, wanted: Sequence[tuple[Recipe, int]]) -> list[Trial]:
         """Runs of recipes in repeats, in this order, fold by fold."""

@@ -2,13 +2,15 @@
 
 Every recipe predicts each row once per repeat of a cross-validation, so a score is a mean over repeats r and rows i of
 values v[r, i], and a gain is the mean of differences d[r, i] between two recipes. Two things make it uncertain: which
-rows are in the table, and the randomness of each training, which all rows of its fold share. With e = d - mean, N = R n
-values, and a block for each training, the squared error is that of clusters by rows and by blocks:
+rows are in the table, and the randomness of each training, which all rows of its fold share. Rows of one group, or of
+equal text, came into the table together and stay in one fold: they are one unit u of J, and a row without others is a
+unit of its own. With e = d - mean, s_ru the sum of e over the rows of a unit, N = R n values, and a block for each of b
+trainings, the squared error is that of clusters by units and by blocks:
 
-    V = (sum_i (sum_r e_ri)^2 + b / (b - 1) sum_blocks (sum_ri in block e_ri)^2 - sum_ri e_ri^2) / N^2
+    V = (J / (J - 1) sum_u (sum_r s_ru)^2 + b / (b - 1) sum_blocks (sum_ri in block e_ri)^2 - sum_ru s_ru^2) / N^2
 
-(Cameron, Gelbach, Miller, Robust Inference with Multiway Clustering, JBES 2011), and at least that of rows alone. The
-intervals use the t distribution with b - 1 degrees of freedom.
+(Cameron, Gelbach, Miller, Robust Inference with Multiway Clustering, JBES 2011), and at least that of units alone. The
+intervals use the t distribution with min(b, J) - 1 degrees of freedom.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Estimate:
     Attributes:
         value: Mean.
         error: Standard error of the mean.
-        blocks: Number of trainings behind it; 0 for a value that is known.
+        blocks: Number of trainings behind it, or of units of rows if those are fewer; 0 for a value that is known.
     """
 
     value: float
@@ -66,22 +68,24 @@ class Estimate:
         return float(stats.t.ppf(share, max(1, self.blocks - 1)))
 
 
-def two_way(values: Array, blocks: Whole) -> Estimate:
-    """Mean of values with an error that counts rows and trainings.
+def two_way(values: Array, blocks: Whole, units: Whole) -> Estimate:
+    """Mean of values with an error that counts units of rows and trainings.
 
     Args:
         values: Shape (repeats, rows).
         blocks: Number of the training that each value comes from, shape (repeats, rows).
+        units: Number of the unit of each row, shape (rows,).
     """
-    return _clustered(values.mean(), values - values.mean(), blocks)
+    return _clustered(values.mean(), values - values.mean(), blocks, units)
 
 
-def halved(values: Array, blocks: Whole, half: NDArray[np.bool_]) -> Estimate:
-    """Mean of the means of two halves of the rows, with an error that counts rows and trainings.
+def halved(values: Array, blocks: Whole, units: Whole, half: NDArray[np.bool_]) -> Estimate:
+    """Mean of the means of two halves of the rows, with an error that counts units of rows and trainings.
 
     Args:
         values: Shape (repeats, rows).
         blocks: As in `two_way`.
+        units: As in `two_way`.
         half: Which rows are in the first half, shape (rows,).
     """
     sides = (half, ~half)
@@ -89,18 +93,22 @@ def halved(values: Array, blocks: Whole, half: NDArray[np.bool_]) -> Estimate:
     centred = np.empty_like(values)
     for side, mean in zip(sides, means, strict=True):
         centred[:, side] = (values[:, side] - mean) * len(half) / (2 * side.sum())
-    return _clustered(float(np.mean(means)), centred, blocks)
+    return _clustered(float(np.mean(means)), centred, blocks, units)
 
 
-def _clustered(mean: float, centred: Array, blocks: Whole) -> Estimate:
+def _clustered(mean: float, centred: Array, blocks: Whole, units: Whole) -> Estimate:
     """An estimate from values whose mean was taken off."""
-    numbers = np.unique(blocks, return_inverse=True)[1].ravel()
-    sums = np.bincount(numbers, centred.ravel())
-    b = len(sums)
-    by_rows = float((centred.sum(axis=0) ** 2).sum())
-    by_blocks = float((sums**2).sum()) * b / max(1, b - 1)
-    squared = max(by_rows, by_rows + by_blocks - float((centred**2).sum()))
-    return Estimate(float(mean), math.sqrt(squared) / centred.size, b)
+    of_blocks = np.bincount(np.unique(blocks, return_inverse=True)[1].ravel(), centred.ravel())
+    numbers = np.unique(units, return_inverse=True)[1]
+    of_units = np.stack([np.bincount(numbers, repeat) for repeat in centred])
+    by_blocks, by_units = _of_clusters(of_blocks), _of_clusters(of_units.sum(axis=0))
+    squared = max(by_units, by_units + by_blocks - float((of_units**2).sum()))
+    return Estimate(float(mean), math.sqrt(squared) / centred.size, min(len(of_blocks), of_units.shape[1]))
+
+
+def _of_clusters(sums: Array) -> float:
+    """Sum of squares of the sums of independent clusters, as if their true mean were known."""
+    return float((sums**2).sum()) * len(sums) / max(1, len(sums) - 1)
 
 
 @dataclass(frozen=True)

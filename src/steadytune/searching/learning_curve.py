@@ -6,8 +6,8 @@ leaves. The same folds score all sizes, so every size is judged on the same rows
     score(n) = a - b n^(-c),  c in [0.3, 1]
 
 (Hestness et al., Deep Learning Scaling is Predictable, Empirically, arXiv 1712.00409). Its interval comes from a
-bootstrap of rows and of trainings (Owen and Eckles, Bootstrapping Data Arrays of Arbitrary Order, Annals of Applied
-Statistics 2012, arXiv 1106.2125). NumPy only.
+bootstrap of units, which are groups of rows or single rows, and of trainings (Owen and Eckles, Bootstrapping Data
+Arrays of Arbitrary Order, Annals of Applied Statistics 2012, arXiv 1106.2125). NumPy only.
 """
 
 from __future__ import annotations
@@ -67,13 +67,20 @@ def power_law(sizes: Array, scores: Array) -> tuple[Array, Array, Array]:
 
 
 def more_rows(
-    values: Mapping[int, Array], blocks: Whole, now: int, more: int, seed: int = 0, perfect: float = math.inf
+    values: Mapping[int, Array],
+    blocks: Whole,
+    units: Whole,
+    now: int,
+    more: int,
+    seed: int = 0,
+    perfect: float = math.inf,
 ) -> More:
     """What more rows would bring.
 
     Args:
         values: Share of each row in the score, (repeats, rows), by number of training rows; larger is better.
         blocks: Number of the training of each value, (repeats, rows), the same for all sizes.
+        units: Number of the unit of each row, (rows,): rows of one group came into the table together.
         now: Number of rows that there are.
         more: Number of rows that would be added.
         seed: Seed of the bootstrap.
@@ -88,10 +95,11 @@ def more_rows(
         return after - before
 
     rng = np.random.default_rng(seed)
-    n, numbers = blocks.shape[1], blocks.max() + 1
+    unit = np.unique(units, return_inverse=True)[1]
+    n, numbers = unit.max() + 1, blocks.max() + 1
     drawn = []
     for _ in range(DRAWS):
-        rows = np.bincount(rng.integers(0, n, n), minlength=n)
+        rows = np.bincount(rng.integers(0, n, n), minlength=n)[unit]
         trainings = np.bincount(rng.integers(0, numbers, numbers), minlength=numbers)[blocks]
         weights = rows * trainings
         drawn.append((stacked * weights).sum((1, 2)) / max(1, weights.sum()))

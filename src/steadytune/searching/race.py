@@ -65,15 +65,17 @@ class Trials(Protocol):
 
 @dataclass(frozen=True)
 class Sheet:
-    """Which half judges a row, and which fold predicts it.
+    """Which half judges a row, which fold predicts it, and which rows belong together.
 
     Attributes:
         half: Which rows are in half A, shape (rows,).
         folds: Fold of each row in each repeat, shape (repeats, rows).
+        units: Number of the unit of each row, shape (rows,). Rows of one unit share half and folds.
     """
 
     half: NDArray[np.bool_]
     folds: Whole
+    units: Whole
 
     def rows(self, path: str) -> NDArray[np.bool_]:
         """Rows by which a path chooses."""
@@ -83,6 +85,15 @@ class Sheet:
         """Number of the training of each value, shape (repeats, rows)."""
         folds = self.folds[list(repeats)]
         return folds + np.arange(len(folds))[:, None] * (folds.max() + 1)
+
+    def mean(self, values: Array, repeats: Sequence[int], path: str) -> Estimate:
+        """Mean of values (repeats, rows) over the rows by which a path chooses."""
+        rows = self.rows(path)
+        return two_way(values[:, rows], self.blocks(repeats)[:, rows], self.units[rows])
+
+    def both(self, values: Array, repeats: Sequence[int]) -> Estimate:
+        """Mean of values (repeats, rows) over both halves, which count the same."""
+        return halved(values, self.blocks(repeats), self.units, self.half)
 
 
 @dataclass(frozen=True)
@@ -309,10 +320,9 @@ class Race:
         best, repeats, before = standings[0], range(standings[0].repeats), self.chosen[path]
         near = [s for s in standings if best.belief.mean - s.belief.mean <= self._apart(path, best.arm, s.arm, repeats)]
         near = [s for s in near if s.belief.mean > 0] or near
-        loss = {s.arm: self.trials.losses(s.arm, repeats)[:, self.sheet.rows(path)] for s in near}
-        least = min(loss.values(), key=lambda values: values.mean())
-        blocks = self.sheet.blocks(repeats)[:, self.sheet.rows(path)]
-        equal = [s for s in near if (gap := two_way(loss[s.arm] - least, blocks)).value <= gap.error]
+        loss = {s.arm: self.trials.losses(s.arm, repeats) for s in near}
+        least = min(loss.values(), key=lambda values: values[:, self.sheet.rows(path)].mean())
+        equal = [s for s in near if (gap := self.sheet.mean(loss[s.arm] - least, repeats, path)).value <= gap.error]
         best = min(equal, key=lambda s: self.trials.seconds(s.arm))
         costly = self.trials.seconds(best.arm) >= self.rules.costly * self.trials.seconds(before)
         if best.belief.mean > 0 and (not costly or best.belief.positive >= self.rules.likely):
@@ -346,12 +356,12 @@ class Race:
         repeats = fresh or self._repeats(chosen, self.rules.rungs)
         plain = self.trials.values(self.plain, repeats)
         level = self._crossed(repeats)
-        gain = halved(level - plain, self.sheet.blocks(repeats), self.sheet.half)
+        gain = self.sheet.both(level - plain, repeats)
         ship, belief = self._shipped(repeats, gain)
         return Outcome(
             ship, belief, dict(self.chosen), gain, verdict(gain, bool(fresh)), len(fresh),
-            halved(level, self.sheet.blocks(repeats), self.sheet.half), self._detectable(gain),
-            self.standings, list(self.untried), self._dropped(),
+            self.sheet.both(level, repeats), self._detectable(gain), self.standings, list(self.untried),
+            self._dropped(),
         )  # fmt: skip
 
     def _sound(self) -> list[Arm]:
@@ -403,12 +413,11 @@ class Race:
         return self.trials.values(arm, repeats) - self.trials.values(other, repeats)
 
     def _gain(self, path: str, arm: Arm, other: Arm, repeats: Sequence[int]) -> Estimate:
-        rows = self.sheet.rows(path)
-        return two_way(self._difference(arm, other, repeats)[:, rows], self.sheet.blocks(repeats)[:, rows])
+        return self.sheet.mean(self._difference(arm, other, repeats), repeats, path)
 
     def over_plain(self, arm: Arm, repeats: Sequence[int]) -> Estimate:
         """Gain over plain on all rows. Of an arm that was chosen by it, it is too good."""
-        return halved(self._difference(arm, self.plain, repeats), self.sheet.blocks(repeats), self.sheet.half)
+        return self.sheet.both(self._difference(arm, self.plain, repeats), repeats)
 
     def _apart(self, path: str, arm: Arm, other: Arm, repeats: Sequence[int]) -> float:
         return 0.0 if arm == other else self._gain(path, arm, other, repeats).error
