@@ -98,12 +98,16 @@ def halved(values: Array, blocks: Whole, units: Whole, half: NDArray[np.bool_]) 
 
 def _clustered(mean: float, centred: Array, blocks: Whole, units: Whole) -> Estimate:
     """An estimate from values whose mean was taken off."""
-    of_blocks = np.bincount(np.unique(blocks, return_inverse=True)[1].ravel(), centred.ravel())
-    numbers = np.unique(units, return_inverse=True)[1]
-    of_units = np.stack([np.bincount(numbers, repeat) for repeat in centred])
+    of_blocks = _sums(centred.ravel(), blocks.ravel())
+    of_units = np.stack([_sums(repeat, units) for repeat in centred])
     by_blocks, by_units = _of_clusters(of_blocks), _of_clusters(of_units.sum(axis=0))
     squared = max(by_units, by_units + by_blocks - float((of_units**2).sum()))
     return Estimate(float(mean), math.sqrt(squared) / centred.size, min(len(of_blocks), of_units.shape[1]))
+
+
+def _sums(values: Array, numbers: Whole) -> Array:
+    """Sum of the values of each number."""
+    return np.bincount(np.unique(numbers, return_inverse=True)[1], weights=values).astype(float)
 
 
 def _of_clusters(sums: Array) -> float:
