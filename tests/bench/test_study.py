@@ -706,6 +706,24 @@ def test_a_soup_is_the_mean_of_its_trainings(tmp_path, root):
     assert same(weights(Store(tmp_path / "study").model(run.id)), weights(tmp_path / "fit"))
 
 
+def test_models_that_a_finished_study_lacks_are_named(tmp_path, root, caplog):
+    """Naive: ``keep_models: true`` on a finished study does nothing and says nothing."""
+    options = {"data_root": root, "workers": 0, "progress": False}
+    run_study(small(root, recipes={"plain": {}}, seeds=1), tmp_path, **options)
+    assert not caplog.messages
+    study = small(root, recipes={"plain": {}}, seeds=2, keep_models=True)
+    run_study(study, tmp_path, **options)
+    (told,) = set(caplog.messages)
+    (model,) = (tmp_path / "models").iterdir()
+    (lacking,) = {run.id for run in study.runs(root)} - {model.name}
+    assert f"this is so of 1, such as {lacking}" in told
+    caplog.clear()
+    (tmp_path / "records" / f"{lacking}.json").unlink()
+    run_study(study, tmp_path, **options)
+    run_study(study, tmp_path, **options)
+    assert not caplog.messages
+
+
 def test_the_forecast_counts_each_training_of_a_soup(tmp_path, root):
     """Naive: a soup takes as long as one of its trainings."""
     run_study(small(root, recipes={"plain": {}}, seeds=1), tmp_path, data_root=root, workers=0, progress=False)

@@ -92,6 +92,8 @@ def run_study(
         for run in runs:
             if store.has(run.id) and _status(store, run) == "failed":
                 store.forget(run.id)
+    _tell_lacking_models(store, runs)
+    _tell_lacking_models(store, runs)
     with opened(engine, workers, timeout) as used, Progress(store, runs, progress) as shown:
         complete(store, runs, used, shown.begin, shown.update)
     return Result(store.folder, shown.counts["done"], shown.counts["failed"])
@@ -149,6 +151,18 @@ def _check_tables(store: Store, runs: Sequence[Trial]) -> None:
             f"task {then['name']}: {what} since runs in {store.folder} were recorded, so scores cannot be "
             "compared: choose another --output DIR, or undo the change."
         )
+
+
+def _tell_lacking_models(store: Store, runs: Sequence[Trial]) -> None:
+    """Warn of models that are asked for and will not be written, because their runs are done."""
+    kept = [run for run in runs if run.keep_model and store.has(run.id) and not store.model(run.id).is_dir()]
+    lacking = [run for run in kept if _status(store, run) == "done"]
+    if lacking:
+        logger.warning(
+            "keep_models is true, but runs that were done without it have no model; this is so of %d, such as %s (%s). "
+            "Remove their records from %s to train them again, or choose another output folder.",
+            len(lacking), lacking[0].id, lacking[0].title, store.folder / FOLDER,
+        )  # fmt: skip
 
 
 @contextmanager

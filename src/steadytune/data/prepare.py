@@ -113,7 +113,10 @@ def prepare(
     """
     given = [*tests, *(["validation"] if validation is not None else [])]
     if "validation" in tests or "train" in tests:
-        raise UsageError("a test set cannot be called 'train' or 'validation': name it with --test NAME=FILE.")
+        raise UsageError(
+            "a test set cannot be called 'train' or 'validation', the names of other sets: give it another name, such "
+            "as --test dev=FILE, or test: {dev: FILE} in a study."
+        )
     validation_column = _string(validation_column)
     train = _numbered(resolve(train, () if validation_column is None else (validation_column,)))
     wanted = sources_of(unlabelled)
