@@ -152,6 +152,58 @@ def test_an_interval_holds_its_score_and_stays_within_the_limits(problem, n, see
             assert problem.metric(name).limits[1] is None or found[1] <= high + 1e-9, name
 
 
+# ---- rows in groups
+
+
+@pytest.mark.parametrize("problem", [TWO, THREE, SETS, Regression()], ids=lambda p: f"{p.kind}-{len(p.names)}")
+def test_ten_copies_of_each_row_have_the_interval_of_the_rows(problem):
+    """Naive: intervals of 600 independent rows, a third as wide. Some of those of rows are wider than they must be."""
+    gold, predicted, scores = rows(problem, 60)
+    copies = np.repeat(np.arange(60), 10)
+    once = problem.intervals(gold, predicted, scores)
+    naive = problem.intervals(gold[copies], predicted[copies], scores[copies])
+    found = problem.intervals(gold[copies], predicted[copies], scores[copies], copies)
+    for name in (name for name, bounds in once.items() if bounds is not None):
+        of_rows, of_copies, of_groups = (np.ptp(bounds[name]) for bounds in (once, naive, found))
+        assert of_copies < 0.4 * of_rows, name
+        assert 0.6 < of_groups / of_rows < 1.15, name
+
+
+def test_groups_of_one_row_change_nothing_and_one_group_tells_nothing():
+    gold, predicted, scores = rows(TWO)
+    assert TWO.intervals(gold, predicted, scores, np.arange(80)) == TWO.intervals(gold, predicted, scores)
+    assert set(TWO.intervals(gold, predicted, scores, np.zeros(80)).values()) == {None}
+
+
+def test_a_perfect_score_of_ten_groups_is_as_unsure_as_ten_rows():
+    """Naive: no group's absence changes it, so that the interval stays that of 400 rows, from 0.99."""
+    gold = np.array(["yes", "no"] * 200, dtype=object)
+    low, high = TWO.intervals(gold, gold, groups=np.arange(400) % 10)["accuracy"]
+    assert high == pytest.approx(1.0)
+    assert low <= stats.binomtest(10, 10).proportion_ci(method="wilson").low
+
+
+def test_intervals_of_groups_hold_the_true_score():
+    """40 groups of 10 rows, whose shares of right rows spread around 0.8. Naive: 0.65 of the intervals hold it."""
+    rng, groups, held, naive = np.random.default_rng(0), np.repeat(np.arange(40), 10), [], []
+    gold = np.array(["yes"] * 400, dtype=object)
+    for _ in range(200):
+        predicted = np.where(rng.random(400) < rng.beta(1.6, 0.4, 40)[groups], "yes", "no").astype(object)
+        for hits, given in ((held, groups), (naive, None)):
+            low, high = TWO.metric("accuracy").bounds(gold, predicted, TWO.names, given)
+            hits.append(low <= 0.8 <= high)
+    assert np.mean(held) >= 0.92
+    assert np.mean(naive) < 0.75
+
+
+def test_more_than_a_hundred_groups_are_left_out_in_a_hundred_sets(monkeypatch):
+    gold, predicted, _ = rows(TWO, 1200)
+    groups = np.arange(1200) // 2
+    found = TWO.metric("accuracy").bounds(gold, predicted, TWO.names, groups)
+    monkeypatch.setattr(intervals, "MOST", 600)
+    assert found == pytest.approx(TWO.metric("accuracy").bounds(gold, predicted, TWO.names, groups), abs=0.01)
+
+
 @pytest.fixture(scope="module")
 def simulation():
     spec = importlib.util.spec_from_file_location("steadytune_intervals", ROOT / "benchmarks" / "intervals.py")

@@ -54,6 +54,18 @@ def test_the_probe_beside_the_scores_keeps_groups_together(tmp_path, bert, numbe
     assert result.probe["pearson" if numbers else "accuracy"] < 0.8
 
 
+def test_intervals_count_groups_where_they_are_known(tmp_path, bert):
+    """Ten copies of each row, as one group: naive, the interval is that of 300 rows that have nothing in common."""
+    rows, new = (toy(30, start=start).assign(writer=range(30)) for start in (0, 200))
+    often = pd.concat([new] * 10, ignore_index=True)
+    alone = fit(rows, model=bert, output=tmp_path / "a", tests={"new": often.drop(columns="writer")}, **QUICK)
+    result = fit(rows, model=bert, output=tmp_path / "o", tests={"new": often}, group="writer", **QUICK)
+    wide, narrow = (np.ptp(fitted.metrics["new"]["intervals"]["log_loss"]) for fitted in (result, alone))
+    assert wide / narrow == pytest.approx(10**0.5, rel=0.15)
+    assert result.metrics["new"]["notes"][-1].startswith("The 300 rows come from 30 groups")
+    assert FittedModel.load(tmp_path / "o").evaluate(often)["intervals"] == result.metrics["new"]["intervals"]
+
+
 def test_a_model_no_better_than_one_answer_is_the_last_thing_said(tmp_path, bert, monkeypatch):
     """Early stopping once shipped a model that answers "1" to all 300 rows, Matthews 0, without a word."""
     monkeypatch.chdir(tmp_path)

@@ -208,6 +208,19 @@ def test_the_interval_of_a_difference_is_paired():
     assert high == pytest.approx(-10 / 400 + 1.96 * spread, abs=0.003)
 
 
+def test_the_interval_of_a_difference_counts_groups():
+    """Naive: ten copies of each row narrow it by the root of ten."""
+    two, rng = Classification(("a", "b")), np.random.default_rng(0)
+    gold = rng.permutation(np.repeat(np.array(["a", "b"], dtype=object), 30))
+    first, second = (np.where(rng.random(60) < 0.3, "a", gold).astype(object) for _ in range(2))
+    metric, copies = two.metric("accuracy"), np.repeat(np.arange(60), 10)
+    once = probing.difference_interval(metric, gold, first, second, two.names)
+    often = probing.difference_interval(metric, gold[copies], first[copies], second[copies], two.names, copies)
+    assert often == pytest.approx(once)
+    nothing = np.zeros(60)
+    assert probing.difference_interval(metric, gold, first, second, two.names, nothing) is None
+
+
 def test_a_difference_that_is_undefined_has_no_interval():
     gold = np.array([1.0, 2.0, 3.0])
     assert probing.difference_interval(Regression().metric("pearson"), gold, gold, np.zeros(3), ()) is None

@@ -66,7 +66,9 @@ TrainTable = Annotated[str, LABELLED]
 TextColumns = Annotated[
     list[str] | None, option(INPUT, "Text column; give it twice for pairs. [dim]\\[default: found][/]")
 ]
-GroupColumn = Annotated[str | None, option(INPUT, "Column of groups; rows of one group stay in one fold.")]
+GroupColumn = Annotated[
+    str | None, option(INPUT, "Column of groups: rows of one stay in one fold, and intervals count groups.")
+]
 Subgroups = Annotated[
     list[str] | None,
     option(

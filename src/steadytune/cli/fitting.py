@@ -46,7 +46,10 @@ def fit(
     label: LabelColumns = None,
     label_separator: LabelSeparator = None,
     group: Annotated[
-        str | None, option(INPUT, "Column of groups; rows of one group stay on one side of each split.")
+        str | None,
+        option(
+            INPUT, "Column of groups: rows of one group stay on one side of each split, and intervals count groups."
+        ),
     ] = None,
     subgroup: Subgroups = None,
     kind: Annotated[str, option(INPUT, "auto, classification, multilabel or regression.")] = "auto",

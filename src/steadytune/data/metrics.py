@@ -56,6 +56,17 @@ class Metric:
         """A value worse than any, used for a model whose score is undefined."""
         return -1.0 if self.larger_is_better else 1e9
 
+    def bounds(
+        self, gold: np.ndarray, predicted: np.ndarray, names: Sequence[str], groups: np.ndarray | None = None
+    ) -> Interval:
+        """The 95 % interval, wider where rows of one group (rows,) are alike."""
+        found = self.interval(gold, predicted, names)
+        if found is None or groups is None:
+            return found
+        return intervals.of_groups(
+            lambda kept: self.compute(gold[kept], predicted[kept], names), found, groups, self.limits
+        )
+
     def goodness(self, value: float | None) -> float:
         """The value with the sign with which larger is better; minus infinity if it is undefined."""
         if value is None:

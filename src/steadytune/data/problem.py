@@ -129,11 +129,23 @@ class Problem(ABC):
         }
 
     def intervals(
-        self, gold: np.ndarray, predicted: np.ndarray, scores: np.ndarray | None = None
+        self,
+        gold: np.ndarray,
+        predicted: np.ndarray,
+        scores: np.ndarray | None = None,
+        groups: np.ndarray | None = None,
     ) -> dict[str, tuple[float, float] | None]:
-        """The 95 % interval of every metric, None where there is none; arguments as of `score`."""
+        """The 95 % interval of every metric, None where there is none; arguments as of `score`.
+
+        Args:
+            gold: Labels (rows,).
+            predicted: Labels (rows,).
+            scores: Probabilities (rows, classes).
+            groups: Group of each row (rows,), for rows that are not independent.
+        """
         return {
-            metric.name: metric.interval(gold, given, self.names) for metric, given in self._read_by(predicted, scores)
+            metric.name: metric.bounds(gold, given, self.names, groups)
+            for metric, given in self._read_by(predicted, scores)
         }
 
     def _read_by(self, predicted: np.ndarray, scores: np.ndarray | None) -> Iterator[tuple[Metric, np.ndarray]]:

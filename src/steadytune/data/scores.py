@@ -26,6 +26,7 @@ def full_scores(
     constant: np.ndarray | None = None,
     selected: bool = False,
     subgroups: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """All recorded scores of one set, ready for JSON.
 
@@ -38,6 +39,7 @@ def full_scores(
             baseline.
         selected: Whether these rows selected the model.
         subgroups: Name of the subgroup of each row (rows,).
+        groups: Group of each row (rows,), for rows that are not independent; intervals are wider for it.
 
     Returns:
         ``rows`` and every metric by name, and beside them ``intervals`` and ``baseline`` (both by metric), ``classes``
@@ -47,21 +49,25 @@ def full_scores(
     """
     labels = pd.Series(gold, dtype=object)
     return {
-        **_with_intervals(problem, gold, predicted, scores),
+        **_with_intervals(problem, gold, predicted, scores, groups),
         **({} if constant is None else {"baseline": baseline(problem, gold, constant)}),
         "classes": problem.counts(labels),
         "selected": selected,
-        "notes": _notes(problem, gold),
+        "notes": _notes(problem, gold, groups),
         **_by_class(problem, gold, predicted),
-        **({} if subgroups is None else {"subgroups": _by_subgroup(problem, gold, predicted, scores, subgroups)}),
+        **(
+            {}
+            if subgroups is None
+            else {"subgroups": _by_subgroup(problem, gold, predicted, scores, subgroups, groups)}
+        ),
     }
 
 
 def _with_intervals(
-    problem: Problem, gold: np.ndarray, predicted: np.ndarray, scores: np.ndarray
+    problem: Problem, gold: np.ndarray, predicted: np.ndarray, scores: np.ndarray, groups: np.ndarray | None
 ) -> dict[str, float | int | dict[str, list[float] | None] | None]:
     """Number of rows, every metric, and their intervals."""
-    intervals = problem.intervals(gold, predicted, scores)
+    intervals = problem.intervals(gold, predicted, scores, groups)
     return {
         "rows": len(gold),
         **problem.score(gold, predicted, scores),
@@ -70,17 +76,34 @@ def _with_intervals(
 
 
 def _by_subgroup(
-    problem: Problem, gold: np.ndarray, predicted: np.ndarray, scores: np.ndarray, subgroups: np.ndarray
+    problem: Problem,
+    gold: np.ndarray,
+    predicted: np.ndarray,
+    scores: np.ndarray,
+    subgroups: np.ndarray,
+    groups: np.ndarray | None,
 ) -> dict[str, Any]:
     """Scores of the rows of each subgroup, in the order of their names."""
     parts = {str(name): subgroups == name for name in sorted(set(subgroups))}
-    return {name: _with_intervals(problem, gold[at], predicted[at], scores[at]) for name, at in parts.items()}
+    return {
+        name: _with_intervals(problem, gold[at], predicted[at], scores[at], None if groups is None else groups[at])
+        for name, at in parts.items()
+    }
+
+
+def groups_of(rows: pd.DataFrame) -> np.ndarray | None:
+    """Group of each row (rows,); None for rows without groups."""
+    return _names(rows, "group")
 
 
 def subgroups_of(rows: pd.DataFrame) -> np.ndarray | None:
     """Name of the subgroup of each row (rows,); None for rows without subgroups."""
-    named = "subgroup" in rows and rows["subgroup"].notna().all()
-    return rows["subgroup"].to_numpy(dtype=object) if named else None
+    return _names(rows, "subgroup")
+
+
+def _names(rows: pd.DataFrame, column: str) -> np.ndarray | None:
+    named = column in rows and rows[column].notna().all()
+    return rows[column].to_numpy(dtype=object) if named else None
 
 
 def worst_first(scores: Mapping[str, Any], metric: str) -> list[tuple[str, Mapping[str, Any]]]:
@@ -121,8 +144,19 @@ def baseline(problem: Problem, gold: np.ndarray, constant: np.ndarray) -> dict[s
     return problem.score(gold, most.decide(scores), scores)
 
 
-def _notes(problem: Problem, gold: np.ndarray) -> list[str]:
+def _notes(problem: Problem, gold: np.ndarray, groups: np.ndarray | None) -> list[str]:
     """Notes on how to read the scores."""
+    return [*_notes_on_classes(problem, gold), *([] if groups is None else _notes_on_groups(groups))]
+
+
+def _notes_on_groups(groups: np.ndarray) -> list[str]:
+    count = len(set(groups))
+    if count == len(groups):
+        return []
+    return [f"The {len(groups):,} rows come from {count:,} groups; the intervals are as wide as the groups differ."]
+
+
+def _notes_on_classes(problem: Problem, gold: np.ndarray) -> list[str]:
     counts = problem.membership(list(gold)).sum(axis=0)
     missing = [name for name, count in zip(problem.names, counts, strict=True) if not count]
     if not missing or "f1_macro" not in problem.metrics:

@@ -16,7 +16,7 @@ from ..data.files import sequence_rows
 from ..data.forms import Label, as_label, form_of
 from ..data.guards import truncated
 from ..data.problem import Problem
-from ..data.scores import full_scores, subgroups_of
+from ..data.scores import full_scores, groups_of, subgroups_of
 from ..data.tables import Table, examples, missing_subgroup, texts
 from ..errors import UsageError, one_line
 from .encoding import check_vocabulary, token_counts, tokenise
@@ -47,6 +47,7 @@ class FittedModel:
         constant: Answer without reading a text, from `Problem.constant` on the training rows; it is the baseline of
             scores.
         subgroup: Columns of tables that name the subgroup of each row, for `evaluate`.
+        group: Column of tables whose equal values mark rows that are alike, for the intervals of `evaluate`.
     """
 
     def __init__(
@@ -63,11 +64,12 @@ class FittedModel:
         bf16: bool = False,
         constant: np.ndarray | None = None,
         subgroup: Sequence[str] = (),
+        group: str | None = None,
     ) -> None:
         self.models, self.tokenizer, self.problem = list(models), tokenizer, problem
         self.text, self.label, self.max_length, self.bf16 = tuple(text), label, max_length, bf16
         self.label_separator, self.form = label_separator, form_of(label, label_separator)
-        self.prompt, self.constant, self.subgroup = prompt, constant, tuple(subgroup)
+        self.prompt, self.constant, self.subgroup, self.group = prompt, constant, tuple(subgroup), group
 
     @classmethod
     @as_found()
@@ -105,6 +107,7 @@ class FittedModel:
             bf16=recipe["bf16"],
             constant=constant_of(record),
             subgroup=columns.get("subgroup", ()),
+            group=columns.get("group"),
         )
 
     # ---- predictions
@@ -206,11 +209,13 @@ class FittedModel:
         table = Table.of(rows, self.text, self.label, "given", label_separator=self.label_separator)
         if missing_subgroup(table.frame, self.subgroup) is None:
             table = dataclasses.replace(table, subgroup=table.subgroup or self.subgroup)
+        if self.group in table.frame.columns:
+            table = dataclasses.replace(table, group=table.group or self.group)
         rows = examples(table)
         checked = rows.assign(label=self.problem.encode(rows, table))
         self._look_at(checked)
         predictions, _ = self.judge(checked, self._scores(checked, progress=False), table.coarser)
-        known = {name: checked[name].to_numpy() for name in ("label", "subgroup") if name in checked}
+        known = {name: checked[name].to_numpy() for name in ("label", "group", "subgroup") if name in checked}
         return self.account(predictions.assign(**known), table.coarser)
 
     def judge(
@@ -236,8 +241,8 @@ class FittedModel:
         """Everything that is recorded of one set, as `full_scores` gives it.
 
         Args:
-            predictions: Of this model, as `judge` gives them, with a column ``label``, and ``subgroup`` where there are
-                subgroups.
+            predictions: Of this model, as `judge` gives them, with a column ``label``, and ``group`` and ``subgroup``
+                where there are such.
             coarser: Class name to the coarser name it is scored under.
             selected: Whether these rows selected the model.
         """
@@ -251,6 +256,7 @@ class FittedModel:
             constant,
             selected,
             subgroups_of(predictions),
+            groups_of(predictions),
         )
 
     def _texts(self, rows: Rows) -> pd.DataFrame:

@@ -85,7 +85,8 @@ def fit(
         label: The label column, found likewise; or, for several labels a row, one column of 0 and 1 for each class.
         label_separator: What stands between several labels in one cell, as in ``"food|price"``. Without it a cell is
             one label, or a list of labels.
-        group: Column of groups; rows of one group stay on one side of each split.
+        group: Column of groups; rows of one group stay on one side of each split, and intervals of scores are as wide
+            as groups differ, in test tables that have the column.
         subgroup: Column, or columns, whose values name the subgroup of each row, such as its source; the label column
             may be among them. ``"length"`` and ``"overlap"`` need no column: they are ranges of the number of words,
             and of the share of a pair's second text that is in the first. Every subgroup is scored on its own, and the
@@ -436,6 +437,8 @@ def _finish(
     columns = {"text": list(model.text), **model.form.record()}
     if model.subgroup:
         columns["subgroup"] = list(model.subgroup)
+    if model.group is not None:
+        columns["group"] = model.group
     assert model.constant is not None
     record = {
         **record,

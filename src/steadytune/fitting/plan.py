@@ -514,6 +514,7 @@ def fitted_model(plan: Plan, pretrained: Pretrained, models: Sequence[Any]) -> F
         bf16=plan.options.bf16,
         constant=plan.data.problem.constant(plan.data.train["label"]),
         subgroup=table.subgroup,
+        group=table.group,
     )
 
 
@@ -563,8 +564,9 @@ def evaluate(
     for name, rows in data.tests.items():
         predicted, scores[name] = model.judge(rows, answered[name], data.coarser.get(name))
         about = pd.DataFrame({"set": name, "row": rows.index, "label": rows["label"].to_numpy()})
-        if "subgroup" in rows:
-            about["subgroup"] = rows["subgroup"].to_numpy()
+        for column in ("group", "subgroup"):
+            if column in rows:
+                about[column] = rows[column].to_numpy()
         tables.append(pd.concat([about, predicted], axis=1))
     return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), scores
 

@@ -27,7 +27,7 @@ from ..data.intervals import LEVEL, Interval
 from ..data.metrics import Metric
 from ..data.prepare import Data
 from ..data.problem import Problem
-from ..data.scores import full_scores
+from ..data.scores import full_scores, groups_of
 from ..data.tables import Kind
 from ..errors import UsageError
 from ..files.atomic import write_json, write_whole, writing
@@ -135,7 +135,8 @@ def probe(
         text: One text column, or two for sentence pairs; found by name or content if not given.
         label: The label column, found likewise; or, for several labels a row, one column of 0 and 1 for each class.
         label_separator: What stands between several labels in one cell.
-        group: A column whose equal values keep rows in one fold. So do equal texts.
+        group: A column whose equal values keep rows in one fold, as do equal texts. Intervals are as wide as groups
+            differ.
         tests: Name -> table; judged by probes of all training rows.
         kind: classification, multilabel or regression; decided from the labels by default.
         metric: Metric that ranks; by default the first of the kind.
@@ -370,7 +371,10 @@ def _ranked(judged: Mapping[str, _Judged], data: Data, chosen: str) -> Probed:
         name: one.answers[TRAIN] if metric.needs_probabilities else data.problem.decide(one.answers[TRAIN])
         for name, one in judged.items()
     }
-    apart = {name: difference_interval(metric, gold, given[name], given[best], data.problem.names) for name in others}
+    units = groups_of(data.train)
+    apart = {
+        name: difference_interval(metric, gold, given[name], given[best], data.problem.names, units) for name in others
+    }
     rows = [
         {"name": name, **_row(judged[name], scores[name], chosen, scores[best], apart.get(name))}
         for name in (best, *others)
@@ -386,15 +390,21 @@ def _scores(answers: np.ndarray, rows: pd.DataFrame, name: str, data: Data) -> d
     coarser = data.coarser.get(name, {})
     problem, scores = data.problem.coarser(coarser), data.problem.coarser_scores(answers, coarser)
     constant = data.problem.coarser_scores(data.problem.constant(data.train["label"]), coarser)
-    return full_scores(problem, problem.array(rows["label"]), problem.decide(scores), scores, constant)
+    gold, groups = problem.array(rows["label"]), groups_of(rows)
+    return full_scores(problem, gold, problem.decide(scores), scores, constant, groups=groups)
 
 
 def difference_interval(
-    metric: Metric, gold: np.ndarray, first: np.ndarray, second: np.ndarray, names: Sequence[str]
+    metric: Metric,
+    gold: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    names: Sequence[str],
+    groups: np.ndarray | None = None,
 ) -> Interval:
     """95 % interval of how much more one model scores than another on the same rows; None where it is undefined.
 
-    It is SciPy's percentile bootstrap over rows, which keeps both answers to a row together.
+    It is SciPy's percentile bootstrap over rows, which keeps both answers to a row together, or over groups of rows.
 
     Args:
         metric: Metric of the scores.
@@ -402,17 +412,24 @@ def difference_interval(
         first: What the metric reads of one model, one entry per row.
         second: The same of the other.
         names: Class names.
+        groups: Group of each row (rows,), for rows that are not independent.
     """
     from scipy.stats import DegenerateDataWarning, bootstrap
 
-    def difference(rows: np.ndarray) -> float:
+    numbers = np.arange(len(gold)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    members = np.split(np.argsort(numbers, kind="stable"), np.bincount(numbers).cumsum()[:-1])
+    if len(members) < 2:
+        return None
+
+    def difference(units: np.ndarray) -> float:
+        rows = units if groups is None else np.concatenate([members[unit] for unit in units])
         a, b = (metric.compute(gold[rows], given[rows], names) for given in (first, second))
         return math.nan if a is None or b is None else a - b
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DegenerateDataWarning)  # a correlation that some draw has not: None below
         resampled = bootstrap(
-            (np.arange(len(gold)),), difference, n_resamples=DRAWS, vectorized=False, confidence_level=LEVEL,
+            (np.arange(len(members)),), difference, n_resamples=DRAWS, vectorized=False, confidence_level=LEVEL,
             method="percentile", rng=np.random.default_rng(0),
         ).confidence_interval  # fmt: skip
     return (
