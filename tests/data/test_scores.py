@@ -189,8 +189,8 @@ def test_intervals_of_groups_hold_the_true_score():
     gold = np.array(["yes"] * 400, dtype=object)
     for _ in range(200):
         predicted = np.where(rng.random(400) < rng.beta(1.6, 0.4, 40)[groups], "yes", "no").astype(object)
-        for hits, given in ((held, groups), (naive, None)):
-            low, high = TWO.metric("accuracy").bounds(gold, predicted, TWO.names, given)
+        for hits, known in ((held, groups), (naive, None)):
+            low, high = TWO.metric("accuracy").bounds(gold, predicted, TWO.names, known)
             hits.append(low <= 0.8 <= high)
     assert np.mean(held) >= 0.92
     assert np.mean(naive) < 0.75
