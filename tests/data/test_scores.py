@@ -184,7 +184,7 @@ def test_a_perfect_score_of_ten_groups_is_as_unsure_as_ten_rows():
 
 
 def test_intervals_of_groups_hold_the_true_score():
-    """40 groups of 10 rows, whose shares of right rows spread around 0.8. Naive: 0.65 of the intervals hold it."""
+    """40 groups of 10 rows, whose shares of right rows spread around 0.8. Naive: 0.73 of the intervals hold it."""
     rng, groups, held, naive = np.random.default_rng(0), np.repeat(np.arange(40), 10), [], []
     gold = np.array(["yes"] * 400, dtype=object)
     for _ in range(200):
