@@ -584,6 +584,27 @@ def test_types_survive_a_resume_of_half_precision_weights(name):
 
 
 @every_recipe
+def test_state_comes_back_on_the_device_of_the_model(name, monkeypatch):
+    """Naive: only what is held under a weight's name; beside a model on a GPU, moments of MaskTraining stay behind."""
+    loop = Loop(RECIPES[name]).train(batches(2))
+    saved, got = read(written(loop.run.state_dict())), []
+    for method in loop.run.methods:
+        monkeypatch.setattr(method, "load_state_dict", got.append)
+    monkeypatch.setattr(Run, "_device", torch.device("meta"))
+    loop.run.load_state_dict(saved)
+    named = {w.name for w in loop.run.weights()}
+
+    def elsewhere(value: Any) -> list[Tensor]:
+        if isinstance(value, dict):
+            return [t for key, held in value.items() if key not in named for t in elsewhere(held)]
+        if isinstance(value, (list, tuple)):
+            return [t for held in value for t in elsewhere(held)]
+        return [value] if isinstance(value, Tensor) else []
+
+    assert {t.device.type for t in elsewhere(got)} <= {"meta"}
+
+
+@every_recipe
 def test_nothing_is_put_into_the_optimizer_before_its_first_step(name):
     """T1: Adam initialises itself where its state is empty, and fails with KeyError where it is not."""
     loop = Loop(RECIPES[name])

@@ -714,7 +714,7 @@ class Run(Binding):
         live = {w.name: w.data for w in self.weights()}
         self._views.averages = {n: t.to(live[n].device, copy=True) for n, t in state["raw"].items()}
         for method, saved in zip(self.methods, state["methods"], strict=True):
-            method.load_state_dict(on_devices(saved, live))
+            method.load_state_dict(on_devices(saved, live, self._device))
         self.index = state["index"]
         self.finite.skipped = state.get("skipped", 0)  # not in states written before steps were skipped
         self._stateless = self._stepped = False

@@ -109,7 +109,7 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 def on_devices(value: Any, live: Mapping[str, Tensor], device: torch.device | None = None) -> Any:
-    """A copy of a method's state, with tensors under a weight's name on that weight's device."""
+    """A copy of a method's state, with tensors under a weight's name on that weight's device, others on `device`."""
     if isinstance(value, Tensor):
         return value.to(device, copy=True) if device is not None else value.clone()
     if isinstance(value, Mapping):
