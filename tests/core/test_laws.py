@@ -40,6 +40,7 @@ from helpers import (
     points,
     rows,
     tensors,
+    train,
 )
 from recorded import make_state
 from steadytune import (
@@ -1594,6 +1595,31 @@ def test_compiled_equals_eager_with_one_graph():
     assert counters["stats"]["unique_graphs"] == 1  # compiled once, never again
     assert not counters["graph_break"]
     assert_same(copied(model), copied(eager.model), atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch's own compiler
+@pytest.mark.parametrize(
+    "method", [LayerDrop(p=0.5), EasyAdapt(2, domain=by_first_token, drop=0.0), VIBERT(beta=0.1)], ids=type
+)
+def test_compiled_code_looks_at_the_hooks_of_a_method_that_begins_or_ends(method):
+    """Naive: torch takes the graph of an earlier model of the class, which had no hooks."""
+    data = batches(2, equal=True)
+
+    def trained(wrap):
+        ends, model = [], bert(dropout=0.0)
+        wrap(bert(dropout=0.0))(**data[0])  # by torch alone, so that its graphs are made as torch makes them
+        for recipe in ([method], []):
+            run = Run(wrap(model), recipe, total_steps=TOTAL).attach(torch.optim.SGD(model.parameters(), lr=0.1))
+            torch.manual_seed(1)
+            train(run, data).finish()
+            ends.append(copied(model))
+        return ends
+
+    torch._dynamo.reset()
+    torch._dynamo.config.skip_nnmodule_hook_guards = True  # torch's default
+    compiled = trained(functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    assert_same(compiled, trained(lambda model: model), atol=1e-6)
 
 
 @every_recipe

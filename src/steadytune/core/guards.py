@@ -1,8 +1,9 @@
-"""Guards of a step under way: weights that somebody else writes, a second Run, a loss that methods never saw."""
+"""Guards of a step under way: weights that somebody else writes, a second Run, a loss or hooks that nobody saw."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -108,3 +109,15 @@ def drop_gradients(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = None
+
+
+def guard_hooks() -> None:
+    """Let compiled code look at hooks, by which methods act on the forward.
+
+    By default torch takes a graph of an earlier model of the same class, or of this one before it had hooks, and the
+    method does nothing. Graphs that were compiled so are forgotten, once in a process.
+    """
+    config: Any = sys.modules.get("torch._dynamo.config")  # not imported: nothing was compiled yet
+    if getattr(config, "skip_nnmodule_hook_guards", False):
+        config.skip_nnmodule_hook_guards = False
+        torch._dynamo.reset()

@@ -45,6 +45,7 @@ from .guards import (
     check_unseen,
     check_untouched,
     drop_gradients,
+    guard_hooks,
     leave_others,
     refuse_saving,
     unscale,
@@ -389,6 +390,7 @@ class Run(Binding):
                 self.steps(method)
         if self._ratios is not None:
             self._ratios.check(first=self.index == 0)
+        guard_hooks()
         shards.reshard(self.model)
         if self._watch is not None:
             check_averages(self._watch, self._views.averages)

@@ -270,7 +270,7 @@ class Step:
         return split(outputs, copies, batch_size(inputs))[0]
 
     def _call(self, inputs: Inputs, copies: int, hooked: bool, weights: Mapping[str, Tensor] | None) -> Any:
-        # compiled code does not look at new hooks; DDP listens to the weights, whoever calls the model
+        # torch would compile anew for each of these hooks; DDP listens to the weights, whoever calls the model
         model: Any = shards.unwrap(self.model) if hooked or weights is not None else self.model
         if weights is not None:
             return torch.func.functional_call(model, dict(weights), kwargs=dict(inputs))
@@ -435,7 +435,7 @@ class _Given(nn.Module):
 
 
 def eager(model: nn.Module) -> nn.Module:
-    """The model without ``torch.compile``, whose code does not look at new hooks; other wrappers stay."""
+    """The model without ``torch.compile``, which would compile anew for each new hook; other wrappers stay."""
     return getattr(model, "_orig_mod", model)
 
 
