@@ -103,6 +103,7 @@ from steadytune import (
 )
 from steadytune.core import Method, Weight, overrides
 from steadytune.core.method import acts_on_weights
+from steadytune.errors import UsageError
 from steadytune.files import state
 
 TOTAL = 8
@@ -1570,6 +1571,42 @@ def test_a_second_look_from_the_same_place_is_the_first_bitwise(name, autocast):
             loop.step()
         ends.append({k: loop.all()[k] for k in ("weights", "optimizer")})
     assert_same(*ends)
+
+
+# ---------------------------------------------------------------- the order of setup
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        [HeadInit(), DPSMix(**DPS)],
+        [R4F(weight=0.0), DPSMix(**DPS)],
+        [HeadInit(), R4F(weight=0.0)],
+        [HeadInit(), R4F(weight=0.0), DPSMix(**DPS)],
+    ],
+    ids=lambda recipe: "-".join(type(method).__name__ for method in recipe),
+)
+def test_methods_that_write_weights_in_setup_come_before_those_that_keep_them_in_any_order(recipe):
+    """Naive: an anchor is the random head that a later method replaces."""
+    data, ends = batches(TOTAL), []
+    for order in itertools.permutations(recipe):
+        model = bert(dropout=0.0)
+        run = Run(model, list(order), total_steps=TOTAL, data=lambda: data)
+        run.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+        assert [type(method) for method in run.methods] == [type(method) for method in order]
+        ends.append([copied(model), copied(train(run, data).model)])
+    for other in ends[1:]:
+        assert_same(ends[0], other)
+
+
+def test_a_method_that_writes_weights_is_not_appended_after_one_that_keeps_them():
+    """Naive: the anchor of the head is the random one."""
+    run = Run(bert(), [DPSMix(**DPS)], total_steps=TOTAL, data=lambda: batches(2))
+    message = r"HeadInit changes .* weights in setup, after DPSMix has looked.*give HeadInit to Run\(model, methods\)"
+    with pytest.raises(UsageError, match=message):
+        run.append(HeadInit())
+    assert [type(method) for method in run.methods] == [DPSMix]
+    run.append(ClipNorm(1.0))
 
 
 # ---------------------------------------------------------------- compile, further gradients, activation checkpointing

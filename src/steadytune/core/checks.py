@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import UsageError
-from .method import entry
+from .method import entry, in_setup_order
 
 if TYPE_CHECKING:
     from .method import Method, Weight
@@ -88,6 +88,17 @@ def check_order(methods: Sequence[Any]) -> None:
                 f"{first} changes the model or what of it is trained, after {second} has looked at its weights: put "
                 f"{first} before {second} in the list"
             )
+
+
+def check_last(methods: Sequence[Method], added: Method) -> None:
+    """Raise for a method that would have been set up before those that a Run has already."""
+    last = in_setup_order([*methods, added])[-1]
+    if last is not added:
+        name, other = type(added).__name__, type(last).__name__
+        raise UsageError(
+            f"{name} changes the model or its weights in setup, after {other} has looked at them: give {name} to "
+            "Run(model, methods) in its list, not to run.append()"
+        )
 
 
 def loss_left(methods: Sequence[Method]) -> float:

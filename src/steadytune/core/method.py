@@ -8,7 +8,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .step import Step
 
 M = TypeVar("M", bound="Method")
+AtSetup = Literal["draws", "writes", "scales", "reads"]
 
 
 @dataclass(slots=True)
@@ -80,6 +81,7 @@ class Method:
     implied: ClassVar[dict[str, Any]] = {}  # values of later fields that older records and states imply
     exclusive: ClassVar[str | None] = None  # at most one method of this name acts on a weight ("anchor", "average")
     structure: ClassVar[bool] = False  # changes the model or the choice of trained weights, so it must come first
+    at_setup: ClassVar[AtSetup] = "reads"  # what `setup` does with the model's weights, see `in_setup_order`
     adds_weights: ClassVar[bool] = False  # `attach` puts weights into the optimizer: it comes before that of others
     draws_weights: ClassVar[bool] = False  # its initial weights depend on the methods' seed: no soup over seeds
     beside_adapters: ClassVar[bool] = False  # its state holds weights that PEFT's checkpoints lack
@@ -139,7 +141,10 @@ class Method:
         return self.acts_on_unread == "never" or (self.acts_on_unread == "in scope" and not self.acts_on(table))
 
     def setup(self, run: Run) -> None:
-        """Prepare before the optimizer exists: structure, re-initialisation, freezing, references."""
+        """Prepare before the optimizer exists: structure, re-initialisation, freezing, references.
+
+        In the order of `in_setup_order`, so that a reference is not of a head that another method then replaces.
+        """
 
     def attach(self, run: Run) -> None:
         """Prepare after the optimizer exists and before its first step: parameter groups, taking over decay."""
@@ -195,6 +200,15 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state from `state_dict`."""
+
+
+def in_setup_order(methods: Iterable[Method]) -> list[Method]:
+    """Methods in the order of their `Method.setup`: those that write weights before those that keep what they find.
+
+    Methods that change the model come before the others. Among each, those that draw weights come first, then those
+    that write values, those that scale the present values, and those that read them; the rest is list order.
+    """
+    return sorted(methods, key=lambda method: (not method.structure, get_args(AtSetup).index(method.at_setup)))
 
 
 def overrides(method: Method | type[Method], verb: str) -> bool:

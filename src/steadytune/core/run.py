@@ -31,6 +31,7 @@ from .binding import Binding
 from .checks import (
     check_added,
     check_exclusive,
+    check_last,
     check_methods,
     check_optimizer,
     check_shapes,
@@ -50,7 +51,7 @@ from .guards import (
     refuse_saving,
     unscale,
 )
-from .method import VERBS, WEIGHT_VERBS, M, Method, Weight, acts_on_weights, entry, overrides
+from .method import VERBS, WEIGHT_VERBS, M, Method, Weight, acts_on_weights, entry, in_setup_order, overrides
 from .step import (
     Compute,
     Inputs,
@@ -87,7 +88,8 @@ class Run(Binding):
 
     Args:
         model: Any module; a DDP or ``torch.compile`` wrapper may be passed and is then used for the forward.
-        methods: They act in this order. The Run makes deep copies: ``run[DPSDense]`` is the copy that runs.
+        methods: They act in this order; those that write weights are set up first, wherever they are in the list. The
+            Run makes deep copies: ``run[DPSDense]`` is the copy that runs.
         total_steps: Planned optimizer steps; methods with a schedule need it before the first step.
         seed: Seed of the methods' own draws (masks, noise). Initialisation, data order and dropout do not depend on it.
         data: Function that gives an iterable of training batches, for methods that look at data before the first step.
@@ -133,11 +135,16 @@ class Run(Binding):
         self._blank: dict[str, Any] = {}
         self._shapes: dict[str, torch.Size] = {}  # of the weights after `Method.setup`
         leave_others(self, self.model.parameters())
-        for method in self.methods:
+        for method in in_setup_order(self.methods):
             self._set_up(method)
 
     def append(self, method: M) -> M:
-        """Add a method to the end of the list, before `attach` or `restart`; returns the copy that will run."""
+        """Add a method to the end of the list, before `attach` or `restart`; returns the copy that will run.
+
+        Raises:
+            UsageError: The method writes weights in its setup, which earlier ones have looked at.
+        """
+        check_last(self.methods, method)
         added = copy.deepcopy(method)
         self.methods.append(added)
         self._set_up(added)

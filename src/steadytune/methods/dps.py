@@ -124,7 +124,8 @@ class DPSDense(Method):
 class DPSMix(DPSDense):
     """DPS with forwards like Mixout's: the model uses anchors for some weights, and moves the others away from theirs.
 
-    The anchor of a new head is its initial value, as in the authors' code. The other options are those of `DPSDense`.
+    The anchor of a new head is its initial value, as in the authors' code: with `HeadInit`, the probe, and with `R4F`,
+    the normalised head, wherever they are in the list. The other options are those of `DPSDense`.
 
     Args:
         keep: Share of columns drawn in stage I and of entries selected in stage II; the authors' 1 - p.

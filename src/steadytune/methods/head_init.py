@@ -50,6 +50,7 @@ class HeadInit(Method):
     scale: Annotated[float, Within("[0, inf)")] = 1.0
     words: str | None = None
 
+    at_setup: ClassVar = "writes"
     conflicts: ClassVar[tuple[str, ...]] = ("weights that are sharded before the run is made",)
     acts_on_unread = "never"
     paper: ClassVar = Paper(

@@ -113,6 +113,7 @@ class R4F(R3F):
     """
 
     null: ClassVar[dict[str, Any] | None] = None  # the head is normalised at any weight
+    at_setup: ClassVar = "scales"
 
     def setup(self, run: Run) -> None:
         super().setup(run)
