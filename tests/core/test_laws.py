@@ -1695,6 +1695,88 @@ def test_one_more_gradient_leaves_no_trace_and_is_right(name):
     assert_same(found, uninterrupted(name).all[4])
 
 
+HALVES = {torch.bfloat16: 1.0, torch.float16: 1e-5}  # with a loss so small that its gradient underflows in float16
+
+
+def faint(size: float) -> Any:
+    """A ``compute`` of the model's loss, made small."""
+
+    def compute(model: Any, inputs: Any, copies: int) -> tuple[Tensor, Any]:
+        outputs = model(**inputs)
+        return outputs.loss * size, outputs
+
+    return compute
+
+
+@dataclasses.dataclass
+class Asking(Method):
+    """Asks for the gradient of one batch where methods do: before the first forward, and in the optimizer's step."""
+
+    exact: bool = False
+
+    @property
+    def full_precision(self) -> bool:
+        return self.exact
+
+    def setup(self, run: Run) -> None:
+        self.found: list[dict[str, Tensor]] = []
+        self.weights: list[dict[str, Tensor]] = []
+
+    def ask(self, run: Run, weights: Any) -> None:
+        whole, parts = run.gradient(batches(1, seed=9)[0]), {}
+        run.gradient(batches(1, seed=9)[0], take=lambda n, g: parts.update({n: g}))
+        assert_same(parts, whole)
+        self.found.append(whole)
+        self.weights.append(copied(run.model))
+
+    before_forward = before_step = after_step = ask
+
+
+@pytest.mark.parametrize("enters", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_one_more_gradient_has_the_precision_of_the_step(dtype, exact, enters):
+    """Naive: it is computed in float32 after the autocast context of the loop, and without the scale of its loss."""
+    size, model = HALVES[dtype], bert(dropout=0.0)
+    run = Run(model, [Asking(exact)], total_steps=2).attach(torch.optim.SGD(model.parameters(), 0.1))
+    for batch in batches(2):
+        if enters:
+            run.enter()  # the loop's own call, outside of the context
+        with torch.autocast("cpu", dtype):
+            loss = run.loss(batch, compute=faint(size))
+        loss.backward()
+        run.optimizer.step()
+    asking, twin = run[Asking], bert(dropout=0.0)
+    for place, (found, weights) in enumerate(zip(asking.found, asking.weights, strict=True)):
+        if enters and place % 3 == 0:
+            continue  # nothing has said yet how the loop computes
+        twin.load_state_dict(weights, strict=False)
+        here = not exact or (place % 3 == 0)  # the first look is inside of the context
+        with torch.autocast("cpu", dtype, enabled=here):
+            loss = faint(size)(twin, batches(1, seed=9)[0], 1)[0]
+        scale = 2.0**10 if dtype is torch.float16 else 1.0
+        twin.zero_grad()
+        (loss * scale).backward()
+        assert_same(found, {n: p.grad / scale for n, p in twin.named_parameters()})
+        assert (found["bert.encoder.layer.0.output.dense.weight"] != 0).float().mean() > 0.9
+
+
+def test_what_is_scaled_by_the_loop_is_not_scaled_twice():
+    """Naive: a second look, whose loss has the factor of the scaler already, overflows in float16."""
+    looks = []
+    for scale in (1.0, 2.0**14):
+        model = bert(dropout=0.0)
+        run = Run(model, [SAM(rho=0.05)], total_steps=1).attach(torch.optim.SGD(model.parameters(), 0.1))
+        with torch.autocast("cpu", torch.float16):
+            loss = run.loss(batches(1)[0])
+        (loss * scale).backward()
+        for p in model.parameters():
+            p.grad /= scale
+        run.optimizer.step()
+        looks.append(copied(model))
+    assert_same(*looks, atol=1e-3)
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize(
     ("name", "reentrant"), [*((name, False) for name in RECIPES), *((name, True) for name in PASSING if name != "tmix")]

@@ -72,6 +72,7 @@ from .watch import FiniteGradients, RateRatios, Watch
 
 FORMAT = 1  # of Run.state_dict(); older formats must go on loading
 KEY = "steadytune"  # the extra key in an optimizer's state dict
+SCALE = 2.0**10  # of further gradients on their way through half precision: exact in all types but float16
 T = TypeVar("T")
 
 
@@ -120,6 +121,7 @@ class Run(Binding):
         self.batches = 0  # micro-batches of the steps taken in that time
         self._counted = Passes()  # as the step under way began
         self._rule = LossRule()  # of the last micro-batch: how further gradients of this step compute their loss
+        self._autocast: torch.autocast | None = None  # the same for the precision, as far as the loop sets it
         self._ignored = self._stateless = False
         self._micro_batches: list[MicroBatch] = []  # of the step under way
         self._handles: list[Any] = []
@@ -270,6 +272,7 @@ class Run(Binding):
         self.wrapper = self.wrapper if model is None else model
         rule = self._rule = LossRule(compute or default_compute, items, penalty_scale)
         self.enter()
+        self._autocast = autocast(self._device)  # a loop may have called `enter` by itself, in another context
         check_wrapper(self.wrapper)
         check_targets(inputs)
         number, state = len(self._micro_batches) + 1, randomness.RandomState(self._device)
@@ -321,7 +324,7 @@ class Run(Binding):
         sent = [micro for micro in self._micro_batches if micro.sent is not None]
         left = iter(sent)
         with self.moved(moves):
-            grads = self.gradient([micro.inputs for micro in sent], lambda _: self._repeat(next(left)))
+            grads = self.gradient([micro.inputs for micro in sent], lambda _: self._repeat(next(left)), scale=1.0)
         factor = torch.stack([micro.sent for micro in sent if micro.sent is not None]).mean()
         for w in self.weights():
             if w.grad is not None:
@@ -406,6 +409,7 @@ class Run(Binding):
         self._abandon = weakref.finalize(self, _abandon, self._views, self._guard)
         self._abandon.atexit = False
         self._entered = True
+        self._autocast = autocast(self._device)
         self._counted = copy.copy(self.counted)
         weights = self.weights()
         for method in self.methods:
@@ -608,7 +612,8 @@ class Run(Binding):
             raise RuntimeError(
                 "a Run cannot be copied in the middle of a step: take the step, or call run.leave() first"
             )
-        gone = {"_handles": bool(self._handles), "_watch": None, "_rule": LossRule()}  # a rule may hold a closure
+        gone: dict[str, Any] = {"_handles": bool(self._handles), "_watch": None, "_autocast": None}
+        gone["_rule"] = LossRule()  # which may hold a closure
         return {**self.__dict__, **gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -626,8 +631,12 @@ class Run(Binding):
         *,
         dropout_seed: int | None = None,
         take: Callable[[str, Tensor], None] | None = None,
+        scale: float = SCALE,
     ) -> dict[str, Tensor]:
         """Compute one more gradient at the live weights, averaged over ranks. ``.grad`` and dropout stay as they were.
+
+        In a step, the loss is computed under the autocast of the step's forward (that of `loss`, or of `enter`), unless
+        a method subtracts gradients, which needs more digits than half precision has.
 
         Args:
             inputs: One batch, or several micro-batches over which the loss is averaged (`Run.batch`).
@@ -635,6 +644,10 @@ class Run(Binding):
             dropout_seed: Seed of the dropout draw; by default torch's random state as it is.
             take: Callback (name, gradient), called as each gradient is ready, so that they are never all in memory.
                 Parts of one gradient add up. The dictionary that is returned is then empty.
+            scale: What the gradient is multiplied by on its way back, and divided by at the end, so that small entries
+                do not become 0 in float16; a power of two, which rounds nothing. It is the same in every step and on
+                every rank, whatever a ``GradScaler`` does: float16 holds unscaled entries from 6e-11 to 64. Pass 1 for
+                a loss that is scaled already.
 
         Returns:
             Gradients by weight name.
@@ -657,19 +670,30 @@ class Run(Binding):
         with shards.set_aside(list(parameters.values()), views), self.forked_rng(), contextlib.ExitStack() as stack:
             if take is not None and not averaged:
                 for n, p in parameters.items():
-                    stack.callback(hand_over(n, p, take).remove)
+                    stack.callback(hand_over(n, p, take, scale).remove)
             if dropout_seed is not None:
                 torch.manual_seed(dropout_seed)
             for i, batch in enumerate(batches):
                 last = i == len(batches) - 1
                 with shards.sync(self.wrapper) if last else shards.no_sync(self.wrapper):
-                    (loss(batch) / share).backward()
+                    with self._precision():
+                        value = loss(batch) / share
+                    value.backward(torch.full_like(value, scale))
             grads = {n: shards.local(p.grad) for n, p in parameters.items() if p.grad is not None}
+            if grads:
+                torch._foreach_div_(list(grads.values()), scale)
             if take is None:
                 return {n: g.clone() for n, g in grads.items()} if views else grads
             for n, g in grads.items():
                 take(n, g)
             return {}
+
+    def _precision(self) -> contextlib.AbstractContextManager:
+        """The autocast context of a further loss: that of the step, or that around the call, see `gradient`."""
+        torch.clear_autocast_cache()  # of casts made without gradients, or before weights were moved
+        if not self._entered or self._autocast is None or any(m.full_precision for m in self.methods):
+            return contextlib.nullcontext()
+        return self._autocast
 
     # ------------------------------------------------------------------ state
 
@@ -771,12 +795,12 @@ class Run(Binding):
         return "\n".join(rows) or "plain fine-tuning: no methods"
 
 
-def hand_over(name: str, parameter: nn.Parameter, take: Callable[[str, Tensor], None]) -> RemovableHandle:
-    """Give a parameter's gradients away as they come, until the handle is removed."""
+def hand_over(name: str, parameter: nn.Parameter, take: Callable[[str, Tensor], None], scale: float) -> RemovableHandle:
+    """Give a parameter's gradients away as they come, divided by ``scale``, until the handle is removed."""
 
     def hook(_: Tensor) -> None:
         assert parameter.grad is not None
-        take(name, parameter.grad)
+        take(name, parameter.grad.div_(scale))
         parameter.grad = None
 
     return parameter.register_post_accumulate_grad_hook(hook)
