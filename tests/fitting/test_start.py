@@ -96,6 +96,14 @@ def test_the_options_are_the_methods(tmp_path, bert):
     assert weights(tmp_path / "options").keys() != weights(tmp_path / "plain").keys()
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_the_pooler_that_pooling_bypasses_is_not_drawn_anew(tmp_path, bert, pooling):
+    """Naive: `re_init` comes after `pooling`, and the head reads a random projection."""
+    start(tmp_path / "out", bert, pooling=pooling, methods=["re_init"], lr=1e-9, steps=1)
+    weight = weights(tmp_path / "out")["bert.pooler.dense.weight"]
+    assert torch.allclose(weight, 0.3 * torch.eye(len(weight)), atol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["mask_training", "top_layers:blocks=1", "bitfit"])
 def test_the_probe_of_the_head_reads_the_model_that_methods_have_changed(tmp_path, bert, method):
     """Naive: the head comes first, and every method that changes the model is refused beside it."""

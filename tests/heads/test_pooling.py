@@ -138,6 +138,15 @@ def test_rates_and_new_blocks_count_from_the_last_pre_trained_block():
     assert any(run.is_new(w) and ".layer.1." in w.name for w in run.weights())
 
 
+@pytest.mark.parametrize("recipe", [[Pooling(), ReInit()], [ReInit(), Pooling()]])
+def test_re_init_leaves_the_bypass_of_the_pooler_alone(recipe):
+    """Naive: the pooler is drawn anew after it was bypassed, and the head reads a random projection of the mean."""
+    model = bert()
+    run = Run(model, recipe, data=lambda: batches(2))
+    assert torch.equal(model.bert.pooler.dense.weight, 0.3 * torch.eye(16))
+    assert {"bert.pooler.dense.weight", "bert.pooler.dense.bias"} <= set(run[Pooling].written)
+
+
 @pytest.mark.parametrize(("architecture", "error"), [("Bert", 0.05), ("DistilBert", 1e-4), ("Electra", 1e-4)])
 def test_a_bypassed_dense_layer_hands_on_what_it_is_given(architecture, error):
     model = tiny(architecture).eval()

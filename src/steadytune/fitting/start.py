@@ -122,10 +122,10 @@ def _can_pool(model: Any, pretrained: Pretrained, rows: pd.DataFrame) -> bool:
 
 
 def with_start(methods: Sequence[Method], options: Options, pooling: Pooled) -> list[Method]:
-    """The recipe with the methods that `pooling` and `head` stand for, in the order in which they act.
+    """The recipe with the methods that `pooling` and `head` stand for.
 
-    `Pooling` acts first. The probe of `HeadInit` reads the model as it will be trained, so that it comes after the
-    methods of the recipe that change the model.
+    `Pooling` comes first; the `Run` lets `ReInit` draw before it, so that the pooler stays bypassed. The probe of
+    `HeadInit` reads the model as it will be trained, so that it comes after the methods that change the model.
     """
     pooled: list[Method] = [] if pooling == "model" else [Pooling(how=pooling)]
     changing = list(takewhile(lambda method: method.structure, methods))

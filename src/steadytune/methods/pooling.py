@@ -50,6 +50,7 @@ class Pooling(Method):
     how: How = "mean"
 
     structure: ClassVar = True
+    at_setup: ClassVar = "writes"
     conflicts: ClassVar[tuple[str, ...]] = ("PEFT adapters",)
     acts_on_unread = "never"
     paper: ClassVar = Paper(

@@ -29,8 +29,8 @@ class ReInit(Method):
         pooler: Whether to reset the pooler too, if the body has one (BERT, ALBERT).
 
     The model's own initialiser draws each weight, with the methods' seed. These weights then have no pre-trained value:
-    anchors leave them out like a new head. Build the `Run` on the pre-trained model, also to resume a training, and
-    load the trained weights afterwards.
+    anchors leave them out like a new head. `Pooling` bypasses the pooler after the draw, wherever it is in the list.
+    Build the `Run` on the pre-trained model, also to resume a training, and load the trained weights afterwards.
 
     Departures:
         The default is one block; the authors choose the number for each task. Their model is BERT, whose initialiser
@@ -38,13 +38,14 @@ class ReInit(Method):
 
     Raises:
         ValueError: In setup, if the model is not a transformers model, has too few blocks (those of ALBERT share
-            weights and count as one), or has frozen top blocks (PEFT). In attach, if a later method has frozen them.
+            weights and count as one), or has frozen top blocks (PEFT). In attach, if another method has frozen them.
     """
 
     blocks: Annotated[int, Within("[0, inf)")] = 1
     pooler: bool = True
 
     structure: ClassVar = True
+    at_setup: ClassVar = "draws"
     draws_weights: ClassVar = True
     null: ClassVar = {"blocks": 0, "pooler": False}
     conflicts: ClassVar[tuple[str, ...]] = ("PEFT adapters", "a method that freezes these blocks", "a soup of runs")
