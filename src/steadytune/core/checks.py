@@ -201,8 +201,8 @@ def check_wrapper(wrapper: Any) -> None:
         )
 
 
-def check_optimizer(optimizer: Any) -> None:
-    """Raise for an optimizer that methods cannot work with."""
+def check_optimizer(optimizer: Any, changing: Sequence[str]) -> None:
+    """Raise for an optimizer that methods cannot work with; ``changing`` names methods that edit its groups."""
     kind = type(optimizer)
     if kind.__module__.split(".")[0] == "deepspeed":
         raise ValueError("DeepSpeed ZeRO flattens weights before the methods can see them: use DDP or FSDP2")
@@ -210,11 +210,11 @@ def check_optimizer(optimizer: Any) -> None:
         raise ValueError(f"attach() needs a torch.optim.Optimizer, got {kind.__name__}")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("LBFGS evaluates the loss several times in one step: use a first-order optimizer")
-
-
-def has_scheduler(optimizer: Optimizer) -> bool:
-    """Whether a learning-rate scheduler was built on an optimizer."""
-    return any("initial_lr" in group for group in optimizer.param_groups)
+    if changing and any("initial_lr" in group for group in optimizer.param_groups):
+        raise RuntimeError(
+            f"a learning-rate scheduler was built before attach(), but {', '.join(changing)} changes the "
+            "optimizer's groups: call run.attach(optimizer) first, then build the scheduler"
+        )
 
 
 def check_methods(methods: Sequence[Method], saved: Sequence[Mapping[str, Any]]) -> None:

@@ -37,7 +37,6 @@ from .checks import (
     check_shapes,
     check_targets,
     check_wrapper,
-    has_scheduler,
     has_stepped,
 )
 from .guards import (
@@ -184,12 +183,12 @@ class Run(Binding):
             ValueError: An optimizer that cannot work with methods on weights, or that was built from another model.
             UsageError: A model resized since the Run was made.
             RuntimeError: The Run is attached already, the optimizer has state but the methods have none, or a scheduler
-                exists and a method splits or adds parameter groups.
+                exists and a method changes parameter groups.
         """
         optimizer = bare(optimizer)
         if self.optimizer is not None:
             raise RuntimeError("this Run is already attached: use run.restart() to train once more")
-        check_optimizer(optimizer)
+        check_optimizer(optimizer, [type(m).__name__ for m in self.methods if overrides(m, "attach")])
         if save_in_optimizer and has_stepped(optimizer):
             raise RuntimeError(
                 "attach() after the optimizer's first step, or after its state was loaded: the methods would start "
@@ -206,17 +205,10 @@ class Run(Binding):
             )
         setter = None
         for method in sorted(self.methods, key=lambda method: not method.adds_weights):
-            before, groups = self._rates_by_weight(), [dict(group) for group in optimizer.param_groups]
+            before = self._rates_by_weight()
             method.attach(self)
             if before.items() - self._rates_by_weight().items():
                 setter = type(method).__name__
-            if has_scheduler(optimizer) and (setter or len(groups) < len(optimizer.param_groups)):
-                optimizer.param_groups[:], self.optimizer = groups, None
-                raise RuntimeError(
-                    f"a learning-rate scheduler was built before attach(), but {type(method).__name__} splits or adds "
-                    "groups of the optimizer, whose rates the scheduler does not know: call run.attach(optimizer) "
-                    "first, then build the scheduler; with steadytune.Trainer give optimizers=(optimizer, None)"
-                )
         if setter is not None:
             self._ratios = RateRatios(optimizer, setter)
         check_exclusive(

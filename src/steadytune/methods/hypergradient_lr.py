@@ -70,7 +70,7 @@ class HypergradientLR(Method):
         self.rate = 0.0  # rate of the schedule at the last update
 
     def attach(self, run: Run) -> None:
-        self.peak = max((w.group.get("initial_lr", w.group["lr"]) for w in run.weights(self)), default=0.0)
+        self.peak = largest_rate(run.weights(self))  # before any schedule
         if not self.peak:
             raise ValueError(
                 "HypergradientLR multiplies the learning rate, which is 0: give the optimizer its peak rate"

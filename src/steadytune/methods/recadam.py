@@ -84,8 +84,7 @@ class RecAdam(Method):
 
     def attach(self, run: Run) -> None:
         weights = run.weights()
-        pulled = [w.group for w in weights if w.name in self.pulled]
-        lr = max((float(group.get("initial_lr", group["lr"])) for group in pulled), default=0.0)
+        lr = max((float(w.group["lr"]) for w in weights if w.name in self.pulled), default=0.0)
         if lr * self.gamma >= 1 and self.schedule != "constant":
             raise ValueError(
                 f"RecAdam needs lr * gamma below 1, got {lr:g} * {self.gamma:g} = {lr * self.gamma:g}: the pull would "
