@@ -33,9 +33,12 @@ from steadytune import (
     DPSDense,
     DPSMix,
     HeadInit,
+    HypergradientLR,
     Method,
     Mixout,
     RDrop,
+    RecAdam,
+    ROSESecond,
     Run,
     Trainer,
     only,
@@ -1660,20 +1663,25 @@ def test_runs_that_were_not_made_ready():
         Run(model, [Mixout()]).attach(torch.optim.LBFGS(model.parameters()))
 
 
-def test_a_scheduler_comes_after_attach(tmp_path):
-    # naive: a scheduler has read the groups that the method changes
-    def parts():
+def test_a_scheduler_comes_after_attach_where_groups_change(tmp_path):
+    # naive: a scheduler has read the groups that the method changes; or all that is done in attach is taken for that
+    def trainer_of(method, *, ready):
         model = bert()
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 8)
+        if not ready:
+            optimizer, schedule = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1), None
+        return make(tmp_path, [method], model, trainer={"optimizers": (optimizer, schedule)})
 
-    model, optimizer, _ = parts()
-    with pytest.raises(RuntimeError, match=r"scheduler was built before attach.*L2SP"):
-        Run(model, [L2SP()]).attach(optimizer)
-    Run(model, [Mixout()]).attach(optimizer)  # changes no group
-    model, *both = parts()
-    with pytest.raises(RuntimeError, match=r"scheduler was built before attach.*L2SP"):
-        make(tmp_path, [L2SP()], model, trainer={"optimizers": tuple(both)}).train()
+    for method in (LLRD(), SIFT(keep=0.05, batches=2)):
+        name = type(method).__name__
+        with pytest.raises(RuntimeError, match=rf"before attach\(\), and {name} then changed.*\(optimizer, None\)"):
+            trainer_of(method, ready=True).train()
+    for method in (L2SP(), RecAdam(gamma=3.0), ROSESecond(update="authors"), HypergradientLR()):
+        ready, stock = trainer_of(method, ready=True), trainer_of(method, ready=False)
+        ready.train()
+        stock.train()
+        assert same(ready.model, stock.model)  # the stock schedule is linear without warm-up
 
 
 def test_an_optimizer_of_another_model_is_found_out(tmp_path):

@@ -1552,6 +1552,82 @@ def test_a_step_under_the_trainers_autocast(name, tmp_path):
         assert all(torch.isfinite(p).all() for p in trained().parameters())
 
 
+# ---------------------------------------------------------------- a learning-rate scheduler that was there before
+
+ATTACHING = recipes(lambda m: overrides(m, "attach"))
+REGROUPING = ("sift", "sift_many", "llrd", "recipe_of_structure")  # recipes that split groups, or set their rates
+
+
+def warm_up(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 3))
+
+
+def scheduled(name: str, *, first: bool) -> dict[str, Any]:
+    """The end of a run whose scheduler was built before or after `Run.attach`."""
+    loop = Loop.__new__(Loop)
+    loop.model = bert()
+    loop.run = Run(loop.model, RECIPES[name], total_steps=TOTAL, data=functools.partial(batches, 2, seed=9))
+    loop.optimizer = adamw(loop.model.parameters())
+    schedule = warm_up(loop.optimizer) if first else None
+    groups = copy.copy(loop.optimizer.param_groups)
+    held = [{**group, "params": [*group["params"]]} for group in groups]
+    try:
+        loop.run.attach(loop.optimizer)
+    except RuntimeError:
+        assert all(a is b for a, b in zip(loop.optimizer.param_groups, groups, strict=True))
+        assert loop.optimizer.param_groups == held  # as if nobody had tried
+        raise
+    schedule = schedule or warm_up(loop.optimizer)
+    torch.manual_seed(1)
+    for batch in batches(4):
+        loop.train([batch])
+        schedule.step()
+    return loop.all()
+
+
+@pytest.mark.parametrize("name", ATTACHING)
+def test_a_scheduler_comes_after_attach_only_where_a_method_changes_what_it_has_read(name):
+    """Naive: whatever is prepared in `attach` counts as a change of groups; or the peak is read in the warm-up."""
+    if name in REGROUPING:
+        with pytest.raises(RuntimeError, match=r"scheduler was built before attach\(\), and (\w+) then changed which"):
+            scheduled(name, first=True)
+    else:
+        assert_same(scheduled(name, first=True), scheduled(name, first=False))
+
+
+@pytest.mark.parametrize("method", [RecAdam(gamma=400.0), HypergradientLR(beta=1e-5, rule="additive")])
+def test_the_peak_of_a_schedule_is_seen_in_its_warm_up(method):
+    """Naive: the rate is 0 when a scheduler with a warm-up has been built, and is taken for the peak."""
+    model = bert()
+    optimizer = adamw(model.parameters())
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=TOTAL)
+    run = Run(model, [method], total_steps=TOTAL)
+    if isinstance(method, RecAdam):
+        with pytest.raises(ValueError, match=r"needs lr \* gamma below 1, got 0.003 \* 400 = 1.2"):
+            run.attach(optimizer)
+    else:
+        assert run.attach(optimizer)[HypergradientLR].peak == 3e-3
+
+
+@pytest.mark.parametrize("method", [VIBERT(), CausalHead()], ids=["vibert", "causal_head"])
+def test_a_scheduler_that_knows_nothing_of_weights_beside_the_model_is_refused(method):
+    model = bert()
+    optimizer = adamw(model.parameters())  # before the Run: their weights come as a further group
+    warm_up(optimizer)
+    with pytest.raises(RuntimeError, match=rf"and {type(method).__name__} then changed which weights"):
+        Run(model, [method], total_steps=TOTAL).attach(optimizer)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_scheduler_is_no_obstacle_where_there_is_nothing_to_split():
+    """SIFT takes the decay of its weights away; an optimizer without decay keeps its groups."""
+    model = bert()
+    optimizer = adamw(model.parameters(), weight_decay=0.0)
+    warm_up(optimizer)
+    run = Run(model, RECIPES["sift"], total_steps=TOTAL, data=functools.partial(batches, 2, seed=9))
+    assert run.attach(optimizer).optimizer is optimizer
+
+
 # ---------------------------------------------------------------- a second look at the batch
 
 

@@ -201,8 +201,8 @@ def check_wrapper(wrapper: Any) -> None:
         )
 
 
-def check_optimizer(optimizer: Any, changing: Sequence[str]) -> None:
-    """Raise for an optimizer that methods cannot work with; ``changing`` names methods that edit its groups."""
+def check_optimizer(optimizer: Any) -> None:
+    """Raise for an optimizer that methods cannot work with."""
     kind = type(optimizer)
     if kind.__module__.split(".")[0] == "deepspeed":
         raise ValueError("DeepSpeed ZeRO flattens weights before the methods can see them: use DDP or FSDP2")
@@ -210,11 +210,41 @@ def check_optimizer(optimizer: Any, changing: Sequence[str]) -> None:
         raise ValueError(f"attach() needs a torch.optim.Optimizer, got {kind.__name__}")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("LBFGS evaluates the loss several times in one step: use a first-order optimizer")
-    if changing and any("initial_lr" in group for group in optimizer.param_groups):
+
+
+class Scheduled:
+    """What a learning-rate scheduler has read of an optimizer: which weights each group holds, and at which rate.
+
+    Args:
+        optimizer: The optimizer before `Method.attach`. Without a scheduler everything may change.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        if any("initial_lr" in group for group in optimizer.param_groups):
+            self._before = [(group, dict(group)) for group in optimizer.param_groups]
+
+    def check(self, method: str) -> None:
+        """Put the groups back and raise if ``method`` has changed what the scheduler goes by."""
+        groups = self._optimizer.param_groups
+        if not self._before or _read(groups) == _read(held for _, held in self._before):
+            return
+        for group, held in self._before:
+            group.clear()
+            group.update(held)
+        groups[:] = [group for group, _ in self._before]
         raise RuntimeError(
-            f"a learning-rate scheduler was built before attach(), but {', '.join(changing)} changes the "
-            "optimizer's groups: call run.attach(optimizer) first, then build the scheduler"
+            f"a learning-rate scheduler was built before attach(), and {method} then changed which weights the "
+            "optimizer's groups hold or at which rates, of which the scheduler knows nothing: call "
+            "run.attach(optimizer) first, then build the scheduler. A Trainer gets optimizers=(optimizer, None), and "
+            "builds the scheduler in create_scheduler"
         )
+
+
+def _read(groups: Iterable[Mapping[str, Any]]) -> list[tuple[float, list[int]]]:
+    """Rate and weights of each group."""
+    return [(float(group.get("lr", 0.0)), [id(p) for p in group["params"]]) for group in groups]
 
 
 def check_methods(methods: Sequence[Method], saved: Sequence[Mapping[str, Any]]) -> None:

@@ -29,6 +29,7 @@ from ..errors import UsageError
 from . import randomness, shards
 from .binding import Binding
 from .checks import (
+    Scheduled,
     check_added,
     check_exclusive,
     check_last,
@@ -173,7 +174,7 @@ class Run(Binding):
     # ------------------------------------------------------------------ the step
 
     def attach(self, optimizer: Any, *, save_in_optimizer: bool = True) -> Run:
-        """Hook onto an optimizer: before its first step, before any learning-rate scheduler is built.
+        """Hook onto an optimizer: before its first step, and best before any learning-rate scheduler is built.
 
         Args:
             optimizer: A torch optimizer, or accelerate's wrapper around one.
@@ -188,7 +189,7 @@ class Run(Binding):
         optimizer = bare(optimizer)
         if self.optimizer is not None:
             raise RuntimeError("this Run is already attached: use run.restart() to train once more")
-        check_optimizer(optimizer, [type(m).__name__ for m in self.methods if overrides(m, "attach")])
+        check_optimizer(optimizer)
         if save_in_optimizer and has_stepped(optimizer):
             raise RuntimeError(
                 "attach() after the optimizer's first step, or after its state was loaded: the methods would start "
@@ -203,20 +204,29 @@ class Run(Binding):
                 "the optimizer holds no trainable parameter of this model: build it from model.parameters() "
                 "of the model given to Run, after all changes of its structure"
             )
-        setter = None
-        for method in sorted(self.methods, key=lambda method: not method.adds_weights):
-            before = self._rates_by_weight()
-            method.attach(self)
-            if before.items() - self._rates_by_weight().items():
-                setter = type(method).__name__
-        if setter is not None:
-            self._ratios = RateRatios(optimizer, setter)
+        self._attach_methods(optimizer)
         check_exclusive(
             (m, self.weights(m, getattr(m, "scope", "all")), acts_on_weights(m)) for m in self.methods if m.exclusive
         )
         self._hook()
         self._blank = copy.deepcopy(self.state_dict())
         return self
+
+    def _attach_methods(self, optimizer: Optimizer) -> None:
+        """Call `Method.attach`, first of those that put weights into the optimizer."""
+        scheduled, setter = Scheduled(optimizer), None
+        for method in sorted(self.methods, key=lambda method: not method.adds_weights):
+            before, name = self._rates_by_weight(), type(method).__name__
+            method.attach(self)
+            try:
+                scheduled.check(name)
+            except RuntimeError:
+                self.optimizer = None
+                raise
+            if before.items() - self._rates_by_weight().items():
+                setter = name
+        if setter is not None:
+            self._ratios = RateRatios(optimizer, setter)
 
     def _rates_by_weight(self) -> dict[str, Any]:
         return {w.name: w.group.get("lr") for w in self.weights()}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core import Method, Run, Weight, Within
 from ..core.facts import Cost, Paper
+from .bases.groups import peak_rate
 
 LEAST = 0.01  # smallest factor: with 0 there would be no more updates to learn from
 
@@ -70,7 +71,7 @@ class HypergradientLR(Method):
         self.rate = 0.0  # rate of the schedule at the last update
 
     def attach(self, run: Run) -> None:
-        self.peak = largest_rate(run.weights(self))  # before any schedule
+        self.peak = max((peak_rate(w.group) for w in run.weights(self)), default=0.0)
         if not self.peak:
             raise ValueError(
                 "HypergradientLR multiplies the learning rate, which is 0: give the optimizer its peak rate"

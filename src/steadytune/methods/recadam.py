@@ -17,6 +17,7 @@ import torch
 from ..core import Method, Run, Scope, Weight, Within, select
 from ..core.facts import Cost, Paper
 from ..functional import anneal
+from .bases.groups import peak_rate
 
 
 @dataclass
@@ -84,7 +85,7 @@ class RecAdam(Method):
 
     def attach(self, run: Run) -> None:
         weights = run.weights()
-        lr = max((float(w.group["lr"]) for w in weights if w.name in self.pulled), default=0.0)
+        lr = max((peak_rate(w.group) for w in weights if w.name in self.pulled), default=0.0)
         if lr * self.gamma >= 1 and self.schedule != "constant":
             raise ValueError(
                 f"RecAdam needs lr * gamma below 1, got {lr:g} * {self.gamma:g} = {lr * self.gamma:g}: the pull would "

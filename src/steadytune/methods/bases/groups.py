@@ -1,4 +1,4 @@
-"""Parameter groups of an optimizer, split where a method sets an option for some of a group's weights only."""
+"""Parameter groups of an optimizer: their rates, and parts where a method sets an option for some weights only."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def split(group: Mapping[str, Any], option: str, factors: Mapping[int, float]) -
         }
         parts.append({**group, **held, option: group[option] * factor})
     return parts
+
+
+def peak_rate(group: Mapping[str, Any]) -> float:
+    """Largest learning rate that is known of a group: a scheduler built before has set that of its first step."""
+    return max(float(group.get(key, 0.0)) for key in ("lr", "initial_lr", "max_lr"))
 
 
 def undecayed(group: dict[str, Any], factors: Mapping[int, float]) -> list[dict[str, Any]]:
