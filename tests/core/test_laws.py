@@ -1445,6 +1445,90 @@ def test_restricted_l2sp_leaves_the_decay_of_other_weights_as_it_was(decoupled):
         assert torch.allclose(w.data, expected, rtol=0, atol=1e-7), w.name
 
 
+# ---------------------------------------------------------------- pulls and decay where a mask holds weights still
+
+HOLDING = {
+    "frozen": ROSESecond(keep=0.5, score="authors"),
+    "authors": ROSESecond(keep=0.5, score="authors", update="authors"),
+    "element": ROSESecond(keep=0.5, granularity="element"),
+    "first": ROSEFirst(keep=0.5),
+}
+PULLS = {
+    "l2sp": L2SP(alpha=5.0),
+    "l2sp_coupled": L2SP(alpha=5.0, decoupled=False),
+    "recadam": RecAdam(gamma=3.0, t0=0.9, k=2.0),
+    "implicit_tune": ImplicitTune(outer=outer_batches, start=5.0),
+}
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["after", "before"])
+@pytest.mark.parametrize("pull", PULLS)
+@pytest.mark.parametrize("mask", HOLDING)
+def test_an_anchor_pulls_nothing_that_a_mask_holds_still_in_any_order(mask, pull, first):
+    """Naive: the copy of frozen weights is of pulled ones; or a pull after the step comes after the mask has acted."""
+    methods = [PULLS[pull], HOLDING[mask]] if first else [HOLDING[mask], PULLS[pull]]
+    loop = Loop(methods, optimizer=functools.partial(adamw, weight_decay=0.5))
+    rose = next(m for m in loop.run.methods if isinstance(m, ROSESecond | ROSEFirst))
+    chosen, masked = {}, rose.mask
+
+    def watched(run: Run, weights: Any) -> dict[str, Tensor]:
+        chosen.clear()
+        chosen.update(masked(run, weights))
+        return chosen
+
+    rose.mask = watched
+    loop.train(batches(2))
+    before = copied(loop.model)
+    loop.train(batches(1, seed=3))
+    held = {n: ~m.bool().expand_as(before[n]) for n, m in chosen.items()}
+    after = copied(loop.model)
+    assert any(bool(m.any()) for m in held.values())
+    for n, m in held.items():
+        assert torch.equal(after[n][m], before[n][m]), n
+        assert (after[n] != before[n])[~m].float().mean() > 0.9 or bool(m.all())
+    assert differs({n: before[n] for n in before if n not in held}, {n: after[n] for n in before if n not in held})
+
+
+@pytest.mark.parametrize("pull", ["l2sp", "recadam", "implicit_tune"])
+def test_a_partial_mask_takes_the_same_part_of_a_pull_in_any_order(pull):
+    """Naive: what acts after the step is masked or not, as the list has it."""
+    ends = []
+    for order in (1, -1):
+        methods = [PULLS[pull], ROSEEnsemble(keep=0.5, gamma=0.3, score="authors")][::order]
+        loop = Loop(methods, hash_dropout(bert()), optimizer=functools.partial(adamw, weight_decay=0.5))
+        loop.train(batches(3))
+        ends.append(copied(loop.model))
+    assert_same(*ends, atol=1e-6)
+
+
+DECAYING = {
+    "l2sp": L2SP(alpha=0.5),
+    "l2sp_coupled": L2SP(alpha=0.5, decoupled=False),
+    "recadam": RecAdam(gamma=3.0),
+    "rose": ROSESecond(keep=0.5, update="authors", scope="linear"),
+    "implicit_tune": ImplicitTune(outer=outer_batches, start=0.5),
+}
+
+
+@pytest.mark.parametrize("name", DECAYING)
+def test_a_weight_that_is_unfrozen_on_the_way_decays(name):
+    """Naive: the method takes over the decay of a group, and applies it to those of its weights that trained then."""
+    model = bert()
+    table = model.get_input_embeddings().weight.requires_grad_(False)
+    loop = Loop([DECAYING[name]], model, optimizer=functools.partial(adamw, lr=0.1, weight_decay=0.5))
+    loop.train(batches(1))
+    table.requires_grad_(True)
+    before = table.detach().clone()
+    loop.run.loss(batches(1)[0]).backward()
+    table.grad.zero_()
+    loop.optimizer.step()
+    if name == "l2sp_coupled":  # Adam steps by the sign of a gradient that is decay alone
+        assert torch.equal((before - table).sign(), before.sign())
+    else:
+        kept = 1 / (1 + 0.1 * 0.5) if name == "implicit_tune" else 1 - 0.1 * 0.5  # a proximal step, or a plain one
+        assert torch.allclose(table, before * kept, rtol=0, atol=1e-6)
+
+
 def test_fields_from_numpy_are_saved_as_plain_numbers(tmp_path):
     """Grids and searches give NumPy numbers, which `weights_only=True` and JSON refuse."""
     for kind in (np.float64, np.float32):

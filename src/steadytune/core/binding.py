@@ -267,6 +267,14 @@ class Binding:
         """
         self._views.freeze(weight, mask, state=state)
 
+    def pull(self, weight: Weight, share: Tensor | float, anchor: Tensor | None = None) -> None:
+        """Move a raw weight a share of the way to an anchor (to zero without one), in `Method.before_step`.
+
+        It is done right before the optimizer moves the weight, when all methods have seen the weight as it was and have
+        said what of it is frozen. So frozen entries are not pulled, whatever the order of the methods.
+        """
+        self._views.pull_later(weight, share, anchor)
+
     # ------------------------------------------------------------------ randomness
 
     def draw_seed(self, *key: Any, rank: bool = False) -> int:

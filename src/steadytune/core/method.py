@@ -181,7 +181,10 @@ class Method:
         """Edit ``.grad`` of the raw weights (synced, unscaled), in list order. The raw weights R are live."""
 
     def after_step(self, run: Run, weights: Sequence[Weight]) -> None:
-        """Act after the step of the optimizer, in list order. R is live. Change stages here."""
+        """Act after the step of the optimizer, in list order. R is live. Change stages here.
+
+        Anchors come before all others, so that masks hold still what these would pull, whatever the order of the list.
+        """
 
     def evaluated(self, run: Run, weights: Sequence[Weight]) -> Mapping[str, Tensor | float] | None:
         """Values to evaluate instead of R, by weight name.

@@ -6,9 +6,10 @@ R raw (what the optimizer moves), F forward (what the forward sees), E evaluated
     enter      first run.loss of a step: live E -> R; before_forward in list order builds F through run.show / run.mix
     backward   one or several micro-batches; penalties are added to the loss
     pre-hook   after_backward in list order (another gradient at F); pull_back in reverse order (chain rule F -> R);
-               live <- R; before_step in list order (mask, then clip)
+               live <- R; before_step in list order (mask, then clip); pulls of R, frozen entries held before
     optimizer  moves R
-    post-hook  after_step on R; frozen entries put back; `evaluated`: live and average exchanged; index += 1
+    post-hook  after_step on R, of anchors first; frozen entries put back; `evaluated`: live and average exchanged;
+               index += 1
     leave      F live but no step coming (overflow, Ctrl-C): live <- E, nothing counted
 """
 
@@ -493,6 +494,7 @@ class Run(Binding):
         for method in self.methods:
             method.before_step(self, self._restrict(method, ready))
         self._views.hold(weights, optimizer)
+        self._views.pull()
 
     def _forget_unsent(self) -> None:
         """Leave out micro-batches whose loss the loop threw away (not finite, or of an evaluation): no gradient is
@@ -523,7 +525,7 @@ class Run(Binding):
             self._ignored = False
             return
         weights = self.weights()
-        for method in self.methods:
+        for method in sorted(self.methods, key=lambda method: method.exclusive != "anchor"):
             method.after_step(self, self._restrict(method, weights))
         self._views.put_back()
         live: dict[str, Tensor | float] = {}

@@ -34,6 +34,7 @@ class Views:
         self._frozen: dict[str, Tensor] = {}  # masks by weight name, False where the weight stays
         self._frozen_state: dict[str, Tensor] = {}  # the same for the optimizer state of the weight
         self._held: list[tuple[Tensor, Tensor, Tensor]] = []  # (live tensor, mask of what may change, copy)
+        self._pulls: list[tuple[Tensor, Tensor | None, Tensor | float]] = []  # (live tensor, anchor, share of the way)
 
     def live(self, name: str) -> Tensor:
         """The live values of a weight."""
@@ -190,6 +191,19 @@ class Views:
         if mask.dim() or not mask.is_cpu or not mask:
             self._held.append((live, mask, live.clone()))
 
+    def pull_later(self, weight: Weight, share: Tensor | float, anchor: Tensor | None) -> None:
+        """Note a pull for `pull`."""
+        self._pulls.append((weight.data, anchor, share))
+
+    def pull(self) -> None:
+        """Move weights toward their anchors, or toward zero, in the order in which that was asked for."""
+        for live, anchor, share in self._pulls:
+            if anchor is None:
+                live.mul_(1 - share)
+            else:
+                live.lerp_(anchor, share)
+        self._pulls = []
+
     def put_back(self) -> None:
         """Restore frozen entries; the earliest copy counts."""
         for live, mask, before in reversed(self._held):
@@ -200,7 +214,7 @@ class Views:
         """Make E live in the middle of a step that will not be taken."""
         self.restore()
         self.exchange()
-        self._frozen, self._frozen_state, self._held = {}, {}, []
+        self._frozen, self._frozen_state, self._held, self._pulls = {}, {}, [], []
 
     def tensors(self) -> list[Tensor]:
         """All stored tensors."""

@@ -34,9 +34,8 @@ class HypergradientLR(Method):
             ``"additive"`` uses their inner product.
 
     The factor starts at 1, stays above 0.01 and multiplies the rate of the schedule; with a constant schedule this is
-    the paper's rate. It acts on the whole update: the optimizer's, including decay, and the changes that methods before
-    it in the list make after the optimizer's step. The pull of `L2SP` comes before that step: the factor multiplies it
-    if L2SP comes after this method in the list.
+    the paper's rate. It acts on the whole update: the optimizer's, including decay, the pull of an anchor, and the
+    changes that methods before it in the list make after the optimizer's step.
 
     Departures:
         The direction is computed from the weights, so any optimizer works. With SGD, momentum or Adam it is the

@@ -33,6 +33,7 @@ from ..core.facts import Cost, Paper
 from ..errors import UsageError
 from ..hypergradient import check_masters, check_slope, conjugate_gradient, difference, neumann, preconditioner
 from .bases.bilevel import BiLevel, Outer
+from .bases.groups import take_decay
 
 logger = logging.getLogger("steadytune")
 
@@ -60,11 +61,11 @@ class ImplicitTune(BiLevel):
         lr: Learning rate of the strengths' own AdamW, which moves their logarithms: 0.05 is 5 % a step.
         scope: Which weights are pulled. With ``toward="zero"``, ``"linear"`` leaves biases and norms alone.
 
-    The optimizer's own decay is switched off for pulled weights; this method applies it to all others. The pull is a
-    proximal step: it is stable at any strength, separate from the optimizer's moments, and equal to AdamW's decay up to
-    (lr * a)^2. Entries that a frozen mask restores count as pulled. The strengths are logged at the end, and
-    ``run[ImplicitTune].strengths()`` returns them at any time. Use them for `L2SP`, or as weight decay, in a training
-    on all rows.
+    The optimizer's own decay is switched off for pulled weights; this method applies it to all others, also to those
+    that are unfrozen on the way. The pull is a proximal step: it is stable at any strength, separate from the
+    optimizer's moments, and equal to AdamW's decay up to (lr * a)^2. Entries that a mask holds still count as pulled.
+    The strengths are logged at the end, and ``run[ImplicitTune].strengths()`` returns them at any time. Use them for
+    `L2SP`, or as weight decay, in a training on all rows.
 
     Departures:
         The strengths take one step after each step of the weights; the authors train for a while in between. The
@@ -141,9 +142,7 @@ class ImplicitTune(BiLevel):
             return
         assert run.optimizer is not None
         weights = run.weights()
-        self.others = {w.name: w.group.get("weight_decay", 0.0) for w in weights if w.name not in self.pulled}
-        for w in weights:
-            w.group["weight_decay"] = 0.0
+        self.others = {name: held for name, held in take_decay(run).items() if name not in self.pulled}
         if self.full_precision and self.precondition:
             check_slope(run.optimizer)
         like, log = weights[0].data, math.log(self.start)

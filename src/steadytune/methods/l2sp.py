@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core import Method, Run, Scope, Weight, Within, select
 from ..core.facts import Cost, Paper
+from .bases.groups import take_decay
 
 
 @dataclass
@@ -27,6 +28,9 @@ class L2SP(Method):
             gradient of the penalty, as in the paper.
         replace_decay: Whether to switch off the optimizer's own decay toward zero for pulled weights. This method then
             applies it to all others, decoupled or coupled like the pull.
+
+    Entries that a mask freezes in a step are not pulled in it, nor decayed. A weight that was frozen when the training
+    began has no anchor: if it is unfrozen on the way, it keeps ordinary decay.
 
     Departures:
         Decoupled by default, because the reference optimizer is AdamW; the paper adds the gradient of the penalty.
@@ -61,25 +65,20 @@ class L2SP(Method):
 
     def attach(self, run: Run) -> None:
         if self.replace_decay:
-            weights = run.weights()
-            self.decay = {w.name: w.group.get("weight_decay", 0.0) for w in weights if w.name not in self.pulled}
-            for w in weights:
-                w.group["weight_decay"] = 0.0
+            self.decay = {name: held for name, held in take_decay(run).items() if name not in self.pulled}
 
     def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
         for w in select(weights, self.scope) if self.alpha else []:
             if w.name in self.pulled:
-                self.pull(w, self.alpha, run.reference(w.name))
+                self.pull(run, w, self.alpha, run.reference(w.name))
         for w in weights if self.where is None else run.weights():  # decay was taken over for all weights
             if self.decay.get(w.name) and w.grad is not None:
-                self.pull(w, self.decay[w.name])
+                self.pull(run, w, self.decay[w.name])
 
-    def pull(self, weight: Weight, rate: float, anchor: Tensor | None = None) -> None:
+    def pull(self, run: Run, weight: Weight, rate: float, anchor: Tensor | None = None) -> None:
         """Pull a weight toward its anchor, or toward zero."""
-        if not self.decoupled:
+        if self.decoupled:
+            run.pull(weight, weight.group["lr"] * rate, anchor)
+        else:
             assert weight.grad is not None
             weight.grad.add_(weight.data if anchor is None else weight.data - anchor, alpha=rate)
-        elif anchor is None:
-            weight.data.mul_(1 - weight.group["lr"] * rate)
-        else:
-            weight.data.lerp_(anchor, weight.group["lr"] * rate)

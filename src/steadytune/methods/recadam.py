@@ -17,7 +17,7 @@ import torch
 from ..core import Method, Run, Scope, Weight, Within, select
 from ..core.facts import Cost, Paper
 from ..functional import anneal
-from .bases.groups import peak_rate
+from .bases.groups import peak_rate, take_decay
 
 
 @dataclass
@@ -37,7 +37,8 @@ class RecAdam(Method):
         replace_decay: Whether the optimizer's weight decay is applied after the pull, to all weights, as above. False
             leaves it to the optimizer.
 
-    Works with any optimizer, which need not be Adam.
+    Works with any optimizer, which need not be Adam. A weight that was frozen when the training began has no anchor: if
+    it is unfrozen on the way, it decays as all others and is not pulled.
 
     Departures:
         ``t0`` and ``k`` are shares of the training by default. A learning rate at which the pull diverges is an error;
@@ -92,9 +93,7 @@ class RecAdam(Method):
                 f"overshoot the pre-trained weights. Choose gamma below {1 / lr:g}, or a smaller learning rate"
             )
         if self.replace_decay:
-            self.decay = {w.name: w.group.get("weight_decay", 0.0) for w in weights}
-            for w in weights:
-                w.group["weight_decay"] = 0.0
+            self.decay = take_decay(run)
 
     def task_share(self, run: Run) -> float:
         """Lambda of the step under way."""

@@ -24,6 +24,7 @@ from ..core.facts import Cost, Paper
 from ..core.shards import local
 from ..core.step import Inputs, batch_size, distances, logits_of, split
 from ..functional import symmetric_kl
+from .bases.groups import take_decay
 from .bases.static_mask import Tensors, top_masks
 
 PAPER = Paper(
@@ -64,9 +65,7 @@ class ROSE(Method):
 
     def attach(self, run: Run) -> None:
         if self.update == "authors":
-            self.decay = {w.name: w.group.get("weight_decay", 0.0) for w in run.weights()}
-            for w in run.weights():
-                w.group["weight_decay"] = 0.0
+            self.decay = take_decay(run)
 
     def before_step(self, run: Run, weights: Sequence[Weight]) -> None:
         self.masks, self.before = {}, {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...core import Run
+
 PER_PARAMETER = ("params", "param_names")  # lists in an optimizer's group with one entry for each parameter
 
 
@@ -28,6 +30,24 @@ def split(group: Mapping[str, Any], option: str, factors: Mapping[int, float]) -
         }
         parts.append({**group, **held, option: group[option] * factor})
     return parts
+
+
+def take_decay(run: Run) -> dict[str, float]:
+    """Switch off the optimizer's decay in all groups with a trained weight, and return what it was, by weight name.
+
+    Frozen weights of these groups are in it too, because they may be unfrozen in the course of the training.
+    """
+    assert run.optimizer is not None
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    trained = {id(w.parameter) for w in run.weights()}
+    decay = {}
+    for group in run.optimizer.param_groups:
+        if trained.isdisjoint(map(id, group["params"])):
+            continue
+        held = group.get("weight_decay", 0.0)
+        decay.update({names[id(p)]: held for p in group["params"] if id(p) in names})
+        group["weight_decay"] = 0.0
+    return decay
 
 
 def peak_rate(group: Mapping[str, Any]) -> float:
