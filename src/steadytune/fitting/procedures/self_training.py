@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -181,30 +182,31 @@ class SelfTraining(Procedure):
             return self.after(setup, job, self.last, made)
         if made:
             made.clear()  # its model would stay in memory while the folds are trained
-        chosen, spent = self.chosen(setup, job)
+        chosen, spent, seconds = self.chosen(setup, job)
         trained = self.after(setup, job, chosen)
-        return dataclasses.replace(trained, passes=trained.passes + spent / trained.steps)
+        passes = trained.passes + spent / trained.steps
+        return dataclasses.replace(trained, passes=passes, seconds=trained.seconds + seconds)
 
     def after(self, setup: Setup, job: Job, rounds: int, made: list[FitTrainer] | None = None) -> Trained:
         """The model after a number of rounds, or after fewer if the labels collapse."""
         (trained,) = deque(self.models(setup, job, rounds, made), maxlen=1)
         return trained
 
-    def chosen(self, setup: Setup, job: Job) -> tuple[int, float]:
-        """The number of rounds with the best score on rows that the models have not seen, and the passes spent."""
-        problem, spent, given = setup.problem, 0.0, dict[int, list[np.ndarray]]()
+    def chosen(self, setup: Setup, job: Job) -> tuple[int, float, float]:
+        """The number of rounds with the best score on rows that the models have not seen; passes and seconds spent."""
+        problem, spent, seconds, given = setup.problem, 0.0, 0.0, dict[int, list[np.ndarray]]()
         parts = folds(job.rows, problem, self.folds, job.seeds["subset"])
         for f, (inside, outside) in enumerate(parts):
             fold = dataclasses.replace(job, name=f"{job.name}-fold-{f}", rows=job.rows.iloc[inside], select=None)
             features = setup.pretrained.tokenise(job.rows.iloc[outside])
             models = self.models(setup, fold, self.last)
-            answers, cost = np.empty(0), 0.0
+            answers, cost = np.empty(0), (0.0, 0.0)
             for number in range(self.last + 1):
                 if (trained := next(models, None)) is not None:  # else the rounds have ended, and the last model stays
                     outputs = logits(trained.model, setup.pretrained.tokenizer, features, setup.options.bf16)
-                    answers, cost = problem.activate(outputs), trained.passes * trained.steps
+                    answers, cost = problem.activate(outputs), (trained.passes * trained.steps, trained.seconds)
                 given.setdefault(number, []).append(answers)
-            spent += cost
+            spent, seconds = spent + cost[0], seconds + cost[1]
         metric = problem.metric(setup.metric)
         gold = problem.array(job.rows["label"].iloc[np.concatenate([outside for _, outside in parts])])
         values = []
@@ -216,31 +218,34 @@ class SelfTraining(Procedure):
         best = max(range(self.last + 1), key=lambda number: (metric.goodness(values[number]), -number))
         figures = ", ".join(f"{value:.4f}" for value in values)
         logger.info("self-training: %s after 0 to %d rounds: %s; %d are taken", metric.name, self.last, figures, best)
-        return best, spent
+        return best, spent, seconds
 
     def models(self, setup: Setup, job: Job, last: int, made: list[FitTrainer] | None = None) -> Iterator[Trained]:
-        """Yield the model of each round, round 0 first, with the passes and seconds of all trainings up to it.
+        """Yield the model of each round, round 0 first, with the passes and seconds that have led to it.
 
-        Finished trainings are read from disk. The rounds end early if the labels collapse.
+        They are those of trainings and of the readings of texts. Finished trainings are read from disk. The rounds end
+        early if the labels collapse.
         """
         texts, kept = texts_of(setup), None
         passes, seconds = 0.0, 0.0
         for number in range(last + 1):
             here, learned = (setup, job) if kept is None else self.student(setup, job, kept)
-            first, opinions = None, list[np.ndarray]()
+            first, opinions, asking = None, list[np.ndarray](), 0.0
             for i in range(self.teachers if number < last else 1):
                 trained = here.train(self.job(learned, number, i), made.pop() if made else None)
                 passes, seconds = passes + trained.passes * trained.steps, seconds + trained.seconds
                 first = trained if first is None else first
                 if number < last:
+                    began = time.perf_counter()
                     opinions += self.ask(setup, trained, [job.seeds["method"], number, i])
+                    asking += time.perf_counter() - began
             assert first is not None
             model = dataclasses.replace(first, passes=passes / first.steps, seconds=seconds)
             if number == last:
                 yield model
                 return
             at_once = setup.options.batch_size * setup.options.accumulation
-            passes += len(opinions) * len(texts) * FORWARD / at_once
+            passes, seconds = passes + len(opinions) * len(texts) * FORWARD / at_once, seconds + asking
             found = self.keep(np.stack(opinions), texts, job.rows["label"], setup.problem, number + 1)
             if isinstance(found, str):
                 note = f"self-training ended after {number} of {last} rounds, because {found}"
