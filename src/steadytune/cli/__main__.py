@@ -2,4 +2,5 @@
 
 from . import main
 
-main()
+if __name__ == "__main__":  # tools that read the package, such as that of the API pages, import this file
+    main()
