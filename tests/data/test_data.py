@@ -161,7 +161,7 @@ def test_test_labels_must_occur_in_training():
 
 
 def test_a_test_set_cannot_pose_as_validation():
-    with pytest.raises(UsageError, match="NAME=FILE"):
+    with pytest.raises(UsageError, match="such as --test dev=FILE"):
         prepare(Table(toy(), "train"), {"validation": Table(toy(), "t")})
 
 
