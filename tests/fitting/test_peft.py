@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import peft
 import pytest
@@ -11,15 +13,18 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 import helpers
 from architectures import tiny
 from fit_helpers import save_tiny_bert, save_tiny_gpt2, toy
-from steadytune import EMA, FGM, LNSR, SMART, DPSDense, FittedModel, RDrop, Run, fit
+from steadytune import EMA, FGM, L2SP, LNSR, SMART, DPSDense, FittedModel, RDrop, Run, fit
 from steadytune.core.anatomy import anatomy
+from steadytune.data.problem import Classification
 from steadytune.errors import UsageError
 from steadytune.fitting.peft_models import adapted
+from steadytune.fitting.pretrained import Pretrained
 from steadytune.heads.pooling import add_pooling_block
 
 # PEFT reads an attribute that transformers 5.23 renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 QUICK = {"steps": 4, "max_length": 16, "progress": False, "lr": 1e-2}
+POOLER = "bert.pooler.dense.weight"
 TEXTS = ["good film", "bad play story with cold cast"]
 KEPT = {
     "prefix": "adapter_model.safetensors",
@@ -69,14 +74,41 @@ def test_a_fit_trains_little_and_its_folder_predicts_the_same(tmp_path, bert, ki
         assert np.allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["prefix", "adapters"])
-def test_new_weights_that_a_folder_of_adapters_lacks_are_drawn_as_in_training(tmp_path, kind):
-    """Naive: the pooler that the checkpoint lacks is drawn with seed 0, and the folder predicts something else."""
-    bare = BertModel.from_pretrained(save_tiny_bert(tmp_path / "bert"), add_pooling_layer=False)
-    bare.save_pretrained(tmp_path / "bert")
-    own = {"seed": 5, "num_seeds": 2, "combine": "ensemble", "init_seed": 7, **options(kind)}
-    result = fit(toy(48), model=tmp_path / "bert", output=tmp_path / "o", **QUICK, **own)
-    assert np.array_equal(FittedModel.load(result.output).predict_proba(TEXTS), result.predict_proba(TEXTS))
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A checkpoint without a pooler, as a masked language model writes it."""
+    folder = save_tiny_bert(tmp_path_factory.mktemp("bare"))
+    BertModel.from_pretrained(folder, add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+FEW_TRAINED = {
+    **{kind: {"peft": kind} for kind in ("lora", "ia3", "prefix", "prompt")},
+    **{method: {"methods": method} for method in ("adapters:size=4", "bitfit", "mask_training:train_head=false")},
+}
+
+
+@pytest.mark.parametrize("kind", FEW_TRAINED)
+def test_a_pooler_that_the_checkpoint_lacks_is_trained_and_kept_beside_few_weights(tmp_path, bare, kind):
+    """Naive: it is frozen as a seed has drawn it, and another seed draws another one when the folder is read."""
+    own = {"seed": 5, "num_seeds": 2, "combine": "ensemble", **FEW_TRAINED[kind]}
+    result = fit(toy(48), model=bare, output=tmp_path / "o", **QUICK, **own)
+    record = json.loads((result.output / "steadytune.json").read_text())
+    again = FittedModel.load(result.output)
+    for model, run in zip(again.models, record["runs"], strict=True):
+        drawn = Pretrained.open(bare, again.problem).load(run["seeds"]["init"]).get_parameter(POOLER)
+        (trained,) = (
+            p for name, p in model.named_parameters() if "pooler" in name and "original" not in name and p.dim() == 2
+        )
+        assert not torch.equal(trained, drawn)
+    assert np.array_equal(again.predict_proba(TEXTS), result.predict_proba(TEXTS))
+
+
+def test_anchors_leave_out_a_pooler_that_the_checkpoint_lacks(bare):
+    """Naive: what a seed has drawn counts as pre-trained, and the weights are pulled back to it."""
+    model = Pretrained.open(bare, Classification(("down", "up"))).load(0)
+    run = Run(model, [L2SP()])
+    assert POOLER not in {w.name for w in run.weights() if not run.is_new(w)}
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3", "prompt"])

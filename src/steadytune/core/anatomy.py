@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 Kind = Literal["linear", "embedding", "norm", "bias", "other"]
-DRAWN = "drawn_anew"  # attribute of a module whose checkpoint lacks its weights: it counts as a head
+DRAWN = "drawn_anew"  # attribute of a module whose weights the checkpoint lacks
 POOLING = "pooling_block"  # config entry: the last block was added for pooling, see `steadytune.heads.pooling`
 
 
@@ -30,12 +30,14 @@ class Part:
             (ALBERT: 0).
         head: Whether pre-trained checkpoints do not contain it; see the rule in `anatomy`.
         input_dim: The axis of a linear weight that runs over input features: 0 for `Conv1D`, which computes `x @ W`.
+        drawn: Whether it belongs to a module marked as `DRAWN`. The checkpoint lacked it, so that it is as new as a head.
     """
 
     kind: Kind
     block: int | None
     head: bool
     input_dim: int = 1
+    drawn: bool = False
 
 
 def anatomy(model: nn.Module) -> dict[str, Part]:
@@ -53,7 +55,10 @@ def anatomy(model: nn.Module) -> dict[str, Part]:
     """
     kinds: dict[int, Kind] = {}
     transposed: set[int] = set()
+    drawn: set[int] = set()
     for module in model.modules():
+        if getattr(module, DRAWN, False):
+            drawn.update(id(p) for p in module.parameters())
         for leaf, p in module.named_parameters(recurse=False):
             kind = _kind(module, leaf, p.dim())
             if kind == "linear" and "Conv1D" in _classes(module):
@@ -66,7 +71,7 @@ def anatomy(model: nn.Module) -> dict[str, Part]:
         for p in (p for module in modules for p in module.parameters()):
             owners.setdefault(id(p), index)
     return {
-        name: Part(kinds[id(p)], owners.get(id(p)), id(p) not in body, 0 if id(p) in transposed else 1)
+        name: Part(kinds[id(p)], owners.get(id(p)), id(p) not in body, 0 if id(p) in transposed else 1, id(p) in drawn)
         for name, p in model.named_parameters()
     }
 

@@ -47,6 +47,7 @@ class Binding:
         self._total_steps, self._loaded_total = total_steps, None
         self._parts: dict[str, Part] = {}
         self._new: set[str] = set()  # weights that methods drew anew or added
+        self._drawn = {name for name, part in anatomy(self.model).items() if part.drawn}  # before any method
         self._views = Views(self.model)
         self._references = References(self.model)
         self._entered = False  # whether a step is under way
@@ -169,6 +170,8 @@ class Binding:
     def train_only(self, method: Method, chosen: Callable[[str, Part], bool]) -> None:
         """Freeze, in `Method.setup`, every weight that is not ``chosen(name, part)``. Frozen weights stay frozen.
 
+        Weights that the checkpoint lacked are trained in any case: frozen, they would stay what a seed has drawn.
+
         Raises:
             ValueError: PEFT has chosen already what is trained of this model.
         """
@@ -178,7 +181,7 @@ class Binding:
                 f"{type(method).__name__} out, or give the model without adapters"
             )
         for name, part in anatomy(self.model).items():
-            if not chosen(name, part):
+            if not part.drawn and not chosen(name, part):
                 self.model.get_parameter(name).requires_grad_(False)
 
     def mark_new(self, names: Iterable[str]) -> None:
@@ -188,10 +191,10 @@ class Binding:
     # ------------------------------------------------------------------ references, raw weights, forward view
 
     def is_new(self, weight: Weight) -> bool:
-        """Whether a weight has no pre-trained value: a new head, one a method drew, or an adapter that PEFT added."""
+        """Whether a weight has no pre-trained value: a new head, one that was drawn, or an adapter that PEFT added."""
         prefix = getattr(getattr(self.model, "base_model", None), "prefix", None)
         lora = hasattr(self.model, "peft_config") and bool(prefix) and str(prefix) in weight.name
-        return weight.head or weight.name in self._new or lora
+        return weight.head or weight.name in self._new or weight.name in self._drawn or lora
 
     def reference(self, name: str) -> Tensor:
         """The weight as it was before training, on the weight's device (on a shard: this rank's piece).

@@ -67,9 +67,11 @@ def adapted(model: PreTrainedModel, lora: bool | None, kind: str | None = None) 
     }
     pooled = pooling_block_names(model)  # adapted as the blocks below it, among which it stands
     parts = anatomy(model).items()
-    heads = sorted({name.split(".")[0] for name, part in parts if part.head and name not in pooled})
+    heads = {name.split(".")[0] for name, part in parts if part.head and name not in pooled}
+    drawn = {name.rpartition(".")[0] for name, part in parts if part.drawn and not part.head}
     try:  # PEFT knows two names of heads and would freeze, and never save, the others
-        config = configs[kind](task_type=peft.TaskType.SEQ_CLS, modules_to_save=heads, **settings[kind])
+        whole = sorted(heads | drawn)
+        config = configs[kind](task_type=peft.TaskType.SEQ_CLS, modules_to_save=whole, **settings[kind])
         wrapped: Any = peft.get_peft_model(model, config)
     except (ValueError, KeyError, AttributeError) as error:
         raise unfit(model, kind, one_line(error)[:300]) from error

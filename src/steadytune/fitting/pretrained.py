@@ -226,9 +226,8 @@ class Pretrained:
             )
         mismatched = {key for key, *_ in info["mismatched_keys"]}
         self._check_body(model, info["missing_keys"], mismatched, info["unexpected_keys"])
-        for part, child in model.named_children():
-            if any(name.startswith(f"{part}.") for name in info["missing_keys"]) and child is not model.base_model:
-                setattr(child, DRAWN, True)
+        for name in set(dict(model.named_parameters())).intersection(info["missing_keys"]):
+            setattr(model.get_submodule(_drawn_part(model, name)), DRAWN, True)
         if self.body is not None:
             model.load_state_dict(self.body, strict=False)  # without the head
         return model, frozenset({*info["missing_keys"], *mismatched})
@@ -345,6 +344,12 @@ def _draw_anew(model: PreTrainedModel, layer: nn.Linear, seed: int) -> None:
     for held in (layer, *layer.parameters()):
         held._is_hf_initialized = False  # else transformers leaves alone what was loaded
     model._init_weights(layer)
+
+
+def _drawn_part(model: PreTrainedModel, name: str) -> str:
+    """The part of the model that a new weight belongs to: the pooler, or a layer outside of the base model."""
+    inside = name.startswith(f"{model.base_model_prefix}.")
+    return name[: name.index("pooler") + len("pooler")] if inside else name.split(".")[0]
 
 
 def _tail(name: str) -> str:

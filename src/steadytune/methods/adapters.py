@@ -161,8 +161,8 @@ def is_adapter(name: str) -> bool:
 
 
 def is_trained(name: str, part: Part) -> bool:
-    """Whether `Adapters` trains a weight: it belongs to an adapter, a normalisation layer or the head."""
-    return part.head or part.kind == "norm" or is_adapter(name)
+    """Whether `Adapters` trains a weight: it is one of an adapter, a normalisation layer, the head, or was drawn."""
+    return part.head or part.drawn or part.kind == "norm" or is_adapter(name)
 
 
 def adapter_size(model: nn.Module) -> int | None:
