@@ -291,6 +291,13 @@ def test_mistakes_in_own_tables_are_named_before_anything_runs(folder, about, me
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(("about", "size", "most"), [(CROSSED, 21, 20), (TESTED, 31, 30)])
+def test_a_number_of_training_rows_that_no_run_can_draw_is_named_before_anything_runs(folder, about, size, most):
+    """Naive: the runs fail one by one, as three folds of 30 rows leave 20 rows to train on."""
+    with pytest.raises(UsageError, match=rf"train_sizes do not fit task reviews.*and {most} \(all\), got {size}"):
+        study(about, train_sizes=[most, size]).runs()
+
+
 def test_label_noise_needs_classes(folder):
     toy(20).drop(columns="label").to_csv("tables/numbers.csv", index=False)
     with pytest.raises(UsageError, match="label_noise and imbalance need classes, task reviews has none"):

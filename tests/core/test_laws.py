@@ -1049,6 +1049,22 @@ def test_attaching_to_an_optimizer_that_has_trained_is_refused():
         Run(model, BASE, total_steps=TOTAL).attach(optimizer)
 
 
+def test_what_a_method_has_refused_is_not_attached():
+    """Naive: the second try says that the Run is attached already, although no step of it would be right."""
+
+    @dataclasses.dataclass
+    class Refusing(Method):
+        def attach(self, run):
+            raise ValueError("not this optimizer")
+
+    model = bert()
+    run = Run(model, [Refusing()], total_steps=TOTAL)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not this optimizer"):
+            run.attach(adamw(model.parameters()))
+    assert run.optimizer is None
+
+
 def test_an_optimizer_that_makes_its_state_at_once_has_not_trained():
     """Adagrad; after a step it is refused like any other."""
     loop = Loop([DPSDense(**DPS), EMA()], optimizer=torch.optim.Adagrad)

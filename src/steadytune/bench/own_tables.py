@@ -6,6 +6,7 @@ Rows and labels are read and checked by the same functions as in `fit`. No torch
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,8 +18,9 @@ import numpy as np
 from ..config import Rule, Text
 from ..data.guards import inspect, raise_errors
 from ..data.prepare import Data, prepare
-from ..data.splits import folds, usual_folds
+from ..data.splits import folds, subset, usual_folds
 from ..data.tables import Kind, Table
+from ..errors import UsageError
 from .places import expanded, fingerprint_files, placed, seen_from
 
 FOLD = "fold"  # column that tells which rows of a table a run trains on and which it is tested on
@@ -103,18 +105,30 @@ class OwnTables:
         tests = {name: Table.of(expanded(file), self.text, self.label, name) for name, file in self.tests.items()}
         return train, tests
 
-    def examine(self) -> Data:
+    def examine(self, sizes: Iterable[int] = ()) -> Data:
         """All rows, checked as in `fit`; possible mistakes in them are logged.
 
+        Args:
+            sizes: Numbers of training rows that runs will draw.
+
         Raises:
-            UsageError: A table is not right, or has too few rows for the folds.
+            UsageError: A table is not right, has too few rows for the folds, or its rows (those of a training fold)
+                are no such number. Folds of a later cut may be smaller, if groups differ in size.
         """
         train, tests = self.read()
         data = prepare(train, tests, validation_share=0.0)
         for finding in raise_errors(inspect(data, standardize=True)):
             logger.warning("%s", finding.message)
+        parts = [data.train]
         if self.crossed:
-            folds(data.train, data.problem, self.folds or usual_folds(data.train), 0)
+            cuts = folds(data.train, data.problem, self.folds or usual_folds(data.train), 0)
+            parts = [data.train.iloc[kept] for kept, _ in cuts]
+        for size, part in itertools.product(sizes, parts):
+            try:
+                subset(part, data.problem, size, 0)
+            except UsageError as error:
+                where = "the training rows of a fold" if self.crossed else "its training rows"
+                raise UsageError(f"train_sizes do not fit task {self.name}, {where}: {error}") from error
         return data
 
     def files(self) -> dict[str, str]:

@@ -373,7 +373,7 @@ class Study:
 
     def _own_task(self, own: OwnTables) -> _Task:
         """Read and check the tables; the specification of their runs names the columns and the kind found."""
-        data, files = own.examine(), own.files()
+        data, files = own.examine([size for size in self.train_sizes if size is not None]), own.files()
         if not data.problem.classes:
             self._check_corruption(own.name)
         table = data.table

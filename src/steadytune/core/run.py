@@ -199,8 +199,18 @@ class Run(Binding):
         check_shapes(self._shapes, self.model)
         check_added(self._new, self.model, optimizer)
         self.optimizer, self._save_in_optimizer = optimizer, save_in_optimizer
+        try:
+            self._join(optimizer)
+        except BaseException:
+            self.optimizer = None  # what was refused is not attached
+            raise
+        self._hook()
+        self._blank = copy.deepcopy(self.state_dict())
+        return self
+
+    def _join(self, optimizer: Optimizer) -> None:
+        """Give the methods the optimizer, unless it holds nothing of this model or two methods exclude each other."""
         if not self.weights():
-            self.optimizer = None
             raise ValueError(
                 "the optimizer holds no trainable parameter of this model: build it from model.parameters() "
                 "of the model given to Run, after all changes of its structure"
@@ -209,9 +219,6 @@ class Run(Binding):
         check_exclusive(
             (m, self.weights(m, getattr(m, "scope", "all")), acts_on_weights(m)) for m in self.methods if m.exclusive
         )
-        self._hook()
-        self._blank = copy.deepcopy(self.state_dict())
-        return self
 
     def _attach_methods(self, optimizer: Optimizer) -> None:
         """Call `Method.attach`, first of those that put weights into the optimizer."""
@@ -219,11 +226,7 @@ class Run(Binding):
         for method in sorted(self.methods, key=lambda method: not method.adds_weights):
             before, name = self._rates_by_weight(), type(method).__name__
             method.attach(self)
-            try:
-                scheduled.check(name)
-            except RuntimeError:
-                self.optimizer = None
-                raise
+            scheduled.check(name)
             if before.items() - self._rates_by_weight().items():
                 setter = name
         if setter is not None:
