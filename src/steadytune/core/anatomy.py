@@ -30,7 +30,7 @@ class Part:
             (ALBERT: 0).
         head: Whether pre-trained checkpoints do not contain it; see the rule in `anatomy`.
         input_dim: The axis of a linear weight that runs over input features: 0 for `Conv1D`, which computes `x @ W`.
-        drawn: Whether it belongs to a module marked as `DRAWN`: the checkpoint lacks it, so that it is as new as a head.
+        drawn: Whether it belongs to a module marked as `DRAWN`: the checkpoint lacks it, and it is as new as a head.
     """
 
     kind: Kind
