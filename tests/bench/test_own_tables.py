@@ -18,6 +18,7 @@ from steadytune.bench.report.write import write_report
 from steadytune.bench.run import make_plan
 from steadytune.bench.spec import Study
 from steadytune.bench.study import run_study
+from steadytune.data.balance import balanced
 from steadytune.errors import UsageError
 
 STUDY = """\
@@ -298,7 +299,34 @@ def test_a_number_of_training_rows_that_no_run_can_draw_is_named_before_anything
         study(about, train_sizes=[most, size]).runs()
 
 
-def test_label_noise_needs_classes(folder):
+def test_weights_that_balance_are_of_the_rows_with_wrong_labels(folder):
+    """Naive: they are made before labels are replaced, and know the right ones."""
+    options = {"steps": 4, "batch_size": 8, "balance": ["length"]}
+    (run, *_) = study(TESTED, options=options, label_noise=0.4, seeds=1).runs()
+    rows = make_plan(run).data.train
+    right = {"label_noise": 0.0, "imbalance": None}
+    clean = make_plan(dataclasses.replace(run, spec={**run.spec, "corruption": right}))
+    assert (rows["label"] != clean.data.train["label"]).sum() == 12
+    expected = balanced(rows, clean.data.problem, ["length"])
+    assert np.allclose(rows["weight"], expected)
+    assert not np.allclose(rows["weight"], clean.data.train["weight"])
+
+
+def test_texts_apart_are_learnt_from_neither_as_texts_nor_with_labels(folder):
+    """Naive: only the held-out rows stay out, so that a recipe that has read the test rows looks better."""
+    apart, more = toy(5, start=100), toy(20, start=100)
+    apart.rename(columns={"text": "review", "label": "stars"}).to_csv("tables/apart.csv", index=False)
+    more[["text"]].rename(columns={"text": "review"}).to_csv("tables/texts.csv", index=False)
+    more.to_csv("tables/more.csv", index=False)
+    recipes = {
+        "texts": {"unlabelled": "texts.csv", "pretrain": "tapt"},
+        "table": {"aux": "more.csv", "aux_steps": 2},
+    }
+    about = "{train: reviews.csv, text: review, label: stars, folds: 3, apart: apart.csv}"
+    texts, table = (make_plan(run) for run in study(about, recipes=recipes, seeds=1).runs())
+    assert texts.data.unlabelled.left_out["tests"] == 5
+    assert len(texts.data.unlabelled.rows) == 15
+    assert table.stages[0].left_out == 5
     toy(20).drop(columns="label").to_csv("tables/numbers.csv", index=False)
     with pytest.raises(UsageError, match="label_noise and imbalance need classes, task reviews has none"):
         study("{train: numbers.csv, label: score}", label_noise=0.1).runs()

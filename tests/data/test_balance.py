@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 
 from steadytune.data.balance import balanced, effective, entropy_weights, predictors
+from steadytune.data.prepare import prepare
 from steadytune.data.problem import Classification, MultiLabel, Regression
+from steadytune.data.tables import Table
 from steadytune.errors import UsageError
 
 TWO = Classification(("0", "1"))
@@ -56,10 +58,21 @@ def test_length_negation_overlap_and_subgroups_are_named():
     pairs = frame.assign(text_pair=np.where(up, frame["text"], "mu nu xi"))
     named = {p.attribute.partition(" above")[0] for p in predictors(pairs, TWO)}
     assert "overlap of the texts" in named
-    parts = frame.assign(subgroup=np.where(up, "web", "mail"))
-    assert {(p.attribute, p.label) for p in predictors(parts, TWO)} == {
-        ("subgroup 'web'", "1"), ("subgroup 'mail'", "0")
+    columns = pd.DataFrame({"source": np.where(up, "web", "mail"), "year": [float(i % 3) for i in range(len(frame))]})
+    assert {(p.attribute, p.label) for p in predictors(frame, TWO, columns)} == {
+        ("source 'web'", "1"), ("source 'mail'", "0")
     }  # fmt: skip
+
+
+def test_columns_of_subgroups_are_looked_at_one_by_one_and_a_label_is_no_attribute():
+    """Naive: of the label crossed with the source, each subgroup predicts the label in 100 % of its rows."""
+    frame = rows().assign(source=np.repeat(["web", "mail"], 120))
+    table = Table.of(frame, ("text",), "label", "train", subgroup=["source", "label"])
+    columns = prepare(table, {}, validation_share=0.0).columns
+    assert list(columns) == ["source"]
+    assert predictors(frame, TWO, columns) == []
+    with pytest.raises(UsageError, match="no attribute 'subgroup' that some rows have"):
+        balanced(frame, TWO, ["subgroup"], columns[[]])
 
 
 def test_numbers_of_which_most_are_the_largest_are_cut_below_it():
@@ -120,6 +133,30 @@ def test_two_attributes_become_independent_of_each_other_too():
     for one, other in ((first, second), (first, positive), (second, positive)):
         w = weights / weights.sum()
         assert float(w @ (one & other)) == pytest.approx(float(w @ one) * float(w @ other), abs=2e-3)
+
+
+@pytest.mark.parametrize("shares", [(0.7, 0.3), (0.6, 0.3, 0.1)])
+def test_values_of_a_column_exclude_each_other_and_keep_their_shares(shares):
+    """Naive: they are made independent of each other, which cannot be, and the smaller one is weighed down."""
+    which = np.repeat(np.arange(len(shares)), [round(200 * share) for share in shares])
+    values = pd.DataFrame({"source": which.astype(str)})
+    frame = rows(200).assign(label=np.tile(["0", "1"], 100))
+    assert np.allclose(balanced(frame, TWO, ["subgroup"], values), 1, atol=1e-4), "they say nothing of the class"
+    rng = np.random.default_rng(1)
+    frame["label"] = np.where(rng.random(200) < np.array([0.3, 0.6, 0.8])[which], "1", "0")
+    weights, up = balanced(frame, TWO, ["source"], values), (frame["label"] == "1").to_numpy()
+    for k, share in enumerate(shares):
+        assert weights[which == k].sum() / 200 == pytest.approx(share, abs=1e-3)
+        assert np.average(up[which == k], weights=weights[which == k]) == pytest.approx(up.mean(), abs=2e-3)
+
+
+def test_a_measure_goes_before_a_word_of_its_name():
+    """Naive: --balance length balances the word "length" too, unasked."""
+    longer = rows()
+    longer["text"] += [" alpha" * (i % 2) for i in range(len(longer))]
+    frame = with_word(longer, "length", 0.97, 100)
+    plain = balanced(longer.assign(label=frame["label"]), TWO, ["length"])
+    assert np.allclose(balanced(frame, TWO, ["length"]), plain)
 
 
 def test_an_empty_cell_has_no_solution_and_weights_stay_bounded():

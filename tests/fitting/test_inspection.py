@@ -104,6 +104,23 @@ def test_of_a_fit_the_base_model_reads_the_rows_and_the_page_shows_them(output, 
     assert again.exit_code == 2, "the list is not replaced unasked"
 
 
+def test_rows_of_a_group_of_the_fit_stay_in_one_fold(folders, flipped, tmp_path):  # noqa: F811
+    """Naive: near-copies of a row with a wrong label are in other folds, and vouch for it."""
+    frame = flipped[0].assign(ticket=np.arange(90) // 3)
+    own = {
+        "model": folders["seeing"],
+        "probe": False,
+        "progress": False,
+        "steps": 1,
+        "validation_share": 0.0,
+        **COLUMNS,
+    }
+    out = fit(frame, output=tmp_path / "out", group="ticket", **own).output
+    expected = inspect_labels(frame, folders["seeing"], group="ticket", **COLUMNS).frame
+    assert inspect_labels(frame, out).frame.equals(expected)
+    assert len(inspect_labels(flipped[0], out).frame) == 90, "a table without the column is read as it is"
+
+
 def test_a_fit_that_was_not_inspected_has_no_such_section(folders, tmp_path):  # noqa: F811
     fit(toy(40), **COLUMNS, model=folders["seeing"], output=tmp_path / "out", steps=2, save_steps=0, probe=False,
         progress=False)  # fmt: skip

@@ -289,3 +289,13 @@ def test_a_table_of_ones_own_takes_the_parts_that_a_fit_names():
     for name, value in {"label": "source", "text": "label", "kind": "regression", "label_separator": "|"}.items():
         with pytest.raises(UsageError, match=f"the file: this Table says itself what its {name} is"):
             make_plan(own, model="m", **{name: value})
+
+
+def test_easy_adapt_beside_meta_semi_takes_texts_without_labels_for_rows_of_no_domain(bert, tmp_path):
+    """Naive: the first step fails, because texts without labels have no domain."""
+    texts = toy(20, start=100)[["text"]]
+    result = fit(
+        table(), model=bert, output=tmp_path / "out", subgroup="source", unlabelled=texts,
+        methods=["easy_adapt", "meta_semi"], **COLUMNS, **QUICK | {"steps": 2},
+    )  # fmt: skip
+    assert np.isfinite(result.predict_proba(["good film"])).all()

@@ -50,6 +50,7 @@ class OwnTables:
         folds: Number of folds of the cross-validation; by default 5, or 10 below 200 rows. The run with seed s holds
             out fold ``s % folds`` of the cut number ``s // folds``, so that every block of ``folds`` seeds predicts
             every row once.
+        apart: Further files of texts that no training learns from, as it learns from none of the test files.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
@@ -66,6 +67,7 @@ class OwnTables:
     kind: Kind = "auto"
     metric: Text | None = None
     folds: Annotated[int, Rule("a whole number from 2 on", ge=2)] | None = None
+    apart: tuple[Text, ...] = ()
 
     @property
     def tests(self) -> dict[str, str]:
@@ -90,7 +92,8 @@ class OwnTables:
         tests, others = (
             {name: move(file) for name, file in files.items()} for files in (self.test, self.out_of_domain)
         )
-        return dataclasses.replace(self, train=move(self.train), test=tests, out_of_domain=others)
+        apart = tuple(map(move, self.apart))
+        return dataclasses.replace(self, train=move(self.train), test=tests, out_of_domain=others, apart=apart)
 
     def read(self) -> tuple[Table, dict[str, Table]]:
         """Training table and test tables, with the columns that are given.
@@ -132,11 +135,12 @@ class OwnTables:
         return data
 
     def files(self) -> dict[str, str]:
-        """Hash of every file by name: ``train``, and the names of the tests."""
+        """Hash of every file by name: ``train``, the names of the tests, and ``apart`` with a number."""
         return {name: fingerprint_files([Path(expanded(file))]) for name, file in self._named()}
 
     def _named(self) -> Iterable[tuple[str, str]]:
-        return {"train": self.train, **self.tests}.items()
+        others = {f"apart {number}": file for number, file in enumerate(self.apart)}
+        return {"train": self.train, **self.tests, **others}.items()
 
     def changed(self, files: Mapping[str, str]) -> str | None:
         """The first file that no longer has its hash; None if all have."""

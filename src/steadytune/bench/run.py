@@ -33,6 +33,7 @@ from ..fitting.options import SEEDS, STOCK
 from ..fitting.record import storable
 from ..tasks import find, load
 from ..version import __version__
+from .places import expanded
 from .records import SUBGROUPS
 from .spec import FORMAT, Trial
 from .store import Store
@@ -157,7 +158,7 @@ def make_plan(run: Trial) -> planning.Plan:
     table, tests, column = tables(run)
     rows = spec["tests"]["rows"]
     unnamed = {"standardize": False} if is_of_numbers(table.kind) else {}  # as `spec.in_use` leaves it out
-    plan = planning.make_plan(
+    return planning.make_plan(
         table,
         validation_column=column,
         model=run.model,
@@ -177,12 +178,11 @@ def make_plan(run: Trial) -> planning.Plan:
         probe=False,
         save_steps=0,
         progress=False,
+        apart=() if run.own is None else [expanded(file) for file in run.own.apart],
+        changed=lambda train, problem: corrupted(train, problem, spec),
         **{**STOCK, **unnamed, **spec["options"]},
         **{f"{name}_seed": spec["seeds"][name] for name in SEEDS},
     )
-    rows = corrupted(plan.data.train, plan.data.problem, spec)
-    data, steps = dataclasses.replace(plan.data, train=rows), plan.options.total_steps(len(rows))
-    return dataclasses.replace(plan, data=data, steps=steps)  # an epoch passes over the rows that are left
 
 
 def tables(run: Trial) -> tuple[Table, dict[str, Table], str | None]:

@@ -60,7 +60,7 @@ def _own_table(name: str, about: Any, document: Document) -> Any:
     if not isinstance(about, Mapping):
         return {"name": name, "train": about}
     full = {"name": name, **about}
-    for key in ("text", "subgroup"):
+    for key in ("text", "subgroup", "apart"):
         if isinstance(full.get(key), str):
             full[key] = [full[key]]
     seen: set[str] = set()
@@ -81,9 +81,9 @@ def _own_table(name: str, about: Any, document: Document) -> Any:
 
 def _recipe(given: Any) -> Any:
     about = {} if given is None else given
-    return (
-        {**about, "methods": _listed(about["methods"])} if isinstance(about, Mapping) and "methods" in about else about
-    )
+    if not isinstance(about, Mapping):
+        return about
+    return {**about, **{key: _listed(about[key]) for key in ("methods", "aux", "unlabelled") if key in about}}
 
 
 def _each_method(given: Any, document: Document) -> list[str]:

@@ -527,7 +527,7 @@ class Trial:
     @property
     def files(self) -> list[str]:
         """Files of the user's own tables, of the auxiliary tables, and of texts without labels."""
-        own = () if self.own is None else (self.own.train, *self.own.tests.values())
+        own = () if self.own is None else (self.own.train, *self.own.tests.values(), *self.own.apart)
         return [*map(expanded, own), *self.aux, *(text for text in self.unlabelled if text not in (BLANK, REST))]
 
     def moved(self, places: Mapping[str, str]) -> Trial:

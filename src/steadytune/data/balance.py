@@ -1,4 +1,4 @@
-"""Attributes of rows that predict a label by themselves: length, negation, overlap of a pair, subgroup, single words.
+"""Attributes of rows that predict a label by themselves: length, negation, overlap, columns of subgroups, single words.
 
 A model may learn such an attribute in place of the task, and is then wrong where the two part. An attribute is named
 where the rows that have it carry a class far more often than the others do:
@@ -10,22 +10,28 @@ independent of the classes by weights of rows (entropy balancing; Hainmueller, P
 
     min_w sum w log w      mean w = 1,  mean w a = mean a,  mean w y = mean y,  cov_w(a, y) = 0,  cov_w(a, a') = 0
 
+for each class y and each pair of attributes a, a' of which rows have both, either one, and neither. Without such rows,
+as with two values of one column, no weights make them independent.
+
 Balance-subsampled stable prediction (Kuang et al., arXiv 2006.04381) draws a sub-sample by a fractional factorial
-design instead. Departure: weights keep every row of a small table, and only the declared attributes are balanced. No
-torch here.
+design instead. Departure: weights keep every row of a small table, and only the declared attributes are balanced. This
+was written from the paper; its authors' code was not read. No torch here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from ..errors import UsageError
 from .problem import Problem
-from .tables import overlap_of, words
+from .tables import label_name, overlap_of, words
+
+Kind = Literal["measure", "column", "word"]
 
 LEAST = 20  # rows with an attribute; fewer say little
 GAP = 0.3  # difference of the shares of a class that is worth a line
@@ -63,54 +69,65 @@ class Predictor:
         )
 
 
-def predictors(rows: pd.DataFrame, problem: Problem) -> list[Predictor]:
+def predictors(rows: pd.DataFrame, problem: Problem, columns: pd.DataFrame | None = None) -> list[Predictor]:
     """Attributes of training rows that predict a class, the clearest first; none for numbers.
 
     Args:
-        rows: Rows with ``text``, ``label``, and ``text_pair`` and ``subgroup`` where there are such.
+        rows: Rows with ``text``, ``label``, and ``text_pair`` where there is one.
         problem: The problem.
+        columns: Further columns of the rows, whose values are attributes; none of them a label.
     """
     from scipy.stats import fisher_exact
 
     member = problem.membership(rows["label"])
-    tried = [part for part in _attributes(rows) if LEAST <= part.has.sum() <= len(rows) - LEAST]
+    tried = 0
     found: list[tuple[float, Predictor]] = []
-    for part in tried:
+    for part in _attributes(rows, columns):
+        if not LEAST <= part.has.sum() <= len(rows) - LEAST:
+            continue
+        tried += 1
         inside, outside = member[part.has].mean(axis=0), member[~part.has].mean(axis=0)
         for i, label in enumerate(problem.names):
-            if inside[i] - outside[i] <= GAP or (part.word and inside[i] < WORD_SHARE):
+            if inside[i] - outside[i] <= GAP or (part.kind == "word" and inside[i] < WORD_SHARE):
                 continue
             counts = [[member[side, i].sum(), (~member[side, i]).sum()] for side in (part.has, ~part.has)]
-            p = float(fisher_exact(counts, alternative="greater").pvalue) * len(tried) * len(problem.names)
-            if p < CHANCE:
-                named = Predictor(part.words, label, float(inside[i]), int(part.has.sum()), float(outside[i]))
-                found.append((p, named))
-    return [predictor for _, predictor in sorted(found, key=lambda pair: pair[0])]
+            p = float(fisher_exact(counts, alternative="greater").pvalue)
+            named = Predictor(part.words, label, float(inside[i]), int(part.has.sum()), float(outside[i]))
+            found.append((p, named))
+    clear = [(p, predictor) for p, predictor in found if p * tried * len(problem.names) < CHANCE]
+    return [predictor for _, predictor in sorted(clear, key=lambda pair: pair[0])]
 
 
-def balanced(rows: pd.DataFrame, problem: Problem, names: Sequence[str]) -> np.ndarray:
+def balanced(
+    rows: pd.DataFrame, problem: Problem, names: Sequence[str], columns: pd.DataFrame | None = None
+) -> np.ndarray:
     """Weights of rows (rows,), with mean 1, under which attributes do not predict the classes.
 
     Args:
         rows: As of `predictors`.
         problem: A problem with classes.
-        names: Attributes: ``length``, ``negation``, ``overlap``, ``subgroup``, or a word.
+        names: Attributes: ``length``, ``negation``, ``overlap``, ``subgroup`` (all columns), one of the columns, or a
+            word, where nothing else has this name.
+        columns: As of `predictors`.
 
     Raises:
         UsageError: Numbers instead of classes, or a name that no row, or every row, has.
     """
     if not problem.names:
         raise UsageError(f"balance is for classes, this is {problem.kind}: leave it out.")
-    parts = list(_attributes(rows))
-    chosen = []
-    for name in names:
-        own = [part.has for part in parts if part.name == name.lower() and 0 < part.has.sum() < len(rows)]
+    named: dict[str, dict[Kind, list[np.ndarray]]] = {name: {} for name in names}
+    for part in _attributes(rows, columns):
+        if 0 < part.has.sum() < len(rows):
+            for name in part.named(names):
+                named[name].setdefault(part.kind, []).append(part.has)
+    for name, own in named.items():
         if not own:
             raise UsageError(
                 f"balance: no attribute {name!r} that some rows have and others lack: name length, negation, overlap "
-                f"(of pairs), subgroup, or a word that {LEAST} rows hold."
+                f"(of pairs), subgroup (its columns but for a label), or a word that {LEAST} rows hold."
             )
-        chosen += own
+    kinds: tuple[Kind, ...] = ("measure", "column", "word")
+    chosen = [has for own in named.values() for has in own[next(kind for kind in kinds if kind in own)]]
     return entropy_weights(np.stack(chosen, axis=1), problem.membership(rows["label"]))
 
 
@@ -131,7 +148,8 @@ def entropy_weights(attributes: np.ndarray, member: np.ndarray, most: float = MO
     from scipy.special import logsumexp, softmax
 
     a, y = (np.asarray(part, dtype=float) - np.mean(part, axis=0) for part in (attributes, member))
-    crossed = [a[:, i] * a[:, j] for i in range(a.shape[1]) for j in range(i)]
+    pairs = [(i, j) for i in range(a.shape[1]) for j in range(i) if _crossed(attributes[:, i], attributes[:, j])]
+    crossed = [a[:, i] * a[:, j] for i, j in pairs]
     moments = np.column_stack([a, y, (a[:, :, None] * y[:, None, :]).reshape(len(a), -1), *crossed])
     spread = moments.std(axis=0)
     moments = moments[:, spread > 0] / spread[spread > 0]  # all of them are to have the mean 0
@@ -149,6 +167,11 @@ def entropy_weights(attributes: np.ndarray, member: np.ndarray, most: float = MO
     return weights
 
 
+def _crossed(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether there are rows with both attributes, with either one, and with neither."""
+    return len({*zip(one.tolist(), other.tolist(), strict=True)}) == 4
+
+
 def effective(weights: np.ndarray) -> float:
     """Effective number of rows: how many rows of equal weight would be as certain."""
     return float(weights.sum() ** 2 / np.square(weights).sum())
@@ -159,16 +182,21 @@ class Attribute:
     """A yes-or-no attribute of rows.
 
     Attributes:
-        name: Name by which `balanced` takes it; several subgroups share one.
+        kind: Whether it is a measure of the texts, a value of a column, or a single word of the texts.
+        name: Name by which `balanced` takes it; the values of a column share one.
         words: The attribute in words.
         has: Truth values (rows,).
-        word: Whether it is a single word of the texts.
     """
 
+    kind: Kind
     name: str
     words: str
     has: np.ndarray
-    word: bool = False
+
+    def named(self, names: Sequence[str]) -> list[str]:
+        """Those of the names that mean this attribute."""
+        own = {self.name.lower(), "subgroup"} if self.kind == "column" else {self.name.lower()}
+        return [name for name in names if name.lower() in own]
 
 
 def _cut(values: np.ndarray) -> float:
@@ -178,7 +206,7 @@ def _cut(values: np.ndarray) -> float:
     return float(lower.max()) if len(lower) and values.max() <= middle else middle
 
 
-def _attributes(rows: pd.DataFrame) -> Iterator[Attribute]:
+def _attributes(rows: pd.DataFrame, columns: pd.DataFrame | None) -> Iterator[Attribute]:
     """Every attribute of the rows; words in fewer than LEAST rows are left out."""
     texts = [column for column in ("text", "text_pair") if column in rows]
     said = [[words(text) for text in rows[column]] for column in texts]
@@ -186,16 +214,18 @@ def _attributes(rows: pd.DataFrame) -> Iterator[Attribute]:
         which = "" if len(texts) == 1 else f" of {column}"
         lengths = np.array([len(row) for row in own])
         middle = _cut(lengths)
-        yield Attribute("length", f"length{which} above {middle:g} words", lengths > middle)
+        yield Attribute("measure", "length", f"length{which} above {middle:g} words", lengths > middle)
         denied = rows[column].str.contains(NEGATION, case=False).to_numpy(dtype=bool)
-        yield Attribute("negation", f"negation{which}", denied)
+        yield Attribute("measure", "negation", f"negation{which}", denied)
     if len(texts) == 2:
         overlap = np.array([overlap_of(a, b) for a, b in zip(*said, strict=True)])
         middle = _cut(overlap)
-        yield Attribute("overlap", f"overlap of the texts above {middle:.0%} of the second", overlap > middle)
-    if "subgroup" in rows:
-        for name in sorted(set(rows["subgroup"])):
-            yield Attribute("subgroup", f"subgroup {name!r}", (rows["subgroup"] == name).to_numpy())
+        words_of_it = f"overlap of the texts above {middle:.0%} of the second"
+        yield Attribute("measure", "overlap", words_of_it, overlap > middle)
+    for column, cells in () if columns is None else columns.items():
+        values = np.array([label_name(value) for value in cells])
+        for value in sorted(set(values.tolist())):
+            yield Attribute("column", str(column), f"{column} {value!r}", values == value)
     having: dict[str, list[int]] = {}
     for i, parts in enumerate(zip(*said, strict=True)):
         for word in {word for part in parts for word in part}:
@@ -204,4 +234,4 @@ def _attributes(rows: pd.DataFrame) -> Iterator[Attribute]:
         if len(places) >= LEAST:
             has = np.zeros(len(rows), dtype=bool)
             has[places] = True
-            yield Attribute(word, repr(word), has, word=True)
+            yield Attribute("word", word, repr(word), has)

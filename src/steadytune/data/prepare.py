@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from .labels import find_problem
 from .problem import Problem
 from .splits import cut, split, subset
 from .tables import Table, _follow, _string, examples, keys, resolve, texts
-from .unlabelled import BLANK, REST, Unlabelled, gathered, is_named, part_blank, sources_of, texts_of
+from .unlabelled import BLANK, REST, Unlabelled, gathered, is_named, keys_of, part_blank, sources_of, texts_of
 
 logger = logging.getLogger("steadytune")
 
@@ -44,6 +44,7 @@ class Data:
         coarser: Of each test set, class name to the name it is scored under.
         table: The training table with the names of its columns.
         unlabelled: Texts without labels, if there are any.
+        apart: Further texts that nothing is learnt from, as `keys` gives them.
     """
 
     train: pd.DataFrame
@@ -53,6 +54,20 @@ class Data:
     coarser: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     table: Table | None = None
     unlabelled: Unlabelled | None = None
+    apart: frozenset[tuple[str, ...]] = frozenset()
+
+    @property
+    def tested(self) -> set[tuple[str, ...]]:
+        """Texts that no training may learn from beside the training rows: of test and validation sets, and apart."""
+        return set(self.apart).union(*(keys(rows) for rows in self.tests.values()))
+
+    @property
+    def columns(self) -> pd.DataFrame | None:
+        """The columns of subgroups of the training rows, without those that are labels or made of the texts."""
+        if self.table is None:
+            return None
+        frame, labels = self.table.frame, set(self.table.form.columns)
+        return frame.loc[self.train.index, [c for c in self.table.subgroup if c in frame and c not in labels]]
 
     def describe(self) -> dict[str, Any]:
         """Sizes, origins and fingerprints, ready for JSON."""
@@ -92,6 +107,7 @@ def prepare(
     seed: int = 0,
     unlabelled: Any = None,
     unlabelled_size: int | None = None,
+    apart: Sequence[Any] = (),
 ) -> Data:
     """Check every table and draw the splits.
 
@@ -107,6 +123,7 @@ def prepare(
         unlabelled: Texts without labels: a file, frame or other source, ``"blank"`` (rows of the training table whose
             label is empty), ``"rest"`` (rows that ``train_size`` leaves over), or a list of these.
         unlabelled_size: Number of these texts to draw; all by default.
+        apart: Files, frames or other sources of further texts that nothing is learnt from.
 
     Raises:
         UsageError: A table is not right, or a split is not possible.
@@ -161,12 +178,13 @@ def prepare(
         origins={**origins, **{name: table.origin for name, table in tables.items()}},
         coarser={name: table.coarser for name, table in tables.items()},
         table=train,
+        apart=frozenset(key for source in apart for key in keys_of(source, train)),
     )
     if not wanted:
         return data
     blank = whole.frame.drop(index=train.frame.index)
     found = [_without_labels(source, train, rest, blank) for source in wanted]
-    return dataclasses.replace(data, unlabelled=gathered(found, data.train, data.tests.values(), unlabelled_size, seed))
+    return dataclasses.replace(data, unlabelled=gathered(found, data.train, data.tested, unlabelled_size, seed))
 
 
 def _numbered(table: Table) -> Table:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,10 +123,30 @@ def texts_of(source: Any, train: Table) -> tuple[pd.DataFrame, str]:
     return texts(dataclasses.replace(table, text=columns)), table.origin
 
 
+def keys_of(source: Any, train: Table) -> list[tuple[str, ...]]:
+    """The texts of a file or frame with or without labels, as `keys` gives them.
+
+    Args:
+        source: Any source of `read_rows`.
+        train: The resolved training table, whose columns are read.
+
+    Raises:
+        UsageError: It cannot be read, or lacks a text column.
+    """
+    columns, _ = train.columns
+    table = Table.of(source, columns, None, "set apart")
+    if missing := [column for column in columns if column not in table.frame.columns]:
+        raise UsageError(
+            f"{table.origin}: no column {missing[0]!r}. Texts apart stand in the text columns of the training table "
+            f"({', '.join(map(repr, columns))}): rename the column."
+        )
+    return keys(texts(dataclasses.replace(table, text=columns)))
+
+
 def gathered(
     parts: Sequence[tuple[pd.DataFrame, str]],
     labelled: pd.DataFrame,
-    tests: Iterable[pd.DataFrame],
+    tested: Collection[tuple[str, ...]],
     size: int | None,
     seed: int,
 ) -> Unlabelled:
@@ -135,7 +155,7 @@ def gathered(
     Args:
         parts: Texts of each source, and its name.
         labelled: Training rows.
-        tests: Test and validation sets.
+        tested: Texts of test and validation sets, as `keys` gives them.
         size: Number of texts to draw; None for all.
         seed: Seed of the draw.
 
@@ -144,7 +164,7 @@ def gathered(
     """
     columns = [column for column in ("text", "text_pair") if column in labelled]
     rows = pd.concat([part[columns] for part, _ in parts], ignore_index=True)
-    known = {"tests": {key for test in tests for key in keys(test)}, "labelled": {*keys(labelled)}}
+    known = {"tests": tested, "labelled": {*keys(labelled)}}
     origins, left_out = tuple(origin for _, origin in parts), {}
     for why, taken in known.items():
         out = np.array([key in taken for key in keys(rows)], dtype=bool)

@@ -25,7 +25,7 @@ import pandas as pd
 from ..data import splits
 from ..data.prepare import Data
 from ..data.problem import Problem
-from ..data.tables import Kind
+from ..data.tables import Kind, Table
 from ..errors import UsageError
 from ..files.atomic import write_json, write_whole, writing
 from ..heads.influence import cross_influence
@@ -120,7 +120,7 @@ def inspect_labels(
     Args:
         train: A table, as of `fit`.
         model: A Hugging Face model directory or hub name, or the output of a fit. Of a fit, the pre-trained model reads
-            the rows, because the fine-tuned one has learned their labels; columns and kind are those of the fit.
+            the rows, because the fine-tuned one has learned their labels; columns, group and kind are those of the fit.
         text: One text column, or two for sentence pairs; found by name or content if not given.
         label: The label column, found likewise; or, for several labels a row, one column of 0 and 1 for each class.
         label_separator: What stands between several labels in one cell.
@@ -146,6 +146,9 @@ def inspect_labels(
     columns = known | {key: value for key, value in given.items() if value is not None}
     read = {"prompt": columns.pop("prompt", None), "max_length": columns.pop("max_length", None)}
     read |= {key: value for key, value in (("prompt", prompt), ("max_length", max_length)) if value is not None}
+    parted = columns.pop("group", None)
+    if group is None and parted is not None and parted in Table.of(train, None, None, "train").frame.columns:
+        group = parted
     plan = make_plan(  # reads and checks the table; its model is never opened
         train, model="", group=group, validation_share=0.0, seed=seed, folds=folds, **columns
     )
@@ -169,7 +172,7 @@ def _of_fit(folder: Path) -> tuple[str, dict[str, Any]]:
     """The pre-trained model of a fit, and its columns, kind, prompt and length."""
     record = read_record(folder)
     recipe, columns = record["recipe"], record["columns"]
-    text = {"text": columns["text"], "label": columns["label"], "label_separator": columns.get("label_separator")}
+    text = {key: columns.get(key) for key in ("text", "label", "label_separator", "group")}
     about = {"kind": recipe["kind"], "prompt": recipe.get("prompt"), "max_length": recipe["max_length"]}
     logger.info("%s: the rows are read by %s, from which it was fine-tuned", folder, recipe["model"])
     return recipe["model"], {**text, **about}

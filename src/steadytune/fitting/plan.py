@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -17,7 +17,7 @@ import pandas as pd
 from ..data.balance import WEIGHT, Predictor, balanced, effective, predictors
 from ..data.guards import inspect, raise_errors
 from ..data.prepare import Data, prepare
-from ..data.problem import Regression
+from ..data.problem import Problem, Regression
 from ..data.scores import best_threshold, subgroups_of, worst_value
 from ..data.splits import folds
 from ..data.tables import Kind, Table
@@ -116,7 +116,7 @@ class Plan:
     @functools.cached_property
     def predictors(self) -> list[Predictor]:
         """Attributes of the training rows that predict a class by themselves."""
-        return predictors(self.data.train, self.data.problem)
+        return predictors(self.data.train, self.data.problem, self.data.columns)
 
     @property
     def select(self) -> pd.DataFrame | None:
@@ -154,9 +154,14 @@ def make_plan(
     probe: bool = True,
     save_steps: int = 200,
     progress: bool = True,
+    apart: Sequence[Any] = (),
+    changed: Callable[[pd.DataFrame, Problem], pd.DataFrame] | None = None,
     **options: Any,
 ) -> Plan:
-    """Check options and data; arguments as of `fit`.
+    """Check options and data; arguments as of `fit`, but for two.
+
+    Nothing is learnt from the texts of ``apart`` (files or frames), as from those of the tests. ``changed`` changes the
+    checked training rows before anything is made of them.
 
     Raises:
         UsageError: What was asked for cannot be done.
@@ -211,9 +216,12 @@ def make_plan(
         seed=checked.seeds["subset"],
         unlabelled=unlabelled,
         unlabelled_size=None if unlabelled_size is None else python_value("unlabelled_size", unlabelled_size, int),
+        apart=apart,
     )
     for finding in raise_errors(inspect(data, standardize=checked.standardize)):
         logger.warning("%s", finding.message)
+    if changed is not None:
+        data = dataclasses.replace(data, train=changed(data.train, data.problem))
     data = _balanced(data, checked.balance)
     if checked.threshold is not None:
         decided = data.problem.at(0.5 if isinstance(checked.threshold, str) else checked.threshold)
@@ -315,7 +323,7 @@ def _balanced(data: Data, names: Sequence[str] | None) -> Data:
     """The data with weights of the training rows, if attributes are to be balanced."""
     if not names:
         return data
-    weights = balanced(data.train, data.problem, names)
+    weights = balanced(data.train, data.problem, names, data.columns)
     logger.info(
         "balanced by %s: %d rows count as %.0f (effective number), with weights from %.2f to %.2f",
         ", ".join(names), len(weights), effective(weights), weights.min(), weights.max(),

@@ -148,7 +148,10 @@ class MetaSemi(Method):
         device = next(run.model.parameters()).device
         with run.forked_rng():
             texts = self.rows.next()
-        return {k: v.to(device) for k, v in texts.items() if isinstance(v, Tensor) and k != "labels"}
+        inputs = {k: v.to(device) for k, v in texts.items() if isinstance(v, Tensor) and k != "labels"}
+        unknown = torch.full((len(next(iter(inputs.values()))),), -1, device=device)  # domain or subgroup of the texts
+        columns = {name for method in run.methods for name in method.input_columns}
+        return {**dict.fromkeys(columns, unknown), **inputs}
 
     def trial(self, weights: Sequence[Weight]) -> list[tuple[Weight, Tensor]]:
         """The trial step along the gradient."""

@@ -72,7 +72,7 @@ class Intermediate:
             **dataclasses.asdict(options),
         )  # fmt: skip
         origin = plan.data.origins["train"]
-        known = {key for rows in (fit.train, *fit.tests.values()) for key in keys(rows)}
+        known = fit.tested.union(keys(fit.train))
         kept = [key not in known for key in keys(plan.data.train)]
         left_out = len(kept) - sum(kept)
         if left_out:
