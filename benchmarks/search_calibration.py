@@ -89,6 +89,7 @@ class Simulated:
         if self.world.planted:
             self.gains[names[1]] = self.world.planted
         self.lasting: dict[tuple[str, ...], Array] = {}
+        self.whole = self.left
 
     def of_rows(self) -> Array:
         """A standard normal number for each row."""
@@ -116,6 +117,10 @@ class Simulated:
         noise = self.rng.normal(0, math.sqrt((1 - self.world.lasting) * own), n)
         margin = SCALE * stats.norm.ppf(min(0.999, ACCURACY + self.gain(recipe)))
         return (self.z + self.lasting[recipe] + shift + noise > -margin).astype(float)
+
+    def further(self, recipe: tuple[str, ...]) -> float:
+        """The last fit is no part of the budget here."""
+        return 0.0
 
     def has(self, recipe: tuple[str, ...], repeat: int) -> bool:
         return (recipe, repeat) in self.drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from steadytune.bench.own_tables import OwnTables
 from steadytune.bench.pool import Outcome
 from steadytune.bench.run import failed, tables
 from steadytune.bench.store import Store
+from steadytune.errors import UsageError
 from steadytune.searching import cells as module
 from steadytune.searching.budget import Budget
 from steadytune.searching.cells import Cells
@@ -178,16 +180,80 @@ def test_seconds_of_earlier_invocations_count(folder, monkeypatch):
     assert (again.before, again.left) == (30.0, 270.0)
 
 
-def test_an_arm_that_fails_stops_at_its_first_training_and_one_that_collapses_at_its_second(folder):
+def test_an_arm_that_fails_or_collapses_stops_at_its_second_training(folder):
     cells, engine = make(rdrop="fails", lr_3="collapses")
     outcome = race(cells).run()
     begun = Counter(run.spec["recipe"] for run in engine.done)
-    assert {count for name, count in begun.items() if name.endswith("rdrop")} == {1}
+    assert {count for name, count in begun.items() if name.endswith("rdrop")} == {2}
     assert {count for name, count in begun.items() if name.endswith("lr*3")} == {2}
     reasons = {str(arm).rpartition(" + ")[2]: why for arm, why in outcome.dropped.items()}
     assert reasons["rdrop"] == "ValueError: this model has no layers"
     assert reasons["lr*3"] == "the training loss did not fall in 2 of 2 trainings"
     assert not {"rdrop", "lr*3"} & {*outcome.ship.arms}
+
+
+class Failing(Drawing):
+    """Fails trainings of some numbers, for a reason that passes."""
+
+    def __init__(self, *numbers, **quality):
+        super().__init__(Clock(), **quality)
+        self.numbers = numbers
+
+    def record(self, run):
+        if len(self.done) in self.numbers:
+            return failed(run, "OSError: no space left on device", 1.0), None
+        return super().record(run)
+
+
+def test_a_training_that_fails_once_is_done_again(folder):
+    """Naive: one full disk, and the arm is out for good; or plain, and the search cannot go on."""
+    whole = race(make(place="whole", head=0.9)[0]).run()
+    cells = make(place="again", head=0.9)[0]
+    cells.engine = Failing(2, 6, head=0.9)
+    assert race(cells).run() == whole
+
+
+def test_what_has_failed_is_tried_again_by_a_search_that_goes_on(folder):
+    """Naive: the records of failed trainings stay, and only --overwrite helps, which removes all others."""
+    whole = race(make(place="whole", head=0.9)[0]).run()
+    cells = make(place="again", head=0.9)[0]
+    cells.engine = Failing(1, 2, head=0.9)
+    with pytest.raises(UsageError, match="plain fine-tuning has no scores: OSError: no space left on device"):
+        race(cells).run()
+    assert race(make(place="again", head=0.9)[0]).run() == whole
+
+
+def test_the_last_fit_with_a_costly_arm_is_set_aside_before_the_arm_is_tried(folder):
+    """Naive: it is only when the arm has run, and takes what was kept for judging."""
+    cells, _ = make("15runs")
+    arm = changed(PLAIN, "soup=3", cells.task.base)
+    cells.do([(PLAIN, 0)])
+    assert (cells.last_fit, cells.further(PLAIN), cells.further(arm)) == (1, 0, 2)
+    assert cells.whole == 14
+    cells.do([(arm, 0)])
+    assert (cells.last_fit, cells.further(arm)) == (3, 0)
+
+
+def test_paces_are_those_of_the_model(folder):
+    """Naive: the mean over a small and a large model, which is wrong for both."""
+    two = dataclasses.replace(task(), models={"bert": str(folder / "bert"), "large": str(folder / "bert")})
+    engine = Drawing(Clock())
+    cells = Cells(two, Store("cells"), Budget.of("60m"), engine)
+    cells.do([(PLAIN, 0)])
+    engine.seconds *= 9
+    large = Recipe("large", ("large",))
+    cells.do([(large, 0)])
+    assert cells.seconds(changed(PLAIN, "lr*3", two.base)) == cells.seconds(PLAIN)
+    assert cells.seconds(changed(large, "lr*3", two.base)) == 9 * cells.seconds(PLAIN)
+
+
+def test_a_seed_may_be_as_large_as_seeds_are(folder):
+    """Naive: seeds of the folds are a thousand times as large, and refused."""
+    large = dataclasses.replace(task(), seed=2**32 - 1)
+    seeds = [run.spec["seeds"]["init"] for run in large.trials([(PLAIN, 0), (PLAIN, 1)])]
+    assert len({*seeds}) == 2 * large.k
+    assert max(seeds) < 2**32
+    assert sorted(np.unique(large.sheet().folds)) == list(range(large.k))
 
 
 def test_plain_may_collapse_and_is_beaten_then(folder):

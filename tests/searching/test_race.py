@@ -168,6 +168,64 @@ def test_an_arm_in_trouble_never_wins_and_is_listed():
     assert end.dropped[("heads 1",)] == "collapsed twice"
 
 
+def test_an_arm_that_comes_into_trouble_later_is_not_chosen_by_its_first_repeat():
+    """Naive: it is, later stages train on top of it, and plain is put back in the end."""
+    seen = []
+
+    class Late(Table):
+        def trouble(self, recipe):
+            return "failed twice" if "heads 1" in recipe and self.has(recipe, 1) else None
+
+    def later(chosen):
+        seen.append(chosen)
+        return [(*chosen, "methods 0")]
+
+    trials = Late(World(300, 0.5, planted=0.15), np.random.default_rng(0), 200)
+    race(trials, stages=[Stage("one", lambda chosen: [("heads 1",)]), Stage("two", later)])
+    assert set(seen) == {()}
+
+
+def test_an_arm_that_is_worse_than_a_frozen_recipe_is_listed():
+    trials = table(World(300, 0.0))
+    trials.gains |= {"methods 3": 0.0, "heads 0": -0.25}
+    end = race(trials, stages=[Stage("one", lambda chosen: [("heads 0",)])], frozen=[("methods 3",)])
+    assert end.dropped == {("heads 0",): "it is worse than ('methods 3',)"}
+
+
+def test_a_frozen_recipe_that_fails_keeps_no_other_from_being_chosen():
+    class Half(Table):
+        def do(self, wanted):
+            super().do([(recipe, repeat) for recipe, repeat in wanted if recipe != ("methods 2",)])
+
+    trials = Half(World(300, 0.0), np.random.default_rng(0), 200)
+    trials.gains["methods 3"] = 0.15
+    end = race(trials, stages=[Stage("none", lambda chosen: [])], frozen=[("methods 2",), ("methods 3",)])
+    assert end.ship == ("methods 3",)
+
+
+@pytest.mark.parametrize("stop", [60, 85, 90])
+def test_a_race_that_goes_on_keeps_as_much_for_judging(stop):
+    """Naive: what is left at the start of the invocation, which is less by what earlier ones have spent."""
+
+    class Stopping(Table):
+        stop: float = 0.0
+
+        def do(self, wanted):
+            for pair in wanted:
+                if self.whole - self.left >= self.stop > 0:
+                    raise KeyboardInterrupt
+                super().do([pair])
+
+    world = World(300, 0.5, planted=0.08)
+    whole = race(table(world, budget=115))
+    trials = Stopping(world, np.random.default_rng(0), 115)
+    trials.stop = stop
+    with pytest.raises(KeyboardInterrupt):
+        race(trials)
+    trials.stop = 0.0
+    assert race(trials) == whole
+
+
 def test_a_costly_arm_must_be_likely_better():
     """With a gain within the noise, the arm of twice the cost stays out, and that of equal cost is taken."""
     stage = [Stage("one", lambda chosen: [("heads 1",)])]

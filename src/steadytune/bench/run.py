@@ -112,7 +112,7 @@ def execute(run: Trial, folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
         if plan.stages:
             from ..fitting.stages import after_stages  # as above
 
-            began, passes = time.perf_counter(), _passes_of_stages(plan, pretrained)
+            began, passes = time.perf_counter(), passes_of_stages(plan, pretrained)
             pretrained = after_stages(plan.stages, pretrained, Path(scratch))
             earlier = time.perf_counter() - began
         setup = planning.make_setup(plan, pretrained, Path(scratch))
@@ -145,7 +145,7 @@ def execute(run: Trial, folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     return record, storable(predictions)
 
 
-def _passes_of_stages(plan: planning.Plan, pretrained: Pretrained) -> float:
+def passes_of_stages(plan: planning.Plan, pretrained: Pretrained) -> float:
     """About how many passes over a batch of the fit cost as much as its stages, at most: by their tokens."""
     options, rows = plan.options, plan.data.train
     batch = min(options.batch_size, len(rows)) * options.accumulation * pretrained.mean_length(rows)

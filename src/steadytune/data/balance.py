@@ -222,10 +222,10 @@ def _attributes(rows: pd.DataFrame, columns: pd.DataFrame | None) -> Iterator[At
         middle = _cut(overlap)
         words_of_it = f"overlap of the texts above {middle:.0%} of the second"
         yield Attribute("measure", "overlap", words_of_it, overlap > middle)
-    for column, cells in () if columns is None else columns.items():
+    for name, cells in () if columns is None else columns.items():
         values = np.array([label_name(value) for value in cells])
         for value in sorted(set(values.tolist())):
-            yield Attribute("column", str(column), f"{column} {value!r}", values == value)
+            yield Attribute("column", str(name), f"{name} {value!r}", values == value)
     having: dict[str, list[int]] = {}
     for i, parts in enumerate(zip(*said, strict=True)):
         for word in {word for part in parts for word in part}:

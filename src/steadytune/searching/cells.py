@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ import pandas as pd
 from ..bench.forecast import passes
 from ..bench.own_tables import HELD_OUT, OwnTables
 from ..bench.pool import Engine
+from ..bench.records import FOLDER
 from ..bench.run import silent
 from ..bench.spec import Study, Trial
 from ..bench.store import Store
@@ -40,7 +42,9 @@ from .row_scores import row_losses, row_scores
 
 SPENT = "spent.json"  # seconds of earlier invocations
 PROCEDURE_PASSES = 2.5  # cost of a procedure that did not run yet and cannot tell it, as a multiple of a plain training
+FAILURES = 2  # trainings of a recipe that fail or collapse before it is dropped
 APART = 1000  # cuts of the rows per seed of a search
+SEEDS = 2**32  # number of seeds
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,8 @@ class Task:
         return round(len(self.data.train) * (self.k - 1) / self.k)
 
     def cut(self, repeat: int) -> int:
-        """Number of the cut of the rows of a repeat."""
-        return self.seed * APART + repeat
+        """Number of the cut of the rows of a repeat. Each of its folds has a seed, as large as seeds may be."""
+        return (self.seed * APART + repeat) % (SEEDS // self.k)
 
     def sheet(self) -> Sheet:
         """Halves and folds of the rows."""
@@ -100,6 +104,24 @@ class Task:
                 cuts[repeat, outside] = number
         together = units(rows)
         return Sheet(halves(problem.strata(rows["label"]), together, self.seed), cuts, together)
+
+    def effort(self, recipe: Recipe) -> float:
+        """Cost of a training as a multiple of a plain one, by its steps, methods, procedure and earlier trainings."""
+        procedure, before = make_procedure(recipe.procedure), 0.0
+        several = 1.0 if procedure is None else procedure.passes(self.base, self.inside)
+        if several is None or recipe.before:
+            from ..bench.run import make_plan, passes_of_stages
+            from ..fitting.plan import open_model
+            from ..fitting.randomness import as_found
+
+            with silent(), as_found():
+                plan = make_plan(self.trials([(recipe, 0)])[0])
+                if recipe.before:
+                    before = passes_of_stages(plan, open_model(plan)) / plan.steps
+            if several is None and plan.procedure is not None:
+                several = plan.procedure.cost(plan)
+        several = PROCEDURE_PASSES if several is None else several
+        return recipe.lengthened * passes(recipe.methods) * recipe.soup * several + before
 
     def trials(self, wanted: Sequence[tuple[Recipe, int]]) -> list[Trial]:
         """Runs of recipes in repeats, in this order, fold by fold."""
@@ -156,15 +178,23 @@ class Cells:
     _records: dict[str, dict[str, Any]] = field(init=False, default_factory=dict)
     _under_way: set[str] = field(init=False, default_factory=set)
     _scores: dict[tuple[Recipe, int], tuple[Array, Array]] = field(init=False, default_factory=dict)
+    _failures: Counter[Recipe] = field(init=False, default_factory=Counter)
+    _efforts: dict[Recipe, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sheet = self.task.sheet()
         self.started, self.before = time.monotonic(), _spent(self.store.folder)
+        for file in self.store.folder.glob(f"{FOLDER}/*.json"):  # what has failed is tried again
+            if json.loads(file.read_text(encoding="utf-8"))["status"] == "failed":
+                self.store.forget(file.stem)
 
     # ---- trainings
 
     def do(self, wanted: Sequence[tuple[Recipe, int]]) -> None:
-        """Do the repeats that are missing, until the budget is over; a failed or collapsed recipe is left out."""
+        """Do the repeats that are missing, until the budget is over; a recipe in trouble is left out.
+
+        A training that has failed is done once more, as the reason may have passed.
+        """
         new = [pair for pair in wanted if pair not in self.runs]
         if new:
             with silent():
@@ -172,6 +202,26 @@ class Cells:
             for i, pair in enumerate(new):
                 self.runs[pair] = runs[i * self.task.k : (i + 1) * self.task.k]
             self._begin(runs)
+        self._complete(wanted)
+        if self._forget_failed(wanted):
+            self._complete(wanted)
+
+    def _forget_failed(self, wanted: Sequence[tuple[Recipe, int]]) -> bool:
+        """Forget the failed trainings of recipes that may go on; return whether there are any."""
+        again = [
+            (recipe, run)
+            for recipe, repeat in wanted
+            if self.trouble(recipe) is None
+            for run in self.runs[recipe, repeat]
+            if (record := self._record(run)) is not None and record["status"] == "failed"
+        ]
+        for recipe, run in again:
+            self._failures[recipe] += 1
+            self.store.forget(run.id)
+            del self._records[run.id]
+        return bool(again)
+
+    def _complete(self, wanted: Sequence[tuple[Recipe, int]]) -> None:
         owner = {run.id: recipe for (recipe, _), runs in self.runs.items() for run in runs}
         complete(
             self.store,
@@ -212,16 +262,28 @@ class Cells:
     @property
     def left(self) -> float:
         """Trainings or seconds that are left, without those of the last fit."""
-        if self.budget.unit == "runs":
-            last = max((recipe.soup for recipe, _ in self.runs), default=1)
-            return self.budget.amount - last - self.trainings
-        return self.budget.amount - self.spent - self.last_fit
+        spent = self.trainings if self.budget.unit == "runs" else self.spent
+        return self.budget.amount - self.last_fit - spent
+
+    @property
+    def whole(self) -> float:
+        """Trainings or seconds of the whole budget, without those of the last fit."""
+        return self.budget.amount - self.last_fit
 
     @property
     def last_fit(self) -> float:
-        """Seconds of a fit on all rows with the slowest recipe so far."""
-        slowest = max((self._cell_seconds(recipe) for recipe, _ in self.runs if self._done(recipe)), default=0.0)
-        return 1.2 * slowest * self.task.k / (self.task.k - 1)
+        """Trainings or seconds that are set aside for a fit on all rows with the most costly recipe so far."""
+        least = 1.0 if self.budget.unit == "runs" else 0.0
+        return max([least, *(self._last(recipe) for recipe, _ in self.runs if self.trouble(recipe) is None)])
+
+    def further(self, recipe: Recipe) -> float:
+        """Trainings or seconds that a fit on all rows with this recipe needs beside what is set aside."""
+        return max(0.0, self._last(recipe) - self.last_fit)
+
+    def _last(self, recipe: Recipe) -> float:
+        if self.budget.unit == "runs":
+            return float(recipe.soup)
+        return 1.2 * self._cell_seconds(recipe) * self.task.k / (self.task.k - 1)
 
     def cost(self, recipe: Recipe) -> float:
         if self.budget.unit == "runs":
@@ -237,16 +299,16 @@ class Cells:
             return float(np.mean([record["cost"]["seconds"] for record in done]))
         if dict(recipe.options).get("steps") == 0:
             return 0.0
-        paces = [self._cell_seconds(other) / self._effort(other) for other, _ in self.runs if self._done(other) and
-                 dict(other.options).get("steps") != 0]  # fmt: skip
+        trained = {other for other, _ in self.runs if self._done(other) and dict(other.options).get("steps") != 0}
+        alike = {other for other in trained if other.model == recipe.model} or trained
+        paces = [self._cell_seconds(other) / self._effort(other) for other in alike]
         return float(np.mean(paces)) * self._effort(recipe) if paces else 0.0
 
     def _effort(self, recipe: Recipe) -> float:
         """Cost of a training as a multiple of a plain one, before it ran."""
-        procedure = make_procedure(recipe.procedure)
-        several = 1.0 if procedure is None else procedure.passes(self.task.base, self.task.inside) or PROCEDURE_PASSES
-        several = recipe.soup * several + (PROCEDURE_PASSES - 1) * len(recipe.before)
-        return recipe.lengthened * passes(recipe.methods) * several
+        if recipe not in self._efforts:
+            self._efforts[recipe] = self.task.effort(recipe)
+        return self._efforts[recipe]
 
     def _done(self, recipe: Recipe) -> list[dict[str, Any]]:
         """Records of a recipe with scores."""
@@ -283,13 +345,13 @@ class Cells:
         return self._scores[recipe, repeat]
 
     def trouble(self, recipe: Recipe) -> str | None:
-        """The error of a failed training, or that two trainings collapsed; plain may collapse."""
+        """The error of the last of two failed trainings, or that two trainings collapsed; plain may collapse."""
         records = self._of(recipe)
-        for record in records:
-            if record["status"] == "failed":
-                return str(record["error"]).strip().splitlines()[-1]
-        collapsed = sum(bool(record["training"]["failing"]) for record in records)
-        if collapsed >= 2 and recipe.arms:
+        failed = [record for record in records if record["status"] == "failed"]
+        if failed and len(failed) + self._failures[recipe] >= FAILURES:
+            return str(failed[-1]["error"]).strip().splitlines()[-1]
+        collapsed = sum(bool(record["training"]["failing"]) for record in records if record["status"] == "done")
+        if collapsed >= FAILURES and recipe.arms:
             return f"the training loss did not fall in {collapsed} of {len(records)} trainings"
         return None
 

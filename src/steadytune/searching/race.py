@@ -57,9 +57,18 @@ class Trials(Protocol):
         """Time of a repeat."""
         ...
 
+    def further(self, arm: Arm, /) -> float:
+        """What the last fit costs with an arm beside what `left` leaves for it."""
+        ...
+
     @property
     def left(self) -> float:
-        """What is left of the budget."""
+        """What is left of the budget, without the last fit."""
+        ...
+
+    @property
+    def whole(self) -> float:
+        """The whole budget, without the last fit; a race that goes on finds it as it was."""
         ...
 
 
@@ -170,7 +179,7 @@ class Outcome:
         detectable: Smallest gain that these rows and trainings would show in 80 of 100 tables; None if no arm ran.
         standings: What happened in each stage.
         untried: Arms for which the budget was too small, also those that it ended in the first repeat.
-        dropped: Arms that failed or collapsed, with the reason.
+        dropped: Arms that failed, collapsed or were worse than a frozen recipe on a half of the rows, with the reason.
     """
 
     ship: Arm
@@ -212,17 +221,17 @@ class Race:
     untried: dict[Arm, None] = field(init=False, default_factory=dict)
     stage: str = field(init=False, default="plain")
     _judgings: int = field(init=False, default=0)
+    _behind: dict[Arm, Arm] = field(init=False, default_factory=dict)  # arms that a frozen recipe has beaten
 
     def run(self) -> Outcome:
         """Run all stages, and judge what they have chosen."""
         self.chosen = dict.fromkeys(PATHS, self.plain)
-        total = self.trials.left
         self.trials.do([(self.plain, 0)])
         if not self.trials.has(self.plain, 0):
             why = self.trials.trouble(self.plain) or "the budget ended before its first cross-validation was done"
             raise UsageError(f"there is nothing to compare with, because plain fine-tuning has no scores: {why}.")
         self.trials.do([(arm, 0) for arm in self.frozen])
-        self._judgings = min(self.rules.fresh, int(total / (2 * 3 * self.trials.cost(self.plain))))
+        self._judgings = min(self.rules.fresh, int(self.trials.whole / (2 * 3 * self.trials.cost(self.plain))))
         for stage in self.stages:
             self._run(stage)
         self._compare_with_frozen()
@@ -261,12 +270,14 @@ class Race:
         return [arm for arm in dict.fromkeys(itertools.chain.from_iterable(pairs)) if arm is not None]
 
     def _affordable(self, alive: Mapping[str, Sequence[Arm]], rung: int) -> dict[str, list[Arm]]:
-        """The arms that the budget allows beside judging: of a stage the first that fit; later all or none."""
+        """The arms that the budget allows beside judging and the last fit: first those that fit; later all or none."""
         left = self.trials.left - sum(self._missing(arm, rung) for arm in {*self.chosen.values(), self.plain})
         arms, fit = self._together(alive), list[Arm]()
         for arm in arms:
             several = [*fit, arm]
-            if sum(self._missing(each, rung) for each in several) <= left - self._kept_for_judging(several):
+            kept = self._kept_for_judging(several) + max(self.trials.further(each) for each in several)
+            missing = sum(self._missing(each, rung) for each in several)
+            if not missing or missing <= left - kept:  # a race that goes on has spent what is done
                 fit = several
         if rung and len(fit) < len(arms):
             fit = []
@@ -299,11 +310,14 @@ class Race:
         gains = [self._gain(path, arm, before, range(repeats)) for arm in (*running, *others)]
         beliefs = shrunk(gains, self.rules.least)
         best = max(beliefs, key=lambda belief: belief.mean)
+        ahead = (*running, *others)[beliefs.index(best)]
         ranked = sorted(range(len(running)), key=lambda i: -beliefs[i].mean)
         places = max(2, round(self.rules.kept * len(running)))
         standings = []
         for place, i in enumerate(ranked):
             hopeless = beliefs[i] is not best and beliefs[i].above(best) < self.rules.hopeless
+            if hopeless and ahead in others:
+                self._behind[running[i]] = ahead
             fate = "stopped" if hopeless or place >= places else "kept"
             standings.append(Standing(stage, path, repeats, running[i], gains[i], beliefs[i], fate))
         self.standings += standings
@@ -314,7 +328,7 @@ class Race:
 
         Of arms within a standard error of the best one, the lowest loss decides, then the shortest time.
         """
-        standings = [s for s in standings if s.fate == "kept"]
+        standings = [s for s in standings if s.fate == "kept" and self.trials.trouble(s.arm) is None]
         if not standings:
             return
         best, repeats, before = standings[0], range(standings[0].repeats), self.chosen[path]
@@ -333,10 +347,11 @@ class Race:
         """Let a path end with a frozen recipe, if it is believed to be better than the trained one."""
         self.stage = "frozen"
         self.trials.do([(arm, repeat) for arm in self.frozen for repeat in range(self.rules.rungs)])
+        able = [arm for arm in self.frozen if self._done(arm, 1)]
         for path in PATHS:
-            repeats = self._repeats([self.chosen[path], *self.frozen], self.rules.rungs)
-            if repeats:
-                self._choose(path, self._standings("frozen", path, self.frozen, len(repeats)))
+            repeats = self._repeats([self.chosen[path], *able], self.rules.rungs)
+            if able and repeats:
+                self._choose(path, self._standings("frozen", path, able, len(repeats)))
 
     # ---- the end
 
@@ -398,7 +413,9 @@ class Race:
         return float(np.median(errors)) if errors else None
 
     def _dropped(self) -> dict[Arm, str]:
-        return {arm: reason for arm in self.tried if (reason := self.trials.trouble(arm)) is not None}
+        troubled = {arm: reason for arm in self.tried if (reason := self.trials.trouble(arm)) is not None}
+        behind = {arm: f"it is worse than {ahead}" for arm, ahead in self._behind.items()}
+        return {arm: why for arm, why in (behind | troubled).items() if arm not in self.chosen.values()}
 
     # ---- shared
 
