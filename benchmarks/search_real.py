@@ -45,6 +45,17 @@ TASKS = ("sst2", "qnli", "stsb", "mrpc", "sources")
 DEV = "dev"
 
 
+def clear_finished(place: Path) -> None:
+    """Remove a last fit that has ended or was cut off at once; trainings of the search stay, and a fit that goes on."""
+    file = place / "steadytune.json"
+    if not file.is_file() or json.loads(file.read_text(encoding="utf-8")).get("status") != "training":
+        for entry in place.iterdir() if place.is_dir() else ():
+            if entry.is_dir() and entry.name != "search":
+                shutil.rmtree(entry)
+            elif entry.is_file():
+                entry.unlink()
+
+
 @dataclass(frozen=True)
 class Unit:
     """A table of a task."""
@@ -133,7 +144,7 @@ class Study:
         if self.record(unit, "search").is_file():
             return
         place, started = folder / "search", time.perf_counter()
-        (place / "steadytune.json").unlink(missing_ok=True)  # a search that ended without its record here
+        clear_finished(place)
         found = steadytune.search(output=place, budget=self.given.budget, workers=self.given.workers,
                                   resume=(place / "search").is_dir(), **self.asked(unit))  # fmt: skip
         told = {name: v for name, v in found.record.items() if name not in ("asked", "standings")}

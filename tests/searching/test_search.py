@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ import steadytune
 from fit_helpers import same, save_tiny_bert, toy, weights
 from steadytune import cli
 from steadytune.bench.own_tables import OwnTables
+from steadytune.bench.places import fingerprint_files
 from steadytune.errors import UsageError
 from steadytune.searching import main as module
 from steadytune.searching.progress import Progress
@@ -110,16 +112,20 @@ def test_a_budget_that_is_used_up_leaves_no_learning_curve(monkeypatch):
 def test_texts_without_labels_and_another_table_are_searched(home):
     """Texts of a fold's held-out rows stay out of its trainings; the last fit reads what the recipe reads."""
     rows = pd.read_csv("rows.csv")
-    texts = pd.concat([rows[["text"]], toy(20, start=500)[["text"]]])
+    new = pd.read_csv("new.csv")
+    texts = pd.concat([rows[["text"]], new[["text"]], toy(20, start=500)[["text"]]])
     texts.to_csv("texts.csv", index=False)
     toy(24, start=700).assign(label=lambda t: t["score"] > 1)[["text", "label"]].to_csv("aux.csv", index=False)
     found = steadytune.search(
         "rows.csv", output="texts", budget="7runs", arms=["pretrain=simcse:steps=2", "aux=aux.csv"],
-        unlabelled="texts.csv", **SETTINGS,
+        unlabelled="texts.csv", tests={"new": "new.csv"}, **SETTINGS,
     )  # fmt: skip
     assert {"pretrain=simcse:steps=2", "aux=aux.csv"} <= {arm["name"] for arm in found.record["arms"]}
     records = [json.loads(file.read_text()) for file in Path("texts/search/records").glob("*.json")]
     assert {record["status"] for record in records} == {"done"}
+    apart = Path("texts/search/apart.parquet")
+    assert pd.read_parquet(apart)["text"].tolist() == new["text"].tolist(), "texts of test rows are learnt from nowhere"
+    assert {record["spec"]["task"]["files"]["apart 0"] for record in records} == {fingerprint_files([apart])}
     procedures = {record["spec"]["recipe"]: json.dumps(record["spec"]) for record in records}
     assert "unlabelled" in procedures["pretrain=simcse:steps=2"]
     assert "unlabelled" not in procedures["plain"]
@@ -195,6 +201,18 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_model(searched, monkeypat
     assert {k: v for k, v in again.record.items() if k not in changing} == {
         k: v for k, v in searched.record.items() if k not in changing
     }
+
+
+def test_a_search_that_found_more_and_was_killed_before_its_last_fit_goes_on():
+    """Naive: the record of the search before it says that the search is finished."""
+    asked = {"output": "more", "arms": ["head=logistic"], **SETTINGS}
+    steadytune.search("rows.csv", budget="5runs", **asked)
+    with mock.patch.object(module, "fit", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        steadytune.search("rows.csv", budget="9runs", resume=True, **asked)
+    found = steadytune.search("rows.csv", budget="9runs", resume=True, **asked)
+    assert json.loads(Path("more/steadytune.json").read_text())["search"] == found.record
+    with pytest.raises(UsageError, match="is finished"):
+        steadytune.search("rows.csv", budget="9runs", resume=True, **asked)
 
 
 def test_a_frame_is_searched_too(home, monkeypatch):

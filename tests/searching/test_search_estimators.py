@@ -55,6 +55,17 @@ def test_it_clones_and_sets_parameters():
     assert (copied.budget, copied.options, estimator.options) == ("10runs", {"prompt": "b: "}, {"prompt": "a: "})
 
 
+def test_options_of_the_search_are_those_of_the_best_estimator_too(searched):
+    """Naive: a clone of the best estimator trains without the prompt, and a separator of labels is no option."""
+    from steadytune.searching.estimators import _estimator
+
+    estimator, _ = searched
+    given = {"prompt": "a: ", "label_separator": "|", "overwrite": True}
+    again = clone(estimator).set_params(options=given)
+    again.search_ = estimator.search_
+    assert _estimator(steadytune.SteadyClassifier, again).options == {"prompt": "a: ", "label_separator": "|"}
+
+
 def test_before_a_fit_there_is_no_result():
     from sklearn.exceptions import NotFittedError
 

@@ -32,6 +32,8 @@ class Budget:
         Raises:
             UsageError: It is none.
         """
+        if not isinstance(text, str):
+            raise UsageError(f"budget must be text, as '30m', '2h' or '100runs', got {text!r}.")
         if runs := RUNS.fullmatch(text.strip()):
             budget = cls(float(runs[1]), "runs")
         elif time := TIME.fullmatch(text.strip()):

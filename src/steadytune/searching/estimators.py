@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .main import SearchResult, search
 from .record import recorded_recipe
 from .words import shown
 
+SEARCH_ONLY = ("engine", "resume", "overwrite", "unlabelled", "unlabelled_size", "tests")  # no options of an estimator
 SETTINGS = ("lr", "batch_size", "steps", "epochs", "max_length", "bf16")  # options that are parameters
 
 
@@ -64,7 +66,9 @@ class _Searching:
         if settings.pop("subgroup") is not None:
             raise UsageError("subgroups are for SteadyClassifier and SteadyRegressor, a search compares all rows.")
         if "unlabelled" in settings:
-            raise UsageError("unlabelled texts are for SteadyClassifier and SteadyRegressor, a search reads none.")
+            raise UsageError(
+                "a search reads texts without labels from files: give options={'unlabelled': FILE} instead."
+            )
         del settings["save_steps"]
         self.search_ = search(table, **settings)
         return self.search_.fitted
@@ -134,7 +138,9 @@ class _Searching:
     def _ship_settings(self) -> dict[str, Any]:
         """Options of the recipe of the model."""
         given = {name: getattr(self, name) for name in SETTINGS}
-        base = Options.of({"validation_share": 0.0, **given, **(self.options or {})})
+        fields = {field.name for field in dataclasses.fields(Options)}
+        given |= {name: value for name, value in (self.options or {}).items() if name in fields}
+        base = Options.of({"validation_share": 0.0, **given})
         return recorded_recipe(self._record["ship"]).settings(base, self._record["rows"])
 
 
@@ -187,9 +193,12 @@ class SteadySearchRegressor(_Searching, SteadyRegressor):
 
 
 def _estimator(cls: Any, searched: Any) -> Any:
-    """A fitted estimator of `fit` with the best recipe."""
-    estimator = cls(**{**{name: getattr(searched, name) for name in SETTINGS}, **searched.best_params_},
-                    random_state=searched.random_state)  # fmt: skip
+    """A fitted estimator of `fit` with the best recipe, and the options of the search that are not about searching."""
+    best = searched.best_params_
+    options = {name: value for name, value in (searched.options or {}).items() if name not in SEARCH_ONLY}
+    options |= best.pop("options", {})
+    settings = {name: getattr(searched, name) for name in SETTINGS}
+    estimator = cls(**{**settings, **best}, random_state=searched.random_state, options=options or None)
     fitted = {name: value for name, value in vars(searched).items() if name.endswith("_") or name.startswith("_")}
     vars(estimator).update({name: value for name, value in fitted.items() if name != "search_"})
     return estimator

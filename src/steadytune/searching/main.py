@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from ..bench.forecast import measure
 from ..bench.own_tables import OwnTables
@@ -38,7 +39,7 @@ from .budget import Budget
 from .by_size import learning_curve, smaller
 from .cells import Cells, Task
 from .hard_rows import HARD_ROWS, hard_rows
-from .own_rows import keep_rows, own_table
+from .own_rows import keep_apart, keep_rows, own_table
 from .progress import Progress
 from .race import Race, Rules, Stage
 from .recipe import Recipe, probes, refuse_own, stages
@@ -124,9 +125,9 @@ class SearchPlan:
         lines = [f"{self.rows} rows, {self.folds} folds; a repeat of a recipe is {self.folds} trainings"]
         lines += [f"stage {name}: {', '.join(arms)}" for name, arms in self.stages.items()]
         lines.append(f"a plain training takes about {self.seconds:.1f} s, so the budget is {self.trainings} of them")
-        if self.trainings < 6 * self.folds:
+        if self.trainings < (least := 6 * self.folds + 1):
             lines.append(
-                f"below {6 * self.folds} trainings no gain can be shown: none are left that judge without having chosen"
+                f"below {least} trainings no gain can be shown: none are left that judge without having chosen"
             )
         return "\n".join(lines)
 
@@ -210,7 +211,7 @@ def search(
         task = with_texts(make_task(table, _models(model), seed, options), unlabelled, unlabelled_size)
         _check_budget(limit, task)
         tried = _stages(arms, task)
-        _check_tests(table, tests)
+        tested = _check_tests(table, tests)
         asked |= {"models": dict(task.models), "rows": table.files()["train"], **_read_as(task)}
         if again:
             _same_table(cells_at, asked)
@@ -222,6 +223,9 @@ def search(
         if overwrite:
             shutil.rmtree(cells_at, ignore_errors=True)
         task = keep_rows(task, train, cells_at)
+        if task.unlabelled or any(dict(arm.before).get("aux") for arm in _arms(tried, task)):
+            task = keep_apart(task, tested, cells_at)
+            asked |= {"apart": task.table.files().get("apart 0")} if task.table.apart else {}
         found = _found(cells_at, asked)
         if found is None:
             with opened(engine, workers) as used:
@@ -240,7 +244,7 @@ def search(
             with writing(cells_at):
                 write_whole(cells_at / HARD_ROWS, hard.to_parquet)
                 write_json(cells_at / FOUND, found)
-        elif "search" in _record(place) and (place / PAGE).is_file() and not overwrite:
+        elif _record(place).get("search") == found and (place / PAGE).is_file() and not overwrite:
             raise UsageError(f"--resume: the search in {place} is finished. Give a larger budget, or --overwrite.")
         ship = recorded_recipe(found["ship"])
         logger.info("the search is over: now %s is fitted on all %d rows", ship, len(task.data.train))
@@ -379,8 +383,11 @@ def _check_budget(budget: Budget, task: Task) -> None:
         )
 
 
-def _check_tests(table: OwnTables, tests: Mapping[str, Any] | None) -> None:
+def _check_tests(table: OwnTables, tests: Mapping[str, Any] | None) -> list[pd.DataFrame]:
     """Read the test tables as the last fit will, so that a search does not end with a mistake in them.
+
+    Returns:
+        Their rows.
 
     Raises:
         UsageError: One is not right.
@@ -392,7 +399,9 @@ def _check_tests(table: OwnTables, tests: Mapping[str, Any] | None) -> None:
     with silent():
         train, _ = table.read()
         given = {str(n): Table.of(rows, table.text, table.label, str(n)) for n, rows in (tests or {}).items()}
-        raise_errors(inspect(prepare(train, given, validation_share=0.0), standardize=True))
+        data = prepare(train, given, validation_share=0.0)
+        raise_errors(inspect(data, standardize=True))
+    return [*data.tests.values()]
 
 
 def _stages(arms: Sequence[str] | None, task: Task) -> list[Stage]:
@@ -402,10 +411,15 @@ def _stages(arms: Sequence[str] | None, task: Task) -> list[Stage]:
         UsageError: An arm is none, or leaves no step.
     """
     made = stages(arms, task.base, [*task.models], _pooling(task), bool(task.unlabelled))
-    for stage in made:
-        for arm in stage.arms(Recipe(next(iter(task.models)))):
-            arm.settings(task.base, task.inside)
+    for arm in _arms(made, task):
+        arm.settings(task.base, task.inside)
     return made
+
+
+def _arms(tried: Sequence[Stage], task: Task) -> list[Recipe]:
+    """The arms of all stages on top of plain fine-tuning."""
+    plain = Recipe(next(iter(task.models)))
+    return [arm for stage in tried for arm in stage.arms(plain)]
 
 
 def _pooling(task: Task) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .cells import Task
 
 ROWS = "rows.parquet"  # in the folder of the cells: rows without a file
+APART = "apart.parquet"  # there too: texts of the test rows
 
 
 def _column_names(given: Any) -> tuple[str, ...] | None:
@@ -81,3 +83,24 @@ def keep_rows(task: Task, train: Any, folder: Path) -> Task:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / ROWS, lambda part: shutil.copyfile(task.table.train, part))
     return dataclasses.replace(task, table=dataclasses.replace(task.table, train=str((folder / ROWS).absolute())))
+
+
+def keep_apart(task: Task, tested: Sequence[pd.DataFrame], folder: Path) -> Task:
+    """The task whose trainings learn from no text of the test rows, which are written beside its records.
+
+    Args:
+        task: The task.
+        tested: Checked rows of the test tables.
+        folder: Folder of the records.
+    """
+    if not tested:
+        return task
+    table = task.data.table
+    assert table is not None
+    names = dict(zip(("text", "text_pair"), table.columns[0], strict=False))
+    rows = pd.concat([rows[list(names)] for rows in tested]).drop_duplicates().rename(columns=names)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / APART, lambda part: rows.to_parquet(part, index=False))
+    apart = (str((folder / APART).absolute()),)
+    return dataclasses.replace(task, table=dataclasses.replace(task.table, apart=apart))
