@@ -327,6 +327,25 @@ def test_texts_apart_are_learnt_from_neither_as_texts_nor_with_labels(folder):
     assert texts.data.unlabelled.left_out["tests"] == 5
     assert len(texts.data.unlabelled.rows) == 15
     assert table.stages[0].left_out == 5
+
+
+def test_rows_without_a_label_are_texts_for_one_recipe_and_left_out_by_the_others(folder):
+    """Naive: one empty label stops every run of the study."""
+    frame = pd.read_csv("tables/reviews.csv")
+    frame.loc[[3, 11, 17], "stars"] = None
+    frame.to_csv("tables/reviews.csv", index=False)
+    recipes = {"plain": {}, "texts": {"unlabelled": "blank", "pretrain": "tapt"}}
+    made = study(CROSSED, recipes=recipes, seeds=3).runs()
+    plain, texts = ([make_plan(run).data for run in made if run.spec["recipe"] == name] for name in recipes)
+    held_out = np.concatenate([data.tests["test"].index for data in plain])
+    assert sorted(held_out) == [row for row in range(30) if row not in (3, 11, 17)], "each labelled row once"
+    for one, other in zip(plain, texts, strict=True):
+        assert one.train.equals(other.train)
+        assert one.unlabelled is None
+        assert other.unlabelled.rows["text"].tolist() == frame.loc[[3, 11, 17], "review"].tolist()
+
+
+def test_label_noise_needs_classes(folder):
     toy(20).drop(columns="label").to_csv("tables/numbers.csv", index=False)
     with pytest.raises(UsageError, match="label_noise and imbalance need classes, task reviews has none"):
         study("{train: numbers.csv, label: score}", label_noise=0.1).runs()

@@ -51,6 +51,8 @@ class OwnTables:
             out fold ``s % folds`` of the cut number ``s // folds``, so that every block of ``folds`` seeds predicts
             every row once.
         apart: Further files of texts that no training learns from, as it learns from none of the test files.
+        blank: Whether training rows may lack a label. They are left out, but for recipes with ``unlabelled: [blank]``,
+            which read their texts; a study with such a recipe sets it.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
@@ -68,6 +70,7 @@ class OwnTables:
     metric: Text | None = None
     folds: Annotated[int, Rule("a whole number from 2 on", ge=2)] | None = None
     apart: tuple[Text, ...] = ()
+    blank: bool = False
 
     @property
     def tests(self) -> dict[str, str]:
@@ -119,7 +122,7 @@ class OwnTables:
                 are no such number. Folds of a later cut may be smaller, if groups differ in size.
         """
         train, tests = self.read()
-        data = prepare(train, tests, validation_share=0.0)
+        data = prepare(train, tests, validation_share=0.0, blank=self.blank)
         for finding in raise_errors(inspect(data, standardize=True)):
             logger.warning("%s", finding.message)
         parts = [data.train]
@@ -154,7 +157,7 @@ class OwnTables:
             number: Number of the run: fold ``number % folds`` of the cut ``number // folds``.
         """
         table, _ = self.read()
-        data = prepare(table, {}, validation_share=0.0)
+        data = prepare(table, {}, validation_share=0.0, blank=self.blank)
         k = self.folds or usual_folds(data.train)
         _, held_out = folds(data.train, data.problem, k, number // k)[number % k]
         marks = np.full(len(table.frame), "train", dtype=object)

@@ -178,6 +178,7 @@ def make_plan(run: Trial) -> planning.Plan:
         probe=False,
         save_steps=0,
         progress=False,
+        blank=run.own is not None and run.own.blank,
         apart=() if run.own is None else [expanded(file) for file in run.own.apart],
         changed=lambda train, problem: corrupted(train, problem, spec),
         **{**STOCK, **unnamed, **spec["options"]},

@@ -317,9 +317,9 @@ class Study:
         root = Path(expanded(place or "."))
         paths = {model: expanded(model.path) for model in self.models}
         models = {model: fingerprint_model(path) for model, path in paths.items()}
-        tasks = [
-            self._own_task(self._own[name]) if name in self._own else self._task(name, root) for name in self.tasks
-        ]
+        blank = any(BLANK in self.unlabelled(name) for name in self.recipes)
+        own = {name: dataclasses.replace(table, blank=table.blank or blank) for name, table in self._own.items()}
+        tasks = [self._own_task(own[name]) if name in own else self._task(name, root) for name in self.tasks]
         folders = {model: sentence_folder(path) for model, path in paths.items()}
         averaged = {model: folder is not None and folder.pooling == "mean" for model, folder in folders.items()}
         trials = []

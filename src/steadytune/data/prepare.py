@@ -107,6 +107,7 @@ def prepare(
     seed: int = 0,
     unlabelled: Any = None,
     unlabelled_size: int | None = None,
+    blank: bool = False,
     apart: Sequence[Any] = (),
 ) -> Data:
     """Check every table and draw the splits.
@@ -123,6 +124,7 @@ def prepare(
         unlabelled: Texts without labels: a file, frame or other source, ``"blank"`` (rows of the training table whose
             label is empty), ``"rest"`` (rows that ``train_size`` leaves over), or a list of these.
         unlabelled_size: Number of these texts to draw; all by default.
+        blank: Whether to leave out training rows whose label is empty.
         apart: Files, frames or other sources of further texts that nothing is learnt from.
 
     Raises:
@@ -142,7 +144,7 @@ def prepare(
             f"unlabelled_size {unlabelled_size} is for texts without labels: give unlabelled, or leave it out."
         )
     whole = train
-    if any(is_named(source, BLANK) for source in wanted):
+    if blank or any(is_named(source, BLANK) for source in wanted):
         train = part_blank(whole)
     raw = examples(train, WITHOUT_LABEL).set_axis(train.frame.index)
     parts = {"train": raw} if validation_column is None else cut(raw, train, validation_column)
@@ -182,8 +184,8 @@ def prepare(
     )
     if not wanted:
         return data
-    blank = whole.frame.drop(index=train.frame.index)
-    found = [_without_labels(source, train, rest, blank) for source in wanted]
+    empty = whole.frame.drop(index=train.frame.index)
+    found = [_without_labels(source, train, rest, empty) for source in wanted]
     return dataclasses.replace(data, unlabelled=gathered(found, data.train, data.tested, unlabelled_size, seed))
 
 

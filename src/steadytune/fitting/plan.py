@@ -154,14 +154,16 @@ def make_plan(
     probe: bool = True,
     save_steps: int = 200,
     progress: bool = True,
+    blank: bool = False,
     apart: Sequence[Any] = (),
     changed: Callable[[pd.DataFrame, Problem], pd.DataFrame] | None = None,
     **options: Any,
 ) -> Plan:
-    """Check options and data; arguments as of `fit`, but for two.
+    """Check options and data; arguments as of `fit`, but for three.
 
-    Nothing is learnt from the texts of ``apart`` (files or frames), as from those of the tests. ``changed`` changes the
-    checked training rows before anything is made of them.
+    With ``blank``, training rows whose label is empty are left out. Nothing is learnt from the texts of ``apart``
+    (files or frames), as from those of the tests. ``changed`` changes the checked training rows before anything is made
+    of them.
 
     Raises:
         UsageError: What was asked for cannot be done.
@@ -216,6 +218,7 @@ def make_plan(
         seed=checked.seeds["subset"],
         unlabelled=unlabelled,
         unlabelled_size=None if unlabelled_size is None else python_value("unlabelled_size", unlabelled_size, int),
+        blank=blank,
         apart=apart,
     )
     for finding in raise_errors(inspect(data, standardize=checked.standardize)):
