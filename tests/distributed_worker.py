@@ -226,6 +226,7 @@ DDP_RECIPES = {
     "mixup": lambda: [st.WeightMixup(outer=outer_parts, lr=0.05)],
     "mixup_difference": lambda: [st.WeightMixup(outer=outer_parts, lr=0.05, order="difference")],
     "meta_weight_net": lambda: [st.MetaWeightNet(outer=outer_parts, lr=0.05)],
+    "meta_semi": lambda: [st.MetaSemi(unlabelled=outer_parts, decay=0.5, reach=0.1)],
     "group_weights": lambda: [st.GroupWeights(column=by_length, rho=0.3, every=2, start=0.0, least=1)],
     "group_weights_floor": lambda: [
         st.GroupWeights("floor", by_length, share=0.99, every=2, start=0.0, least=1, smoothing=1.0)

@@ -12,7 +12,7 @@ of TracIn (Pruthi et al., NeurIPS 2020, arXiv 2002.08484) on the last layer. Ren
 Departure: theirs has the inverse Hessian of the loss between the two gradients, here it is the identity. On SST-2 with
 20 % of the labels flipped, the product finds the flipped rows better without it (``benchmarks/wrong_labels.py``). The
 other rows are those of a fold that the probe was not fitted on, instead of a validation set. Their weights take one
-step in every epoch of a training; here they take one step in all, from 1.
+step in every epoch of a training; here they take one step in all, from 1. Their code could not be read.
 """
 
 from __future__ import annotations

@@ -119,7 +119,9 @@ class MetaSemi(Method):
         before = self.losses(run, texts, answers)
         with run.moved(self.trial(weights)):
             chosen = (before > self.losses(run, texts, answers)).to(before.dtype)
-        self.counts += torch.stack([chosen.sum(), torch.ones_like(chosen).sum()])
+        counts = torch.stack([chosen.sum(), torch.ones_like(chosen).sum()])
+        run.all_reduce([counts])  # the mean over processes
+        self.counts += run.world * counts
 
         def loss(inputs: Inputs) -> Tensor:
             return self.strength * (chosen * cross_entropy(self.logits(run, inputs), answers)).mean()

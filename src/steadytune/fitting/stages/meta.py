@@ -8,6 +8,7 @@ theta. With g the gradient at phi of the loss on other rows, and H the Hessian o
     imaml     theta <- theta - Adam((I + H / strength)^-1 g)        phi is trained with strength/2 |phi - theta|^2 added
 
 Only the body is learnt over the tables: every episode fits its head anew, as a probe on the features of theta.
+All three are written from the papers; no code of the authors was read.
 """
 
 from __future__ import annotations
