@@ -196,6 +196,7 @@ def summary(found: Mapping[Unit, Mapping[str, Mapping[str, Any]]]) -> dict[str, 
               groups.items()}  # fmt: skip
     best = max(LIST, key=lambda recipe: float(np.mean([s[recipe].mean() for s in scores.values()])))
     paired = {name: s for name, s in scores.items() if len(s["search"]) > 1}
+    claims = [_claim(unit, records) for unit, records in found.items()]
     return {
         "units": len(found),
         "scores": {name: {r: {"mean": float(v.mean()), "sd": float(v.std(ddof=1)) if len(v) > 1 else None, "n": len(v)}
@@ -203,8 +204,19 @@ def summary(found: Mapping[Unit, Mapping[str, Mapping[str, Any]]]) -> dict[str, 
         "best of the list": best,
         "gains": {other: _gain(paired, other) for other in FITS} if paired else {},
         "log ratio of SD to the best of the list": _spread(paired, best),
-        "claims": [_claim(unit, records) for unit, records in found.items()],
+        "seconds": {recipe: float(np.mean([records[recipe]["seconds"] for records in found.values()]))
+                    for recipe in (*FITS, "search")},
+        "verdicts": {verdict: _told([claim for claim in claims if claim["verdict"] == verdict])
+                     for verdict in dict.fromkeys(claim["verdict"] for claim in claims)},
+        "claims": claims,
     }  # fmt: skip
+
+
+def _told(claims: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What searches with one verdict claimed, and what the dev set says."""
+    held = [claim["interval"][0] <= claim["real"] <= claim["interval"][1] for claim in claims]
+    claimed, real = (float(np.mean([claim[name] for claim in claims])) for name in ("claimed", "real"))
+    return {"searches": len(claims), "claimed": claimed, "real": real, "in the interval": sum(held)}
 
 
 def _points(found: Mapping[Unit, Mapping[str, Mapping[str, Any]]], units: Sequence[Unit], recipe: str) -> np.ndarray:
@@ -272,6 +284,17 @@ def page(result: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
                   "scores, which favours the list."]  # fmt: skip
     if spread := result["log ratio of SD to the best of the list"]:
         lines[-1] += f" The spread of the search is {np.exp(spread['mean']):.2f} of its spread (geometric mean)."
+    lines += ["", "| recipe | minutes a table |", "|---|--:|"]
+    lines += [f"| {recipe} | {seconds / 60:.1f} |" for recipe, seconds in result["seconds"].items()]
+    lines += ["", "What searches claimed, by verdict, and what the one model of each has on the dev set, where a training "
+              "more or less differs too:", "",
+              "| verdict | searches | claimed gain | gain on the dev set | inside the claimed interval |",
+              "|---|--:|--:|--:|--:|"]  # fmt: skip
+    for verdict, told in result["verdicts"].items():
+        lines.append(
+            f"| {verdict} | {told['searches']} | {told['claimed']:+.1f} | {told['real']:+.1f} | "
+            f"{told['in the interval']} of {told['searches']} |"
+        )
     lines += ["", "| table | ships | verdict | claimed gain | gain on the dev set | trainings | minutes |",
               "|---|---|---|---|---|---|---|"]  # fmt: skip
     for claim in result["claims"]:
