@@ -286,8 +286,8 @@ def page(result: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         lines[-1] += f" The spread of the search is {np.exp(spread['mean']):.2f} of its spread (geometric mean)."
     lines += ["", "| recipe | minutes a table |", "|---|--:|"]
     lines += [f"| {recipe} | {seconds / 60:.1f} |" for recipe, seconds in result["seconds"].items()]
-    lines += ["", "What searches claimed, by verdict, and what the one model of each has on the dev set, where a training "
-              "more or less differs too:", "",
+    lines += ["", "What searches claimed, by verdict, and what the one model of each has on the dev set, where "
+              "another training differs too:", "",
               "| verdict | searches | claimed gain | gain on the dev set | inside the claimed interval |",
               "|---|--:|--:|--:|--:|"]  # fmt: skip
     for verdict, told in result["verdicts"].items():
