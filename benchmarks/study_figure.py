@@ -20,7 +20,7 @@ matplotlib.rcParams["svg.hashsalt"] = "steadytune"  # the same bytes every time
 matplotlib.rcParams["svg.fonttype"] = "none"
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
-NAMES = {"sst2": "SST-2", "stsb": "STS-B", "qnli": "QNLI", "sources": "twelve sources"}
+NAMES = {"sst2": "SST-2", "stsb": "STS-B", "qnli": "QNLI", "sources": "twelve sources", "rte": "RTE", "qqp": "QQP"}
 
 
 def scores(study: Path) -> dict[tuple[str, str], dict[str, list[float]]]:
