@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pandas as pd
 import pytest
 import torch
@@ -100,6 +102,14 @@ def test_two_tables_follow_each_other(bert, tmp_path):
     swapped = run(tmp_path / "swapped", bert, aux=[numbers, other()])
     assert [stage["kind"] for stage in read_record(both.output)["recipe"]["stages"]] == ["classification", "regression"]
     assert not same(weights(both.output), weights(swapped.output))
+
+
+def test_the_cost_of_the_training_before_is_told(bert, tmp_path):
+    """Naive: passes are those of the fit alone."""
+    result = run(tmp_path / "out", bert, aux=other(), aux_steps=30)
+    record = json.loads((result.output / "steadytune.json").read_text())
+    assert 20 < record["passes_before"] < 40, "thirty batches of rows of about the same length"
+    assert "trainings before" in (result.output / "report.html").read_text(encoding="utf-8")
 
 
 def test_rows_of_the_fit_stay_out_of_the_other_table(bert, tmp_path, caplog):

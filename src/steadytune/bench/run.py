@@ -41,7 +41,6 @@ from .store import Store
 if TYPE_CHECKING:
     from ..fitting.fit_trainer import Trained
     from ..fitting.fitted_model import FittedModel
-    from ..fitting.pretrained import Pretrained
 
 TEST_ROWS_SEED = 0  # which rows of a test set are used is the same for every run
 
@@ -112,7 +111,7 @@ def execute(run: Trial, folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
         if plan.stages:
             from ..fitting.stages import after_stages  # as above
 
-            began, passes = time.perf_counter(), passes_of_stages(plan, pretrained)
+            began, passes = time.perf_counter(), planning.passes_of_stages(plan, pretrained)
             pretrained = after_stages(plan.stages, pretrained, Path(scratch))
             earlier = time.perf_counter() - began
         setup = planning.make_setup(plan, pretrained, Path(scratch))
@@ -143,13 +142,6 @@ def execute(run: Trial, folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
         },
     }
     return record, storable(predictions)
-
-
-def passes_of_stages(plan: planning.Plan, pretrained: Pretrained) -> float:
-    """About how many passes over a batch of the fit cost as much as its stages, at most: by their tokens."""
-    options, rows = plan.options, plan.data.train
-    batch = min(options.batch_size, len(rows)) * options.accumulation * pretrained.mean_length(rows)
-    return sum(stage.tokens(pretrained) for stage in plan.stages) / batch
 
 
 def make_plan(run: Trial) -> planning.Plan:

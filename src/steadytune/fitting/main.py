@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import inspect
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from .plan import (
     make_plan,
     make_setup,
     open_model,
+    passes_of_stages,
     runs,
     selection_score,
     settled,
@@ -222,9 +224,13 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
         if previous is None:
             folder.clear()
             write_json(folder.path / RECORD, record)
+        earlier = 0.0  # seconds of trainings that the result is not made of
         if plan.stages:
             made.clear()
+            began = time.perf_counter()
+            record["passes_before"] = round(passes_of_stages(plan, pretrained), 2)
             pretrained = after_stages(plan.stages, pretrained, folder.checkpoints)
+            earlier = time.perf_counter() - began
             setup = make_setup(plan, pretrained, folder.checkpoints)
             made.append(_first_trainer(plan, setup, jobs[0]))
             probe = _probe(plan, pretrained, made)
@@ -233,9 +239,9 @@ def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResu
         else:
             trained = [plan.procedure(setup, job, made) for job in jobs]
         history = {job.name: t.history for job, t in zip(jobs, trained, strict=True)}
-        validated, earlier = None, 0.0  # seconds of trainings that the result is not made of
+        validated = None
         if plan.refit:
-            earlier = sum(t.seconds for t in trained)
+            earlier += sum(t.seconds for t in trained)
             stop_at = _best_step(trained, plan)
             validated = _cross_validated(plan, pretrained, setup, jobs, stop_at)
             jobs = runs(plan, stop_at)

@@ -462,6 +462,13 @@ def open_model(plan: Plan) -> Pretrained:
     return dataclasses.replace(pretrained, pooling=pooling)
 
 
+def passes_of_stages(plan: Plan, pretrained: Pretrained) -> float:
+    """About how many passes over a batch of the fit cost as much as its stages, at most: by their tokens."""
+    options, rows = plan.options, plan.data.train
+    batch = min(options.batch_size, len(rows)) * options.accumulation * pretrained.mean_length(rows)
+    return sum(stage.tokens(pretrained) for stage in plan.stages) / batch
+
+
 def make_setup(plan: Plan, pretrained: Pretrained, checkpoints: Path) -> Setup:
     """Setup that all trainings share."""
     from .row_weights import RowWeights

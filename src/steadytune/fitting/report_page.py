@@ -542,11 +542,12 @@ def file_name(about: Mapping[str, Any]) -> str:
 def _cost(fitted: Fitted) -> Iterator[Block]:
     recipe, runs = fitted.recipe, fitted.record["runs"]
     passes = sorted({f"{run['passes']:.2f}" for run in runs if run.get("passes") is not None})
-    memory = fitted.record.get("peak_memory")
+    memory, before = fitted.record.get("peak_memory"), fitted.record.get("passes_before")
     facts = {
         "seconds of training": f"{fitted.seconds:,.0f}",
         "optimizer steps behind the model": f"{fitted.steps:,}",
         "passes a step": listed(passes) + " of plain fine-tuning's" if passes else "",
+        "trainings before": f"as many passes as {before:,.0f} plain steps, at most" if before else "",
         "peak memory": f"{memory / 1e9:.2f} GB" if memory else "",
         "device": str(fitted.record.get("device", "")),
         "base model": Path(recipe["model"]).name,

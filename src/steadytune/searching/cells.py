@@ -110,8 +110,8 @@ class Task:
         procedure, before = make_procedure(recipe.procedure), 0.0
         several = 1.0 if procedure is None else procedure.passes(self.base, self.inside)
         if several is None or recipe.before:
-            from ..bench.run import make_plan, passes_of_stages
-            from ..fitting.plan import open_model
+            from ..bench.run import make_plan
+            from ..fitting.plan import open_model, passes_of_stages
             from ..fitting.randomness import as_found
 
             with silent(), as_found():
