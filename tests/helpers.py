@@ -20,7 +20,10 @@ from steadytune.methods.layer_drop import Skip
 from steadytune.methods.vibert import GaussianBottleneck
 
 VOCABULARY, LENGTH = 64, 12  # LENGTH: of the longest row
-KILLS = int(os.environ.get("STEADYTUNE_KILLS", "6"))  # of each test that kills processes; every one costs seconds
+USUAL_KILLS = 6
+KILLS = int(
+    os.environ.get("STEADYTUNE_KILLS", USUAL_KILLS)
+)  # of each test that kills processes; every one costs seconds
 
 
 def bert(*, labels: int = 3, dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:

@@ -11,6 +11,19 @@ RECIPES: dict[str, dict[str, Any]] = {
     "tapt": {"pretrain": "tapt:steps=30,lr=1e-3", "unlabelled": 30, "steps": 20},
     "self-training": {"procedure": "self-training:rounds=1,draws=2,most_shift=inf", "unlabelled": 30, "steps": 20},
     "subgroups": {"methods": ["group_weights:every=3,rho=1.0"], "steps": 60, "subgroup": "label"},
+    "aux": {"aux": 2, "aux_steps": 20, "steps": 20},
+}
+# Of parts that those above have too; they run where more kills than usual are asked for.
+MORE: dict[str, dict[str, Any]] = {
+    "simcse": {"pretrain": "simcse:steps=20,lr=1e-3", "unlabelled": 30, "steps": 20},
+    "reptile": {"aux": 5, "meta": "reptile:inner_steps=2,inner_lr=1e-3", "aux_steps": 20, "steps": 20},
+    "teachers": {
+        "procedure": "self-training:rounds=1,teachers=2,draws=0,folds=2,influence=true,most_shift=inf",
+        "unlabelled": 30,
+        "steps": 10,
+    },
+    "meta_semi": {"methods": ["meta_semi"], "unlabelled": 30, "steps": 30},
+    "mixup-blo": {"procedure": "mixup-blo:folds=2", "steps": 20},
 }
 
 
@@ -25,7 +38,7 @@ def train(folder: str, output: str, recipe: str) -> None:
     status = json.loads(record.read_text())["status"] if record.exists() else None
     if status == "finished":
         return
-    options = dict(RECIPES[recipe])
+    options = dict((RECIPES | MORE)[recipe])
     if "aux" in options:
         options["aux"] = [toy(20, start=200 + 100 * i) for i in range(options["aux"])]
     if "unlabelled" in options:

@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 
 import killed_worker
 from fit_helpers import save_masked_bert, save_tiny_bert
-from helpers import KILLS
+from helpers import KILLS, USUAL_KILLS
+
+RECIPES = [*killed_worker.RECIPES, *(killed_worker.MORE if KILLS > USUAL_KILLS else ())]
 
 
-@pytest.mark.parametrize("recipe", killed_worker.RECIPES)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_killed_at_random_moments_and_resumed_equals_uninterrupted(tmp_path, recipe):
     """While features are read, in DPS stages, in checkpoints, between trainings, while the result is written."""
     (save_masked_bert if recipe == "tapt" else save_tiny_bert)(tmp_path / "bert")
