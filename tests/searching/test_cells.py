@@ -247,6 +247,24 @@ def test_paces_are_those_of_the_model(folder):
     assert cells.seconds(changed(large, "lr*3", two.base)) == 9 * cells.seconds(PLAIN)
 
 
+def test_what_reads_texts_tells_its_passes_before_it_runs(folder):
+    """Naive: two and a half plain trainings, whatever the number of texts and steps."""
+    texts = toy(100, start=300)[["text"]]
+    texts.to_csv("texts.csv", index=False)
+    read = len({*texts["text"]} - {*pd.read_csv("rows.csv")["text"]})
+    reading = dataclasses.replace(
+        task(), models={"bert": str(folder / "bert")}, unlabelled=(str(folder / "texts.csv"),)
+    )
+    few, many = (
+        reading.effort(changed(PLAIN, f"self-training:rounds=1,draws={draws}", reading.base)) for draws in (2, 20)
+    )
+    reads = (20 - 2) * read / 3 / (4 * reading.base.batch_size)  # a forward pass is a third of a training pass
+    assert many - few == pytest.approx(reads)
+    half, whole = (reading.effort(changed(PLAIN, f"pretrain=simcse:steps={steps}", reading.base)) for steps in (20, 40))
+    assert whole - 1 == pytest.approx(2 * (half - 1))
+    assert whole > 11, "forty steps beside the four of the fit"
+
+
 def test_a_seed_may_be_as_large_as_seeds_are(folder):
     """Naive: seeds of the folds are a thousand times as large, and refused."""
     large = dataclasses.replace(task(), seed=2**32 - 1)
