@@ -18,6 +18,7 @@ from steadytune.errors import UsageError
 from steadytune.searching.by_size import learning_curve, smaller
 from steadytune.searching.learning_curve import more_rows, power_law
 from steadytune.searching.main import make_task
+from steadytune.searching.report_figures import curve as curve_figure
 
 SIZES = np.array([75.0, 150.0, 240.0])
 
@@ -51,6 +52,13 @@ def test_the_curve_ends_at_the_best_possible_score():
     assert more_rows(steep, blocks, rows, 300, 2000).gain > 0.05
     found = more_rows(steep, blocks, rows, 300, 2000, perfect=1.0)
     assert 0 <= found.interval[0] <= found.gain <= found.interval[1] < 0.05
+
+
+def test_the_drawing_goes_beyond_the_rows_only_where_they_tell_what_more_would_bring():
+    scores = {"75": {"value": 0.7, "error": 0.02}, "150": {"value": 0.8, "error": 0.01}}
+    more = {"plain": {"rows": 200, "interval": [0.01, 0.05]}, "probe": {"rows": 200, "interval": [-0.01, 0.05]}}
+    found = {"metric": "accuracy", "rows": 300, "scores": {"plain": scores, "probe": scores}, "more": more}
+    assert curve_figure(found).count("stroke-dasharray: ") == 1
 
 
 def test_a_flat_curve_is_not_taken_for_a_gain():

@@ -95,7 +95,9 @@ def test_the_learning_curve_takes_what_the_budget_leaves(searched):
     """The cells of all rows are those of the race; only those of fewer rows are trained for it."""
     curve = searched.record["curve"]
     assert {name: [*sizes] for name, sizes in curve["scores"].items()} == {"plain": ["10", "20"], "probe": ["10", "20"]}
-    assert curve["verdict"] in Path("out/search.html").read_text()
+    page = Path("out/search.html").read_text()
+    assert curve["verdict"] in page
+    assert 'aria-label="scores by number of training rows"' in page
     records = [json.loads(file.read_text()) for file in Path("out/search/records").glob("*.json")]
     trained = [r["training"]["rows"] for r in records if r["spec"]["options"].get("steps")]
     assert trained.count(10) == 2

@@ -122,8 +122,15 @@ def _curve(curve: Mapping[str, Any]) -> list[Block]:
         for size in next(iter(curve["scores"].values()))
     ]  # fmt: skip
     note = "All sizes are judged on the same rows, by one cross-validation each; ± is the standard error."
-    return [Text(curve["verdict"]), Grid("Scores by number of training rows", ["rows", *curve["scores"]], [("", rows)],
-                                         note)]  # fmt: skip
+    caption = (
+        "Bars are standard errors. Lines are power laws; they go on, dashed, where these rows tell what more of them "
+        "would bring."
+    )
+    return [
+        Text(curve["verdict"]),
+        Grid("Scores by number of training rows", ["rows", *curve["scores"]], [("", rows)], note),
+        Figures(caption, [figures.curve(curve)]),
+    ]
 
 
 def _hard(hard: pd.DataFrame, found: Mapping[str, Any]) -> list[Block]:

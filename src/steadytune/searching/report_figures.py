@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..pages.drawing import COLOURS, WIDTH, beside, lines, panel, svg
+import numpy as np
+
+from ..pages.drawing import COLOURS, WIDTH, beside, lines, looks, panel, svg
+from .learning_curve import power_law
 
 PATH_COLOURS = {"A": COLOURS[1], "B": COLOURS[2]}
 
@@ -60,3 +63,30 @@ def cost(arms: Sequence[Mapping[str, Any]], ship: str, times: float, unit: str) 
         axes.set_xlabel("seconds of a training")
         axes.set_ylabel(f"gain over plain{unit and ','}{unit}")
         return svg(figure, "gain over plain against the seconds of a training")
+
+
+def curve(found: Mapping[str, Any]) -> str:
+    """Scores by number of training rows with their standard errors, and the power law through them.
+
+    The law goes on to more rows, dashed, where these rows tell what more of them would bring.
+
+    Args:
+        found: Record of a learning curve.
+    """
+    with panel(WIDTH + 1.2, 2.7, "learning curve") as (figure, axes):
+        for name, look in looks([*found["scores"]]).items():
+            by_size = found["scores"][name]
+            sizes = np.array([float(size) for size in by_size])
+            values, errors = (np.array([score[key] for score in by_size.values()]) for key in ("value", "error"))
+            axes.errorbar(sizes, values, errors, fmt=look.marker, color=look.colour, markersize=4, elinewidth=0.9)
+            a, b, c = power_law(sizes, values)
+            more = found["more"][name]
+            now = np.linspace(sizes.min(), found["rows"])
+            axes.plot(now, a - b * now**-c, color=look.colour, label=name)
+            if more["interval"][0] > 0:
+                then = np.linspace(found["rows"], found["rows"] + more["rows"])
+                axes.plot(then, a - b * then**-c, "--", color=look.colour)
+        axes.set_xlabel("training rows")
+        axes.set_ylabel(found["metric"])
+        axes.legend(frameon=False)
+        return svg(figure, "scores by number of training rows")
