@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from bench_helpers import comparable, make_root, predictions, records, small
-from fit_helpers import toy
-from steadytune import cli
+from fit_helpers import same, toy, weights
+from steadytune import cli, search
 from steadytune.bench import cluster as module
 from steadytune.bench.cluster import Ray
 from steadytune.bench.spec import Study
@@ -63,6 +63,20 @@ def test_a_lost_node_loses_nothing_and_records_are_those_of_the_local_engine(clu
     assert predictions(tmp_path / "ray") == predictions(tmp_path / "local")
     again = run_study(study, tmp_path / "ray", data_root=root, engine=Ray(), progress=False)
     assert again == found
+
+
+def test_a_search_on_the_cluster_finds_what_a_local_one_finds(cluster, root, tmp_path):
+    toy(40).drop(columns="score").to_csv(tmp_path / "rows.csv", index=False)
+    given = {"model": root / "bert", "budget": "13runs", "arms": ["head=logistic"], "folds": 2, "steps": 4,
+             "batch_size": 8, "progress": False}  # fmt: skip
+    local, far = (
+        search(tmp_path / "rows.csv", output=tmp_path / name, engine=engine, **given)
+        for name, engine in (("local", None), ("ray", Ray()))
+    )
+    assert far.record["claim"] == local.record["claim"]
+    assert comparable(tmp_path / "ray" / "search") == comparable(tmp_path / "local" / "search")
+    assert predictions(tmp_path / "ray" / "search") == predictions(tmp_path / "local" / "search")
+    assert same(weights(tmp_path / "ray"), weights(tmp_path / "local"))
 
 
 def test_a_worker_that_dies_is_a_failed_run_and_the_others_are_done(cluster, root, tmp_path, monkeypatch):
