@@ -5,8 +5,9 @@
 
 A unit is a task, a number of rows and a draw of these rows. In each unit a search with the default arms ships a model,
 and one fit each is made of plain fine-tuning, of the probe on the frozen encoder, and of the fixed list: DPSMix,
-mixup-blo and SMART with their defaults. All train on the same rows with the same seed and options, and all are scored
-on the public dev set, which no search sees before its choice. `sources` is the task of `make_sources.py`.
+mixup-blo and SMART with their defaults. Two more are means of the weights of three runs: of plain fine-tuning, and of
+the recipe that the search shipped. All train on the same rows with the same seed and options, and all are scored on the
+public dev set, which no search sees before its choice. `sources` is the task of `make_sources.py`.
 
 Every unit has one record for the search and one for each fit, in OUTPUT/records. An interrupted script goes on where it
 was, also within a search, whose trainings are kept in --work. The table is written again after each unit, to
@@ -35,12 +36,28 @@ import steadytune
 from steadytune.bench.stats import compare, log_sd_interval, stratified
 from steadytune.data.metrics import smaller_is_better
 from steadytune.files.atomic import write_json
+from steadytune.fitting.options import Options
 from steadytune.searching import plan_search
+from steadytune.searching.record import recorded_recipe
 from steadytune.tasks import find, load
 
 LIST = {"dps_mix": {"methods": ["dps_mix"]}, "mixup-blo": {"procedure": "mixup-blo"}, "smart": {"methods": ["smart"]}}
-FITS: dict[str, dict[str, Any]] = {"plain": {}, "probe": {"head": "logistic", "steps": 0}, **LIST}
-PASSES = {"plain": 1.0, "probe": 0.1, "dps_mix": 1.2, "mixup-blo": 8.0, "smart": 3.3}  # of a plain fit, for --estimate
+SOUP = {"num_seeds": 3, "combine": "soup"}
+FITS: dict[str, dict[str, Any]] = {
+    "plain": {}, "plain-soup": SOUP, "probe": {"head": "logistic", "steps": 0}, **LIST,
+}  # fmt: skip
+PASSES = {
+    "plain": 1.0,
+    "plain-soup": 3.0,
+    "probe": 0.1,
+    "dps_mix": 1.2,
+    "mixup-blo": 8.0,
+    "smart": 3.3,
+    "search-soup": 3.0,
+}  # of a plain fit, for --estimate
+RECIPES = (*FITS, "search", "search-soup")
+PAIRS = [*(("search", other) for other in FITS), ("plain-soup", "plain"), ("search-soup", "search"),
+         ("search-soup", "plain-soup")]  # fmt: skip
 TASKS = ("sst2", "qnli", "stsb", "mrpc", "sources")
 DEV = "dev"
 
@@ -134,23 +151,36 @@ class Study:
         """Do what of a unit has no record."""
         folder = self.work / unit.name
         for name, recipe in FITS.items():
-            if self.record(unit, name).is_file():
-                continue
-            started = time.perf_counter()
-            fitted = steadytune.fit(output=folder / name, overwrite=True, validation_share=0.0, probe=False,
-                                    **{**self.asked(unit), **recipe})  # fmt: skip
-            self.write(unit, name, fitted, started)
-            shutil.rmtree(folder / name)
-        if self.record(unit, "search").is_file():
+            self.fit(unit, name, recipe)
+        if not self.record(unit, "search").is_file():
+            self.search(unit)
+        self.fit(unit, "search-soup", {**self.shipped(unit), **SOUP})
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def fit(self, unit: Unit, name: str, recipe: Mapping[str, Any]) -> None:
+        """Fit a recipe on the rows of a unit, if it has no record."""
+        if self.record(unit, name).is_file():
             return
-        place, started = folder / "search", time.perf_counter()
+        place, started = self.work / unit.name / name, time.perf_counter()
+        fitted = steadytune.fit(output=place, overwrite=True, validation_share=0.0, probe=False,
+                                **{**self.asked(unit), **recipe})  # fmt: skip
+        self.write(unit, name, fitted, started)
+        shutil.rmtree(place)
+
+    def shipped(self, unit: Unit) -> dict[str, Any]:
+        """Arguments of `fit` that make the recipe of a finished search."""
+        ship = recorded_recipe(json.loads(self.record(unit, "search").read_text(encoding="utf-8"))["found"]["ship"])
+        return {**ship.trainings, **ship.settings(Options.of({"validation_share": 0.0, **self.options}), unit.rows)}
+
+    def search(self, unit: Unit) -> None:
+        """Search on the rows of a unit; an interrupted search goes on."""
+        place, started = self.work / unit.name / "search", time.perf_counter()
         clear_finished(place)
         found = steadytune.search(output=place, budget=self.given.budget, workers=self.given.workers,
                                   resume=(place / "search").is_dir(), **self.asked(unit))  # fmt: skip
         told = {name: v for name, v in found.record.items() if name not in ("asked", "standings")}
         told["ship"] = {**told["ship"], "model": Path(told["ship"]["model"]).name}
         self.write(unit, "search", found.fitted, started, {"found": told})
-        shutil.rmtree(folder)
 
     def write(self, unit: Unit, name: str, fitted: Any, started: float, more: Mapping[str, Any] | None = None) -> None:
         score = fitted.metrics[DEV][fitted.metric]
@@ -168,7 +198,7 @@ class Study:
         for file in sorted((self.output / "records").glob("*.json")):
             record = json.loads(file.read_text(encoding="utf-8"))
             found.setdefault(Unit(record["task"], record["rows"], record["draw"]), {})[record["recipe"]] = record
-        return {unit: records for unit, records in found.items() if {*FITS, "search"} <= {*records}}
+        return {unit: records for unit, records in found.items() if {*RECIPES} <= {*records}}
 
     def estimate(self) -> None:
         """Print the hours of a core, from three measured steps of each task and size."""
@@ -192,8 +222,7 @@ def summary(found: Mapping[Unit, Mapping[str, Mapping[str, Any]]]) -> dict[str, 
     groups: dict[str, list[Unit]] = {}
     for unit in found:
         groups.setdefault(f"{unit.task}, {unit.rows} rows", []).append(unit)
-    scores = {name: {recipe: _points(found, units, recipe) for recipe in (*FITS, "search")} for name, units in
-              groups.items()}  # fmt: skip
+    scores = {name: {recipe: _points(found, units, recipe) for recipe in RECIPES} for name, units in groups.items()}
     best = max(LIST, key=lambda recipe: float(np.mean([s[recipe].mean() for s in scores.values()])))
     paired = {name: s for name, s in scores.items() if len(s["search"]) > 1}
     claims = [_claim(unit, records) for unit, records in found.items()]
@@ -202,10 +231,10 @@ def summary(found: Mapping[Unit, Mapping[str, Mapping[str, Any]]]) -> dict[str, 
         "scores": {name: {r: {"mean": float(v.mean()), "sd": float(v.std(ddof=1)) if len(v) > 1 else None, "n": len(v)}
                           for r, v in s.items()} for name, s in scores.items()},
         "best of the list": best,
-        "gains": {other: _gain(paired, other) for other in FITS} if paired else {},
+        "gains": [_gain(paired, *pair) for pair in PAIRS] if paired else [],
         "log ratio of SD to the best of the list": _spread(paired, best),
         "seconds": {recipe: float(np.mean([records[recipe]["seconds"] for records in found.values()]))
-                    for recipe in (*FITS, "search")},
+                    for recipe in RECIPES},
         "verdicts": {verdict: _told([claim for claim in claims if claim["verdict"] == verdict])
                      for verdict in dict.fromkeys(claim["verdict"] for claim in claims)},
         "claims": claims,
@@ -225,13 +254,13 @@ def _points(found: Mapping[Unit, Mapping[str, Mapping[str, Any]]], units: Sequen
     return np.array([(-100 if smaller_is_better(r["metric"]) else 100) * r["score"] for r in records])
 
 
-def _gain(paired: Mapping[str, Mapping[str, np.ndarray]], other: str) -> dict[str, Any]:
-    """Gain of what search ships over another recipe."""
-    shipped, others = ({name: s[recipe] for name, s in paired.items()} for recipe in ("search", other))
-    over = stratified(shipped, others)
-    by_task = {name: dataclasses.asdict(compare(shipped[name], others[name])) for name in paired}
-    return {"difference": over.difference, "interval": over.interval, "p": over.p, "better": over.better,
-            "by task": by_task}  # fmt: skip
+def _gain(paired: Mapping[str, Mapping[str, np.ndarray]], first: str, other: str) -> dict[str, Any]:
+    """Gain of a recipe over another one."""
+    firsts, others = ({name: s[recipe] for name, s in paired.items()} for recipe in (first, other))
+    over = stratified(firsts, others)
+    by_task = {name: dataclasses.asdict(compare(firsts[name], others[name])) for name in paired}
+    return {"of": first, "over": other, "difference": over.difference, "interval": over.interval, "p": over.p,
+            "better": over.better, "by task": by_task}  # fmt: skip
 
 
 def _spread(paired: Mapping[str, Mapping[str, np.ndarray]], best: str) -> dict[str, Any] | None:
@@ -262,23 +291,23 @@ def _claim(unit: Unit, records: Mapping[str, Mapping[str, Any]]) -> dict[str, An
 
 def page(result: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """The result as Markdown."""
-    names = [*FITS, "search"]
     lines = [
         "# What does a search ship, and what does it claim?", "",
         f"By `python benchmarks/search_real.py`; {result['units']} tables so far, {settings['model']}, budget "
         f"{settings['budget']}, {settings['steps']} steps, learning rate {settings['lr']:g}. Scores are points of each "
         "task's metric on its public dev set: the mean over draws of the rows, and the standard deviation.", "",
-        "| table | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|",
+        "| table | " + " | ".join(RECIPES) + " |", "|---" * (len(RECIPES) + 1) + "|",
     ]  # fmt: skip
     for table, by_recipe in result["scores"].items():
         cells = [f"{s['mean']:.1f}" + (f" ± {s['sd']:.1f}" if s["sd"] is not None else "") for s in by_recipe.values()]
         lines.append(f"| {table} | " + " | ".join(cells) + " |")
     if result["gains"]:
-        lines += ["", "Gains of what the search ships, paired by draw, as means over tables:", "",
-                  "| over | gain | 95 % interval | p |", "|---|---|---|---|"]  # fmt: skip
-        for other, gain in result["gains"].items():
+        lines += ["", "Gains, paired by draw, as means over tables. `search` is the model that was shipped; a soup "
+                  "is the mean of the weights of three runs:", "",
+                  "| of | over | gain | 95 % interval | p |", "|---|---|---|---|---|"]  # fmt: skip
+        for gain in result["gains"]:
             between = "-" if gain["interval"] is None else "{:+.2f} to {:+.2f}".format(*gain["interval"])
-            lines.append(f"| {other} | {gain['difference']:+.2f} | {between} | {gain['p']:.3f} |")
+            lines.append(f"| {gain['of']} | {gain['over']} | {gain['difference']:+.2f} | {between} | {gain['p']:.3f} |")
         best = result["best of the list"]
         lines += ["", f"`{best}` has the largest mean of the fixed list. That choice knows the dev "
                   "scores, which favours the list."]  # fmt: skip
