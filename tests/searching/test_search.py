@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import shutil
@@ -22,6 +23,7 @@ from steadytune.bench.places import fingerprint_files
 from steadytune.errors import UsageError
 from steadytune.searching import main as module
 from steadytune.searching.progress import Progress
+from steadytune.searching.recipe import Recipe, frozen
 from steadytune.searching.report import _claim, write_page
 from steadytune.searching.words import bounds, shown, verdict_words
 
@@ -187,6 +189,32 @@ def test_what_falls_back_to_plain_is_plain_bit_for_bit(searched):
     assert same(weights(Path("plain")), weights(Path("fit")))
 
 
+def test_the_last_fit_may_be_the_mean_of_several_runs():
+    given = {"output": "several", "budget": "5runs", "arms": ["head=logistic"], **SETTINGS}
+    found = steadytune.search("rows.csv", num_seeds=3, **given).record
+    assert found["untried"] == ["head=logistic"], "three runs are set aside"
+    plain = {**found["ship"], "name": "plain", "arms": [], "options": {}, "belief": None}
+    record = {**found, "ship": plain, "runs": 3}
+    Path("several/search/found.json").write_text(json.dumps(record))
+    steadytune.search("rows.csv", num_seeds=3, resume=True, **given)
+    options = {name: value for name, value in SETTINGS.items() if name != "folds"}
+    steadytune.fit("rows.csv", output="soup", num_seeds=3, combine="soup", validation_share=0, **options)
+    assert same(weights(Path("several")), weights(Path("soup")))
+    assert "the mean of the weights of 3 runs, and all figures here are of single runs." in verdict_words(record)
+    again = steadytune.search("rows.csv", resume=True, **given).record
+    assert again["asked"] != found["asked"], "Naive: a search with one run goes on as one with three"
+
+
+def test_what_cannot_be_averaged_has_one_run(home):
+    table = OwnTables("table", str(Path("rows.csv").absolute()), text=("text",), label="label", folds=2)
+    task = module.make_task(table, {"bert": "bert"}, 0, {}, 3)
+    plain = Recipe("bert")
+    assert task.runs(plain) == 3
+    assert task.runs(frozen("bert")) == 1
+    assert task.runs(dataclasses.replace(plain, methods=("re_init:blocks=1",))) == 1
+    assert task.runs(dataclasses.replace(plain, soup=5)) == 5
+
+
 def test_a_search_that_was_stopped_goes_on_to_the_same_model(searched, monkeypatch):
     def stop(self, run, ended):
         if ended and len(list(Path("again/search/records").glob("*.json"))) == 5:
@@ -257,6 +285,8 @@ def test_a_dry_run_lists_arms_and_writes_nothing(home):
         ({"model": "gone"}, "gone"),
         ({"resume": True}, "--resume: no search in"),
         ({"budget": "2runs"}, "budget must be 3 or more trainings, got 2"),
+        ({"budget": "4runs", "num_seeds": 3}, "budget must be 5 or more trainings, got 4: one for each of the 2 folds"),
+        ({"num_seeds": 0}, "num_seeds must be 1 or more, got 0"),
         ({"seed": 1.5}, "seed must be a whole number"),
     ],
 )

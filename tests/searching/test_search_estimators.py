@@ -83,6 +83,7 @@ def test_the_best_parameters_have_soups_and_trainings_before_the_fit(searched, m
     estimator, _ = searched
     ship = {**estimator.search_.record["ship"], "options": {}, "before": [["pretrain", "simcse"], ["aux", "/a.csv"]]}
     monkeypatch.setitem(estimator.search_.record, "ship", {**ship, "methods": ["rdrop"], "soup": 3})
+    monkeypatch.setitem(estimator.search_.record, "runs", 3)
     best = estimator.best_params_
     assert best["methods"] == ["rdrop"]
     assert best["options"] == {"pretrain": "simcse", "aux": ["/a.csv"], "num_seeds": 3, "combine": "soup"}

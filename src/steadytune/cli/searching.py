@@ -80,6 +80,7 @@ def search(
         ),
     ] = None,
     folds: Folds = None,
+    num_seeds: Annotated[int, option(SELECTION, "Runs of the last fit; the model is the mean of their weights.")] = 1,
     workers: Workers = None,
     engine: EngineName = "local",
     address: Address = None,
@@ -111,8 +112,8 @@ def search(
     with errors_in_one_line(go_on), speaking(quiet):
         from .. import searching
 
-        same = ("label_separator", "group", "kind", "metric", "budget", "folds", "seed", "steps", "epochs", "lr",
-                "batch_size", "max_length", "bf16", "unlabelled_size")  # fmt: skip
+        same = ("label_separator", "group", "kind", "metric", "budget", "folds", "num_seeds", "seed", "steps", "epochs",
+                "lr", "batch_size", "max_length", "bf16", "unlabelled_size")  # fmt: skip
         asked = {name: given[name] for name in same}
         asked |= {"model": _models(model), "text": text or None, "label": label or None, "arms": arms or None}
         asked |= {"unlabelled": unlabelled or None, "subgroup": subgroup or None}

@@ -32,7 +32,7 @@ from ..data.prepare import Data
 from ..data.splits import folds, units
 from ..files.atomic import write_json
 from ..fitting.options import Options
-from ..fitting.spelling import make_procedure
+from ..fitting.spelling import make_methods, make_procedure
 from .budget import Budget
 from .estimates import Array
 from .halves import halves
@@ -61,6 +61,7 @@ class Task:
         k: Number of folds.
         repeats: Largest number of repeats.
         seed: Seed of halves, folds and trainings.
+        num_seeds: Number of runs of the last fit, whose weights are averaged.
         size: Number of rows that a fold draws to train on; None for all that it has.
         unlabelled: Files of texts without labels.
         unlabelled_size: Number of these texts to draw; None for all.
@@ -75,6 +76,7 @@ class Task:
     k: int
     repeats: int
     seed: int
+    num_seeds: int = 1
     size: int | None = None
     unlabelled: tuple[str, ...] = ()
     unlabelled_size: int | None = None
@@ -85,6 +87,12 @@ class Task:
             return {}
         size = {} if self.unlabelled_size is None else {"unlabelled_size": self.unlabelled_size}
         return {"unlabelled": list(self.unlabelled), **size}
+
+    def runs(self, recipe: Recipe) -> int:
+        """Number of runs of the last fit with a recipe; one, where they would be equal or could not be averaged."""
+        if recipe.frozen or any(method.draws_weights for method in make_methods(recipe.methods)):
+            return 1
+        return max(recipe.soup, self.num_seeds)
 
     @property
     def inside(self) -> int:
@@ -273,7 +281,7 @@ class Cells:
     @property
     def last_fit(self) -> float:
         """Trainings or seconds that are set aside for a fit on all rows with the most costly recipe so far."""
-        least = 1.0 if self.budget.unit == "runs" else 0.0
+        least = float(self.task.num_seeds) if self.budget.unit == "runs" else 0.0
         return max([least, *(self._last(recipe) for recipe, _ in self.runs if self.trouble(recipe) is None)])
 
     def further(self, recipe: Recipe) -> float:
@@ -281,13 +289,14 @@ class Cells:
         return max(0.0, self._last(recipe) - self.last_fit)
 
     def _last(self, recipe: Recipe) -> float:
+        runs = self.task.runs(recipe)
         if self.budget.unit == "runs":
-            return float(recipe.soup)
-        return 1.2 * self._cell_seconds(recipe) * self.task.k / (self.task.k - 1)
+            return float(runs)
+        return 1.2 * self._cell_seconds(recipe) * runs / recipe.soup * self.task.k / (self.task.k - 1)
 
     def cost(self, recipe: Recipe) -> float:
         if self.budget.unit == "runs":
-            return 0.0 if dict(recipe.options).get("steps") == 0 else float(self.task.k * recipe.soup)
+            return 0.0 if recipe.frozen else float(self.task.k * recipe.soup)
         return self.seconds(recipe) / self.engine.size
 
     def seconds(self, recipe: Recipe) -> float:
@@ -297,9 +306,9 @@ class Cells:
     def _cell_seconds(self, recipe: Recipe) -> float:
         if done := self._done(recipe):
             return float(np.mean([record["cost"]["seconds"] for record in done]))
-        if dict(recipe.options).get("steps") == 0:
+        if recipe.frozen:
             return 0.0
-        trained = {other for other, _ in self.runs if self._done(other) and dict(other.options).get("steps") != 0}
+        trained = {other for other, _ in self.runs if self._done(other) and not other.frozen}
         alike = {other for other in trained if other.model == recipe.model} or trained
         paces = [self._cell_seconds(other) / self._effort(other) for other in alike]
         return float(np.mean(paces)) * self._effort(recipe) if paces else 0.0

@@ -18,7 +18,9 @@ from .main import SearchResult, search
 from .record import recorded_recipe
 from .words import shown
 
-SEARCH_ONLY = ("engine", "resume", "overwrite", "unlabelled", "unlabelled_size", "tests")  # no options of an estimator
+SEARCH_ONLY = (
+    "engine", "resume", "overwrite", "unlabelled", "unlabelled_size", "tests", "num_seeds",
+)  # no options of an estimator  # fmt: skip
 SETTINGS = ("lr", "batch_size", "steps", "epochs", "max_length", "bf16")  # options that are parameters
 
 
@@ -86,8 +88,8 @@ class _Searching:
         own = {name: options.pop(name) for name in SETTINGS if name in options}
         options |= recorded_recipe(ship).trainings
         methods = {"methods": options.pop("methods")} if ship["methods"] else {}
-        if ship["soup"] > 1:
-            options |= {"num_seeds": ship["soup"], "combine": "soup"}
+        if (runs := self._record.get("runs", ship["soup"])) > 1:
+            options |= {"num_seeds": runs, "combine": "soup"}
         return {"model": ship["model"], **methods, **own, **({"options": options} if options else {})}
 
     @property

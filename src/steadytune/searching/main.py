@@ -150,6 +150,7 @@ def search(
     budget: str = "30m",
     arms: Sequence[str] | None = None,
     folds: int | None = None,
+    num_seeds: int = 1,
     seed: int = 0,
     workers: int = 0,
     engine: Engine | None = None,
@@ -185,6 +186,9 @@ def search(
             factors of options (``"lr*3"``), and trainings before the fit (``"pretrain=tapt"``, ``"aux=other.csv"``);
             by default a portfolio, `steadytune.searching.recipe.PORTFOLIO`.
         folds: Number of folds; by default 5, or 10 below 200 rows.
+        num_seeds: Number of runs of the last fit. The model is the mean of their weights, as with
+            ``combine="soup"`` of `fit`; what is claimed is of single runs. A frozen probe has one run, and so has a
+            recipe that draws other weights in every run.
         seed: Seed of halves, folds and trainings.
         workers: Number of worker processes; 0 trains in this process.
         engine: Engine that does the trainings, instead of processes on this machine, such as `bench.cluster.Ray`.
@@ -208,7 +212,7 @@ def search(
     with tempfile.TemporaryDirectory() as scratch:
         table = own_table(train, Path(scratch), text=text, label=label, metric=metric, label_separator=label_separator,
                           group=group, subgroup=subgroup, kind=kind, folds=folds)  # fmt: skip
-        task = with_texts(make_task(table, _models(model), seed, options), unlabelled, unlabelled_size)
+        task = with_texts(make_task(table, _models(model), seed, options, num_seeds), unlabelled, unlabelled_size)
         _check_budget(limit, task)
         tried = _stages(arms, task)
         tested = _check_tests(table, tests)
@@ -217,6 +221,8 @@ def search(
             _same_table(cells_at, asked)
         if table.subgroup:
             asked["subgroup"] = list(table.subgroup)
+        if task.num_seeds > 1:
+            asked["num_seeds"] = task.num_seeds
         if task.unlabelled:
             texts = fingerprint_files(map(Path, task.unlabelled))
             asked["unlabelled"] = {"files": texts, "size": task.unlabelled_size}
@@ -248,12 +254,12 @@ def search(
             raise UsageError(f"--resume: the search in {place} is finished. Give a larger budget, or --overwrite.")
         ship = recorded_recipe(found["ship"])
         logger.info("the search is over: now %s is fitted on all %d rows", ship, len(task.data.train))
-        started = again and _record(place).get("status") == "training"
+        started, runs = again and _record(place).get("status") == "training", task.runs(ship)
         fitted = fit(
             train, model=ship.model, text=text, label=label, label_separator=label_separator, group=group,
             subgroup=subgroup, kind=kind, metric=metric, tests=tests, validation_share=0.0, seed=seed, output=place,
             resume=started, overwrite=overwrite or (again and not started), progress=progress, **ship.trainings,
-            **task.texts_for(ship), **({"num_seeds": ship.soup, "combine": "soup"} if ship.soup > 1 else {}),
+            **task.texts_for(ship), **({"num_seeds": runs, "combine": "soup"} if runs > 1 else {}),
             **{**task.given, **ship.settings(task.base, len(task.data.train))},
         )  # fmt: skip
     _tell(fitted, found)
@@ -266,6 +272,7 @@ def plan_search(
     model: Any,
     budget: str = "30m",
     arms: Sequence[str] | None = None,
+    num_seeds: int = 1,
     seed: int = 0,
     text: str | Sequence[str] | None = None,
     label: str | Sequence[str] | None = None,
@@ -288,7 +295,7 @@ def plan_search(
     with tempfile.TemporaryDirectory() as scratch:
         table = own_table(train, Path(scratch), text=text, label=label, metric=metric, label_separator=label_separator,
                           group=group, subgroup=subgroup, kind=kind, folds=folds)  # fmt: skip
-        task = with_texts(make_task(table, _models(model), seed, options), unlabelled, unlabelled_size)
+        task = with_texts(make_task(table, _models(model), seed, options, num_seeds), unlabelled, unlabelled_size)
         _check_budget(limit, task)
         plain = Recipe(next(iter(task.models)))
         tried = {stage.name: [str(arm) for arm in stage.arms(plain)] for stage in _stages(arms, task)}
@@ -301,7 +308,9 @@ def plan_search(
 # ---- what is searched -------------------------------------------------------------------------------------------
 
 
-def make_task(table: OwnTables, models: Mapping[str, str], seed: int, options: Mapping[str, Any]) -> Task:
+def make_task(
+    table: OwnTables, models: Mapping[str, str], seed: int, options: Mapping[str, Any], num_seeds: int = 1
+) -> Task:
     """What is searched, checked.
 
     Raises:
@@ -311,6 +320,8 @@ def make_task(table: OwnTables, models: Mapping[str, str], seed: int, options: M
         refuse_own(name)
     if table.folds is not None and python_value("folds", table.folds, int) < 2:
         raise UsageError(f"folds must be 2 or more, got {table.folds}: leave it out for 5, or 10 below 200 rows.")
+    if python_value("num_seeds", num_seeds, int) < 1:
+        raise UsageError(f"num_seeds must be 1 or more, got {num_seeds}.")
     given = chosen_options("search", options)
     base = Options.of({"validation_share": 0.0, **{name: v for name, v in given.items() if v is not None}})
     data = table.examine()
@@ -318,7 +329,7 @@ def make_task(table: OwnTables, models: Mapping[str, str], seed: int, options: M
     rules = Rules()
     return Task(
         dataclasses.replace(table, folds=k), data, data.problem.metric(table.metric), models, base, given, k,
-        rules.rungs + rules.fresh, python_value("seed", seed, int),
+        rules.rungs + rules.fresh, python_value("seed", seed, int), num_seeds,
     )  # fmt: skip
 
 
@@ -376,10 +387,11 @@ def _check_budget(budget: Budget, task: Task) -> None:
     Raises:
         UsageError: It is below a cross-validation and the last fit.
     """
-    if budget.unit == "runs" and budget.amount < task.k + 1:
+    if budget.unit == "runs" and budget.amount < (least := task.k + task.num_seeds):
+        last = "the last fit" if task.num_seeds == 1 else f"{task.num_seeds} for the last fit"
         raise UsageError(
-            f"budget must be {task.k + 1} or more trainings, got {budget.amount:.0f}: one for each of the {task.k} "
-            "folds of plain fine-tuning, and the last fit."
+            f"budget must be {least} or more trainings, got {budget.amount:.0f}: one for each of the {task.k} folds of "
+            f"plain fine-tuning, and {last}."
         )
 
 

@@ -93,6 +93,11 @@ class Recipe:
         return methods or "pretrain" in dict(self.before) or (procedure is not None and procedure.reads_unlabelled)
 
     @property
+    def frozen(self) -> bool:
+        """Whether it takes no step: a fitted head on the frozen encoder."""
+        return dict(self.options).get("steps") == 0
+
+    @property
     def trainings(self) -> dict[str, Any]:
         """What of it are no options, as arguments of `fit`; empty for plain fine-tuning."""
         tables = [file for what, file in self.before if what == "aux"]

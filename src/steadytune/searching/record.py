@@ -33,6 +33,7 @@ def search_record(race: Race, outcome: Outcome, cells: Cells, asked: Mapping[str
             **recipe_record(outcome.ship, task.models),
             "belief": None if outcome.belief is None else {"mean": outcome.belief.mean, "sd": outcome.belief.sd},
         },
+        "runs": task.runs(outcome.ship),
         "chosen": {path: str(arm) for path, arm in outcome.chosen.items()},
         "claim": {
             "verdict": outcome.verdict,

@@ -78,12 +78,15 @@ def _limits(record: Mapping[str, Any]) -> list[str]:
 
 def _shipping(record: Mapping[str, Any], believed: bool) -> str:
     ship, (times, unit) = record["ship"], scale(record["metric"])
+    several = ""
+    if (runs := record.get("runs", 1)) > ship.get("soup", 1):
+        several = f" It is the mean of the weights of {runs} runs, and all figures here are of single runs."
     if ship["name"] == "plain":
-        return "The model is that of plain fine-tuning."
+        return f"The model is that of plain fine-tuning.{several}"
     if not believed:
-        return f"The model is that of `{ship['name']}`."
+        return f"The model is that of `{ship['name']}`.{several}"
     belief = f"{number(times * ship['belief']['mean'], 1, signed=True)}{unit} over plain"
-    return f"The model is that of `{ship['name']}`, whose gain is believed to be {belief}."
+    return f"The model is that of `{ship['name']}`, whose gain is believed to be {belief}.{several}"
 
 
 def _level(record: Mapping[str, Any]) -> str:
