@@ -1,7 +1,7 @@
 """What `steadytune search` ships and claims on real tables, beside plain fine-tuning, the probe and a fixed list.
 
     python benchmarks/search_real.py --data-root DIR --model DIR [--tasks sst2 qnli stsb mrpc sources]
-        [--rows 300 1000] [--draws 5] [--budget 115runs] [--estimate] [--output docs/results/search]
+        [--rows 300 1000] [--draws 5] [--budget 115runs] [--estimate] [--output docs/results/search-real]
 
 A unit is a task, a number of rows and a draw of these rows. In each unit a search with the default arms ships a model,
 and one fit each is made of plain fine-tuning, of the probe on the frozen encoder, and of the fixed list: DPSMix,
@@ -37,6 +37,7 @@ from steadytune.bench.stats import compare, log_sd_interval, stratified
 from steadytune.data.metrics import smaller_is_better
 from steadytune.files.atomic import write_json
 from steadytune.fitting.options import Options
+from steadytune.pages.words import counted
 from steadytune.searching import plan_search
 from steadytune.searching.record import recorded_recipe
 from steadytune.tasks import find, load
@@ -47,14 +48,8 @@ FITS: dict[str, dict[str, Any]] = {
     "plain": {}, "plain-soup": SOUP, "probe": {"head": "logistic", "steps": 0}, **LIST,
 }  # fmt: skip
 PASSES = {
-    "plain": 1.0,
-    "plain-soup": 3.0,
-    "probe": 0.1,
-    "dps_mix": 1.2,
-    "mixup-blo": 8.0,
-    "smart": 3.3,
-    "search-soup": 3.0,
-}  # of a plain fit, for --estimate
+    "plain": 1.0, "plain-soup": 3.0, "probe": 0.2, "dps_mix": 1.1, "mixup-blo": 1.4, "smart": 2.3, "search-soup": 3.0,
+}  # of a plain fit, for --estimate  # fmt: skip
 RECIPES = (*FITS, "search", "search-soup")
 PAIRS = [*(("search", other) for other in FITS), ("plain-soup", "plain"), ("search-soup", "search"),
          ("search-soup", "plain-soup")]  # fmt: skip
@@ -293,9 +288,9 @@ def page(result: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """The result as Markdown."""
     lines = [
         "# What does a search ship, and what does it claim?", "",
-        f"By `python benchmarks/search_real.py`; {result['units']} tables so far, {settings['model']}, budget "
-        f"{settings['budget']}, {settings['steps']} steps, learning rate {settings['lr']:g}. Scores are points of each "
-        "task's metric on its public dev set: the mean over draws of the rows, and the standard deviation.", "",
+        f"By `python benchmarks/search_real.py`: {counted(result['units'], 'table')} so far. {settings['model']}, "
+        f"budget {settings['budget']}, {settings['steps']} steps, learning rate {settings['lr']:g}. Scores are points "
+        "of each task's metric on its public dev set: the mean over draws of the rows, and the standard deviation.", "",
         "| table | " + " | ".join(RECIPES) + " |", "|---" * (len(RECIPES) + 1) + "|",
     ]  # fmt: skip
     for table, by_recipe in result["scores"].items():
@@ -350,7 +345,7 @@ def main() -> None:
     parser.add_argument("--dev-rows", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--work", default="runs/search-real", help="folder of unfinished units")
-    parser.add_argument("--output", default="docs/results/search")
+    parser.add_argument("--output", default="docs/results/search-real")
     parser.add_argument("--estimate", action="store_true")
     study = Study(parser.parse_args())
     if study.given.estimate:
