@@ -15,10 +15,10 @@ from steadytune import cli
 from steadytune.bench.own_tables import OwnTables
 from steadytune.bench.store import Store
 from steadytune.errors import UsageError
+from steadytune.searching import report_figures
 from steadytune.searching.by_size import learning_curve, smaller
 from steadytune.searching.learning_curve import more_rows, power_law
 from steadytune.searching.main import make_task
-from steadytune.searching.report_figures import curve as curve_figure
 
 SIZES = np.array([75.0, 150.0, 240.0])
 
@@ -58,7 +58,17 @@ def test_the_drawing_goes_beyond_the_rows_only_where_they_tell_what_more_would_b
     scores = {"75": {"value": 0.7, "error": 0.02}, "150": {"value": 0.8, "error": 0.01}}
     more = {"plain": {"rows": 200, "interval": [0.01, 0.05]}, "probe": {"rows": 200, "interval": [-0.01, 0.05]}}
     found = {"metric": "accuracy", "rows": 300, "scores": {"plain": scores, "probe": scores}, "more": more}
-    assert curve_figure(found).count("stroke-dasharray: ") == 1
+    assert report_figures.curve(found).count("stroke-dasharray: ") == 1
+
+
+def test_the_drawing_ends_at_the_best_possible_score(monkeypatch):
+    """Naive: the law as it is, above an accuracy of 1."""
+    drawn = []
+    monkeypatch.setattr(report_figures, "svg", lambda figure, words: drawn.extend(figure.axes[0].lines))
+    scores = {"75": {"value": 0.7, "error": 0.02}, "150": {"value": 0.98, "error": 0.01}}
+    more = {"plain": {"rows": 200, "interval": [0.01, 0.05]}}
+    report_figures.curve({"metric": "accuracy", "rows": 300, "scores": {"plain": scores}, "more": more})
+    assert max(np.max(line.get_ydata()) for line in drawn) == 1.0
 
 
 def test_a_flat_curve_is_not_taken_for_a_gain():

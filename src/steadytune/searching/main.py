@@ -107,6 +107,7 @@ class SearchPlan:
         stages: Names of the arms of each stage, on top of plain fine-tuning.
         seconds: Seconds of a plain training, from three measured steps.
         budget: The budget.
+        num_seeds: Number of runs of the last fit.
     """
 
     rows: int
@@ -114,6 +115,7 @@ class SearchPlan:
     stages: Mapping[str, Sequence[str]]
     seconds: float
     budget: Budget
+    num_seeds: int = 1
 
     @property
     def trainings(self) -> int:
@@ -125,7 +127,7 @@ class SearchPlan:
         lines = [f"{self.rows} rows, {self.folds} folds; a repeat of a recipe is {self.folds} trainings"]
         lines += [f"stage {name}: {', '.join(arms)}" for name, arms in self.stages.items()]
         lines.append(f"a plain training takes about {self.seconds:.1f} s, so the budget is {self.trainings} of them")
-        if self.trainings < (least := 6 * self.folds + 1):
+        if self.trainings < (least := 6 * self.folds + self.num_seeds):
             lines.append(
                 f"below {least} trainings no gain can be shown: none are left that judge without having chosen"
             )
@@ -302,7 +304,7 @@ def plan_search(
         with silent():
             (trial, *_) = task.trials([(plain, 0)])
             pace = measure(trial)
-    return SearchPlan(len(task.data.train), task.k, tried, pace.seconds(task.base, 1.0), limit)
+    return SearchPlan(len(task.data.train), task.k, tried, pace.seconds(task.base, 1.0), limit, num_seeds)
 
 
 # ---- what is searched -------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..pages.drawing import COLOURS, WIDTH, beside, lines, looks, panel, svg
 from .learning_curve import power_law
+from .words import limits
 
 PATH_COLOURS = {"A": COLOURS[1], "B": COLOURS[2]}
 
@@ -68,11 +69,14 @@ def cost(arms: Sequence[Mapping[str, Any]], ship: str, times: float, unit: str) 
 def curve(found: Mapping[str, Any]) -> str:
     """Scores by number of training rows with their standard errors, and the power law through them.
 
-    The law goes on to more rows, dashed, where these rows tell what more of them would bring.
+    The law goes on to more rows, dashed, where these rows tell what more of them would bring. It keeps within the limits
+    of the metric.
 
     Args:
         found: Record of a learning curve.
     """
+    least, most = limits(found["metric"])
+    ends = (-np.inf if least is None else least, np.inf if most is None else most)
     with panel(WIDTH + 1.2, 2.7, "learning curve") as (figure, axes):
         for name, look in looks([*found["scores"]]).items():
             by_size = found["scores"][name]
@@ -82,10 +86,10 @@ def curve(found: Mapping[str, Any]) -> str:
             a, b, c = power_law(sizes, values)
             more = found["more"][name]
             now = np.linspace(sizes.min(), found["rows"])
-            axes.plot(now, a - b * now**-c, color=look.colour, label=name)
+            axes.plot(now, np.clip(a - b * now**-c, *ends), color=look.colour, label=name)
             if more["interval"][0] > 0:
                 then = np.linspace(found["rows"], found["rows"] + more["rows"])
-                axes.plot(then, a - b * then**-c, "--", color=look.colour)
+                axes.plot(then, np.clip(a - b * then**-c, *ends), "--", color=look.colour)
         axes.set_xlabel("training rows")
         axes.set_ylabel(found["metric"])
         axes.legend(frameon=False)

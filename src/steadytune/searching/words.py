@@ -11,7 +11,7 @@ from ..pages.words import counted, listed, number
 
 def scale(metric: str) -> tuple[float, str]:
     """Factor and unit of gains: points for metrics between -1 and 1, the metric's own unit for others."""
-    return (1.0, "") if None in _range(metric) else (100.0, " points")
+    return (1.0, "") if None in limits(metric) else (100.0, " points")
 
 
 def shown(metric: str, value: float) -> float:
@@ -21,7 +21,7 @@ def shown(metric: str, value: float) -> float:
 
 def bounds(metric: str, low: float, high: float) -> tuple[float, float]:
     """Bounds of a goodness as those of the metric: the smaller one first, and within the metric's limits."""
-    least, most = _range(metric)
+    least, most = limits(metric)
     first, last = sorted((shown(metric, low), shown(metric, high)))
     if least is not None:
         first, last = max(first, least), max(last, least)
@@ -30,7 +30,7 @@ def bounds(metric: str, low: float, high: float) -> tuple[float, float]:
     return first, last
 
 
-def _range(metric: str) -> tuple[float | None, float | None]:
+def limits(metric: str) -> tuple[float | None, float | None]:
     """Smallest and largest value of a metric; None for no limit."""
     return next(m.limits for metrics in METRICS.values() for m in metrics if m.name == metric)
 
