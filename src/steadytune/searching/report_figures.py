@@ -69,8 +69,8 @@ def cost(arms: Sequence[Mapping[str, Any]], ship: str, times: float, unit: str) 
 def curve(found: Mapping[str, Any]) -> str:
     """Scores by number of training rows with their standard errors, and the power law through them.
 
-    The law goes on to more rows, dashed, where these rows tell what more of them would bring. It keeps within the limits
-    of the metric.
+    The law goes on to more rows, dashed, where these rows tell what more of them would bring. It keeps within the
+    limits of the metric.
 
     Args:
         found: Record of a learning curve.
