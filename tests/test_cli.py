@@ -14,6 +14,9 @@ from steadytune import cli as cli_module
 from steadytune.cli import app
 from steadytune.cli.common import named_files
 from steadytune.fitting.options import Options
+from steadytune.fitting.procedures import PROCEDURES
+from steadytune.fitting.stages.meta import LEARNERS
+from steadytune.fitting.stages.pretraining import PRETRAININGS
 from steadytune.methods import METHODS
 from steadytune.tasks import TASKS
 
@@ -207,18 +210,31 @@ def test_a_conflict_of_methods_under_dry_run_is_one_line(shell, bert):
 def test_methods_lists_the_registry(shell):
     done = shell("methods")
     assert done.exit_code == 0
-    for name in METHODS:
-        assert name in done.stdout
+    for name in (*METHODS, *PROCEDURES, *PRETRAININGS, *LEARNERS):
+        assert f"  {name} " in done.stdout
+
+
+def described(shell, flag, name, kind):
+    done = shell("methods", name)
+    assert done.exit_code == 0
+    assert f"{flag} {name}:option=value" in done.stdout
+    for field in dataclasses.fields(kind):
+        assert field.name in done.stdout
+        if field.default is not dataclasses.MISSING:
+            assert repr(field.default) in done.stdout
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_shows_every_option_and_default(shell, name):
-    done = shell("methods", name)
-    assert done.exit_code == 0
-    for field in dataclasses.fields(METHODS[name]):
-        assert field.name in done.stdout
-        if field.default is not dataclasses.MISSING:
-            assert repr(field.default) in done.stdout
+    described(shell, "--method", name, METHODS[name])
+
+
+@pytest.mark.parametrize(
+    ("flag", "registry"), [("--procedure", PROCEDURES), ("--pretrain", PRETRAININGS), ("--meta", LEARNERS)]
+)
+def test_methods_shows_what_fit_takes_by_name_beside_methods(shell, flag, registry):
+    for name, kind in registry.items():
+        described(shell, flag, name, kind)
 
 
 def test_unknown_method_suggests(shell):

@@ -13,37 +13,54 @@ from .common import app, errors_in_one_line
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Method to show with its options, cost and source.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Method or procedure to show with all its options.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Write docs/methods.md to stdout.")] = False,
 ) -> None:
-    """List the fine-tuning methods by name, or show one with its options, cost and source."""
+    """List methods and procedures by the option that takes them, or show one with its options, cost and source."""
     with errors_in_one_line():
         from ..errors import UsageError, suggest
         from ..methods import METHODS, catalogue
 
         if markdown:
             return typer.echo(catalogue.markdown(catalogue.own()), nl=False)
-        if name is not None and name not in METHODS:
-            raise UsageError(f"unknown method {name!r}.{suggest(name, METHODS)}")
-        if name is not None:
+        if name in METHODS:
             METHODS[name]  # an error for one of another package that cannot be loaded
-        pages = catalogue.pages()
+        pages = {"--method": catalogue.pages(), **_trainings()}
+        names = [known for listed in pages.values() for known in listed]
+        if name is not None and name not in names:
+            raise UsageError(f"unknown method {name!r}.{suggest(name, names)}")
     console = Console(highlight=False, markup=False)
     if name is not None:
-        return _show_method(console, pages[name])
+        for flag, listed in pages.items():  # `dsee` is both a method and a procedure
+            if name in listed:
+                _show_method(console, flag, listed[name])
+        return
     grid = Grid.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True, style="bold")
-    for page in pages.values():
-        grid.add_row(page.name, page.summary.replace("``", ""))
+    for flag, listed in pages.items():
+        grid.add_row(flag, "")
+        for page in listed.values():
+            grid.add_row(f"  {page.name}", page.summary.replace("``", ""))
     console.print(grid)
     console.print("\nsteadytune methods NAME shows the options, cost and source of one.")
 
 
-def _show_method(console: Console, page: Any) -> None:
-    """All there is to say about one method."""
+def _trainings() -> dict[str, dict[str, Any]]:
+    """Pages about what `fit` takes by name beside methods, by option."""
+    from ..fitting.procedures import PROCEDURES
+    from ..fitting.stages.meta import LEARNERS
+    from ..fitting.stages.pretraining import PRETRAININGS
+    from ..methods.catalogue import page
+
+    by_flag: dict[str, dict[str, Any]] = {"--procedure": PROCEDURES, "--pretrain": PRETRAININGS, "--meta": LEARNERS}
+    return {flag: {name: page(name, cls) for name, cls in listed.items()} for flag, listed in by_flag.items()}
+
+
+def _show_method(console: Console, flag: str, page: Any) -> None:
+    """All there is to say about one method, which is given to the option ``flag``."""
     for paragraph in (page.summary, *page.notes):
         console.print(paragraph.replace("``", "") + "\n")
-    grid = Grid(title=f"--method {page.name}:option=value,...", show_lines=True)
+    grid = Grid(title=f"{flag} {page.name}:option=value,...", show_lines=True)
     for title in ("option", "type", "range", "default", "meaning"):
         grid.add_column(title, overflow="fold")
     for option in page.options:
@@ -52,7 +69,7 @@ def _show_method(console: Console, page: Any) -> None:
     console.print(grid)
     facts = {
         "Acts at": ", ".join(page.moments),
-        "Cost": f"{page.cost.passes:.1f} plain passes a step; bytes per weight: {page.cost.memory}",
+        "Cost": page.cost and f"{page.cost.passes:.1f} plain passes a step; bytes per weight: {page.cost.memory}",
         "Not with": "; ".join(page.conflicts),
         "Departures from the authors": page.departures,
         "Paper": page.source,

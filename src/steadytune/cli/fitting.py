@@ -82,7 +82,8 @@ def fit(
         option(
             TRAINING,
             "Several trainings instead of one, with options: contrastive:then=finetune (pairs of rows train the "
-            "encoder first), mixup-blo:folds=1, dsee:share=0.2 (LoRA on a pruned model).",
+            "encoder first), mixup-blo:folds=1, dsee:share=0.2 (LoRA on a pruned model), "
+            "self-training:rounds=2 (labels the texts of --unlabelled).",
         ),
     ] = None,
     aux: Annotated[

@@ -23,7 +23,9 @@ def merge(
             "arithmetic)."
         ),
     ] = "uniform",
-    base: Annotated[Path | None, typer.Option(help="Directory of the pre-trained model, for the last three.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Directory of the pre-trained model, for interpolate, paint and add.")
+    ] = None,
     alpha: Annotated[float, typer.Option(help="Share of the model, or factor of the sum.")] = 0.5,
     validation: Annotated[
         list[str] | None,
@@ -34,7 +36,7 @@ def merge(
     ] = None,
     label: LabelColumns = None,
     label_separator: LabelSeparator = None,
-    metric: Annotated[str | None, option(INPUT, "Metric that chooses.")] = None,
+    metric: Annotated[str | None, option(INPUT, "Metric of the score; greedy and paint choose by it.")] = None,
     fisher_labels: Annotated[
         str | None,
         typer.Option(
@@ -43,7 +45,7 @@ def merge(
         ),
     ] = None,
 ) -> None:
-    """Merge models of one beginning into one Hugging Face model directory.
+    """Merge models that were fine-tuned from the same weights into one Hugging Face model directory.
 
     Example: steadytune merge run-1 run-2 run-3 --output soup
     """

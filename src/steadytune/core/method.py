@@ -37,7 +37,7 @@ class Weight:
             process.
         grad: Gradient of the same shape; None before the backward pass.
         group: The optimizer's parameter group (current ``lr``, ``weight_decay``); empty before `Run.attach`.
-        kind: Kind of weight, see `steadytune.anatomy`.
+        kind: Kind of weight, see `steadytune.core.anatomy`.
         block: Index of its transformer block; None outside the blocks.
         head: Whether it belongs to a new task head.
         input_dim: The axis of a linear weight that runs over input features (0 for transformers' Conv1D).
@@ -71,7 +71,7 @@ class Method:
 
     Every verb is optional. Fields are hyperparameters only; what changes during training is kept in attributes
     made in `setup` and returned by `state_dict`. The type of a field declares what it may hold
-    (``keep: Annotated[float, Within("(0, 1]")]``, `steadytune.core.fields`), which `__post_init__` checks. Verbs that
+    (``keep: Annotated[float, Within("(0, 1]")]``, `steadytune.fields`), which `__post_init__` checks. Verbs that
     take ``weights`` get a list of `Weight`, restricted by `only` when the method was.
     """
 

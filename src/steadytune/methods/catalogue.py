@@ -1,4 +1,4 @@
-"""Pages about the methods, read from their classes, for `steadytune methods` and docs/methods.md.
+"""Pages about methods and procedures, read from their classes, for `steadytune methods` and docs/methods.md.
 
 python -m steadytune.methods.catalogue        # writes what is generated from METHODS, see `GENERATED`
 """
@@ -51,19 +51,19 @@ class Option:
 
 @dataclass(frozen=True)
 class Page:
-    """Description of a method.
+    """Description of a method, or of another class that is chosen by name with options.
 
     Attributes:
         name: Name on the command line.
         cls: Name of the class.
-        summary: First sentence of the docstring: what the method does.
+        summary: First sentence of the docstring: what it does.
         notes: The other paragraphs of the docstring, without its sections.
-        options: Options of the method.
+        options: Its options.
         departures: Differences from the authors' code or paper; "" if there are none.
         moments: Verbs that the method defines, in the order of a step; those before the first step if it has no others.
         conflicts: Methods and settings that it cannot be combined with.
-        cost: Cost in addition to plain fine-tuning.
-        paper: Paper that introduced the method, or None.
+        cost: Cost in addition to plain fine-tuning, or None if only the notes say it.
+        paper: Paper that introduced the method, or None if the notes name it.
     """
 
     name: str
@@ -72,10 +72,10 @@ class Page:
     notes: tuple[str, ...]
     options: tuple[Option, ...]
     departures: str
-    moments: tuple[str, ...]
-    conflicts: tuple[str, ...]
-    cost: Cost
-    paper: Paper | None
+    moments: tuple[str, ...] = ()
+    conflicts: tuple[str, ...] = ()
+    cost: Cost | None = None
+    paper: Paper | None = None
 
     @property
     def source(self) -> str:
@@ -85,24 +85,24 @@ class Page:
 
 def pages(registry: Mapping[str, type[Method]] = METHODS) -> dict[str, Page]:
     """A page for every method of a registry, by name."""
-    return {name: _page(name, cls, registry) for name, cls in registry.items()}
+    return {
+        name: dataclasses.replace(
+            page(name, cls),
+            moments=tuple(verb for verb in VERBS if overrides(cls, verb)) or _beforehand(cls),
+            conflicts=_conflicts(name, cls, registry),
+            cost=cls.cost,
+            paper=cls.paper,
+        )
+        for name, cls in registry.items()
+    }
 
 
-def _page(name: str, cls: type[Method], registry: Mapping[str, type[Method]]) -> Page:
+def page(name: str, cls: type) -> Page:
+    """What the docstring and the fields of a dataclass say."""
     prose, sections = parse(inspect.getdoc(cls) or "")
     summary, *notes = prose or ("",)
-    return Page(
-        name=name,
-        cls=cls.__name__,
-        summary=summary,
-        notes=tuple(notes),
-        options=_options(cls),
-        departures=" ".join(sections.get("Departures", "").split()),
-        moments=tuple(verb for verb in VERBS if overrides(cls, verb)) or _beforehand(cls),
-        conflicts=_conflicts(name, cls, registry),
-        cost=cls.cost,
-        paper=cls.paper,
-    )
+    departures = " ".join(sections.get("Departures", "").split())
+    return Page(name, cls.__name__, summary, tuple(notes), _options(cls), departures)
 
 
 def _beforehand(cls: type[Method]) -> tuple[str, ...]:
@@ -126,14 +126,14 @@ def parse(doc: str) -> tuple[tuple[str, ...], dict[str, str]]:
     return tuple(filter(None, paragraphs)), {k: textwrap.dedent("\n".join(v)).strip() for k, v in sections.items()}
 
 
-def _options(cls: type[Method]) -> tuple[Option, ...]:
+def _options(cls: type) -> tuple[Option, ...]:
     hints = fields.hints(cls)
     described: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if base is not object and base.__doc__:
             described |= arguments(parse(inspect.cleandoc(base.__doc__))[1].get("Args", ""))
     options = []
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # every registered method is one
+    for field in dataclasses.fields(cls):
         if field.init:
             hint = hints.get(field.name, field.type)
             default = "required" if field.default is dataclasses.MISSING else repr(field.default)

@@ -49,7 +49,7 @@ class LowLevel(Beside):
 
 @dataclass
 class CausalHead(AtBlock, BesideHead[LowLevel]):
-    """Train the head together with one on low-level features, of the row itself and of others; evaluate it alone.
+    """Train a second head on low-level features beside the head; evaluate and save the head alone.
 
     Args:
         mu: Weight of the alignment of the last layer's input with that of the pre-trained model. 0 saves its forward

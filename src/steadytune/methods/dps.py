@@ -122,7 +122,7 @@ class DPSDense(Method):
 
 @dataclass
 class DPSMix(DPSDense):
-    """DPS with forwards like Mixout's: the model uses anchors for some weights, and moves the others away from theirs.
+    """DPS with Mixout's forward: some weights are replaced by an anchor, the others move away from it to keep the mean.
 
     The anchor of a new head is its initial value, as in the authors' code: with `HeadInit`, the probe, and with `R4F`,
     the normalised head, wherever they are in the list. The other options are those of `DPSDense`.

@@ -32,7 +32,7 @@ HALVINGS = 100  # number of bisection steps, enough for float64
 
 @dataclass
 class GroupWeights(Method):
-    """Weigh rows by their subgroup: those with a high loss count more, or those that the loss hardly sees.
+    """Weight rows by subgroup: more weight for a high loss (group DRO), or for a share of the loss that is too small.
 
     Args:
         policy: ``"dro"`` minimises the loss of the worst mixture of the subgroups near the observed one. It also

@@ -26,7 +26,7 @@ class LAWA(Method):
     Args:
         last: Number of checkpoints in the mean; 1 evaluates the newest alone.
         every: Number of steps between two checkpoints. None is a twentieth of the training, which is one epoch in a
-            `fit` with defaults. The paper takes one a epoch.
+            `fit` of 20 epochs. The paper takes one a epoch.
         scope: Which weights are averaged.
 
     At the end, `SWA` with a suitable ``start`` gives nearly the same mean and keeps one copy of the weights instead of

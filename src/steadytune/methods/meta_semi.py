@@ -34,7 +34,7 @@ logger = logging.getLogger("steadytune")
 
 @dataclass
 class MetaSemi(Method):
-    """Add the loss on texts without labels, with an average model's answers, to each step; choose them by a trial step.
+    """Add a pseudo-label loss on unlabelled texts; leave out texts whose gradient opposes that of the labelled rows.
 
     Args:
         unlabelled: Function that returns batches without labels each time it is called; each process gives its own.

@@ -24,7 +24,7 @@ How = Literal["mean", "cls"]
 
 @dataclass
 class Pooling(Method):
-    """Change what the head of a BERT-like classifier reads at the start, and leave a plain model.
+    """Let the head of a BERT-like classifier read the mean over tokens, or the first token without the dense layer.
 
     Args:
         how: ``"mean"`` adds a block that averages the tokens and makes the dense layer after it

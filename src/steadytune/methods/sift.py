@@ -28,10 +28,10 @@ class SIFT(StaticMask):
             each trained entry beside the mask.
         batches: Number of batches whose mean gradient chooses the entries, each as large as an optimizer step's.
         scope: Weights that are trained sparsely. All others train as usual: freeze those that are not to be trained.
-        frozen: Whether the other entries stay bit for bit, so that `steadytune.delta` stores the run in little space.
-            Where something moves entries without a gradient (weight decay, a method that edits gradients, an optimizer
-            other than Adam, AdamW and SGD), this costs 4 bytes per weight during a step. With False, momentum may move
-            them, and so may weight decay if ``decay`` is on.
+        frozen: Whether the other entries stay bit for bit, so that `steadytune.files.delta` stores the run in little
+            space. Where something moves entries without a gradient (weight decay, a method that edits gradients, an
+            optimizer other than Adam, AdamW and SGD), this costs 4 bytes per weight during a step. With False,
+            momentum may move them, and so may weight decay if ``decay`` is on.
         decay: Whether the optimizer's weight decay acts on the weights of ``scope``. The authors' code decays a vector
             of increments, which is 0 before each step, so that their sparse weights never decay. False sets the decay
             of these weights to 0 in the optimizer, whose groups are split for it. List SIFT before methods that take

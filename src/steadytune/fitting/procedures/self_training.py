@@ -58,7 +58,12 @@ COLUMNS = ("text", "text_pair", "label", SOFT, "subgroup", WEIGHT)  # of the row
 class SelfTraining(Procedure):
     """Label texts by the mean of several passes, and train a new model on those that it is most certain of.
 
-    See `steadytune.fitting.procedures.self_training` for the equations and the source.
+    Wang, Sun, Chen, Zhu, Li, Gao: Uncertainty-aware Parameter-Efficient Self-training for Semi-supervised Language
+    Understanding (UPET). Findings of EMNLP 2023, arXiv 2310.13022.
+
+    Round 0 is plain fine-tuning. Each further round labels all texts, keeps a share of them, and trains a new model
+    from the pre-trained weights on labelled and kept texts. `steadytune.fitting.procedures.self_training` has the
+    equations.
 
     Args:
         rounds: Number of rounds; with ``folds`` the largest number. 0 is plain fine-tuning.
