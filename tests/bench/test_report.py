@@ -18,6 +18,7 @@ from bench_records import record, synthetic, write_bench
 from steadytune import cli
 from steadytune.bench.records import read_records
 from steadytune.bench.report import figures, tables
+from steadytune.bench.report.verdict import verdict
 from steadytune.bench.report.write import _limits, write_report
 from steadytune.bench.stats import detectable_gain
 from steadytune.errors import UsageError
@@ -722,3 +723,67 @@ def test_no_table_has_two_columns_of_one_name(tmp_path):
     found = page(write_bench(tmp_path / "b", synthetic(seeds=3)))
     for caption, rows in found.tables.items():
         assert len(set(rows[0])) == len(rows[0]), (caption, rows[0])
+
+
+def test_compute_can_be_matched_for_some_recipes_only(tmp_path):
+    """Naive: a missing name beside names is NaN, which is true and no text."""
+    runs = [record("plain", seed, 0.8 + 0.01 * seed) for seed in range(3)]
+    runs += [record("plain_long", seed, 0.83 + 0.012 * seed, steps=320, methods=[]) for seed in range(3)]
+    runs += [record("rdrop", seed, 0.82 + 0.01 * seed, passes=2.0) for seed in range(3)]
+    runs += [record("smart", seed, 0.82 + 0.01 * seed, passes=4.0) for seed in range(3)]
+    found = page(write_bench(tmp_path / "b", runs))
+    assert found.row("Matched compute", "rdrop")[2] == "plain_long"
+    assert found.row("Matched compute", "smart")[2] == "none so long"
+
+
+def test_a_recipe_that_the_study_no_longer_plans_is_not_compared(tmp_path):
+    """Naive: its old runs, with another learning rate, are paired with new ones of plain."""
+    old = [record(name, seed, 0.8, options={"lr": 1e-4}) for name in ("plain", "mixout") for seed in range(6)]
+    new = [record("plain", seed, 0.9, options={"lr": 1e-5}) for seed in range(6)]
+    folder = write_bench(tmp_path / "b", old + new)
+    (folder / "planned.json").write_text(json.dumps({run["id"]: "title" for run in new}))
+    found = page(folder)
+    assert found.cell("In domain: mean", "plain", "sst2") == "90.0 ± 0.0 n = 6"
+    assert not any(caption.startswith("In domain: gains") for caption in found.tables)
+    assert "the study plans no such run of mixout now" in found.row("Left out", f"{old[6]['id']}.json")[1]
+
+
+def test_recipes_with_different_metrics_are_not_compared(tmp_path):
+    """Naive: 0.71 of accuracy beats 0.30 of Matthews by 41 points."""
+    runs = [record("mixout", seed, 0.71) for seed in range(6)]
+    runs += [record("plain", seed, 0.3, metric="matthews") for seed in range(6)]
+    for run in runs[6:]:
+        run["finished"] = "2026-11-23T07:30:00+00:00"
+    found = page(write_bench(tmp_path / "b", runs))
+    assert not any(caption.startswith("In domain: gains") for caption in found.tables)
+
+
+@pytest.mark.parametrize(
+    ("study", "recipes", "baseline"),
+    [
+        ("name: rdrop\nrecipes:\n  default: {}\n  rdrop: {}\n", ["rdrop", "default"], "default"),
+        ("models: {bert: models/base}\nrecipes: {short: {}, base: {}}\n", ["base", "short"], "short"),
+        ("recipes: [late, early]", ["early", "late", "other"], "late"),
+        ("]: no YAML", ["b", "a"], "a"),
+    ],
+)
+def test_the_first_recipe_of_the_file_is_the_baseline(study, recipes, baseline):
+    """Naive: the first place of the name anywhere in the text, such as in the name of the study."""
+    assert tables.baseline_of(tables.in_order(recipes, study, "recipes")) == baseline
+
+
+def test_thinning_to_one_row_a_class_is_a_setting_of_its_own():
+    spec = record(corruption={"label_noise": 0.0, "imbalance": 0.0})["spec"]
+    assert tables.setting(spec) == "500 rows, imbalance 0.0"
+
+
+def test_more_comparisons_than_random_flips_can_tell_show_nothing():
+    """Naive: "No recipe beat plain", though the smallest p of 9,999 random flips times 600 is 0.06."""
+    gains = pd.DataFrame(
+        [
+            {"recipe": f"r{i}", "domain": "in", "task": "t", "n": 20, "gain": 0.05, "p": 1e-4, "holm": 0.06}
+            for i in range(600)
+        ]
+    ).assign(model="m", setting="s", metric="accuracy", detectable=0.01)
+    said = verdict(gains, gains.iloc[:0], ["in"], "plain")
+    assert said.startswith("Nothing can be shown: with more than 16 pairs of seeds p is at least 1/10000")

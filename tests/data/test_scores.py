@@ -348,3 +348,31 @@ def test_every_kind_has_metrics_with_names_of_their_own():
     for kind in KINDS.values():
         names = [metric.name for metric in METRICS[kind.kind]]
         assert len(set(names)) == len(names)
+
+
+def test_matthews_below_guessing_has_an_interval():
+    """Naive: three classes, nearly all rows wrong: the value is taken as the lower limit, and has no interval."""
+    gold = np.array(["a"] * 10 + ["b"] * 10 + ["c"] * 10)
+    predicted = np.array(["b"] * 10 + ["a"] * 9 + ["b"] + ["a"] * 10)
+    three = Classification(("a", "b", "c"))
+    value = three.metric("matthews").compute(gold, predicted, three.names)
+    low, high = three.metric("matthews").bounds(gold, predicted, three.names)
+    assert -1 <= low < value < high < 0
+    assert value < -1 / 2
+
+
+def test_brier_of_two_classes_is_at_most_one():
+    gold, scores = np.array(["a", "b", "a", "b"]), np.array([[0.9, 0.1], [0.99, 0.01], [0.05, 0.95], [0.3, 0.7]])
+    _, high = Classification(("a", "b")).metric("brier").bounds(gold, scores, ("a", "b"))
+    assert high == 1.0
+
+
+def test_groups_that_are_all_alike_count_as_one_row_each():
+    """Naive: half of each of 100 groups is right, and the interval is that of three rows."""
+    gold = np.array(["a"] * 1000)
+    predicted = np.array(["a", "b"] * 500)
+    low, high = (
+        Classification(("a", "b")).metric("accuracy").bounds(gold, predicted, ("a", "b"), np.repeat(np.arange(100), 10))
+    )
+    assert low == pytest.approx(0.4, abs=0.01)
+    assert high == pytest.approx(0.6, abs=0.01)

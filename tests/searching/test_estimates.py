@@ -145,3 +145,21 @@ def test_the_loss_of_rows_is_the_log_loss():
     problem = Problem.of("classification", ["a", "b"])
     scores = np.array([[0.5, 0.5], [0.25, 0.75]])
     assert row_losses(problem, LABELS[:2], scores) == pytest.approx([np.log(2), -np.log(0.75)])
+
+
+def test_halves_of_few_groups_are_not_surer_than_they_are():
+    """Two groups in each half, no true gain. Naive: means are taken off by half, and corrected as if by whole."""
+    rng, shown = np.random.default_rng(0), 0
+    units, half = np.repeat(np.arange(4), 25), np.arange(100) < 50
+    for _ in range(400):
+        gains = rng.normal(0, 0.05, 4)[units][None] + rng.normal(0, 0.01, (1, 100))
+        shown += halved(gains, (np.arange(100) % 5)[None], units, half).interval[0] > 0
+    assert shown / 400 <= 0.04
+
+
+def test_halves_by_hand():
+    """Units of two rows with the means 1, 3 | 5, 9: half variances 2 and 8, and of the mean (2 / 2 + 8 / 2) / 4."""
+    values = np.array([[1.0, 1, 3, 3, 5, 5, 9, 9]])
+    found = halved(values, np.arange(8)[None], np.repeat(np.arange(4), 2), np.arange(8) < 4)
+    assert (found.value, found.error) == (4.5, pytest.approx(1.25**0.5))
+    assert found.blocks == 3

@@ -318,3 +318,13 @@ def test_arms_that_the_budget_ends_in_their_first_repeat_are_named():
     end = race(trials, stages=[Stage("one", lambda chosen: [("heads 0",), ("heads 1",), ("heads 2",), ("methods 0",)])])
     assert {s.arm for s in end.standings} | {*end.untried} == {("heads 0",), ("heads 1",), ("heads 2",), ("methods 0",)}
     assert not {s.arm for s in end.standings} & {*end.untried}
+
+
+def test_recorded_trainings_judge_although_the_budget_is_spent():
+    """Naive: a time budget that overran leaves less than nothing, and a resumed search discards what has judged."""
+    trials = table(World(300, 0.5, planted=0.08), budget=115)
+    first = race(trials)
+    assert first.fresh
+    trials.left = -0.5
+    again = race(trials)
+    assert (again.verdict, again.fresh, again.gain) == (first.verdict, first.fresh, first.gain)

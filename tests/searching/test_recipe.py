@@ -113,7 +113,9 @@ def test_probes_of_two_models_have_two_names():
 
 
 def test_the_probe_trains_nothing():
-    assert dict(frozen("bert").options) == {"head": "logistic", "steps": 0, "epochs": None}
+    """Naive: options that act in training steps, such as class weights, are refused with steps 0."""
+    given = {"class_weights": "balanced", "label_smoothing": 0.1, "epochs": 3}
+    assert Options.of({**given, **dict(frozen("bert").options)}) == Options.of({"head": "logistic", "steps": 0})
 
 
 @pytest.mark.parametrize(
@@ -139,3 +141,26 @@ def test_what_is_no_arm_is_named(arm, message):
     with pytest.raises(UsageError) as error:
         stages([arm], BASE, ["bert"], {"bert": "model"})
     assert message in str(error.value)
+
+
+def test_an_arm_given_twice_is_one_arm():
+    (stage,) = stages(["rdrop", "rdrop"], BASE, ["bert"], {"bert": "model"})
+    assert [str(arm) for arm in stage.arms(PLAIN)] == ["rdrop"]
+
+
+def test_arms_that_adapters_refuse_are_left_out_of_the_portfolio():
+    """Naive: pooling=mean changes the blocks that adapters hold on to, and every search with --peft lora is refused."""
+    base = Options.of({"validation_share": 0.0, "peft": "lora"})
+    tried = [str(arm) for stage in stages(None, base, ["bert"], {"bert": "model"}) for arm in stage.arms(PLAIN)]
+    assert "head=logistic" in tried
+    assert "head=logistic,pooling=mean" not in tried
+
+
+def test_an_arm_that_what_was_chosen_refuses_is_left_out(caplog):
+    """Naive: the search ends in its second stage, and --resume ends alike."""
+    arms = stages(["head=logistic,pooling=mean", "lr*3", "peft=lora"], BASE, ["bert"], {"bert": "model"})
+    head, schedule = arms[0], arms[1]
+    assert "peft=lora" in [str(arm) for arm in schedule.arms(PLAIN)]
+    (chosen,) = head.arms(PLAIN)
+    assert not any("peft=lora" in str(arm) for arm in schedule.arms(chosen))
+    assert "arm peft=lora is not tried on top of head=logistic,pooling=mean" in caplog.text

@@ -412,3 +412,30 @@ def test_columns_of_several_types_and_mistakes_leave_nothing_behind(home, monkey
     with pytest.raises(UsageError, match="no column 'wrong'"):
         steadytune.curve(frame, label="wrong", model="bert", output="curved", steps=2, folds=2)
     assert not Path("curved").exists()
+
+
+def test_two_groups_cannot_be_searched(home):
+    """Naive: a half that is one group has no error, and any gain is called shown."""
+    rows = pd.read_csv("rows.csv").assign(person=lambda rows: rows.index // 2 % 3)
+    given = {k: v for k, v in SETTINGS.items() if k != "progress"} | {"text": "text", "label": "label"}
+    with pytest.raises(UsageError, match="needs 4 groups or more to know how sure it is: there are 3"):
+        steadytune.searching.plan_search(rows, group="person", budget="13runs", **given)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"seed": -1}, "seed must be"), ({"seed": 5_000_000_000}, "seed must be"), ({"model": {}}, "model must name"),
+     ({"model": []}, "model must name")],
+)  # fmt: skip
+def test_seeds_and_models_out_of_range_are_named_at_once(home, wrong, said):
+    with pytest.raises(UsageError, match=said):
+        steadytune.search("rows.csv", output="never", budget="13runs", **{**SETTINGS, **wrong})
+    assert not Path("never").exists()
+
+
+def test_a_search_with_class_weights_has_its_probe(home):
+    """Naive: the probe takes no step, class weights act in steps, and the search fails after plain has trained."""
+    found = steadytune.search(
+        "rows.csv", output="weighted", budget="13runs", arms=[], class_weights="balanced", **SETTINGS
+    )
+    assert {arm["name"] for arm in found.record["arms"]} >= {"plain", "probe"}

@@ -87,3 +87,16 @@ def test_the_best_parameters_have_soups_and_trainings_before_the_fit(searched, m
     best = estimator.best_params_
     assert best["methods"] == ["rdrop"]
     assert best["options"] == {"pretrain": "simcse", "aux": ["/a.csv"], "num_seeds": 3, "combine": "soup"}
+
+
+def test_what_the_best_recipe_sets_takes_the_place_of_what_was_given(searched, monkeypatch):
+    """Naive: the best estimator has both steps and epochs, or lr beside learning_rate, and cannot be fitted."""
+    from steadytune.searching.estimators import _estimator
+
+    estimator, _ = searched
+    ship = {**estimator.search_.record["ship"], "options": {"steps": 7, "epochs": None, "lr": 3e-3}, "lengthened": 1}
+    monkeypatch.setitem(estimator.search_.record, "ship", ship)
+    again = clone(estimator).set_params(epochs=1, steps=None, options={"learning_rate": 1e-3, "prompt": "a: "})
+    again.search_ = estimator.search_
+    best = _estimator(steadytune.SteadyClassifier, again)
+    assert (best.steps, best.epochs, best.lr, best.options) == (7, None, 3e-3, {"prompt": "a: "})

@@ -36,7 +36,8 @@ def spread(given: Mapping[str, Any], document: Document) -> dict[str, Any]:
     plain["tasks"] = _listed(tasks)
     if "methods" in given:
         single = {"plain": {}, **{text: {"methods": [text]} for text in _each_method(given["methods"], document)}}
-        plain["recipes"] = {**single, **(plain.get("recipes") or {})}
+        own = plain.get("recipes") or {}
+        plain["recipes"] = {**single, **own} if isinstance(own, Mapping) else own
     if isinstance(recipes := plain["recipes"], Mapping):
         plain["recipes"] = {name: _recipe(about) for name, about in recipes.items()}
     return plain

@@ -33,6 +33,7 @@ from ..fitting.spelling import (
     procedure_record,
 )
 from ..heads.sentence_folder import sentence_folder
+from ..pages.words import listed
 from ..tasks import TASKS, find, layout, seen_by
 from .own_tables import HELD_OUT, OwnTables
 from .places import expanded, fingerprint_files, fingerprint_model, placed, seen_from
@@ -196,6 +197,13 @@ class Study:
         if len(set(names)) < len(names):
             where = document.where(["models"])
             raise UsageError(f"{where}: models must have different names, got {', '.join(names)}: write NAME: PATH.")
+        for key in ("tasks", "train_sizes", "factorial"):
+            given = getattr(self, key)
+            if len(set(given)) < len(given):
+                raise UsageError(f"{document.where([key])}: {key} must be different, got {listed(map(str, given))}.")
+        if not self.train_sizes:
+            where = document.where(["train_sizes"])
+            raise UsageError(f"{where}: train_sizes is empty: leave it out to train on all rows.")
         for name in self.factorial:
             if name not in SEEDS:
                 where = document.where(["factorial"])

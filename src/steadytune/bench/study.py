@@ -93,7 +93,6 @@ def run_study(
             if store.has(run.id) and _status(store, run) == "failed":
                 store.forget(run.id)
     _tell_lacking_models(store, runs)
-    _tell_lacking_models(store, runs)
     with opened(engine, workers, timeout) as used, Progress(store, runs, progress) as shown:
         complete(store, runs, used, shown.begin, shown.update)
     return Result(store.folder, shown.counts["done"], shown.counts["failed"])

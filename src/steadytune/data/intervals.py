@@ -75,9 +75,9 @@ def of_groups(
 
     The distances between the score and its bounds grow by the half-width of a t interval over the one given. Its
     variance is the jackknife's, (J - 1) / J sum_j (S_j - mean)^2 with S_j the score without group j of J (Efron and
-    Stein, Annals of Statistics 1981). A score of which no group's absence changes anything, such as a perfect one, has
-    as little evidence as J rows. Scores with one limit are widened on the log scale. Above 100 groups, sets of them are
-    left out.
+    Stein, Annals of Statistics 1981). A score of which no group's absence changes anything is taken to have as little
+    evidence as J rows: at a limit, such as a perfect one, the distances grow by rows / J, elsewhere by its root. Scores
+    with one limit are widened on the log scale. Above 100 groups, sets of them are left out.
 
     Args:
         score: Function of truth values (rows,) that gives the score of the rows that are kept, None if undefined.
@@ -98,7 +98,9 @@ def of_groups(
     apart = np.array([_place(value, limits) for value in known])
     half = t.isf((1 - LEVEL) / 2, len(known) - 1) * np.sqrt((len(known) - 1) * np.var(apart))
     given = abs(places[2] - places[1]) / 2
-    wider = max(1.0, half / given) if half and given else len(groups) / len(names)
+    share = len(groups) / len(names)  # rows of a group
+    unchanged = share if whole in limits else np.sqrt(share)
+    wider = max(1.0, half / given) if half and given else unchanged
     low, high = (_value(place, limits) for place in places[0] + wider * (places[1:] - places[0]))
     return low, high
 

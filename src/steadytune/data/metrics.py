@@ -146,7 +146,7 @@ def _matthews_interval(gold: np.ndarray, predicted: np.ndarray, names: Sequence[
     influence = intervals.correlation_influence(1.0 * has, 1.0 * said)
     value, most = matthews(gold, predicted, names), intervals.harmonic(has.sum(axis=0))
     guessing = -1 / (len(names) - 1)  # value if all rows are wrong, for equal class sizes; then share = accuracy
-    return intervals.bounded(value, influence, most, (min(value, guessing), 1.0))
+    return intervals.bounded(value, influence, most, (guessing if value >= guessing else -1.0, 1.0))
 
 
 def balanced_accuracy(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> float:
@@ -280,16 +280,15 @@ def _brier_losses(gold: np.ndarray, scores: np.ndarray, names: Sequence[str]) ->
     return squares.mean(axis=1) if len(gold) and isinstance(gold[0], tuple) else squares.sum(axis=1)
 
 
-def _interval_of_mean(
-    losses: Callable[[np.ndarray, np.ndarray, Sequence[str]], np.ndarray], largest: float = np.inf
-) -> Bounds:
-    """Make the interval function of a mean loss whose values are at most ``largest``."""
+def _brier_interval(gold: np.ndarray, scores: np.ndarray, names: Sequence[str]) -> Interval:
+    bounds = intervals.positive_mean(_brier_losses(gold, scores, names))
+    exclusive = len(names) > 2 and not (len(gold) and isinstance(gold[0], tuple))
+    return None if bounds is None else (bounds[0], min(bounds[1], 2.0 if exclusive else 1.0))
 
-    def interval(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> Interval:
-        bounds = intervals.positive_mean(losses(gold, predicted, names))
-        return None if bounds is None else (bounds[0], min(bounds[1], largest))
 
-    return interval
+def _interval_of_mean(losses: Callable[[np.ndarray, np.ndarray, Sequence[str]], np.ndarray]) -> Bounds:
+    """Make the interval function of a mean loss."""
+    return lambda gold, predicted, names: intervals.positive_mean(losses(gold, predicted, names))
 
 
 def calibration_error(gold: np.ndarray, scores: np.ndarray, names: Sequence[str]) -> float:
@@ -375,7 +374,7 @@ _OF_PROBABILITIES = (
     Metric("average_precision", average_precision, _average_precision_interval, needs_probabilities=True),
     Metric("log_loss", log_loss, _interval_of_mean(_log_losses), larger_is_better=False, needs_probabilities=True,
            limits=(0.0, None)),
-    Metric("brier", brier, _interval_of_mean(_brier_losses, largest=2.0), larger_is_better=False,
+    Metric("brier", brier, _brier_interval, larger_is_better=False,
            needs_probabilities=True, limits=(0.0, 2.0)),
     Metric("calibration_error", calibration_error, larger_is_better=False, needs_probabilities=True),
 )  # fmt: skip

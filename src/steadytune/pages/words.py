@@ -13,7 +13,7 @@ def number(value: float | None, digits: int, signed: bool = False) -> str:
     """A number with a number of digits; a dash for None."""
     if value is None or not math.isfinite(value):
         return NONE
-    text = f"{value:{'+' if signed else ''}.{digits}f}"
+    text = f"{value:{'+' if signed else ''}z.{digits}f}"
     return text.replace("-", "−")
 
 

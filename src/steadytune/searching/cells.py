@@ -30,6 +30,7 @@ from ..bench.study import complete
 from ..data.metrics import Metric
 from ..data.prepare import Data
 from ..data.splits import folds, units
+from ..errors import UsageError
 from ..files.atomic import write_json
 from ..fitting.options import Options
 from ..fitting.spelling import make_methods, make_procedure
@@ -316,7 +317,10 @@ class Cells:
     def _effort(self, recipe: Recipe) -> float:
         """Cost of a training as a multiple of a plain one, before it ran."""
         if recipe not in self._efforts:
-            self._efforts[recipe] = self.task.effort(recipe)
+            try:
+                self._efforts[recipe] = self.task.effort(recipe)
+            except UsageError:  # its trainings will fail, and the arm be dropped with the reason
+                self._efforts[recipe] = PROCEDURE_PASSES
         return self._efforts[recipe]
 
     def _done(self, recipe: Recipe) -> list[dict[str, Any]]:

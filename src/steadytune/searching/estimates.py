@@ -16,6 +16,7 @@ intervals use the t distribution with min(b, J) - 1 degrees of freedom.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,7 +77,7 @@ def two_way(values: Array, blocks: Whole, units: Whole) -> Estimate:
         blocks: Number of the training that each value comes from, shape (repeats, rows).
         units: Number of the unit of each row, shape (rows,).
     """
-    return _clustered(values.mean(), values - values.mean(), blocks, units)
+    return _clustered(values.mean(), values - values.mean(), blocks, units, [np.ones(values.shape[1], dtype=bool)])
 
 
 def halved(values: Array, blocks: Whole, units: Whole, half: NDArray[np.bool_]) -> Estimate:
@@ -93,16 +94,22 @@ def halved(values: Array, blocks: Whole, units: Whole, half: NDArray[np.bool_]) 
     centred = np.empty_like(values)
     for side, mean in zip(sides, means, strict=True):
         centred[:, side] = (values[:, side] - mean) * len(half) / (2 * side.sum())
-    return _clustered(float(np.mean(means)), centred, blocks, units)
+    return _clustered(float(np.mean(means)), centred, blocks, units, sides)
 
 
-def _clustered(mean: float, centred: Array, blocks: Whole, units: Whole) -> Estimate:
-    """An estimate from values whose mean was taken off."""
+def _clustered(
+    mean: float, centred: Array, blocks: Whole, units: Whole, sides: Sequence[NDArray[np.bool_]]
+) -> Estimate:
+    """An estimate from values of which the mean of each side of the rows was taken off; a unit is on one side."""
     of_blocks = _sums(centred.ravel(), blocks.ravel())
-    of_units = np.stack([_sums(repeat, units) for repeat in centred])
-    by_blocks, by_units = _of_clusters(of_blocks), _of_clusters(of_units.sum(axis=0))
-    squared = max(by_units, by_units + by_blocks - float((of_units**2).sum()))
-    return Estimate(float(mean), math.sqrt(squared) / centred.size, min(len(of_blocks), of_units.shape[1]))
+    by_blocks, by_units, both, count = _of_clusters(of_blocks), 0.0, 0.0, 0
+    for side in sides:
+        of_units = np.stack([_sums(repeat, units[side]) for repeat in centred[:, side]])
+        by_units += _of_clusters(of_units.sum(axis=0))
+        both += float((of_units**2).sum())
+        count += of_units.shape[1]
+    squared = max(by_units, by_units + by_blocks - both)
+    return Estimate(float(mean), math.sqrt(squared) / centred.size, min(len(of_blocks), count - len(sides) + 1))
 
 
 def _sums(values: Array, numbers: Whole) -> Array:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..config import ALIASES
 from ..data.metrics import smaller_is_better
 from ..errors import UsageError
 from ..fitting.estimators import MODEL, SteadyClassifier, SteadyRegressor
@@ -69,7 +70,7 @@ class _Searching:
             raise UsageError("subgroups are for SteadyClassifier and SteadyRegressor, a search compares all rows.")
         if "unlabelled" in settings:
             raise UsageError(
-                "a search reads texts without labels from files: give options={'unlabelled': FILE} instead."
+                "an estimator that searches takes no texts without labels: call steadytune.search(unlabelled=FILE)."
             )
         del settings["save_steps"]
         self.search_ = search(table, **settings)
@@ -141,7 +142,8 @@ class _Searching:
         """Options of the recipe of the model."""
         given = {name: getattr(self, name) for name in SETTINGS}
         fields = {field.name for field in dataclasses.fields(Options)}
-        given |= {name: value for name, value in (self.options or {}).items() if name in fields}
+        own = {ALIASES.get(name, name): value for name, value in (self.options or {}).items()}
+        given |= {name: value for name, value in own.items() if name in fields}
         base = Options.of({"validation_share": 0.0, **given})
         return recorded_recipe(self._record["ship"]).settings(base, self._record["rows"])
 
@@ -197,9 +199,15 @@ class SteadySearchRegressor(_Searching, SteadyRegressor):
 def _estimator(cls: Any, searched: Any) -> Any:
     """A fitted estimator of `fit` with the best recipe, and the options of the search that are not about searching."""
     best = searched.best_params_
-    options = {name: value for name, value in (searched.options or {}).items() if name not in SEARCH_ONLY}
-    options |= best.pop("options", {})
+    chosen = {*best, *best.get("options", {})}
+    options = {
+        name: value
+        for name, value in (searched.options or {}).items()
+        if name not in SEARCH_ONLY and ALIASES.get(name, name) not in chosen
+    } | best.pop("options", {})
     settings = {name: getattr(searched, name) for name in SETTINGS}
+    if "steps" in chosen:
+        settings["epochs"] = None
     estimator = cls(**{**settings, **best}, random_state=searched.random_state, options=options or None)
     fitted = {name: value for name, value in vars(searched).items() if name.endswith("_") or name.startswith("_")}
     vars(estimator).update({name: value for name, value in fitted.items() if name != "search_"})

@@ -27,7 +27,7 @@ from ..bench.store import Store
 from ..bench.study import opened
 from ..data.guards import inspect, raise_errors
 from ..data.prepare import prepare
-from ..data.splits import usual_folds
+from ..data.splits import units, usual_folds
 from ..data.tables import Kind, Table
 from ..errors import UsageError
 from ..files.atomic import write_json, write_whole, writing
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("steadytune")
 
+LEAST_GROUPS = 4  # two in each half; with one its error would seem to be 0
 MORE = 200  # rows of which the learning curve says what they would bring
 FOUND = "found.json"  # in the folder of the cells: the result of the race
 IN_UNITS = ("rmse", "mae")  # metrics in the unit of the labels
@@ -331,7 +332,7 @@ def make_task(
     rules = Rules()
     return Task(
         dataclasses.replace(table, folds=k), data, data.problem.metric(table.metric), models, base, given, k,
-        rules.rungs + rules.fresh, python_value("seed", seed, int), num_seeds,
+        rules.rungs + rules.fresh, Options.of({"seed": python_value("seed", seed, int)}).seed, num_seeds,
     )  # fmt: skip
 
 
@@ -422,8 +423,13 @@ def _stages(arms: Sequence[str] | None, task: Task) -> list[Stage]:
     """The stages of a search, whose arms have been tried on plain fine-tuning.
 
     Raises:
-        UsageError: An arm is none, or leaves no step.
+        UsageError: An arm is none, or leaves no step; or the rows have too few groups to be halved.
     """
+    if (groups := len({*units(task.data.train)})) < LEAST_GROUPS:
+        raise UsageError(
+            f"a search judges recipes on two halves of the groups, and needs {LEAST_GROUPS} groups or more to know how "
+            f"sure it is: there are {groups}. Leave group out, or use fit."
+        )
     made = stages(arms, task.base, [*task.models], _pooling(task), bool(task.unlabelled))
     for arm in _arms(made, task):
         arm.settings(task.base, task.inside)
@@ -448,11 +454,13 @@ def _pooling(task: Task) -> dict[str, str]:
 
 def _models(given: Any) -> dict[str, str]:
     """Models by name: the last part of their path, or the names given."""
+    if not isinstance(given, (str, Path)) and not given:
+        raise UsageError(f"model must name a Hugging Face model directory or hub name, got {given!r}.")
     if isinstance(given, Mapping):
         return {str(name): str(path) for name, path in given.items()}
     paths = [str(path) for path in ([given] if isinstance(given, (str, Path)) else given)]
-    named = {Path(path).name: path for path in paths}
-    if len(named) < len(paths) or not paths:
+    named = {(Path(path).resolve() if Path(path).exists() else Path(path)).name: path for path in paths}
+    if len(named) < len(paths):
         raise UsageError(
             "two models have one name: give them names, as in model={'a': PATH, 'b': PATH}, on the command line "
             "--model a=PATH --model b=PATH."

@@ -361,7 +361,8 @@ class Race:
         chosen = self._sound()
         fresh: list[int] = []
         for repeat in range(self.rules.rungs, self.rules.rungs + self.rules.fresh):
-            if len(chosen) == 1 or sum(self._missing(arm, repeat) for arm in chosen) > self.trials.left:
+            missing = sum(self._missing(arm, repeat) for arm in chosen)
+            if len(chosen) == 1 or (missing and missing > self.trials.left):  # what is recorded costs nothing
                 break
             self.trials.do([(arm, repeat) for arm in chosen])
             chosen = self._sound()

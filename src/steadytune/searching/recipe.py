@@ -9,6 +9,7 @@ trainings.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from ..fitting.options import Options
 from ..fitting.spelling import make_methods, make_pretraining, make_procedure
 from ..spelling import convert
 from .race import Stage
+
+logger = logging.getLogger("steadytune")
 
 # Arms by stage, the most promising first. A stage's arms change what earlier stages have chosen.
 PORTFOLIO: dict[str, tuple[str, ...]] = {
@@ -130,7 +133,8 @@ class Recipe:
 def frozen(model: str, named: bool = False) -> Recipe:
     """A fitted head on the frozen encoder, with the name of the model or without."""
     arms = (model, PROBE) if named else (PROBE,)
-    return Recipe(model, arms, (("head", "logistic"), ("steps", 0), ("epochs", None)))
+    in_steps = (("balance", None), ("class_weights", "none"), ("label_smoothing", 0.0), ("focal", 0.0))
+    return Recipe(model, arms, (("head", "logistic"), ("steps", 0), ("epochs", None), *in_steps))
 
 
 def probes(models: Iterable[str]) -> list[Recipe]:
@@ -207,16 +211,22 @@ def stages(
         UsageError: An arm is none, or needs texts that are not there.
     """
     tried: dict[str, list[str]] = {name: [] for name in PORTFOLIO}
-    for arm in _portfolio(base, texts) if arms is None else arms:
+    for arm in dict.fromkeys(_portfolio(base, texts) if arms is None else arms):
         tried[stage_of(arm)].append(arm)
         if not texts and _before(arm) is None and changed(Recipe(""), arm, base).reads_texts:
             raise UsageError(f"arm {arm!r} learns from texts without labels: name them with unlabelled "
                              "(--unlabelled FILE), or leave the arm out.")  # fmt: skip
 
     def made(recipe: Recipe, arm: str) -> Recipe | None:
-        """None for an arm that changes nothing."""
-        after, model = changed(recipe, arm, base), recipe.model
-        return None if _same(after, recipe, base, pooling[model]) else after
+        """None for an arm that changes nothing, or that cannot be combined with what was chosen before."""
+        try:
+            after = changed(recipe, arm, base)
+            return None if _same(after, recipe, base, pooling[recipe.model]) else after
+        except UsageError as error:
+            if not recipe.arms:
+                raise
+            logger.warning("arm %s is not tried on top of %s: %s", arm, recipe, error)
+            return None
 
     def on_top(arms: Sequence[str]) -> Any:
         return lambda recipe: [after for arm in arms if (after := made(recipe, arm)) is not None]
@@ -227,11 +237,15 @@ def stages(
 
 
 def _portfolio(base: Options, texts: bool) -> list[str]:
-    """The arms of the portfolio, without procedures that refuse the options of the search."""
+    """The arms of the portfolio, without those that cannot be combined with the options of the search."""
     every = [*(arm for given in PORTFOLIO.values() for arm in given), *(WITH_TEXTS if texts else ())]
 
     def refused(arm: str) -> bool:
         procedure = make_procedure(arm) if _is_procedure(arm) else None
+        try:
+            dataclasses.replace(base, **dict(changed(Recipe(""), arm, base).options))
+        except UsageError:
+            return True
         return procedure is not None and procedure.refuses(base) is not None
 
     return [arm for arm in every if not refused(arm)]

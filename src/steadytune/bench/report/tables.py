@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from ...data.metrics import smaller_is_better
 from ...errors import UsageError, suggest
@@ -37,7 +37,7 @@ CELL = [*CONDITION, "recipe"]
 DOMAINS = ("in", "out")
 BASELINE = "plain"
 ALPHA = 0.05  # level of the tests
-CORRUPTED = ("label_noise", "imbalance")
+UNCORRUPTED = {"label_noise": 0.0, "imbalance": None}
 ABOVE = 0.01  # a run has collapsed if it is not this much above always predicting the majority class
 
 
@@ -143,7 +143,11 @@ def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def setting(spec: Mapping[str, Any]) -> str:
     """As in "500 rows, label noise 0.1"."""
     size = "all rows" if spec["train_size"] is None else f"{spec['train_size']:,} rows"
-    changes = [f"{name.replace('_', ' ')} {value}" for name in CORRUPTED if (value := spec["corruption"].get(name))]
+    changes = [
+        f"{name.replace('_', ' ')} {spec['corruption'][name]}"
+        for name, without in UNCORRUPTED.items()
+        if spec["corruption"].get(name, without) != without
+    ]
     return ", ".join([size, *changes])
 
 
@@ -159,26 +163,33 @@ def last_line(error: str | None) -> str:
 
 
 def superseded(records: Iterable[Mapping[str, Any]], planned: Container[str] = ()) -> dict[str, str]:
-    """Runs that a run with another configuration of the same cell replaces: what differs, by id.
+    """Runs that are not compared with those that count: why, by id.
 
     A mean over runs with two learning rates would have no meaning. So only those runs of a cell count whose
     configuration (options, methods, metric, test rows, fingerprints) is that of the run that finished last, of those
-    that the study plans now if there are any.
+    that the study plans now if there are any. Recipes of a condition are compared with each other. So a recipe does
+    not count there if the study plans runs of the condition and none of this recipe, or if its metric, test rows or
+    fingerprints are not those of the run of the condition that finished last.
 
     Args:
         records: All records.
         planned: Ids of the runs that the study plans.
     """
-    newest: dict[tuple[str, ...], Mapping[str, Any]] = {}
-    again: dict[tuple[str, ...], Mapping[str, Any]] = {}
+    newest: dict[tuple[str, ...], Mapping[str, Any]] = {}  # by condition, by cell, and by cell and seed
     records = list(records)
     for record in sorted(records, key=lambda record: (record["id"] in planned, record["finished"], record["id"])):
-        newest[_cell(record)] = again[*_cell(record), seed_name(record["spec"]["seeds"])] = record
+        cell = _cell(record)
+        newest[cell[:-1]] = newest[cell] = newest[*cell, seed_name(record["spec"]["seeds"])] = record
     replaced = {}
     for record in records:
-        last = again[*_cell(record), seed_name(record["spec"]["seeds"])]
-        differing = _differences(_configuration(record), _configuration(newest[_cell(record)]))
-        if differing:
+        *condition, recipe = cell = _cell(record)
+        last = newest[*cell, seed_name(record["spec"]["seeds"])]
+        counts = newest[tuple(condition)]
+        if differing := _differences(_configuration(record), _configuration(newest[cell])):
+            replaced[record["id"]] = ", ".join(differing)
+        elif counts["id"] in planned and newest[cell]["id"] not in planned:
+            replaced[record["id"]] = f"the study plans no such run of {recipe} now"
+        elif differing := _differences(_measured(record), _measured(counts)):
             replaced[record["id"]] = ", ".join(differing)
         elif last is not record:
             replaced[record["id"]] = f"run again as {last['id']}"
@@ -193,6 +204,11 @@ def _cell(record: Mapping[str, Any]) -> tuple[str, ...]:
 def _configuration(record: Mapping[str, Any]) -> dict[str, Any]:
     spec = {name: value for name, value in record["spec"].items() if name != "seeds"}
     return {**spec, "metric": record["metric"]}
+
+
+def _measured(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What all recipes of a condition have in common."""
+    return {name: v for name, v in _configuration(record).items() if name in ("model", "task", "tests", "metric")}
 
 
 def _differences(one: Any, other: Any, where: str = "") -> list[str]:
@@ -212,14 +228,20 @@ def parts(frame: pd.DataFrame, by: str | list[str]) -> Iterator[tuple[Any, pd.Da
     return iter(frame.groupby(by, sort=False))
 
 
-def in_order(names: Iterable[str], study: str) -> list[str]:
-    """Names in the order of the study file, then the others by alphabet."""
+def in_order(names: Iterable[str], study: str, entry: str) -> list[str]:
+    """Names in the order of an entry of the study file, then the others by alphabet.
 
-    def place(name: str) -> tuple[int, str]:
-        match = re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", study)
-        return (match.start() if match else len(study)), name
-
-    return sorted(set(names), key=place)
+    Args:
+        names: Names of recipes, models or tasks.
+        study: Text of the study file.
+        entry: "recipes", "models" or "tasks".
+    """
+    try:
+        told = yaml.safe_load(study)[entry]
+        first = [name for name in told if isinstance(name, str)]
+    except (yaml.YAMLError, TypeError, KeyError):  # no study file, or one of another hand
+        first = []
+    return sorted(set(names), key=lambda name: (first.index(name) if name in first else len(first), name))
 
 
 def per_run(runs: pd.DataFrame) -> pd.DataFrame:
@@ -341,7 +363,15 @@ def comparisons(scores: pd.DataFrame, recipes: Sequence[str], baseline: str) -> 
                     compared = all_tasks.tasks[task] if all_tasks is not None and task in enough else None
                     single.append({**key, "task": task, "metric": metric, **_compared(rows, compared)})
                 if all_tasks is not None and len(enough) > 1:
-                    over.append({**key, "tasks": len(enough), "smaller": smaller, "n": len(pairs), **_gain(all_tasks)})
+                    over.append(
+                        {
+                            **key,
+                            "tasks": len(enough),
+                            "smaller": smaller,
+                            "n": sum(map(len, enough.values())),
+                            **_gain(all_tasks),
+                        }
+                    )
     return _adjusted(single), _adjusted(over)
 
 

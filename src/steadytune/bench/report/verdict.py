@@ -9,7 +9,7 @@ import pandas as pd
 
 from ...data.metrics import smaller_is_better
 from ...pages.words import counted, listed, number
-from ..stats import detectable_gain
+from ..stats import DRAWS, EXACT, detectable_gain
 from .tables import ALPHA
 
 _PLACES = {"in": "in domain", "out": "out of domain"}
@@ -50,6 +50,12 @@ def _sentences(gains: pd.DataFrame, overall: pd.DataFrame, domains: Sequence[str
             yield (
                 f"Nothing can be shown{place}: with {counted(len(tested), 'comparison')}, each needs at least {needed} "
                 f"pairs of seeds, and there are at most {tested['n'].max()}."
+            )
+            continue
+        if tested["n"].max() > EXACT and len(tested) / (DRAWS + 1) > ALPHA:
+            yield (
+                f"Nothing can be shown{place}: with more than {EXACT} pairs of seeds p is at least 1/{DRAWS + 1}, "
+                f"which {counted(len(tested), 'comparison')} raise above {ALPHA}. Compare fewer recipes or tasks."
             )
             continue
         won = tested.loc[(tested["holm"] <= ALPHA) & (tested["gain"] > 0), "recipe"]

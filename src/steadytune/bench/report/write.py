@@ -63,7 +63,7 @@ class Bench:
         self.parts = tables.by_subgroup(self.records, self.runs)
         self.scores = self._ordered(tables.per_run(self.runs))
         self.models, self.tasks, self.settings = (self._names(name) for name in tables.CONDITION)
-        self.recipes = tables.in_order(self.scores["recipe"], self.study)
+        self.recipes = tables.in_order(self.scores["recipe"], self.study, "recipes")
         self.baseline = tables.baseline_of(self.recipes)
         self.recipes.sort(key=lambda recipe: recipe != self.baseline)
         self.looks = looks(self.recipes)
@@ -72,7 +72,10 @@ class Bench:
 
     def _ordered(self, scores: pd.DataFrame) -> pd.DataFrame:
         ranks = {
-            name: {recipe_name: rank for rank, recipe_name in enumerate(tables.in_order(scores[name], self.study))}
+            name: {
+                recipe_name: rank
+                for rank, recipe_name in enumerate(tables.in_order(scores[name], self.study, f"{name}s"))
+            }
             for name in ("model", "task")
         }
         order = pd.DataFrame({name: scores[name].map(rank) for name, rank in ranks.items()}).assign(
@@ -733,8 +736,8 @@ def _compute_matched(bench: Bench) -> Iterator[Block]:
     for condition, rows in tables.parts(matched_rows, tables.CONDITION):
         factor, digits = unit(rows["metric"].iloc[0])
         lines = [
-            [row.recipe, number(row.passes, 0), row.against or "none so long", number(row.against_passes, 0),
-             str(row.n), number(row.gain * factor, digits + 1, signed=True),
+            [row.recipe, number(row.passes, 0), row.against if isinstance(row.against, str) else "none so long",
+             number(row.against_passes, 0), str(row.n), number(row.gain * factor, digits + 1, signed=True),
              interval(row.low * factor, row.high * factor, digits + 1, signed=True), chance(row.p)]
             for row in tables.rows_of(rows)
         ]  # fmt: skip
@@ -760,7 +763,12 @@ def _context(bench: Bench) -> Iterator[Block]:
     yield from _failed(bench)
     if bench.superseded:
         rows = [[f"{name}.json", why] for name, why in bench.superseded.items()]
-        yield _shortened("Left out: a later or planned run replaces them", ["record", "what differs"], rows, (0, 1))
+        yield _shortened(
+            "Left out: a later or planned run replaces them, or they cannot be compared",
+            ["record", "why"],
+            rows,
+            (0, 1),
+        )
     if bench.problems:
         yield _shortened("Skipped files", ["file in records/", "reason"], [[*p] for p in bench.problems], (0, 1))
     if bench.study:
