@@ -3,6 +3,7 @@ import inspect
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -260,3 +261,14 @@ def test_two_label_columns_are_not_silently_the_last(shell, bert):
     done = shell("fit", "train.csv", "--model", bert, "--output", "out", "--label", "score", "--label", "label")
     assert done.exit_code == 2
     assert "label column 'score' is neither 0 nor 1" in done.stderr
+
+
+def test_a_ranking_never_replaces_a_file_that_it_is_made_from(shell, bert):
+    """Naive: only the training file and models without a name are looked at."""
+    before = Path("test.csv").read_text()
+    for words in (["--model", bert, "--test", "test.csv", "--output", "test.csv"],
+                  ["--model", f"own={bert}", "--output", f"{bert}/config.json"]):  # fmt: skip
+        done = shell("probe", "train.csv", *words, "--overwrite")
+        assert done.exit_code == 2
+        assert "is also read" in done.stderr
+    assert Path("test.csv").read_text() == before

@@ -129,6 +129,7 @@ FILES = {
     "test rows in train": (lambda: "good.csv", ["--test", "t=good.csv"], ["36 of 40", "also"]),
     "two tests of one name": (lambda: "good.csv", ["--test", "good.csv", "--test", "good.csv"], ["two test sets"]),
     "reserved test name": (lambda: "good.csv", ["--test", "train=good.csv"], ["cannot be called"]),
+    "the name of the folds": (lambda: "good.csv", ["--test", "cross-validation=good.csv"], ["cannot be called"]),
     "share too large": (lambda: "good.csv", ["--validation-share", "0.999"], ["validation share"]),
     "split column": (lambda: "good.csv", ["--validation-column", "label"], ["label"]),
     "group column": (lambda: "good.csv", ["--group", "author"], ["author"]),

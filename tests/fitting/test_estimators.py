@@ -144,3 +144,17 @@ def test_a_threshold_decides_the_classes_that_are_predicted(bert, threshold):
     above = model.predict_proba(X)[:, 1] > threshold
     assert model.predict(X).tolist() == above.tolist() == [threshold < 0.5] * len(X)
     assert model.score(X, above) == 1
+
+
+@pytest.mark.parametrize(
+    ("y", "part"),
+    [
+        (["1", "1.0", "2"] * 8, "'1' and '1.0', which are one class"),
+        (np.where(np.arange(24) % 2, 2.0, 1.5), "no classes that scikit-learn can score .* SteadyRegressor"),
+        (np.array([True, 0] * 12, dtype=object), "no classes that scikit-learn can score"),
+    ],
+)
+def test_labels_that_cannot_be_scored_are_refused_before_training(bert, y, part):
+    """Naive: probabilities of one class stand in two columns, or score() fails after the whole training."""
+    with pytest.raises(UsageError, match=part):
+        SteadyClassifier(bert, **QUICK).fit(X, y)

@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import json
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -587,6 +588,27 @@ def test_a_run_without_a_checkpoint_resumes_from_its_start(tmp_path, bert, stop_
     resumed = fit(toy(30), model=bert, output=tmp_path / "cut", resume=True, **RESUMED)
     straight = fit(toy(30), model=bert, output=tmp_path / "straight", **RESUMED)
     assert same(weights(straight.output), weights(resumed.output))
+
+
+def test_a_run_goes_on_however_its_paths_are_written(tmp_path, bert, stop_at, monkeypatch):
+    """Naive: the paths are compared as text, and the same rows and model are another run."""
+    monkeypatch.chdir(tmp_path)
+    toy(30).to_csv("train.csv", index=False)
+    stop_at(3)
+    with pytest.raises(KeyboardInterrupt):
+        fit("train.csv", model=bert, output="cut", **RESUMED)
+    stop_at(None)
+    resumed = fit(tmp_path / "train.csv", model=os.path.relpath(bert), output="cut", resume=True, **RESUMED)
+    assert resumed.metrics is not None
+
+
+def test_the_model_that_a_fit_starts_from_is_not_overwritten(tmp_path, bert):
+    """Naive: the weights are removed before the first training ends."""
+    own = tmp_path / "own"
+    fit(toy(30), model=bert, output=own, **QUICK)
+    with pytest.raises(UsageError, match="is the model that training starts from"):
+        fit(toy(30), model=own, output=own, overwrite=True, **QUICK)
+    assert (own / "model.safetensors").is_file()
 
 
 def test_resume_names_every_difference(tmp_path, bert, stop_at):

@@ -1,10 +1,13 @@
 """Predictions for files: columns, rows without text, chunks, and outputs that would replace what is read."""
 
+import csv
 import json
 import os
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fit_helpers import save_tiny_bert, toy
@@ -218,3 +221,50 @@ def test_several_labels_are_written_as_lists_that_are_read_again(tmp_path, endin
     back = read_rows(tmp_path / f"p{ending}")[0]["prediction"]
     given = [list_of(cell) for cell in back]
     assert given == [list(row) for row in model.predict(frame["text"].tolist())]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+def test_a_carriage_return_in_a_cell_begins_no_row(model, tmp_path, ending):
+    """Naive: the csv module quotes line feeds only, and eight rows are read as sixteen."""
+    texts = [f"bad good\rnext {number}" for number in range(8)]
+    pd.DataFrame({"text": texts, "id": range(8)}).to_parquet(tmp_path / "new.parquet")
+    out = tmp_path / f"out{ending}"
+    predict_file(model, tmp_path / "new.parquet", out, chunk=3)
+    found = pd.read_csv(out, sep="\t" if ending == ".tsv" else ",")
+    assert found["text"].tolist() == texts
+    assert found["id"].tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_whole_numbers_beside_a_missing_one_stay_what_they_are(model, rows, tmp_path, ending):
+    """Naive: a Parquet column with a null becomes floats, and 2^60 + 1 becomes 2^60."""
+    ids = [None if number == 4 else 2**60 + number for number in range(10)]
+    pq.write_table(pa.table({"text": rows["text"].tolist(), "id": pa.array(ids)}), tmp_path / "new.parquet")
+    out = tmp_path / f"out{ending}"
+    predict_file(model, tmp_path / "new.parquet", out, chunk=3)
+    if ending == ".parquet":
+        assert pq.read_table(out)["id"].to_pylist() == ids
+    elif ending == ".csv":
+        with out.open() as file:
+            assert [row["id"] for row in csv.DictReader(file)] == ["" if id is None else str(id) for id in ids]
+    else:
+        assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == ids
+
+
+def test_a_fraction_after_whole_numbers_is_not_cut_off(model, rows, tmp_path):
+    """Naive: the schema of the first chunk turns 4.5 into 4."""
+    lines = [json.dumps({"text": text, "v": 4.5 if i == 7 else i}) for i, text in enumerate(rows["text"])]
+    (tmp_path / "new.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UsageError, match="several types"):
+        predict_file(model, tmp_path / "new.jsonl", tmp_path / "out.parquet", chunk=3)
+
+
+@pytest.mark.parametrize(("cell", "ending"), [({}, ".parquet"), (2**70, ".parquet"), (b"\xff\xfe", ".jsonl")])
+def test_cells_that_a_format_cannot_hold_are_one_error(model, rows, tmp_path, cell, ending):
+    file = tmp_path / ("new.parquet" if isinstance(cell, bytes) else "new.jsonl")
+    if isinstance(cell, bytes):
+        rows.assign(cell=[cell] * 10).to_parquet(file)
+    else:
+        file.write_text("\n".join(json.dumps({"text": text, "cell": cell}) for text in rows["text"]))
+    with pytest.raises(UsageError, match=r"cannot hold, or of several types .* leave the column out with --keep"):
+        predict_file(model, file, tmp_path / f"out{ending}")

@@ -23,7 +23,7 @@ def methods(
 
         if markdown:
             return typer.echo(catalogue.markdown(catalogue.own()), nl=False)
-        if name in METHODS:
+        if name is not None and name in METHODS:
             METHODS[name]  # an error for one of another package that cannot be loaded
         pages = {"--method": catalogue.pages(), **_trainings()}
         names = [known for listed in pages.values() for known in listed]

@@ -116,7 +116,12 @@ def probe(
         from ..fitting.predict_file import check_output
 
         if output is not None:
-            check_output(output, [train, *model], overwrite, probing.FILES)
+            read: list[str | Path] = [
+                train,
+                *(named_model(item)[1] for item in model),
+                *named_files(test or []).values(),
+            ]
+            check_output(output, read, overwrite, probing.FILES)
         same = ("label_separator", "group", "kind", "metric", "pooling", "prompt", "max_length", "train_size", "folds",
                 "seed")  # fmt: skip
         columns = {"text": text or None, "label": label or None}

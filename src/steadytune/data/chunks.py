@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -86,7 +87,8 @@ def _objects(path: Path) -> Iterator[Any]:
 def _parquet(path: Path, rows: int) -> Iterator[pd.DataFrame]:
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=rows):
-            yield pa.Table.from_batches([batch]).to_pandas()
+            # by default whole numbers become floats where one is missing, and large ones other numbers
+            yield pa.Table.from_batches([batch]).to_pandas(integer_object_nulls=True)
 
 
 _CHUNKS = {".csv": _csv, ".tsv": _tsv, ".jsonl": _json, ".ndjson": _json, ".json": _json, ".parquet": _parquet}
@@ -120,10 +122,13 @@ class Writer:
             # by default dates become milliseconds since 1970, and numbers are cut after ten digits
             exact: dict[str, Any] = {"date_format": "iso", "date_unit": "us", "double_precision": 15}
             mode: Literal["w", "a"] = "w" if first else "a"
-            frame.to_json(self.path, orient="records", lines=True, force_ascii=False, mode=mode, **exact)
+            try:
+                frame.to_json(self.path, orient="records", lines=True, force_ascii=False, mode=mode, **exact)
+            except (UnicodeDecodeError, OverflowError) as error:
+                raise _unwritable("JSON lines", error) from error
         else:
             sep = "\t" if self.ending == ".tsv" else ","
-            _with_lists(frame).to_csv(self.path, sep=sep, index=False, header=first, mode="w" if first else "a")
+            write_csv(_with_lists(frame), self.path, sep=sep, header=first, mode="w" if first else "a")
         self.rows += len(frame)
 
     def _write_parquet(self, frame: pd.DataFrame) -> None:
@@ -133,12 +138,27 @@ class Writer:
                 fields = [field.with_type(_known(field.type)) for field in table.schema]
                 self._parquet = pq.ParquetWriter(self.path, pa.schema(fields))
             schema = self._parquet.schema
-            self._parquet.write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False))
-        except (pa.ArrowInvalid, pa.ArrowTypeError, KeyError) as error:
-            raise UsageError(
-                f"a column has cells of several types, which Parquet refuses ({one_line(error)[:200]}): write .jsonl, "
-                "or leave the column out with --keep."
-            ) from error
+            # a schema given to from_pandas would cut fractions off where earlier rows have whole numbers
+            self._parquet.write_table(pa.Table.from_pandas(frame, preserve_index=False).cast(schema))
+        except (pa.ArrowException, OverflowError, ValueError, KeyError) as error:
+            raise _unwritable("Parquet", error) from error
+
+
+def _unwritable(form: str, error: Exception) -> UsageError:
+    return UsageError(
+        f"a column has cells that {form} cannot hold, or of several types ({one_line(error)[:200]}): write another "
+        "format, or leave the column out with --keep."
+    )
+
+
+def write_csv(frame: pd.DataFrame, path: Path, **settings: Any) -> None:
+    """Write a frame without its index, so that each row is read as one.
+
+    The csv module quotes line feeds only: a carriage return in a cell would begin a new row.
+    """
+    cells = (cell for place in range(frame.shape[1]) for cell in frame.iloc[:, place] if isinstance(cell, str))
+    quoting = csv.QUOTE_NONNUMERIC if any("\r" in cell for cell in cells) else csv.QUOTE_MINIMAL
+    frame.to_csv(path, index=False, quoting=quoting, **settings)  # type: ignore[call-overload]
 
 
 def _with_lists(frame: pd.DataFrame) -> pd.DataFrame:

@@ -24,6 +24,9 @@ from .splits import cut, split, subset
 from .tables import Table, _follow, _string, examples, keys, resolve, texts
 from .unlabelled import BLANK, REST, Unlabelled, gathered, is_named, keys_of, part_blank, sources_of, texts_of
 
+CROSS_VALIDATION = "cross-validation"  # the training rows as scored by the fold that left them out
+OTHER_SETS = ("train", "validation", CROSS_VALIDATION)
+
 logger = logging.getLogger("steadytune")
 
 WITHOUT_LABEL = f" Or say --unlabelled {BLANK}, with which fit reads such rows of its training table as texts alone."
@@ -131,11 +134,12 @@ def prepare(
         UsageError: A table is not right, or a split is not possible.
     """
     given = [*tests, *(["validation"] if validation is not None else [])]
-    if "validation" in tests or "train" in tests:
-        raise UsageError(
-            "a test set cannot be called 'train' or 'validation', the names of other sets: give it another name, such "
-            "as --test dev=FILE, or test: {dev: FILE} in a study."
-        )
+    for name in OTHER_SETS:
+        if name in tests:
+            raise UsageError(
+                f"a test set cannot be called {name!r}, the name of another set: give it another name, such as --test "
+                "dev=FILE, or test: {dev: FILE} in a study."
+            )
     validation_column = _string(validation_column)
     train = _numbered(resolve(train, () if validation_column is None else (validation_column,)))
     wanted = sources_of(unlabelled)

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
 from ..config import ALIASES
@@ -18,7 +19,7 @@ from ..data.cells import LISTS, check_lists, is_empty, label_name, refuse
 from ..data.files import named_columns, sequence_rows, whole_characters
 from ..data.forms import OneHot, form_of
 from ..data.tables import Kind
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from .main import fit
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -253,6 +254,19 @@ class SteadyClassifier(ClassifierMixin, _Steady):
             except TypeError:
                 kinds = ", ".join(sorted({type(label).__name__ for label in labels}))
                 raise UsageError(f"y holds labels of several types ({kinds}): give them one type.") from None
+            try:
+                check_classification_targets(labels)
+            except (ValueError, TypeError) as error:
+                raise UsageError(
+                    f"y holds no classes that scikit-learn can score ({one_line(error)[:120]}): use SteadyRegressor "
+                    "for numbers, or give y.astype(str)."
+                ) from None
+            names: dict[str, Any] = {}
+            for label in self.classes_:
+                if (other := names.setdefault(_name(label), label)) is not label:
+                    raise UsageError(
+                        f"y holds {str(other)!r} and {str(label)!r}, which are one class: write them alike."
+                    )
             self._fit(X, [_name(label) for label in labels], sample_weight, subgroups, unlabelled)
         self._is_matrix = matrix is not None
         self._columns()

@@ -172,10 +172,10 @@ def same_run(then: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> N
     """Refuse to resume a run under another recipe, on other training rows, or on others that select, and say why."""
     now = json.loads(json.dumps(now))
     differences = list(_differences(_decisive(then["recipe"]), _decisive(now["recipe"])))
-    differences += _differences(then["data"]["train"], now["data"]["train"], "training data")
+    differences += _differences(_rows(then["data"]["train"]), _rows(now["data"]["train"]), "training data")
     if now["recipe"]["evaluations"]:  # scores of the steps before are compared with those after
         before, after = (record["data"].get("validation", {}) for record in (then, now))
-        differences += _differences(before, after, "validation data")
+        differences += _differences(_rows(before), _rows(after), "validation data")
     if differences:
         raise UsageError(
             f"--resume: the run in {folder} was started otherwise: {'; '.join(differences)}. "
@@ -184,8 +184,15 @@ def same_run(then: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> N
 
 
 def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what has no effect: how several runs are combined, where there is one."""
-    return {key: value for key, value in recipe.items() if key != "combine" or recipe["runs"] > 1}
+    """Without what has no effect: how several runs are combined, where there is one, and how a path is written."""
+    model = recipe["model"]
+    local = {"model": str(Path(model).resolve())} if Path(model).is_dir() else {}
+    return {key: value for key, value in recipe.items() if key != "combine" or recipe["runs"] > 1} | local
+
+
+def _rows(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts about the rows of a set, without the path of their file."""
+    return {name: value for name, value in data.items() if name != "source"}
 
 
 def _differences(then: Any, now: Any, where: str = "") -> Iterator[str]:

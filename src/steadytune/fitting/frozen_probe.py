@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..data.prepare import CROSS_VALIDATION
 from ..data.problem import Problem
 from ..data.splits import folds, units
 from ..heads.features import output_layer
 from ..heads.probe import Probe
 from ..heads.start import Labelled, cross_fitted, token_key
 from .outputs import frozen_features
-from .plan import CROSS_VALIDATION
 
 if TYPE_CHECKING:
     from .plan import Plan

@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 from ..data import splits
+from ..data.chunks import write_csv
 from ..data.prepare import Data
 from ..data.problem import Problem
 from ..data.tables import Kind, Table
@@ -80,7 +81,7 @@ class Inspected:
         """
         check_output(Path(path), [], overwrite=True, endings=FILES)
         with writing(Path(path), resumes=False):
-            write_whole(Path(path), lambda part: self.frame.to_csv(part, index=False))
+            write_whole(Path(path), lambda part: write_csv(self.frame, part))
 
     def add_to(self, folder: str | Path) -> None:
         """Show the list on the page of a fit.

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data.balance import SHOWN
+from ..data.prepare import CROSS_VALIDATION
 from ..data.scores import warnings
 from ..errors import UsageError
 from ..files.atomic import write_json
 from .folder import RECORD, Output, same_run
 from .plan import (
-    CROSS_VALIDATION,
     Plan,
     answers,
     evaluate,
@@ -147,6 +147,7 @@ def fit(
     """
     folder = Output(output)
     previous = folder.check(resume, overwrite)
+    _check_apart(wanted["model"], folder)
     plan = make_plan(train, **wanted)
     with as_found():
         result = _run(plan, folder, previous)
@@ -174,6 +175,7 @@ def dry_run(
 
     folder = Output(output)
     folder.check(resume, overwrite)
+    _check_apart(wanted["model"], folder)
     plan = make_plan(train, **wanted)
     if not plan.steps:
         raise UsageError("a dry run measures steps, and steps is 0: leave --dry-run out.")
@@ -204,6 +206,13 @@ def _refusals() -> Iterator[None]:
         raise
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _check_apart(model: Any, folder: Output) -> None:
+    """Refuse to replace the model that the fit starts from."""
+    local = isinstance(model, (str, Path)) and Path(model).is_dir() and folder.path.is_dir()
+    if local and Path(model).samefile(folder.path):
+        raise UsageError(f"output {folder.path} is the model that training starts from: choose another --output DIR.")
 
 
 def _run(plan: Plan, folder: Output, previous: dict[str, Any] | None) -> FitResult:

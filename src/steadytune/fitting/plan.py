@@ -41,7 +41,6 @@ logger = logging.getLogger("steadytune")
 
 Combine = Literal["best", "soup", "ensemble"]
 COMBINE = ("best", "soup", "ensemble")
-CROSS_VALIDATION = "cross-validation"  # name of the training rows as scored by the fold that left them out
 TRAINS_NOTHING = "steps 0 trains nothing: leave methods, procedure and refit out, or give more steps."
 REFIT_EVALUATIONS = 10  # number of evaluations of a fold, which are the candidates for the number of steps
 

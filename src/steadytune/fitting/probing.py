@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from ..data import splits
+from ..data.chunks import write_csv
 from ..data.guards import truncated
 from ..data.intervals import LEVEL, Interval
 from ..data.metrics import Metric
@@ -97,7 +98,7 @@ class Probed:
         check_output(path, [], overwrite=True, endings=FILES)
         with writing(path, resumes=False):
             if path.suffix.lower() == ".csv":
-                return write_whole(path, lambda part: self.frame.to_csv(part, index=False))
+                return write_whole(path, lambda part: write_csv(self.frame, part))
             rows = [{key: _plain(value) for key, value in row.items()} for row in self.frame.to_dict("records")]
             write_json(path, {"metric": self.metric, "rows": self.rows, "verdict": self.verdict, "models": rows})
 

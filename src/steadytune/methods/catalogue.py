@@ -167,8 +167,8 @@ def markdown(registry: Mapping[str, type[Method]] = METHODS) -> str:
             page.summary,
             ", ".join(f"`{verb}`" for verb in page.moments),
             f"[{page.paper.short}]({page.paper.url})" if page.paper else "",
-            f"{page.cost.passes:.1f}",
-            page.cost.memory,
+            f"{page.cost.passes:.1f}" if page.cost else "",
+            page.cost.memory if page.cost else "",
             "; ".join(page.conflicts) or "none",
         )
         for page in listed.values()
