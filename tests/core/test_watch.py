@@ -247,6 +247,33 @@ def test_weights_that_are_unfrozen_on_the_way_join(method):
         assert "bert.embeddings.word_embeddings.weight" in (joined[-1] if isinstance(joined, list) else joined)
 
 
+@pytest.mark.parametrize("method", [LAWA(last=2, every=2), EMA(decay=0.5)], ids=lambda method: type(method).__name__)
+def test_weights_that_were_unfrozen_on_the_way_are_in_a_state_that_is_loaded_before(method):
+    """Naive: averages are looked up among the weights that train now, and a resume is a KeyError."""
+
+    def begun():
+        model = bert(dropout=0.0)
+        model.get_input_embeddings().weight.requires_grad_(False)
+        return model, Run(model, [copy.deepcopy(method)], total_steps=TOTAL)
+
+    data, (model, run) = batches(6), begun()
+    train(run.attach(torch.optim.AdamW(model.parameters())), data[:2])
+    model.get_input_embeddings().weight.requires_grad_(True)
+    train(run, data[2:4])
+    saved = copy.deepcopy(run.optimizer.state_dict())
+    run.leave()
+    again, second = begun()
+    again.load_state_dict(model.state_dict())
+    optimizer = torch.optim.AdamW(again.parameters())
+    second.attach(optimizer)
+    optimizer.load_state_dict(saved)
+    again.get_input_embeddings().weight.requires_grad_(True)
+    for one in (run, second):
+        train(one, data[4:])
+    run.finish(), second.finish()
+    assert_same(model.state_dict(), again.state_dict())
+
+
 def test_an_embedding_that_renormalises_itself_is_no_foreign_step():
     class Normed(nn.Module):
         def __init__(self) -> None:

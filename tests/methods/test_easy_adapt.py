@@ -169,3 +169,15 @@ def test_weights_beside_the_head_decay_as_it_does_in_either_order(other):
         ends.append(run[EasyAdapt].beside.weight.detach().clone())
     assert ends[0].abs().max() > 0
     assert torch.equal(*ends)
+
+
+def test_a_second_training_of_a_run_reads_its_own_domains():
+    """Naive: the hook that reads the column is gone after `finish`, and the last domains of the first training stay."""
+    model, data = bert(dropout=0.0, dtype=torch.float64), batches(2)
+    run = run_of(model, EasyAdapt(2, drop=0.0))
+    take(run, {**data[0], "domain": torch.tensor([1, 0, 0, 0])})
+    run.finish()
+    assert run[EasyAdapt].beside.domain is None
+    run.restart()
+    take(run, {**data[1], "domain": torch.tensor([0, 1, 0, 1])})
+    assert run[EasyAdapt].beside.domain.tolist() == [0, 1, 0, 1]

@@ -21,6 +21,7 @@ from steadytune import (
     METHODS,
     SIFT,
     SWA,
+    Adapters,
     BiDrop,
     ChildTuningD,
     ChildTuningF,
@@ -636,3 +637,13 @@ def test_every_forbidden_pair_is_refused_by_name_before_training(kind, one, othe
 def test_two_of_a_kind_may_share_a_model_but_not_a_weight():
     recipe = [only(RecAdam(gamma=3.0), lambda w: w.block == 0), only(L2SP(), lambda w: w.block == 1)]
     assert train(run_of(recipe), batches(2)).index == 2
+
+
+def test_a_weight_whose_first_gradient_is_zero_is_named(caplog):
+    """Naive: one half of each adapter is never trained, and nothing says so."""
+    model = bert()
+    loop = Run(model, [Adapters(), SIFT(keep=0.5)], data=lambda: batches(2))
+    loop.attach(torch.optim.AdamW(model.parameters()))
+    train(loop, batches(1))
+    assert "SIFT: nothing of " in caplog.text
+    assert "Give a scope without adapters, or leave SIFT out" in caplog.text

@@ -751,7 +751,8 @@ class Run(Binding):
         self._references.check(state["checksums"])
         for name, held in state["heads"].items():
             self._references.tensors[name] = held.clone()
-        live = {w.name: w.data for w in self.weights()}
+        # also weights that are frozen now: they may be trained again on the way, as in the training that was saved
+        live = {name: shards.local(p.detach()) for name, p in self.model.named_parameters()}
         self._views.averages = {n: t.to(live[n].device, copy=True) for n, t in state["raw"].items()}
         for method, saved in zip(self.methods, state["methods"], strict=True):
             method.load_state_dict(on_devices(saved, live, self._device))

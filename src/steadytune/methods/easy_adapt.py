@@ -8,6 +8,7 @@ logits = W h + b                      in evaluation, for rows of any domain
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..core import Run, Within
+from ..core import Run, Weight, Within
 from ..core.facts import Cost, Paper
 from ..errors import UsageError
 from .bases.beside_head import Beside, BesideHead
@@ -127,8 +128,16 @@ class EasyAdapt(BesideHead[Domains]):
         if self.count < 2:
             raise ValueError("EasyAdapt needs two domains, the training rows are of one: leave EasyAdapt out")
         super().setup(run)
-        # before the hook of the Run that takes the column out
+        self.read_column(run)
+
+    def read_column(self, run: Run) -> None:
+        """Hook the model, before the hook of the Run that takes the column out."""
         self.beside.taking = run.model.register_forward_pre_hook(self.beside.take, prepend=True, with_kwargs=True)
+
+    def before_forward(self, run: Run, weights: Sequence[Weight]) -> None:
+        super().before_forward(run, weights)
+        if self.beside.taking is None:  # another training, after `finish`
+            self.read_column(run)
 
     def build(self, head: nn.Linear) -> Domains:
         domains_beside = Domains(head, self.count, self.domain)
@@ -142,7 +151,7 @@ class EasyAdapt(BesideHead[Domains]):
         super().finish(run)
         if self.beside.taking is not None:  # the finished model is a plain one, and copies of it are made
             self.beside.taking.remove()
-            self.beside.taking = None
+            self.beside.taking = self.beside.domain = None
 
     @torch.no_grad()
     def specialised(self, domain: int) -> dict[str, Tensor]:

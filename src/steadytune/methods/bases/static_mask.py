@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from ...core import Method, Run, Scope, Weight, multiply, overrides, shards
 from ...core.step import Inputs
 from ...core.tensors import zero_others
+
+logger = logging.getLogger("steadytune")
 
 Tensors = dict[str, Tensor]
 # Optimizers that do not move an entry whose gradient and moments are 0, if they do not decay it: w - lr * 0 is w.
@@ -51,6 +54,13 @@ class StaticMask(Method):
         with run.forked_rng():
             torch.manual_seed(run.draw_seed("data"))  # so that a shuffling loader does not change the order of training
             self.masks = self.choose(run, weights, run.data() if run.data is not None else ())
+        still = [] if run.sharded else [name for name, mask in self.masks.items() if not mask.any()]
+        if still:
+            logger.warning(
+                "%s: nothing of %s is ever trained (%d of %d weights), because its first gradients are 0, such as "
+                "those of one half of an adapter. Give a scope without adapters, or leave %s out.",
+                type(self).__name__, still[0], len(still), len(self.masks), type(self).__name__,
+            )  # fmt: skip
 
     def pull_back(self, run: Run, weights: Sequence[Weight]) -> None:
         for w in self.masked(weights) if self.frozen else []:
