@@ -446,7 +446,7 @@ def test_a_failed_write_leaves_nothing(desk, tmp_path, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_is_merged_of_fits_has_card_and_metrics_and_predicts(tmp_path):
+def test_what_is_merged_of_fits_has_card_and_metrics_and_predicts(tmp_path, caplog):
     """Naive: a bare model, which `steadytune predict` refuses for want of a record."""
     bert = save_tiny_bert(tmp_path / "bert")
     own = {"steps": 20, "batch_size": 8, "lr": 5e-3, "save_steps": 0, "progress": False, "validation_share": 0.0}
@@ -468,3 +468,8 @@ def test_what_is_merged_of_fits_has_card_and_metrics_and_predicts(tmp_path):
     merge_folders([tmp_path / "0", tmp_path / "1"], plain)
     texts = ["good film", "bad play"]
     assert (FittedModel.load(plain).predict_proba(texts) == soup.predict_proba(texts)).all()
+    assert "threshold" not in caplog.text
+    record = json.loads((tmp_path / "0" / "steadytune.json").read_text())
+    (tmp_path / "0" / "steadytune.json").write_text(json.dumps({**record, "threshold": 0.9}))
+    merge_folders([tmp_path / "0", tmp_path / "1"], tmp_path / "told")  # naive: the threshold is gone without a word
+    assert f"the threshold of {tmp_path / '0'} (0.9) is left out" in caplog.text

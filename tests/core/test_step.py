@@ -140,6 +140,16 @@ def test_each_of_several_labels_is_compared_on_its_own():
     assert shifted.min() > 0.05
 
 
+def test_float_labels_tell_several_labels_where_the_config_does_not():
+    """Naive: with a loss of one's own the config says nothing, and labels are compared as exclusive classes."""
+    first, labels = doubles([0.0, 1.0], [2.0, 0.0]), torch.ones(2, 2, dtype=torch.float64)
+    known, _ = distances(Kind("multi_label_classification"), {}, first, first + 1, symmetric_kl)
+    found, _ = distances(Kind(None), {"labels": labels}, first, first + 1, symmetric_kl)
+    assert torch.equal(found, known)
+    alone, _ = distances(Kind(None), {"labels": torch.tensor([0, 1])}, first, first + 1, symmetric_kl)
+    assert alone.tolist() == [0.0, 0.0]
+
+
 def test_several_numbers_are_compared_by_their_squared_difference():
     first, second = doubles([0.0, 1.0, 5.0]), doubles([2.0, 2.0, 5.0])
     values, _ = distances(Kind("regression"), {"labels": first}, first, second, symmetric_kl)

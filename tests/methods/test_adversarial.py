@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from architectures import tiny
 from helpers import batches, bert, copied, hash_noise, hashed_noise_of
 from steadytune import FGM, PGD, FreeLB, Run, Step
 
@@ -139,3 +140,12 @@ def test_freelb_starts_inside_the_ball_and_padding_stays_clean():
     assert (norms < 0.7).all()
     assert (norms > 0.5 * 0.7 / 3**0.5).all()
     assert not starts[0][~inputs["attention_mask"].bool()].any()
+
+
+def test_the_unit_is_that_of_embeddings_as_the_model_reads_them():
+    """Naive: Gemma multiplies the table's rows by the root of the width, and the perturbation is so much smaller."""
+    model = tiny("Gemma", "SequenceClassification")
+    run = Run(model, [FGM()]).attach(torch.optim.SGD(model.parameters(), 0.1))
+    embedding = model.get_input_embeddings()
+    read = embedding(torch.arange(2, embedding.num_embeddings)).detach().std()
+    assert run[FGM].unit == pytest.approx(float(read), rel=0.05)

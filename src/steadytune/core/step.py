@@ -555,11 +555,14 @@ def distances(
 
     One output (regression) is compared by its squared difference, more of them by ``divergence`` along the last axis.
     Where each class is right or wrong on its own (several labels a row), it compares the two outcomes of each class:
-    (batch, classes). At least float32.
+    (batch, classes). If the config does not say so, a float label for each class does, as in transformers, whose models
+    write it into their config only where they compute the loss themselves. At least float32.
     """
     first, second = full(first), full(second)
-    labels = inputs.get("labels")
-    compare = squares if first.size(-1) == 1 else PROBLEM_TYPES.get(problem_type(model))
+    labels, kind = inputs.get("labels"), problem_type(model)
+    if kind is None and isinstance(labels, Tensor) and labels.is_floating_point() and labels.shape == first.shape:
+        kind = "multi_label_classification"
+    compare = squares if first.size(-1) == 1 else PROBLEM_TYPES.get(kind)
     if compare is not None:
         return compare(first, second, divergence), None
     if first.dim() == 2 or labels is None or labels.dim() < 2 or labels.is_floating_point():

@@ -111,6 +111,12 @@ def merge_folders(
     except ValueError as error:
         raise UsageError(f"{error}.") from error
     model.load_state_dict(merged)
+    thresholds = {str(path): known for path in models if (known := _record(path).get("threshold")) is not None}
+    if thresholds:
+        logger.warning(
+            "the threshold of %s is left out, because it was chosen for that model: the merged model decides at 0.5",
+            listed(f"{path} ({value:g})" for path, value in thresholds.items()),
+        )
     sets = judge.sets(how in ON_ROWS) if judge is not None else {}
     if judge is not None:
         values = [

@@ -66,7 +66,8 @@ class FGM(Method):
         self.embedding = perturbed(run.model)
         table = whole_table(self.embedding)
         unit = table.to(torch.promote_types(table.dtype, torch.float32)).std()  # s
-        self.unit = unit.to(self.embedding.get_parameter("weight").device)
+        scale = getattr(self.embedding, "embed_scale", 1.0)  # of models that multiply the table's rows, such as Gemma
+        self.unit = (unit * float(scale)).to(self.embedding.get_parameter("weight").device)
 
     def penalty(self, step: Step) -> Tensor | None:
         if not self.weight:
