@@ -1,7 +1,7 @@
 """FGM, PGD and FreeLB: train also on adversarial embeddings.
 
 With x the embeddings of an example, norms over all its tokens, g = d task / dx and s the standard deviation of the
-embedding table's entries:
+embedding table's entries, times the factor by which models such as Gemma scale them:
 
     L = task(x) + weight * task(x + s d)
     FGM      d = epsilon * g / ||g||_2  at x
@@ -30,7 +30,7 @@ class FGM(Method):
 
     Args:
         epsilon: L2 norm of an example's perturbation, in standard deviations of the embedding table's
-            entries before training; the paper's 5 is 0.28 for all-MiniLM-L6-v2.
+            entries before training, as the model scales them; the paper's 5 is 0.28 for all-MiniLM-L6-v2.
         weight: Weight of the adversarial loss.
 
     Each forward has its own dropout mask. Padding is not perturbed. No ``.grad`` and no weight changes.
