@@ -7,6 +7,7 @@ import functools
 import gc
 import hashlib
 import os
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from steadytune import Run, Step
 from steadytune.methods.layer_drop import Skip
@@ -306,3 +309,19 @@ def points(n: int, size: int = 8, seed: int = 0) -> list[dict[str, Tensor]]:
         }
         for _ in range(n)
     ]
+
+
+def floating(values: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+class OnlyFloat32(TorchDispatchMode):
+    """Raise at an operation that widens to float64 where it is, as an Apple GPU does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        wide = any(t.dtype == torch.float64 for t in floating(result))
+        if wide and all(t.dtype != torch.float64 for t in floating([args, kwargs])):
+            moved_first = {frame.name for frame in traceback.extract_stack()} & {"in_float64"}
+            assert moved_first, f"{func} makes float64, which not all devices have"
+        return result

@@ -8,7 +8,8 @@ Task arithmetic: Ilharco et al., Editing models with task arithmetic, ICLR 2023,
 
 Models must start from the same pre-trained weights, and from the same values of a new head if it is averaged. All
 functions warn if the weights show that they do not.
-Averages are computed in float64 and returned in the dtype of the model; integer buffers are copied.
+Averages are computed in float64 (in float32 on Apple's GPUs, which have nothing wider) and returned in the dtype of the
+model; integer buffers are copied.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .precision import wide
 
 State = Mapping[str, Tensor]
 ALPHAS = tuple(i / 10 for i in range(11))
@@ -72,8 +75,8 @@ def fisher(states: Sequence[State], information: Sequence[State], floor: float =
     merged = uniform(states)
     for name in merged:
         if all(name in part for part in information) and merged[name].is_floating_point():
-            weights = torch.stack([part[name].double().clamp(min=floor) for part in information])
-            values = torch.stack([state[name].double() for state in states])
+            weights = torch.stack([wide(part[name]).clamp(min=floor) for part in information])
+            values = torch.stack([wide(state[name]) for state in states])
             merged[name] = ((weights * values).sum(0) / weights.sum(0)).to(merged[name].dtype)
     return merged
 
@@ -130,9 +133,9 @@ def interpolate(
     for name, old in start.items():
         if not old.is_floating_point():
             continue
-        f, g = (part.get(name, torch.ones(())).double().clamp(min=floor) for part in fisher or ({}, {}))
+        f, g = (wide(part.get(name, torch.ones(()))).clamp(min=floor) for part in fisher or ({}, {}))
         a, b = (1 - alpha) * f, alpha * g
-        merged[name] = ((a * old.double() + b * end[name].double()) / (a + b)).to(end[name].dtype)
+        merged[name] = ((a * wide(old) + b * wide(end[name])) / (a + b)).to(end[name].dtype)
     return merged
 
 
@@ -163,7 +166,7 @@ def task_vector(base: State, tuned: State) -> dict[str, Tensor]:
         ValueError: ``tuned`` lacks a name of ``base``, or shapes differ.
     """
     _check_alike([base, {name: tuned[name] for name in base if name in tuned}])
-    return {name: tuned[name].double() - old.double() for name, old in base.items() if old.is_floating_point()}
+    return {name: wide(tuned[name]) - wide(old) for name, old in base.items() if old.is_floating_point()}
 
 
 def add_vectors(base: State, vectors: Sequence[State], scale: float = 1.0) -> dict[str, Tensor]:
@@ -182,7 +185,7 @@ def add_vectors(base: State, vectors: Sequence[State], scale: float = 1.0) -> di
     merged = dict(base)
     for name in vectors[0]:
         total = torch.stack([vector[name] for vector in vectors]).sum(0)
-        merged[name] = (base[name].double() + scale * total).to(base[name].dtype)
+        merged[name] = (wide(base[name]) + scale * total).to(base[name].dtype)
     return merged
 
 
@@ -209,7 +212,7 @@ def _check_alike(states: Sequence[State]) -> None:
         if not tensor.is_floating_point() or tensor.dim() < 2 or tensor.numel() < LARGE:
             continue
         for other in others:
-            cosine = float(torch.cosine_similarity(tensor.flatten().double(), other[name].flatten().double(), dim=0))
+            cosine = float(torch.cosine_similarity(wide(tensor.flatten()), wide(other[name].flatten()), dim=0))
             if cosine < APART and tensor.any() and other[name].any():
                 warnings.warn(
                     f"the models did not start from the same weights: {name!r} has cosine {cosine:.2f} between two "
@@ -222,7 +225,7 @@ def _check_alike(states: Sequence[State]) -> None:
 
 def _mean(name: str, tensors: Sequence[Tensor]) -> Tensor:
     if tensors[0].is_floating_point():
-        return torch.stack([t.double() for t in tensors]).mean(0).to(tensors[0].dtype)
+        return torch.stack([wide(t) for t in tensors]).mean(0).to(tensors[0].dtype)
     if any(not torch.equal(t, tensors[0]) for t in tensors[1:]):
         raise ValueError(f"the models hold different values in {name!r}, which is no floating-point tensor")
     return tensors[0]

@@ -25,6 +25,7 @@ from transformers import AutoModelForSequenceClassification
 
 from helpers import (
     Net,
+    OnlyFloat32,
     arguments,
     assert_same,
     batches,
@@ -100,6 +101,7 @@ from steadytune import (
     load_adapters,
     load_levi,
     only,
+    precision,
 )
 from steadytune.core import Method, Weight, overrides
 from steadytune.core.method import acts_on_weights
@@ -604,6 +606,14 @@ def test_state_comes_back_on_the_device_of_the_model(name, monkeypatch):
         return [value] if isinstance(value, Tensor) else []
 
     assert {t.device.type for t in elsewhere(got)} <= {"meta"}
+
+
+@every_recipe
+def test_no_method_needs_float64_on_the_device(name, monkeypatch):
+    """Naive: Fisher information and the features of probes were widened on the device."""
+    monkeypatch.setattr(precision, "widest", lambda device: torch.float32)
+    with OnlyFloat32():
+        Loop(RECIPES[name]).train(batches(4)).run.finish()
 
 
 @every_recipe

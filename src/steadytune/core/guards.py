@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..precision import wide
 from . import shards
 from .method import Method, overrides
 from .watch import Watch, renormalised
@@ -100,7 +101,7 @@ def unscale(optimizer: Any) -> None:
     if scale is None:
         return
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    torch._foreach_mul_([shards.local(g) for g in gradients], scale.double().reciprocal().float())
+    torch._foreach_mul_([shards.local(g) for g in gradients], wide(scale).reciprocal().float())
     optimizer.grad_scale = None
 
 

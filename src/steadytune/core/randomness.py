@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,24 +28,29 @@ def draw_seed(seed: int, index: int, micro: int, *key: Any) -> int:
     return hashed(seed, index, micro, *key)
 
 
-def _devices(device: torch.device) -> list[int]:
-    return [device.index or 0] if device.type == "cuda" else []
-
-
-def forked(device: torch.device) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def forked(device: torch.device) -> Iterator[None]:
     """Restore torch's random state at the end of the block, on the CPU and on ``device``."""
-    return torch.random.fork_rng(devices=_devices(device))
+    state = RandomState(device)
+    try:
+        yield
+    finally:
+        state.restore()
 
 
 class RandomState:
-    """Copy of torch's random state on the CPU and on ``device``."""
+    """Copy of torch's random state on the CPU and on ``device``, which may be of any kind (CUDA, MPS, XPU)."""
 
     def __init__(self, device: torch.device) -> None:
-        self._devices = _devices(device)
-        self._states: list[Tensor] = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self._devices)]
+        self._own = torch.get_rng_state()
+        self._there: tuple[Any, torch.device, Tensor] | None = None
+        if device.type not in ("cpu", "meta"):
+            module: Any = torch.get_device_module(device)
+            self._there = module, device, module.get_rng_state(device)
 
     def restore(self) -> None:
         """Set torch's random state to this copy."""
-        torch.set_rng_state(self._states[0])
-        for device, state in zip(self._devices, self._states[1:], strict=True):
-            torch.cuda.set_rng_state(state, device)
+        torch.set_rng_state(self._own)
+        if self._there is not None:
+            module, device, state = self._there
+            module.set_rng_state(state, device)

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.randomness import forked
 from ..errors import UsageError
 from ..heads.features import features as head_inputs
 from ..heads.features import pooled_features
+from ..precision import in_float64
 from .progress import progress_bar
 
 
@@ -45,7 +47,7 @@ def logits(
     with torch.inference_mode(), _autocast(model, bf16), _seeded(dropout_seed):
         for batch in progress_bar(batches, desc="predicting", unit="batch", total=total) if progress else batches:
             outputs = model(**batch.to(model.device)).logits
-            parts.append(outputs.double().cpu().numpy())
+            parts.append(in_float64(outputs).numpy())
     model.train(training)
     values = np.concatenate(parts)
     if not np.isfinite(values).all():
@@ -87,9 +89,11 @@ def _batches(
 @contextlib.contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
     """Seed torch inside the block, and restore its state; None changes nothing."""
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    if seed is None:
+        yield
+        return
+    with forked(device()):
+        torch.manual_seed(seed)
         yield
 
 

@@ -16,6 +16,7 @@ def as_found() -> Iterator[None]:
 
     python, numpy, own = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    on_mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     cudnn = torch.backends.cudnn
     settings = (
         torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
@@ -29,6 +30,8 @@ def as_found() -> Iterator[None]:
         torch.set_rng_state(own)
         if on_gpus:
             torch.cuda.set_rng_state_all(on_gpus)
+        if on_mps is not None:
+            torch.mps.set_rng_state(on_mps)
         dtype, threads, deterministic, precision, cudnn.benchmark, cudnn.deterministic = settings
         torch.set_default_dtype(dtype)
         torch.set_num_threads(threads)

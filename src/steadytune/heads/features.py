@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..precision import in_float64, wide
+
 CHECKED = 4  # number of rows of the first batch that are checked
 TOLERANCE = 1e-3  # largest difference of logits in the check, as a share of the largest logit
 
@@ -61,13 +63,13 @@ def features(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Tenso
     with evaluating(model):
         for batch in batches:
             inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-            rows.append(head_inputs(model, inputs).double())
+            rows.append(in_float64(head_inputs(model, inputs)))
             if len(rows) == 1:
                 few = {name: value[:CHECKED] for name, value in inputs.items()}
                 _check(model, layer, model(**few).logits, rows[0][:CHECKED])
     if not rows:
         raise ValueError("features need at least one batch of rows")
-    return torch.cat(rows).cpu()
+    return torch.cat(rows)
 
 
 @torch.no_grad()
@@ -93,10 +95,10 @@ def pooled_features(model: Any, batches: Iterable[Mapping[str, Tensor]], how: Li
         for batch in batches:
             inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
             states, mask = _token_states(model, inputs)
-            rows.append(_pooled(states.double(), mask, how))
+            rows.append(in_float64(_pooled(wide(states), mask, how)))
     if not rows:
         raise ValueError("features need at least one batch of rows")
-    return torch.cat(rows).cpu()
+    return torch.cat(rows)
 
 
 def head_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -153,9 +155,10 @@ def _pooled(states: Tensor, mask: Tensor, how: Literal["mean", "cls"]) -> Tensor
 
 def _check(model: nn.Module, layer: nn.Linear, logits: Tensor, rows: Tensor) -> None:
     """Raise unless features times the layer's weights are the model's logits."""
-    bias = None if layer.bias is None else layer.bias.double()
+    bias = None if layer.bias is None else in_float64(layer.bias)
+    logits = in_float64(logits)
     if rows.shape == (len(logits), layer.in_features):
-        difference = (nn.functional.linear(rows, layer.weight.double(), bias) - logits).abs().max()
+        difference = (nn.functional.linear(rows, in_float64(layer.weight), bias) - logits).abs().max()
         if difference <= TOLERANCE * (1 + logits.abs().max()):
             return
     raise ValueError(

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..errors import one_line
+from ..precision import in_float64
 from .features import TOLERANCE, evaluating, head_inputs, output_layer
 from .probe import Probe
 
@@ -57,8 +58,8 @@ def word_head(model: Any, words: Sequence[str]) -> Probe:
     language = _language_model(model.name_or_path)
     tokens = _tokens(AutoTokenizer.from_pretrained(model.name_or_path), words)
     layer = language.get_output_embeddings()
-    weight = layer.weight[tokens].double().numpy()
-    bias = np.zeros(len(tokens)) if layer.bias is None else layer.bias[tokens].double().numpy()
+    weight = in_float64(layer.weight[tokens]).numpy()
+    bias = np.zeros(len(tokens)) if layer.bias is None else in_float64(layer.bias[tokens]).numpy()
     head = Probe(weight, bias, np.zeros((0, len(tokens))), 0.0)
     _check(model, language, tokens, head)
     return head
@@ -112,11 +113,11 @@ def _check(model: Any, language: Any, tokens: Sequence[int], head: Probe) -> Non
     if model.config.pad_token_id is not None:
         ids = ids.masked_fill(ids == model.config.pad_token_id, int(tokens[0]))  # padding would end the text
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    wanted = language(**inputs).logits[..., list(tokens)].double()
+    wanted = in_float64(language(**inputs).logits[..., list(tokens)])
     if layer.in_features == head.weight.shape[1]:
         with evaluating(model):
             read = head_inputs(model, {name: value.to(layer.weight.device) for name, value in inputs.items()})
-        given = torch.from_numpy(head.outputs(read.double().cpu().numpy()))
+        given = torch.from_numpy(head.outputs(in_float64(read).numpy()))
         far = (wanted - given[:, None]).abs().amax(dim=(0, 2)).min()  # at the token where they differ least
         if far <= TOLERANCE * (1 + wanted.abs().max()):
             return

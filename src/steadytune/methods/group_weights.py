@@ -25,6 +25,7 @@ from torch import Tensor
 from ..core import Method, Run, Step, Weight, Within
 from ..core.facts import Cost, Paper
 from ..errors import UsageError
+from ..precision import wide
 from .bases.rows import Column, losses_of, numbers_of, row_counts
 
 HALVINGS = 100  # number of bisection steps, enough for float64
@@ -204,17 +205,17 @@ def dro_weights(p: Tensor, excess: Tensor, rho: float, floor: float = 0.0) -> Te
     """
     if rho == 0:
         return torch.ones_like(p)
-    exact = torch.float32 if p.device.type == "mps" else torch.float64  # MPS has no float64
-    shares, above = p.to(exact), (excess - excess.min()).to(exact)
+    shares, above = wide(p), wide(excess - excess.min())
+    limits = torch.finfo(shares.dtype)
     spread = above.max()
     above = above / torch.where(spread > 0, spread, torch.ones_like(spread))
 
     def ratios(eta: Tensor) -> Tensor:
         raw = (above - eta).clamp(min=0)
-        return floor + (1 - floor) * raw / (shares * raw).sum().clamp(min=torch.finfo(exact).tiny)
+        return floor + (1 - floor) * raw / (shares * raw).sum().clamp(min=limits.tiny)
 
     low = torch.full_like(spread, -1 / (math.sqrt(2 * rho + 1) - 1))  # no ratio exceeds sqrt(2 rho + 1) there
-    high = torch.full_like(spread, 1 - torch.finfo(exact).eps ** 0.5)  # at 1, no group is above eta
+    high = torch.full_like(spread, 1 - limits.eps**0.5)  # at 1, no group is above eta
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         outside = (shares * (ratios(middle) - 1).square()).sum() / 2 > rho

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ...core import Run
 from ...core.step import Inputs, batch_size, logits_of
+from ...precision import wide
 from .static_mask import Batch, Tensors
 
 Per = Literal["batch", "example"]
@@ -95,7 +96,7 @@ class Fisher:
             raise ValueError(f"{type(asker).__name__} found no gradient of the weights in scope: is `data` empty?")
         values = list(sums.values())
         torch._foreach_div_(values, len(traces))
-        each = torch.stack(traces).double()
+        each = wide(torch.stack(traces))
         moments = torch.stack([each.mean(), each.square().mean()])
         units = len(traces)
         if self.per == "example":
