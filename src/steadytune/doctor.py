@@ -44,7 +44,7 @@ CALLED = {
     "log": "the log would have a wrong gradient norm",
     "save_model": "checkpoints would lose the methods' state",
     "_load_optimizer_and_scheduler": "a resumed run would start its methods from scratch",
-    "_load_best_model": "the best checkpoint of a model with adapters would lack what methods train beside them",
+    "_load_best_model": "the best checkpoint would lack what methods train beside the model or its adapters",
 }
 # Attributes of a stock trainer that ours reads, and the consequence without them.
 READ = {

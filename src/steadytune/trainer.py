@@ -256,6 +256,7 @@ class Trainer(transformers.Trainer):
             self._ended = time.perf_counter()
             if self.run is not None:
                 self.run.leave()
+                self.run.release()
             self._give_clip_back()
 
     @property
@@ -395,12 +396,24 @@ class Trainer(transformers.Trainer):
         elif self.args.should_save and adapter_size(self.model) is not None:
             save_adapters(folder, self.model)
             (folder / "config.json").unlink(missing_ok=True)  # read as a model, it would be one without its adapters
-        if output_dir is None or not os.path.basename(output_dir).startswith(PREFIX_CHECKPOINT_DIR):
-            return
         run = self.run
+        if output_dir is None or not os.path.basename(output_dir).startswith(PREFIX_CHECKPOINT_DIR):
+            self._warn_of_adapters_alone(folder)
+            return
         if _internal_call and run is not None and (self.args.should_save or run.sharded):
             own = {"global_step": self.state.global_step, "counts": self._counts, "seconds": self.seconds}
             state.save({**run.state_dict(), **own}, self._side_file(output_dir))
+
+    def _warn_of_adapters_alone(self, folder: Path) -> None:
+        """Say what a folder of PEFT's adapters lacks, which is all that the stock Trainer saves of such a model."""
+        methods = [] if self.run is None or not hasattr(self.model, "peft_config") else self.run.methods
+        beside = [type(m).__name__ for m in methods if m.beside_adapters]
+        if beside and self.args.should_save:
+            write = "steadytune.save_levi(folder, model)" if has_levi(self.model) else "model.save_pretrained(folder)"
+            logger.warning(
+                f"{folder} holds adapters alone, without what {beside[0]} trained beside them: to save the whole "
+                f"model, call model = trainer.model.merge_and_unload(), then {write}"
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.run is not None:
@@ -409,13 +422,15 @@ class Trainer(transformers.Trainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
+        adapted = hasattr(self.model, "peft_config")
         methods = [] if self.run is None else self.run.methods
-        if self.run is None or not hasattr(self.model, "peft_config") or not any(m.beside_adapters for m in methods):
+        beside = [m.adds_weights or (m.beside_adapters and adapted) for m in methods]
+        if self.run is None or not any(beside):
             return
         assert self.state.best_model_checkpoint is not None
         held = state.load(self._side_file(self.state.best_model_checkpoint))["methods"]
-        for method, own in zip(methods, held, strict=True):
-            if method.beside_adapters:
+        for method, own, wanted in zip(methods, held, beside, strict=True):
+            if wanted:
                 method.load_state_dict(own)
 
     def _load_state(self, run: Run, checkpoint: str) -> None:

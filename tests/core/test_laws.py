@@ -1181,6 +1181,62 @@ def test_a_step_may_be_entered_twice(name):
     assert_same(loop.all(), uninterrupted(name).all[5])
 
 
+def hooks(model: nn.Module) -> list[str]:
+    """Modules of the package whose hooks are on the forward of a model; transformers has hooks of its own."""
+    held = [h for part in model.modules() for h in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())]
+    places = [getattr(hook, "func", hook).__module__ for hook in held]
+    return [place for place in places if place.startswith("steadytune.")]
+
+
+@every_recipe
+def test_a_training_that_was_cut_off_leaves_no_hook_and_goes_on_as_if_it_had_not_been(name):
+    """Naive: only `finish` took the hooks off, and what a user trained next had noise or skipped blocks."""
+    data, whole = batches(4), uninterrupted(name)
+    loop = Loop(RECIPES[name]).load(read(whole.saved[0]))
+    before = hooks(loop.model)
+    loop.train(data[:3])
+    loop.run.release()
+    assert hooks(loop.model) == before
+    assert_same(loop.train(data[3:]).all(), whole.all[4])
+
+
+@pytest.mark.parametrize("name", ["vibert", "layer_drop", "easy_adapt"])
+def test_hooks_of_an_older_run_do_not_act_on_a_new_one(name):
+    older = Loop(RECIPES[name]).train(batches(2))
+    assert f"steadytune.methods.{name}" in hooks(older.model)
+    Run(older.model, [])
+    assert not hooks(older.model)
+
+
+@pytest.mark.parametrize("name", ["vibert", "layer_drop"])
+def test_a_trainer_that_was_interrupted_leaves_a_plain_model(name, tmp_path):
+    trainer = trainer_of(RECIPES[name], tmp_path, max_steps=3)
+    before = hooks(trainer.model)
+    stop = interrupt(trainer.model, after=2)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    stop()
+    assert hooks(trainer.model) == before
+
+
+class Refusing(Method):
+    """A method that no model suits."""
+
+    def setup(self, run: Run) -> None:
+        raise ValueError("no model suits")
+
+
+@every_recipe
+def test_a_run_that_is_refused_leaves_nothing_frozen_and_nothing_added(name):
+    """Naive: what a method froze before another was refused stayed frozen, also for the run that came next."""
+    model = bert()
+    before = {n: p.requires_grad for n, p in model.named_parameters()}, [n for n, _ in model.named_children()]
+    with pytest.raises(ValueError, match="no model suits"):
+        Run(model, [*RECIPES[name], Refusing()], total_steps=TOTAL, data=functools.partial(batches, 2, seed=9))
+    held = {n: p.requires_grad for n, p in model.named_parameters() if n in before[0]}
+    assert (held, [n for n, _ in model.named_children()]) == before
+
+
 @pytest.mark.parametrize("where", ["forward", "backward", "before step"])
 @pytest.mark.parametrize("name", recipes(acts_on_weights, "rdrop", "smart_proximal"))
 def test_interrupted_in_the_middle_of_a_step_leave_restores_the_evaluated_weights(name, where):

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from fit_helpers import same, save_tiny_bert, toy, weights
-from helpers import batches, bert, copied
-from steadytune import EMA, LAWA, SWA, Run, dry_run, fit, inference_cost
+from helpers import arguments, batches, bert, collate, copied, rows
+from steadytune import EMA, LAWA, LEVI, SWA, Run, Trainer, dry_run, fit, inference_cost, load_levi, save_levi
 from steadytune.errors import UsageError
 from steadytune.fitting import main as fitting_main
 from steadytune.methods.dsee import DSEE, largest, residual
@@ -211,3 +211,24 @@ def test_the_best_checkpoint_brings_what_adapters_do_not_hold(tmp_path, folder, 
     memory = fit(toy(48), output=tmp_path / "memory", save_steps=0, **given)
     assert disk.runs[0]["steps"] == memory.runs[0]["steps"] < 6
     assert np.array_equal(disk.predict_proba(["good film"]), memory.predict_proba(["good film"]))
+
+
+@pytest.mark.parametrize("method", [DSEE(), LEVI()], ids=["dsee", "levi"])
+def test_saved_adapters_alone_are_said(tmp_path, caplog, method):
+    """Naive: the folder looks whole; read beside the pre-trained model, it lacks what was trained beside adapters."""
+    trainer = Trainer(
+        with_lora(), arguments(tmp_path, max_steps=2), train_dataset=rows(8), data_collator=collate, methods=[method]
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    assert "holds adapters alone, without what" in caplog.text
+    model = trainer.model.merge_and_unload()
+    if isinstance(method, LEVI):
+        save_levi(tmp_path / "whole", model)
+        read = load_levi(tmp_path / "whole")
+    else:
+        model.save_pretrained(tmp_path / "whole")
+        read = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+    (batch,) = batches(1)
+    with torch.no_grad():
+        assert torch.equal(read.eval()(**batch).logits, model.eval()(**batch).logits)

@@ -13,6 +13,7 @@ from fit_helpers import toy
 from helpers import arguments, batches, bert, collate, copied, rows
 from steadytune import L2SP, EasyAdapt, RecAdam, Run, Trainer
 from steadytune.errors import UsageError
+from steadytune.files import state
 from steadytune.fitting.plan import make_plan
 from steadytune.methods.easy_adapt import Domains
 
@@ -181,3 +182,21 @@ def test_a_second_training_of_a_run_reads_its_own_domains():
     run.restart()
     take(run, {**data[1], "domain": torch.tensor([0, 1, 0, 1])})
     assert run[EasyAdapt].beside.domain.tolist() == [0, 1, 0, 1]
+
+
+def test_the_best_checkpoint_brings_the_corrections_of_its_step(tmp_path):
+    """Naive: the best head is joined with the corrections of the last step."""
+    options = arguments(
+        tmp_path, max_steps=4, learning_rate=0.1, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+        save_steps=1, load_best_model_at_end=True, metric_for_best_model="first", greater_is_better=True,
+    )  # fmt: skip
+    scores = iter([1.0, 0.0, 0.0, 0.0])
+    trainer = Trainer(
+        bert(), options, train_dataset=rows(16), eval_dataset=rows(4, seed=1), data_collator=collate,
+        compute_metrics=lambda _: {"first": next(scores)},
+        methods=[EasyAdapt(2, domain=lambda inputs: inputs["labels"] % 2)],
+    )  # fmt: skip
+    trainer.train()
+    held = state.load(tmp_path / "checkpoint-1" / "steadytune.safetensors")["methods"][0]["beside"]
+    assert torch.equal(trainer.run[EasyAdapt].beside.weight, held["weight"])
+    assert held["weight"].abs().max() > 0

@@ -38,6 +38,7 @@ def leave_others(run: Run, parameters: Iterable[nn.Parameter], *, supersede: boo
                 "the model holds its evaluated weights again. Gradients stay as they are."
             )
             other.leave()
+        other.release()
         other.superseded = other.superseded or supersede
 
 

@@ -197,6 +197,13 @@ class Method:
     def finish(self, run: Run) -> None:
         """Act once at the end of the training, in reverse list order."""
 
+    def release(self, run: Run) -> None:
+        """Take hooks off the model, so that it trains as a plain one; `before_forward` puts them back.
+
+        After `finish`, after a training that was cut off, after a Run that was refused, and before another Run acts on
+        the model. It may be called more than once.
+        """
+
     def state_dict(self) -> dict[str, Any]:
         """State of the method: tensors and plain values only."""
         return {}

@@ -137,9 +137,29 @@ class Run(Binding):
         self._save_in_optimizer = True
         self._blank: dict[str, Any] = {}
         self._shapes: dict[str, torch.Size] = {}  # of the weights after `Method.setup`
+        self._ready: list[Method] = []  # methods whose `Method.setup` is done
         leave_others(self, self.model.parameters())
-        for method in in_setup_order(self.methods):
-            self._set_up(method)
+        with self._undone_if_refused():
+            for method in in_setup_order(self.methods):
+                self._set_up(method)
+
+    @contextlib.contextmanager
+    def _undone_if_refused(self) -> Iterator[None]:
+        """After an error, take back what methods froze, added beside the model and hooked on.
+
+        Blocks that they put into the model stay, and so do weights that they drew.
+        """
+        trained = {p: p.requires_grad for p in self.model.parameters()}
+        parts = {name for name, _ in self.model.named_children()}
+        try:
+            yield
+        except BaseException:
+            for parameter, before in trained.items():
+                parameter.requires_grad_(before)
+            self.release()
+            for name in [name for name, _ in self.model.named_children() if name not in parts]:
+                delattr(self.model, name)
+            raise
 
     def append(self, method: M) -> M:
         """Add a method to the end of the list, before `attach` or `restart`; returns the copy that will run.
@@ -162,6 +182,7 @@ class Run(Binding):
         self._references.open = False
         self._parts = {}  # setup may have changed the structure
         self._shapes = {n: p.shape for n, p in self.model.named_parameters()}
+        self._ready.append(method)
 
     @property
     def batch(self) -> list[Inputs]:
@@ -599,8 +620,17 @@ class Run(Binding):
         self.finite.settle()
         for method in reversed(self.methods):
             method.finish(self)
+        self.release()
         self._unhook()
         ATTACHED.discard(self)
+
+    def release(self) -> None:
+        """Take the methods' hooks off the model, so that it trains as a plain one; the next step puts them back.
+
+        For a training that is cut off; `finish` does it too.
+        """
+        for method in self._ready:
+            method.release(self)
 
     def _unhook(self) -> None:
         for handle in self._handles:

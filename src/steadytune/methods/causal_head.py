@@ -188,9 +188,9 @@ class CausalHead(AtBlock, BesideHead[LowLevel]):
         self.mean.lerp_(newest.to(self.mean.dtype), max(RATE, 1 / (self.steps + 1)))
         self.steps, self.seen = self.steps + 1, {}
 
-    def finish(self, run: Run) -> None:
+    def release(self, run: Run) -> None:
         self.high.stop()
-        super().finish(run)
+        super().release(run)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "mean": self.mean, "steps": self.steps}

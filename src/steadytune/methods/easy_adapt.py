@@ -121,23 +121,15 @@ class EasyAdapt(BesideHead[Domains]):
         return () if callable(self.domain) else (self.domain,)
 
     def setup(self, run: Run) -> None:
-        earlier = getattr(run.model, self.place, None)
-        if isinstance(earlier, Domains) and earlier.taking is not None:
-            earlier.taking.remove()
         self.count = len(row_counts(run, self.domain, "EasyAdapt")) if self.domains is None else self.domains
         if self.count < 2:
             raise ValueError("EasyAdapt needs two domains, the training rows are of one: leave EasyAdapt out")
         super().setup(run)
-        self.read_column(run)
-
-    def read_column(self, run: Run) -> None:
-        """Hook the model, before the hook of the Run that takes the column out."""
-        self.beside.taking = run.model.register_forward_pre_hook(self.beside.take, prepend=True, with_kwargs=True)
 
     def before_forward(self, run: Run, weights: Sequence[Weight]) -> None:
         super().before_forward(run, weights)
-        if self.beside.taking is None:  # another training, after `finish`
-            self.read_column(run)
+        if self.beside.taking is None:  # before the hook of the Run that takes the column out
+            self.beside.taking = run.model.register_forward_pre_hook(self.beside.take, prepend=True, with_kwargs=True)
 
     def build(self, head: nn.Linear) -> Domains:
         domains_beside = Domains(head, self.count, self.domain)
@@ -147,9 +139,9 @@ class EasyAdapt(BesideHead[Domains]):
     def hook(self, head: nn.Module) -> Any:
         return head.register_forward_hook(self.beside)
 
-    def finish(self, run: Run) -> None:
-        super().finish(run)
-        if self.beside.taking is not None:  # the finished model is a plain one, and copies of it are made
+    def release(self, run: Run) -> None:
+        super().release(run)
+        if self.beside.taking is not None:
             self.beside.taking.remove()
             self.beside.taking = self.beside.domain = None
 

@@ -100,9 +100,6 @@ class LayerDrop(Method):
                 f"LayerDrop needs blocks that are modules, those of {type(run.model).__name__} cannot be told or are "
                 "cut into lists: leave LayerDrop out"
             )
-        earlier = getattr(run.model, PLACE, None)
-        if isinstance(earlier, Skip):
-            earlier.remove()
         self.layers = [block for (block,) in all_blocks]
         self.hook = Skip(self.p)
         run.model.add_module(PLACE, self.hook)
@@ -111,5 +108,5 @@ class LayerDrop(Method):
         if self.p:
             self.hook.listen(self.layers)
 
-    def finish(self, run: Run) -> None:
+    def release(self, run: Run) -> None:
         self.hook.remove()

@@ -36,6 +36,7 @@ class BesideHead(Method, Generic[B]):
     """
 
     place: ClassVar[str]
+    handle: Any = None  # of the hook on the head, while there is one
     adds_weights: ClassVar = True
     acts_on_unread: ClassVar[Literal["never", "in scope", "always"]] = "never"
 
@@ -62,7 +63,6 @@ class BesideHead(Method, Generic[B]):
             )
         self.head = run.model.get_submodule(heads[-1].name.rpartition(".")[0])
         self.beside: B = self.build(self.head).to(heads[-1].data)
-        self.handle: Any = None
         run.model.add_module(self.place, self.beside)
 
     def attach(self, run: Run) -> None:
@@ -84,7 +84,7 @@ class BesideHead(Method, Generic[B]):
         if self.handle is None:
             self.handle = self.hook(self.head)
 
-    def finish(self, run: Run) -> None:
+    def release(self, run: Run) -> None:
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
