@@ -171,6 +171,14 @@ def test_test_rows_are_scored_after_the_choice_and_by_nothing_else(searched):
     assert "new.csv" not in json.dumps(searched.record)
 
 
+def test_a_strange_file_in_the_folder_is_refused_before_anything_is_trained(tmp_path):
+    """Naive: the search goes on for its whole budget, and only its last fit says that the folder holds other files."""
+    (tmp_path / "out" / "search").mkdir(parents=True)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds a search and notes\.txt, which is not of it: move that away"):
+        steadytune.search("rows.csv", output=tmp_path / "out", resume=True, **SETTINGS)
+
+
 def test_the_same_command_may_not_run_over_a_search(searched):
     with pytest.raises(UsageError, match="already holds a search: go on with --resume"):
         steadytune.search("rows.csv", output="out", budget="13runs", arms=["head=logistic"], **SETTINGS)

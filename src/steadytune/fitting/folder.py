@@ -51,13 +51,15 @@ class Output:
                 )
         return None
 
+    def others(self) -> list[Path]:
+        """Files that are not of a run, where no run has written its record."""
+        kept = (self.checkpoints, self.path / SEARCH)
+        files = self.path.iterdir() if self.path.is_dir() else ()
+        return sorted(p for p in files if p not in kept and not p.name.startswith(f".{RECORD}"))
+
     def _in_use(self) -> bool:
         """Whether the folder has other files than those of a run that was killed before it wrote its record."""
-        if not self.path.is_dir():
-            return False
-        kept = (self.checkpoints, self.path / SEARCH)
-        others = any(p not in kept and not p.name.startswith(f".{RECORD}") for p in self.path.iterdir())
-        return others or any(self.checkpoints.glob("*/*"))
+        return bool(self.others()) or any(self.checkpoints.glob("*/*"))
 
     def _record(self) -> dict[str, Any] | None:
         file = self.path / RECORD

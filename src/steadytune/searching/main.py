@@ -489,6 +489,8 @@ def _check(place: Path, resume: bool, overwrite: bool) -> bool:
         )
     if not begun:
         Output(place).check(False, overwrite)
+    elif not (place / RECORD).is_file() and (others := Output(place).others()):
+        raise UsageError(f"output {place} holds a search and {others[0].name}, which is not of it: move that away.")
     return resume
 
 
