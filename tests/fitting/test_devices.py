@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from fit_helpers import save_sentence_bert, toy
 from helpers import OnlyFloat32
 from steadytune import precision
 from steadytune.core import randomness
+from steadytune.core.tensors import byte_mask
 from steadytune.fitting.randomness import as_found
 
 
@@ -53,6 +56,30 @@ def test_a_further_pass_leaves_the_random_state_of_any_device_as_it_was(monkeypa
         drawn = torch.rand(3)
     assert there.state == 1
     assert torch.equal(torch.rand(3), drawn)
+
+
+class Int32Random:
+    """A tensor to fill with random integers, of which 32 bits are drawn whatever its type is, as on an Apple GPU."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: object) -> None:
+        self.size, self.dtype, self.drawn = size, dtype, torch.empty(0)
+
+    def random_(self, low: int, high: int | None, generator: object) -> torch.Tensor:
+        ends = max(low, -(2**31)), min(high or 2**31, 2**31)
+        self.drawn = torch.randint(*ends, (self.size,)).to(self.dtype)
+        return self.drawn
+
+    def view(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.drawn.view(dtype)
+
+
+def test_random_masks_have_their_share_where_integers_have_32_random_bits(monkeypatch):
+    """Naive: the sign of each int64 fills half of its bytes, so that a mask of 30 % has 40 % of ones."""
+    monkeypatch.setattr(torch, "empty", Int32Random)
+    torch.manual_seed(0)
+    mask = byte_mask((100, 800), 77 / 256, SimpleNamespace(device=torch.device("mps")))
+    assert mask.shape == (100, 800)
+    assert abs(mask.double().mean() - 77 / 256) < 4 * (0.21 / 80_000) ** 0.5
 
 
 def test_a_fit_leaves_the_random_state_of_an_apple_gpu_as_it_was(monkeypatch):

@@ -34,10 +34,14 @@ def kth_largest(scores: Tensor, k: int) -> Tensor:
 
 def byte_mask(shape: Sequence[int], share: float, generator: torch.Generator) -> Tensor:
     """Boolean entries, each True with probability ``share``, a multiple of 1/256 below 1, from one random byte each."""
-    n = math.prod(shape)
-    words = torch.empty(-(-n // 8), dtype=torch.int64, device=generator.device)
-    words.random_(-(2**63), None, generator=generator)  # all 64 bits: without bounds the sign bit would stay 0
-    return (words.view(torch.uint8)[:n] < round(share * 256)).view(tuple(shape))
+    n, device = math.prod(shape), generator.device
+    if device.type == "mps":  # Apple's GPUs draw 32 bits of an int64, and its sign fills the rest
+        drawn = torch.empty(n, dtype=torch.uint8, device=device).random_(0, 256, generator=generator)
+    else:
+        words = torch.empty(-(-n // 8), dtype=torch.int64, device=device)
+        words.random_(-(2**63), None, generator=generator)  # all 64 bits: without bounds the sign bit would stay 0
+        drawn = words.view(torch.uint8)[:n]
+    return (drawn < round(share * 256)).view(tuple(shape))
 
 
 def hashed(*parts: Any) -> int:
