@@ -62,7 +62,7 @@ class Int32Random:
     """A tensor to fill with random integers, of which 32 bits are drawn whatever its type is, as on an Apple GPU."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: object) -> None:
-        self.size, self.dtype, self.drawn = size, dtype, torch.empty(0)
+        self.size, self.dtype = size, dtype
 
     def random_(self, low: int, high: int | None, generator: object) -> torch.Tensor:
         ends = max(low, -(2**31)), min(high or 2**31, 2**31)
