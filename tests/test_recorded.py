@@ -78,14 +78,18 @@ def test_the_study_file_that_a_folder_keeps_is_read(folder):
 
 
 def test_an_interrupted_fit_goes_on_from_its_checkpoint(folder, monkeypatch):
-    """It takes the four steps that are left, to the weights that the version of then reached without interruption."""
+    """It takes the four steps that are left, to the weights that the version of then reached without interruption.
+
+    Processors round otherwise, and Adam scales up gradients that are nothing but rounding (those of a key's bias): by
+    2e-4 on another kind. A step less, or another setting of a method, differs by 8e-3 or more.
+    """
     plain, taken = FitTrainer.training_step, []
     monkeypatch.setattr(FitTrainer, "training_step", lambda *given: taken.append(1) or plain(*given))
     result = fit("train.csv", output="interrupted", resume=True, **OPTIONS)
     found, expected = (load_file(Path(place, "model.safetensors")) for place in ("interrupted", "finished"))
     assert found.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-3)
     assert (len(taken), result.steps) == (4, 10)
 
 
