@@ -423,15 +423,13 @@ class Trainer(transformers.Trainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         adapted = hasattr(self.model, "peft_config")
-        methods = [] if self.run is None else self.run.methods
-        beside = [m.adds_weights or (m.beside_adapters and adapted) for m in methods]
-        if self.run is None or not any(beside):
-            return
-        assert self.state.best_model_checkpoint is not None
-        held = state.load(self._side_file(self.state.best_model_checkpoint))["methods"]
-        for method, own, wanted in zip(methods, held, beside, strict=True):
-            if wanted:
-                method.load_state_dict(own)
+
+        def beside(method: Method) -> bool:
+            return method.adds_weights or (method.beside_adapters and adapted)
+
+        if self.run is not None and any(map(beside, self.run.methods)):
+            assert self.state.best_model_checkpoint is not None
+            self.run.load_methods(state.load(self._side_file(self.state.best_model_checkpoint))["methods"], beside)
 
     def _load_state(self, run: Run, checkpoint: str) -> None:
         path = self._side_file(checkpoint)

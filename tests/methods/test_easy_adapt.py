@@ -200,3 +200,14 @@ def test_the_best_checkpoint_brings_the_corrections_of_its_step(tmp_path):
     held = state.load(tmp_path / "checkpoint-1" / "steadytune.safetensors")["methods"][0]["beside"]
     assert torch.equal(trainer.run[EasyAdapt].beside.weight, held["weight"])
     assert held["weight"].abs().max() > 0
+
+
+def test_what_the_best_checkpoint_brings_is_on_the_device_of_the_model(tmp_path, monkeypatch):
+    """Naive: tensors stay where they were read, and the next training on a GPU meets a mean or masks on the CPU."""
+    run, got = run_of(bert(), EasyAdapt(2, drop=0.0)), []
+    monkeypatch.setattr(run.methods[0], "load_state_dict", got.append)
+    monkeypatch.setattr(Run, "_device", torch.device("meta"))
+    run.load_methods(run.state_dict()["methods"], lambda method: method.adds_weights)
+    assert {t.device.type for t in got[0]["beside"].values()} == {"meta"}
+    run.load_methods(run.state_dict()["methods"], lambda method: False)
+    assert len(got) == 1

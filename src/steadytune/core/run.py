@@ -782,14 +782,23 @@ class Run(Binding):
         for name, held in state["heads"].items():
             self._references.tensors[name] = held.clone()
         # also weights that are frozen now: they may be trained again on the way, as in the training that was saved
-        live = {name: shards.local(p.detach()) for name, p in self.model.named_parameters()}
+        live = self._live()
         self._views.averages = {n: t.to(live[n].device, copy=True) for n, t in state["raw"].items()}
-        for method, saved in zip(self.methods, state["methods"], strict=True):
-            method.load_state_dict(on_devices(saved, live, self._device))
+        self.load_methods(state["methods"])
         self.index = state["index"]
         self.finite.skipped = state.get("skipped", 0)  # not in states written before steps were skipped
         self._stateless = self._stepped = False
         self._watch = None  # weights may be loaded before or after this
+
+    def load_methods(self, states: Sequence[dict[str, Any]], wanted: Callable[[Method], bool] = lambda _: True) -> None:
+        """Restore the states of the wanted methods, each tensor on the device of the weight that it belongs to."""
+        live = self._live()
+        for method, saved in zip(self.methods, states, strict=True):
+            if wanted(method):
+                method.load_state_dict(on_devices(saved, live, self._device))
+
+    def _live(self) -> dict[str, Tensor]:
+        return {name: shards.local(p.detach()) for name, p in self.model.named_parameters()}
 
     def _add_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         state[KEY] = self.state_dict()
